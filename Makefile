@@ -1,0 +1,57 @@
+# AFTer-SAM. `make help` lists what there is.
+#
+# Everything runs in .venv, made and filled on first use. To use an environment that exists, such as a
+# cluster's own torch, name its interpreter: `make test PYTHON=python3`; nothing is installed then.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench figure check format clean
+
+DEMO ?= demo-run
+TESTS ?=
+
+ifdef PYTHON
+PY := $(PYTHON)
+READY :=
+export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
+else
+PY := .venv/bin/python
+READY := .venv/installed
+endif
+
+help: ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@echo "  PYTHON=python3 uses that environment instead of .venv and installs nothing"
+
+setup: $(READY) ## make .venv with everything the other targets need
+
+demo: $(READY) ## synthetic CT scans: train, segment, score, report in demo-run/ (minutes, no download)
+	$(PY) -m aftersam.demo -o $(DEMO)
+
+test: $(READY) ## run the tests; TESTS="tests/test_config.py -x" passes on to pytest
+	$(PY) -m pytest -q $(TESTS)
+
+bench: $(READY) ## time the op against its rivals on this machine, into benchmarks/results/
+	$(PY) -m benchmarks.bench_fusion
+
+figure: $(READY) ## redraw docs/bench-*.png and the README table from the newest results
+	$(PY) -m benchmarks.figure
+
+check: $(READY) ## ruff, formatting and mypy, as CI runs them
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(READY) ## let ruff fix and format the code
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean: ## remove caches, builds and demo-run; .venv stays
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(DEMO)
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.venv/installed: setup.py constraints.txt
+	@echo "making .venv: about 2 GB, some minutes, once"
+	python3 -m venv .venv
+	.venv/bin/python -m pip install -q -c constraints.txt -e '.[test,dev]'
+	touch $@

@@ -1,0 +1,122 @@
+"""Runs on disk: weights and training state as one safetensors file each, facts as JSON.
+
+A file is written under a temporary name and renamed, so that a reader or a resumed run sees the old state or
+the new one, never a half. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+OPTIMIZER = "optimizer/"  # prefix of optimiser tensors; model tensors carry their own names
+RNG = "rng/"
+
+
+def save_weights(path: Path, model: nn.Module, facts: dict[str, Any]) -> None:
+    """Write the model's state dict and `facts` (JSON values) to `path`, atomically."""
+    _write(path, _state(model), facts)
+
+
+def save_training(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, facts: dict[str, Any]) -> None:
+    """Write all that an exact resume needs: weights, optimiser moments, torch's generator, `facts`."""
+    tensors = _state(model)
+    for index, moments in optimizer.state_dict()["state"].items():
+        for name, value in moments.items():
+            tensors[f"{OPTIMIZER}{index}/{name}"] = torch.as_tensor(value)
+    tensors[f"{RNG}cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors[f"{RNG}cuda"] = torch.cuda.get_rng_state()
+    _write(path, tensors, facts)
+
+
+def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
+    """Load the weights in `path` strictly into `model` and return the stored facts.
+
+    Raises ValueError on a truncated or foreign file, or on weights of another architecture."""
+    tensors, facts = _read(path)
+    _load_model(path, model, tensors)
+    return facts
+
+
+def load_training(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Restore what `save_training` wrote and return its facts. Raises ValueError like `load_weights`."""
+    tensors, facts = _read(path)
+    _load_model(path, model, tensors)
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith(OPTIMIZER):
+            index, name = key.removeprefix(OPTIMIZER).split("/")
+            state.setdefault(int(index), {})[name] = value
+    if not state and facts.get("step", 0):
+        raise ValueError(f"{path} holds weights without training state, so it cannot be resumed")
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(tensors[f"{RNG}cpu"])
+    if torch.cuda.is_available() and f"{RNG}cuda" in tensors:
+        torch.cuda.set_rng_state(tensors[f"{RNG}cuda"])
+    return facts
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in `path`. Raises ValueError in one sentence where it is missing or broken."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+
+
+def _write(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, temporary, metadata={"aftersam": json.dumps(facts)})
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; train writes best.safetensors and last.safetensors")
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get("aftersam", "null"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    if facts is None:
+        raise ValueError(f"{path} was not written by aftersam.train")
+    return tensors, facts
+
+
+def _load_model(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    weights = {k: v for k, v in tensors.items() if not k.startswith((OPTIMIZER, RNG))}
+    expected = model.state_dict()
+    wrong = [k for k in expected if k not in weights or weights[k].shape != expected[k].shape]
+    wrong += [k for k in weights if k not in expected]
+    if wrong:
+        raise ValueError(
+            f"{path} holds another architecture than the configuration: {len(wrong)} of {len(expected)} "
+            f"tensors differ, first {wrong[0]!r}"
+        )
+    model.load_state_dict(weights)

@@ -1,0 +1,291 @@
+"""Every choice of a run in three frozen dataclasses, and the presets: the only file that knows sizes.
+
+A field's docstring is its `--help`. Where the paper leaves a point open, the default is our reading
+and the `paper` preset the literal one."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+
+@dataclass(frozen=True)
+class EncoderSize:
+    """Geometry of an image encoder. `patch` is the token stride in pixels, `window` and
+    `global_blocks` are SAM's; `stem` says that tokens come from a convolutional stem whose
+    strides 1, 2 and 4 feed the decoder, instead of SAM's one 16×16 patch convolution."""
+
+    dim: int
+    depth: int
+    num_heads: int
+    global_blocks: tuple[int, ...]
+    window: int = 14
+    patch: int = 16
+    out_channels: int = 256
+    stem: bool = False
+
+
+ENCODERS: dict[str, EncoderSize] = {
+    "vit_b": EncoderSize(768, 12, 12, (2, 5, 8, 11)),
+    "vit_l": EncoderSize(1024, 24, 16, (5, 11, 17, 23)),
+    "vit_h": EncoderSize(1280, 32, 16, (7, 15, 23, 31)),
+    "small": EncoderSize(128, 4, 4, (3,), window=8, patch=8, out_channels=128, stem=True),
+    "tiny": EncoderSize(128, 4, 4, (3,), window=6, patch=8, out_channels=128, stem=True),
+}
+
+
+class HUWindow(NamedTuple):
+    """CT range in Hounsfield units: clip to [low, high], then scale to [0, 1]."""
+
+    low: float
+    high: float
+
+
+WIDE, SOFT_TISSUE, BONE = HUWindow(-1000, 1000), HUWindow(-160, 240), HUWindow(-50, 1200)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    image_encoder: Literal["vit_b", "vit_l", "vit_h", "small", "tiny"] = "vit_b"
+    """SAM's ViT by its official name, or a size with a convolutional stem that learns from scratch."""
+    image_size: int = 1024
+    """Side in pixels of the square that the encoder sees; larger planes are tiled, smaller padded."""
+    encoder: Literal["auto", "frozen", "lora", "full"] = "auto"
+    """What trains in the encoder. auto: LoRA on q and v with a SAM checkpoint, everything without."""
+    lora_rank: int = 4
+    """r of every LoRA pair, A (r, in) and B (out, r)."""
+    lora_alpha: float | None = None
+    """LoRA's alpha; the update is scaled by alpha / rank. None means alpha = rank, as printed."""
+    lora_dropout: float = 0.0
+    """Dropout on the input of the LoRA branch."""
+    num_heads: int = 8
+    """M, heads of a fusion block."""
+    num_blocks: int = 6
+    """L, fusion blocks."""
+    attention: Literal["both", "axial", "slice", "none"] = "both"
+    """Attention of a fusion block: across slices, then within a slice. none: a 2D model."""
+    num_slices: int = 9
+    """Slices of a group, N = N_A + 1: the target and its neighbours; the centre is num_slices // 2."""
+    slice_stride: int = 1
+    """N_f, distance in slices between neighbours of a group."""
+    fusion_weights: Literal["full", "lora"] = "full"
+    """lora: the paper's equations, W_Q W_K W_V frozen at their initial values, LoRA on q and v."""
+    fusion_init: Literal["zero", "xavier"] = "zero"
+    """zero: output projections, last MLP layers and positions start at 0, so step 0 is SAM's features."""
+    position_embedding: Literal["factored", "full"] = "factored"
+    """Learned table of the fusion: (position) + (slice), or one entry for each pair (the paper's)."""
+    decoder: Literal["full", "lora"] = "full"
+    """Mask decoder: fully trained, or its attention adapted by LoRA (the paper's Table 4)."""
+    decoder_attention: Literal["two_way", "image_to_token"] = "two_way"
+    """SAM's two-way transformer, or image-to-token attention alone (the paper's words)."""
+    prompts: Literal["none", "box", "points"] = "none"
+    """Prompt each class from its label (the paper's Table 3); such scores are marked as prompted."""
+    output_stride: int = 4
+    """Pixels a logit: 4 is SAM's own upscaling; below it, skips from strides under the patch are used."""
+    hu_windows: tuple[tuple[float, float], ...] = (WIDE, SOFT_TISSUE, BONE)
+    """Three HU windows (low, high) become the three input channels; a single one is repeated."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    spacing_mm: tuple[float, float, float] | Literal["median", "native"] = (2.5, 1.0, 1.0)
+    """Voxel size (d, h, w) the model works at. median: of the training set. native: each scan's own."""
+    augmentation: tuple[Literal["elastic", "affine", "intensity", "noise", "mirror"], ...] = ("elastic",)
+    """Transforms of training groups. One elastic field serves all slices of a group; mirror swaps
+    left and right labels and is refused where a side has no counterpart."""
+    augmentation_probability: float = 0.2
+    """Chance of each transform for a group."""
+    foreground_sampling: float = 0.0
+    """Share of groups drawn about a random foreground slice and class; the paper draws uniformly."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    epochs: int = 550
+    """Epochs of one random group a scan; unused where max_steps or max_minutes limits the run."""
+    max_steps: int | None = None
+    """Stop after this many optimiser steps; schedules follow progress."""
+    max_minutes: float | None = None
+    """Stop after this many minutes of training; schedules follow progress."""
+    batch_size: int = 1
+    """Groups a process and step."""
+    optimizer: Literal["adam", "adamw"] = "adam"
+    learning_rate: float = 1e-4
+    weight_decay: float = 1e-4
+    schedule: Literal["step", "poly"] = "step"
+    """step: a tenth of the rate for the last 50 of 550 epochs. poly: (1 - progress)^0.9."""
+    warmup: float = 0.0
+    """Share of the run in which the rate rises linearly from 0."""
+    clip_norm: float = 0.0
+    """Largest gradient norm; 0 leaves gradients alone."""
+    supervision: Literal["all", "centre"] = "all"
+    """Slices of a group whose logits enter the loss; at test the centre alone is kept."""
+    dice: Literal["present", "all"] = "present"
+    """Classes in the Dice term: those present in the group, or all."""
+    ce_foreground_weight: float = 1.0
+    """Weight of every organ against background in the cross-entropy."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 where the device computes it natively, else fp32."""
+    activation_checkpointing: bool = False
+    """Recompute encoder and fusion blocks in the backward: less memory, about a third more time."""
+    validations: int = 10
+    """Validations spread evenly over the run; each predicts the whole validation scans."""
+    checkpoint_steps: int = 200
+    """Steps between writes of last.safetensors: what a killed run loses at most."""
+    seed: int = 0
+    """Every random draw is a function of (seed, epoch, case)."""
+    num_workers: int = 0
+    """Worker processes that load groups; 0 loads in the training process."""
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+_PAPER = Config(
+    model=ModelConfig(fusion_weights="lora", position_embedding="full"),
+)
+_BEST = Config(
+    model=ModelConfig(image_size=512, output_stride=2),
+)
+_SMALL = Config(
+    model=ModelConfig(
+        image_encoder="small",
+        image_size=128,
+        num_heads=4,
+        num_blocks=2,
+        num_slices=5,
+        output_stride=1,
+    ),
+    data=DataConfig(
+        spacing_mm="median",
+        augmentation=("elastic", "affine", "intensity", "noise"),
+        foreground_sampling=0.66,
+    ),
+    train=TrainConfig(
+        max_steps=6000,
+        batch_size=2,
+        optimizer="adamw",
+        learning_rate=1e-3,
+        schedule="poly",
+        warmup=0.03,
+        clip_norm=1.0,
+        ce_foreground_weight=5.0,
+        validations=4,
+    ),
+)
+_TINY = Config(
+    model=dataclasses.replace(_SMALL.model, image_encoder="tiny", image_size=96, num_slices=3),
+    data=dataclasses.replace(_SMALL.data, augmentation=()),
+    train=dataclasses.replace(_SMALL.train, max_steps=1500, validations=2),
+)
+
+PRESETS: dict[str, Config] = {"paper": _PAPER, "best": _BEST, "small": _SMALL, "tiny": _TINY}
+
+
+def preset(name: str) -> Config:
+    """The preset called `name`. Raises ValueError that names the nearest one."""
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}{_nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def validate(config: Config) -> Config:
+    """`config` itself, or ValueError in one sentence that names the key, its value and the rule."""
+    model, data, train = config.model, config.data, config.train
+    size = ENCODERS[model.image_encoder]
+    positive = {
+        "image_size": model.image_size,
+        "lora_rank": model.lora_rank,
+        "num_heads": model.num_heads,
+        "num_blocks": model.num_blocks,
+        "num_slices": model.num_slices,
+        "slice_stride": model.slice_stride,
+        "batch_size": train.batch_size,
+        "epochs": train.epochs,
+        "checkpoint_steps": train.checkpoint_steps,
+        "learning_rate": train.learning_rate,
+    }
+    for key, value in positive.items():
+        if not value > 0:
+            raise ValueError(f"{key} is {value}, but must be above 0")
+    if model.image_size % size.patch:
+        raise ValueError(
+            f"image_size is {model.image_size}, but must be a multiple of {model.image_encoder}'s patch of {size.patch}"
+        )
+    if size.out_channels % model.num_heads:
+        raise ValueError(f"num_heads is {model.num_heads}, but must divide the {size.out_channels} channels")
+    strides = [s for s in (1, 2, 4) if s <= size.patch // 4] + ([] if not size.stem else [4, 8])
+    if model.output_stride not in strides:
+        raise ValueError(f"output_stride is {model.output_stride}, but must be one of {sorted(set(strides))}")
+    if len(model.hu_windows) not in (1, 3):
+        raise ValueError(f"hu_windows has {len(model.hu_windows)} windows, but must have 1 or 3")
+    if any(low >= high for low, high in model.hu_windows):
+        raise ValueError("hu_windows has a window whose low end is not below its high end")
+    if not isinstance(data.spacing_mm, str) and not all(0 < s < 1e3 for s in data.spacing_mm):
+        raise ValueError(f"spacing_mm is {data.spacing_mm}, but must be three lengths above 0, or median, or native")
+    for key in ("augmentation_probability", "foreground_sampling"):
+        if not 0 <= getattr(data, key) <= 1:
+            raise ValueError(f"{key} is {getattr(data, key)}, but must lie between 0 and 1")
+    if not 0 <= model.lora_dropout < 1 or not 0 <= train.warmup < 1:
+        raise ValueError("lora_dropout and warmup must lie in [0, 1)")
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain JSON values, from_dict's inverse."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type, values: dict[str, Any], *, where: str = "config") -> Any:
+    """An instance of the dataclass `cls` from JSON values; keys not named keep their defaults.
+
+    Raises ValueError on an unknown key, naming the nearest one, or on a value of the wrong type."""
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        if key not in names:
+            raise ValueError(f"{where} has no key {key!r}{_nearest(key, names)}")
+    return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as `hint` wants it: nested dataclasses and tuples come from dicts and lists."""
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} is {value!r}, but must be an object")
+        return from_dict(hint, value, where=where)
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{where} is {value!r}{_nearest(value, args)}; it must be one of {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        inner = args[:1] * len(value) if args[-1] is Ellipsis else args
+        if not isinstance(value, (list, tuple)) or len(value) != len(inner):
+            raise ValueError(f"{where} is {value!r}, but must be a list of {len(inner)}")
+        return tuple(_convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True)))
+    if args:  # a union: the first member that takes the value
+        errors = []
+        for member in args:
+            try:
+                return _convert(member, value, where)
+            except ValueError as error:
+                errors.append(str(error))
+        raise ValueError(errors[0])
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(f"{where} is {value!r}, but must be {'nothing' if hint is type(None) else hint.__name__}")
+    return value
+
+
+def _nearest(key: Any, names: Any) -> str:
+    close = difflib.get_close_matches(str(key), [str(name) for name in names], n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

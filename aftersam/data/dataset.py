@@ -1,0 +1,254 @@
+"""Data sets on disk to cases: nnU-Net raw, Medical Segmentation Decathlon, SegTHOR, or images/ beside labels/."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aftersam.data.volume import NIFTI, case_name, read_grid, read_labels, renamed
+
+FOLDS = 5
+SEGTHOR_LABELS = {1: "esophagus", 2: "heart", 3: "trachea", 4: "aorta"}
+SIDES = {"left": "right", "right": "left", "l": "r", "r": "l"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scan and its label map, if it has one."""
+
+    id: str
+    image: Path
+    label: Path | None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Cases in the order of their ids; labels maps values to names, without background."""
+
+    name: str
+    layout: str
+    root: Path
+    cases: tuple[Case, ...]
+    labels: dict[int, str]
+
+
+def find_dataset(root: Path | str) -> Dataset:
+    """The data set in the folder `root`, whichever layout it has.
+
+    Raises ValueError where there is none, or where its description contradicts itself."""
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder")
+    description = _read_description(root)
+    if "training" in description:
+        dataset = _decathlon(root, description)
+    elif (root / "imagesTr").is_dir():
+        dataset = _nnunet(root, description)
+    elif (root / "images").is_dir():
+        dataset = _plain(root, description)
+    else:
+        dataset = _segthor(root)
+    if not dataset.cases:
+        raise ValueError(
+            f"{root} is laid out like {dataset.layout}, but holds no scan that ends in .nii.gz or .nii"
+        )
+    return dataset
+
+
+def split(
+    dataset: Dataset, fold: int, seed: int, *, write_to: Path | None = None
+) -> tuple[list[str], list[str]]:
+    """Ids to train on and to validate on: fold `fold` of the data set's splits_final.json, or of five seeded ones.
+
+    All folds go to `write_to`, in nnU-Net's format. A data set of one case has nothing to validate on.
+    Raises ValueError on a fold that does not exist and on splits that name unknown cases or share one."""
+    path = dataset.root / "splits_final.json"
+    ids = [case.id for case in dataset.cases]
+    if path.exists():
+        folds = _stored_folds(path, ids)
+    else:
+        order = np.random.default_rng(seed).permutation(len(ids))
+        parts = np.array_split(order, min(FOLDS, len(ids))) if len(ids) > 1 else [np.array([], dtype=int)]
+        held = [{ids[i] for i in part} for part in parts]
+        folds = [{"train": [i for i in ids if i not in h], "val": [i for i in ids if i in h]} for h in held]
+    if not 0 <= fold < len(folds):
+        raise ValueError(f"fold is {fold}, but {dataset.root} has the folds 0 to {len(folds) - 1}")
+    if write_to is not None:
+        with renamed(write_to) as temporary:
+            temporary.write_text(json.dumps(folds, indent=1) + "\n")
+    return folds[fold]["train"], folds[fold]["val"]
+
+
+def median_spacing(cases: Sequence[Case]) -> tuple[float, float, float]:
+    """Median voxel size (d, h, w) in mm over the cases' headers, axis by axis."""
+    d, h, w = np.median([read_grid(case.image)[1] for case in cases], axis=0).round(4).tolist()
+    return d, h, w
+
+
+def mirror_pairs(labels: dict[int, str]) -> dict[int, int]:
+    """{value: the value of the other side}, both ways, from names such as lung_left, RightParotid, kidney_L.
+
+    Raises ValueError on a sided name without its counterpart: a mirrored scan would then be wrong."""
+    values = {_tokens(name): value for value, name in labels.items()}
+    pairs = {}
+    for value, name in labels.items():
+        tokens = _tokens(name)
+        other = tuple(SIDES.get(token, token) for token in tokens)
+        if other == tokens:
+            continue
+        if other not in values:
+            raise ValueError(
+                f"mirror augmentation needs both sides of every organ, but the label {name!r} has no counterpart"
+            )
+        pairs[value] = values[other]
+    return pairs
+
+
+def _tokens(name: str) -> tuple[str, ...]:
+    """Lower-case words of a label's name. L and R are sides only as words of their own: L1 is a vertebra."""
+    words = []
+    for chunk in re.split(r"[\W_]+", name):
+        for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", chunk):
+            word = word.lower()
+            if word in ("l", "r") and len(chunk) > 1:
+                word = "=" + word  # part of L1 or 2R
+            side = next((s for s in ("left", "right") if word.startswith(s) and word != s), None)
+            words += [word] if side is None else [side, word.removeprefix(side)]
+    return tuple(words)
+
+
+def _read_description(root: Path) -> dict[str, Any]:
+    path = root / "dataset.json"
+    if not path.exists():
+        return {}
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(description, dict):
+        raise ValueError(f"{path} holds a {type(description).__name__}, but must be an object")
+    return description
+
+
+def _label_names(description: dict[str, Any], where: Path) -> dict[int, str]:
+    """Value to name, whichever way round `labels` is written, background left out."""
+    stored = description.get("labels")
+    if not isinstance(stored, dict):
+        raise ValueError(f"{where} needs labels: an object of names and values")
+    names: dict[int, str] = {}
+    for key, entry in stored.items():
+        value, name = (key, entry) if str(key).isdigit() else (entry, key)
+        if name == "ignore":
+            raise ValueError(f"{where} has an ignore label, which is not supported")
+        if not str(value).isdigit():
+            raise ValueError(f"{where} gives the label {key!r} the value {entry!r}; one integer is needed")
+        if int(value) in names:
+            raise ValueError(f"{where} gives the value {value} to both {names[int(value)]!r} and {name!r}")
+        names[int(value)] = str(name)
+    names.pop(0, None)
+    if not names:
+        raise ValueError(f"{where} has no label besides background")
+    if sorted(names) != list(range(1, len(names) + 1)):
+        raise ValueError(f"{where} has the label values {sorted(names)}; they must be 1 to {len(names)}")
+    return dict(sorted(names.items()))
+
+
+def _scans(folder: Path) -> dict[str, Path]:
+    """Case id to file of every NIfTI file in a folder; macOS's ._ files are none."""
+    files = sorted(p for p in folder.iterdir() if p.name.endswith(NIFTI) and not p.name.startswith("."))
+    scans: dict[str, Path] = {}
+    for path in files:
+        name = case_name(path).removesuffix("_0000")
+        if name in scans:
+            raise ValueError(f"{path} and {scans[name]} are the same case twice")
+        scans[name] = path
+    return scans
+
+
+def _nnunet(root: Path, description: dict[str, Any]) -> Dataset:
+    where = root / "dataset.json"
+    channels = description.get("channel_names", description.get("modality", {}))
+    if len(channels) > 1:
+        raise ValueError(
+            f"{where} has {len(channels)} channels ({', '.join(channels.values())}); CT alone is one"
+        )
+    return _paired(
+        root, "nnU-Net raw", root / "imagesTr", root / "labelsTr", _label_names(description, where)
+    )
+
+
+def _plain(root: Path, description: dict[str, Any]) -> Dataset:
+    labels = root / "labels"
+    if "labels" in description:
+        names = _label_names(description, root / "dataset.json")
+    else:
+        values = {v for p in _scans(labels).values() for v in np.unique(read_labels(p).array).tolist()} if labels.is_dir() else set()  # fmt: skip
+        names = {value: f"label_{value}" for value in range(1, max(values, default=0) + 1)}
+        if not names:
+            raise ValueError(f"{root} has neither a dataset.json with labels nor label maps in {labels}")
+    return _paired(root, "images/ and labels/", root / "images", labels, names)
+
+
+def _paired(root: Path, layout: str, images: Path, labels: Path, names: dict[int, str]) -> Dataset:
+    scans = _scans(images)
+    masks = _scans(labels) if labels.is_dir() else {}
+    cases = tuple(Case(name, path, masks.get(name)) for name, path in scans.items())
+    return Dataset(root.resolve().name, layout, root, cases, names)
+
+
+def _decathlon(root: Path, description: dict[str, Any]) -> Dataset:
+    where = root / "dataset.json"
+    cases = []
+    for entry in description["training"]:
+        if not isinstance(entry, dict) or not {"image", "label"} <= entry.keys():
+            raise ValueError(f"{where} lists the training case {entry!r}; an image and a label are needed")
+        image, label = root / entry["image"], root / entry["label"]
+        cases.append(Case(case_name(image).removesuffix("_0000"), image, label))
+    return Dataset(
+        str(description.get("name", root.resolve().name)),
+        "Medical Segmentation Decathlon",
+        root,
+        tuple(sorted(cases, key=lambda case: case.id)),
+        _label_names(description, where),
+    )
+
+
+def _segthor(root: Path) -> Dataset:
+    folder = root / "train" if (root / "train").is_dir() else root
+    cases = []
+    for home in sorted(p for p in folder.iterdir() if p.is_dir()):
+        label = next((home / f"GT{e}" for e in NIFTI if (home / f"GT{e}").exists()), None)
+        image = next((home / f"{home.name}{e}" for e in NIFTI if (home / f"{home.name}{e}").exists()), None)
+        if image is not None:
+            cases.append(Case(home.name, image, label))
+    if not cases:
+        raise ValueError(
+            f"{root} is no data set: there is neither imagesTr/ nor images/ nor a dataset.json nor SegTHOR's "
+            "Patient_01/Patient_01.nii.gz"
+        )
+    return Dataset("SegTHOR", "SegTHOR", root, tuple(cases), SEGTHOR_LABELS)
+
+
+def _stored_folds(path: Path, ids: list[str]) -> list[dict[str, list[str]]]:
+    try:
+        folds: list[dict[str, list[str]]] = json.loads(path.read_text(encoding="utf-8"))
+        for fold in folds:
+            train, validation = set(fold["train"]), set(fold["val"])
+            unknown = sorted((train | validation) - set(ids))
+            if unknown:
+                raise ValueError(f"{path} names the case {unknown[0]}, which the data set does not have")
+            if train & validation:
+                raise ValueError(
+                    f"{path} has the case {sorted(train & validation)[0]} on both sides of a fold"
+                )
+            if not train:
+                raise ValueError(f"{path} has a fold without a training case")
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a list of folds with train and val: {error}") from error
+    return folds

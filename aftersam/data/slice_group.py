@@ -1,0 +1,128 @@
+"""Slice groups: which neighbours belong to a target slice, and random training groups of cached scans."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from aftersam.config import DataConfig, ModelConfig
+from aftersam.data.cache import CachedCase, cache_cases
+from aftersam.data.transforms import AIR_HU, augment
+
+__all__ = ["CachedCase", "SliceGroups", "cache_cases", "slice_group"]
+
+JITTER = 16  # a training window lies up to 1/16 of its side off the place it has in prediction
+
+
+def slice_group(centre: int, depth: int, num_slices: int, stride: int = 1) -> np.ndarray:
+    """Indices (num_slices,) of the slices about `centre`, `stride` apart, itself at num_slices // 2.
+
+    Beyond the ends of the `depth` slices the nearest one is repeated: feet are not next to the head.
+    Raises ValueError on a centre outside the volume or on sizes below 1."""
+    if min(depth, num_slices, stride) < 1:
+        raise ValueError(f"depth {depth}, num_slices {num_slices} and stride {stride} must be 1 or more")
+    if not 0 <= centre < depth:
+        raise ValueError(f"centre is {centre}, but the volume has the slices 0 to {depth - 1}")
+    offsets = (np.arange(num_slices) - num_slices // 2) * stride
+    return np.clip(centre + offsets, 0, depth - 1).astype(np.int64)
+
+
+class SliceGroups(Dataset[dict[str, torch.Tensor | str]]):
+    """One random group of each cached scan an epoch, cropped about the body and augmented.
+
+    An item is a pure function of (seed, epoch, the case's id): any process, worker or resumed run sees the
+    same. Indexed by (epoch, case), as a sampler gives them, or by the case alone within `set_epoch`'s epoch;
+    a sampler must name the epoch where persistent workers hold copies of this object.
+    `label_swap` pairs the left and right labels that the mirror augmentation exchanges."""
+
+    def __init__(
+        self,
+        cached: Sequence[CachedCase],
+        *,
+        model: ModelConfig,
+        data: DataConfig,
+        seed: int,
+        label_swap: dict[int, int],
+    ) -> None:
+        if not cached:
+            raise ValueError("there is no scan to train on")
+        self.cached = list(cached)
+        self.model = model
+        self.data = data
+        self.seed = seed
+        self.label_swap = label_swap
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch of items that are asked for by their case alone."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.cached)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, torch.Tensor | str]:
+        """{"hu": (N, S, S) float32, "labels": (N, S, S) int64, "case": its id}."""
+        epoch, case = index if isinstance(index, tuple) else (self.epoch, index)
+        scan = self.cached[case]
+        generator = np.random.default_rng((self.seed, epoch, zlib.crc32(scan.id.encode())))
+        centre, target = self._centre(scan, generator)
+        depth, *plane = scan.shape
+        size = self.model.image_size
+        top, bottom, left, right = scan.box
+        spans = [((top, bottom), target[:2]), ((left, right), target[2:])]
+        first = [
+            window_start(length, *span, size, generator, inside)
+            for length, (span, inside) in zip(plane, spans, strict=True)
+        ]
+        group = slice_group(centre, depth, self.model.num_slices, self.model.slice_stride)
+        hu = crop(scan.hu, group, first, size, AIR_HU).astype(np.float32)
+        labels = crop(scan.labels, group, first, size, 0).astype(np.int64)
+        hu, labels = augment(hu, labels, generator, self.data, self.label_swap)
+        return {"hu": torch.from_numpy(hu), "labels": torch.from_numpy(labels), "case": scan.id}
+
+    def _centre(self, scan: CachedCase, generator: np.random.Generator) -> tuple[int, tuple[int, ...]]:
+        """The centre slice, and the pixels (top, bottom, left, right) that the window should hold, if any.
+
+        A foreground draw takes a class that the scan has, then one of its slices; the others are uniform."""
+        rows = scan.foreground
+        if not len(rows) or generator.random() >= self.data.foreground_sampling:
+            return int(generator.integers(scan.shape[0])), ()
+        rows = rows[rows[:, 0] == generator.choice(np.unique(rows[:, 0]))]
+        _, centre, *target = generator.choice(rows).tolist()
+        return centre, tuple(target)
+
+
+def window_start(
+    length: int, start: int, stop: int, size: int, generator: np.random.Generator, target: Sequence[int] = ()
+) -> int:
+    """First pixel of a window of `size` on an axis of `length` pixels whose body fills [start, stop).
+
+    A body that fits gets prediction's window, about its centre and inside the image where possible, moved by a
+    little; of a larger one any part, or a part that holds the middle of `target`, (start, stop) of an organ."""
+    if stop - start <= size:
+        first = (start + stop - size) // 2
+        first = min(max(first, 0), length - size) if length >= size else (length - size) // 2
+        reach = size // JITTER
+        return first + int(generator.integers(-reach, reach + 1))
+    low, high = start, stop - size
+    if target:
+        # the organ whole where the window holds it, else the window inside the organ; never off the body
+        ends = sorted((target[1] - size, target[0]))
+        low, high = max(low, min(ends[0], high)), min(high, max(ends[1], low))
+    return int(generator.integers(low, high + 1))
+
+
+def crop(array: np.ndarray, slices: np.ndarray, first: Sequence[int], size: int, fill: int) -> np.ndarray:
+    """array (D, H, W) -> (N, size, size): `slices` from the first pixels `first`, `fill` outside the plane."""
+    out = np.full((len(slices), size, size), fill, dtype=array.dtype)
+    (top, bottom), (left, right) = (
+        (max(f, 0), min(f + size, n)) for f, n in zip(first, array.shape[1:], strict=True)
+    )
+    row, column = first
+    for i, d in enumerate(slices):  # slice by slice: a memory map reads these pixels alone
+        out[i, top - row : bottom - row, left - column : right - column] = array[d, top:bottom, left:right]
+    return out

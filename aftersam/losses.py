@@ -1,0 +1,57 @@
+"""Dice and cross-entropy over a slice group.    Source: the paper's section 3.6; Dice as in V-Net, arXiv 1606.04797."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Loss(NamedTuple):
+    """Scalars: `total` = (dice + ce) / 2, and its two terms."""
+
+    total: Tensor
+    dice: Tensor
+    ce: Tensor
+
+
+def segmentation_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    dice: Literal["present", "all"] = "present",
+    ce_foreground_weight: float = 1.0,
+) -> Loss:
+    """logits (B, N, K+1, h, w), labels (B, N, H, W) integers in 0..K -> Loss.
+
+    Logits are upsampled to the labels' size; labels are never downsampled, since small organs vanish there.
+    Dice takes each group as one 3D sample and averages over its organs: those present in it, or all of
+    them (an absent organ then costs about 1 without a gradient). A group without organs has no Dice term.
+    Cross-entropy is the mean over voxels weighted by class, organs `ce_foreground_weight` : 1 background.
+
+    Raises ValueError where the shapes do not fit."""
+    if logits.dim() != 5 or labels.shape != (*logits.shape[:2], *labels.shape[-2:]):
+        raise ValueError(
+            f"logits {tuple(logits.shape)} must be (B, N, K+1, h, w) and labels {tuple(labels.shape)} (B, N, H, W)"
+        )
+    groups, slices, classes = logits.shape[:3]
+    logits = logits.flatten(0, 1).float()  # (B·N, K+1, h, w)
+    if logits.shape[-2:] != labels.shape[-2:]:
+        logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    flat = labels.flatten(0, 1)  # (B·N, H, W)
+    log_probabilities = logits.log_softmax(1)
+
+    weight = torch.full((classes,), ce_foreground_weight, device=logits.device)
+    weight[0] = 1.0
+    ce = F.nll_loss(log_probabilities, flat, weight=weight)
+
+    organs = log_probabilities[:, 1:].exp().unflatten(0, (groups, slices))  # (B, N, K, H, W)
+    truth = F.one_hot(labels, classes)[..., 1:].movedim(-1, 2).to(organs.dtype)
+    overlap = (organs * truth).sum((1, 3, 4))  # (B, K)
+    reference = truth.sum((1, 3, 4))
+    score = 2 * overlap / (organs.sum((1, 3, 4)) + reference).clamp_min(1e-5)
+    counted = (reference > 0) if dice == "present" else torch.ones_like(reference, dtype=torch.bool)
+    dice_loss = ((1 - score) * counted).sum() / counted.sum().clamp_min(1)
+    return Loss((dice_loss + ce) / 2, dice_loss, ce)

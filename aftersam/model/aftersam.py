@@ -1,0 +1,85 @@
+"""AFTer-SAM: SAM's encoder on each slice, attention across a slice group, SAM's decoder for every class.
+
+Source: the paper's Figure 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from aftersam.config import HUWindow
+from aftersam.data.transforms import normalise
+from aftersam.model.axial_fusion import AxialFusionTransformer
+from aftersam.model.image_encoder import ImageEncoder, SliceFeatures
+from aftersam.model.mask_decoder import MaskDecoder
+
+
+class AfterSAM(nn.Module):
+    """Composes an encoder (slices -> features), a fusion (groups of features) and a decoder (-> logits).
+
+    `fusion` None is the 2D model. `stem` gives skips beside an encoder that has none of its own.
+    The steps `encode`, `fuse` and `decode` are public: the encoder and the decoder are 2D, so that
+    inference encodes each slice once, however many groups it belongs to."""
+
+    def __init__(
+        self,
+        encoder: ImageEncoder,
+        fusion: AxialFusionTransformer | None,
+        decoder: MaskDecoder,
+        *,
+        hu_windows: tuple[HUWindow, ...],
+        stem: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.fusion = fusion
+        self.decoder = decoder
+        self.stem = stem
+        self.hu_windows = hu_windows
+
+    def forward(
+        self, hu: Tensor, *, query_index: Sequence[int] | None = None, prompts: Tensor | None = None
+    ) -> Tensor:
+        """hu (B, N, H, W) in Hounsfield units -> logits (B, N, K+1, H/s, W/s), s the output stride.
+
+        With `query_index` only those slices are fused last and decoded: (B, Nq, K+1, H/s, W/s).
+        prompts (B, Nq, n, C): embeddings from a prompt encoder, or None."""
+        groups, slices = hu.shape[:2]
+        features = self.encode(hu.flatten(0, 1))
+        embedding = self.fuse(features.embedding.unflatten(0, (groups, slices)), query_index=query_index)
+        skips = features.skips
+        if query_index is not None:
+            index = torch.as_tensor(query_index, device=hu.device)
+            skips = tuple(s.unflatten(0, (groups, slices))[:, index].flatten(0, 1) for s in skips)
+        logits = self.decode(
+            embedding.flatten(0, 1), skips, None if prompts is None else prompts.flatten(0, 1)
+        )
+        return logits.unflatten(0, (groups, -1))
+
+    def set_activation_checkpointing(self, on: bool) -> None:
+        """Recompute the encoder's and the fusion's blocks in the backward instead of keeping their activations."""
+        self.encoder.activation_checkpointing = on
+        if self.fusion is not None:
+            self.fusion.activation_checkpointing = on
+
+    def encode(self, hu: Tensor) -> SliceFeatures:
+        """hu (T, H, W) in Hounsfield units -> embedding (T, C, h, w) and the decoder's skips."""
+        image = normalise(hu, self.hu_windows)  # (T, 3, H, W)
+        features = self.encoder(image)
+        return features if self.stem is None else SliceFeatures(features.embedding, self.stem(image))
+
+    def fuse(self, embedding: Tensor, *, query_index: Sequence[int] | None = None) -> Tensor:
+        """embedding (B, N, C, h, w) -> (B, N or Nq, C, h, w)."""
+        if self.fusion is not None:
+            return self.fusion(embedding, query_index=query_index)
+        if query_index is None:
+            return embedding
+        return embedding[:, torch.as_tensor(query_index, device=embedding.device)]
+
+    def decode(
+        self, embedding: Tensor, skips: tuple[Tensor, ...] = (), prompts: Tensor | None = None
+    ) -> Tensor:
+        """embedding (T, C, h, w) and skips of the same slices -> logits (T, K+1, H/s, W/s)."""
+        return self.decoder(embedding, skips, prompts)

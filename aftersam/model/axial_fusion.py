@@ -1,0 +1,120 @@
+"""Axial Fusion Transformer: attention across the slices of a group, then within each slice.
+
+Source: AFTer-UNet, arXiv 2110.10403, and AFTer-SAM sections 3.3 and 3.4."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from axial_fusion import AxialFusionAttention
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+class AxialFusionTransformer(nn.Module):
+    """L blocks over slice groups, on features plus learned positions.
+
+    `grid` (h, w) is the token grid that the position tables are made for; other grids interpolate them.
+    `position_embedding` "factored" adds a table over positions and one over slices, "full" a table over
+    the pairs. `fusion_init` "zero" makes the transformer the identity at the first step."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_blocks: int,
+        *,
+        grid: tuple[int, int],
+        num_slices: int,
+        attention: Literal["both", "axial", "slice"] = "both",
+        position_embedding: Literal["factored", "full"] = "factored",
+        fusion_init: Literal["zero", "xavier"] = "zero",
+        rank: int = 0,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            AxialFusionBlock(dim, num_heads, attention=attention, rank=rank, alpha=alpha, dropout=dropout)
+            for _ in range(num_blocks)
+        )
+        self.activation_checkpointing = False
+        slices = num_slices if position_embedding == "full" else 1
+        self.position = nn.Parameter(torch.zeros(slices, *grid, dim))  # (N or 1, h, w, C)
+        self.slice_position = (
+            nn.Parameter(torch.zeros(num_slices, 1, 1, dim)) if position_embedding == "factored" else None
+        )
+        for block in self.blocks:
+            block.reset_parameters(zero=fusion_init == "zero")
+        if fusion_init == "xavier":
+            for table in (self.position, self.slice_position):
+                if table is not None:
+                    nn.init.trunc_normal_(table, std=0.02)
+
+    def forward(self, embedding: Tensor, *, query_index: Sequence[int] | None = None) -> Tensor:
+        """embedding (B, N, C, h, w) -> (B, N, C, h, w); with `query_index`, those slices alone: (B, Nq, C, h, w).
+
+        The last block computes only the queried slices; blocks before it need all of them."""
+        _, slices, _, height, width = embedding.shape
+        positions = self.positions(height, width)
+        if positions.shape[0] not in (1, slices):
+            raise ValueError(f"a group of {slices} slices, but the positions are for {positions.shape[0]}")
+        x = embedding.movedim(2, -1) + positions.to(embedding.dtype)  # (B, N, h, w, C)
+        x = x.flatten(2, 3)  # (B, N, P, C)
+        for i, block in enumerate(self.blocks):
+            queries = query_index if i == len(self.blocks) - 1 else None
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, queries, use_reentrant=False)
+            else:
+                x = block(x, queries)
+        return x.unflatten(2, (height, width)).movedim(-1, 2)
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """The table (N or 1, height, width, C), interpolated where the grid differs from the one it was made for."""
+        table = self.position
+        if table.shape[1:3] != (height, width):
+            table = F.interpolate(table.movedim(-1, 1), size=(height, width), mode="bilinear").movedim(1, -1)
+        return table if self.slice_position is None else table + self.slice_position
+
+
+class AxialFusionBlock(nn.Module):
+    """Pre-norm residual block on tokens (B, N, P, C): axial attention, slice attention, MLP."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        attention: Literal["both", "axial", "slice"] = "both",
+        rank: int = 0,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.attention = AxialFusionAttention(
+            dim, num_heads, rank=rank, alpha=alpha, dropout=dropout, attention=attention
+        )
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, int(dim * mlp_ratio)), nn.GELU(), nn.Linear(int(dim * mlp_ratio), dim)
+        )
+
+    def reset_parameters(self, *, zero: bool) -> None:
+        """Xavier weights and zero biases; with `zero`, the last layer of each residual branch is 0."""
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if name.endswith("weight") and parameter.dim() == 2:
+                    nn.init.xavier_uniform_(parameter)
+                elif name.endswith("bias"):
+                    nn.init.zeros_(parameter)
+        if zero:
+            for layer in (*self.attention.output_projections(), self.mlp[-1]):
+                nn.init.zeros_(layer.weight)
+
+    def forward(self, x: Tensor, query_index: Sequence[int] | None = None) -> Tensor:
+        x = self.attention(x, query_index=query_index)  # (B, Nq, P, C), each half with its residual
+        return x + self.mlp(self.norm(x))

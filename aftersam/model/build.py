@@ -1,0 +1,90 @@
+"""Configuration to AfterSAM: builds the parts, loads SAM's weights, freezes, adds LoRA. Knows every key, no tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from aftersam.config import ENCODERS, Config, ModelConfig
+from aftersam.model.aftersam import AfterSAM
+from aftersam.model.axial_fusion import AxialFusionTransformer
+from aftersam.model.image_encoder import (
+    ConvStem,
+    add_encoder_lora,
+    build_image_encoder,
+    load_image_encoder_state,
+)
+from aftersam.model.mask_decoder import MaskDecoder, add_decoder_lora, load_mask_decoder_state
+from aftersam.model.sam import SamCheckpoint
+
+
+def resolve_encoder(config: Config, *, pretrained: bool) -> Config:
+    """`config` with encoder "auto" decided: lora with SAM weights, full without.
+
+    Raises ValueError for an encoder that would stay at frozen random weights."""
+    encoder = config.model.encoder
+    if encoder == "auto":
+        encoder = "lora" if pretrained else "full"
+    if encoder != "full" and not pretrained:
+        raise ValueError(
+            f"encoder is {encoder!r}, which freezes the encoder's random weights; "
+            "give --sam-checkpoint, or use --encoder full"
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, encoder=encoder))
+
+
+def build_aftersam(config: ModelConfig, num_classes: int, *, sam: SamCheckpoint | None = None) -> AfterSAM:
+    """The model that `config` describes, for `num_classes` classes, background included.
+
+    `sam` gives official weights to the encoder and the decoder; without it they are random (to be trained, or
+    loaded from a run). encoder "auto" means "lora" with `sam` and "full" without."""
+    size = ENCODERS[config.image_encoder]
+    alpha, dropout = config.lora_alpha, config.lora_dropout
+    encoder = build_image_encoder(config.image_encoder, image_size=config.image_size)
+    stem = None
+    if config.output_stride < 4 and not encoder.skip_channels:
+        stem = ConvStem(3, channels=(16, 32, 64))  # strides 1, 2, 4 beside SAM's one patch convolution
+    fusion = None
+    if config.attention != "none":
+        fusion = AxialFusionTransformer(
+            size.out_channels,
+            config.num_heads,
+            config.num_blocks,
+            grid=(config.image_size // size.patch,) * 2,
+            num_slices=config.num_slices,
+            attention=config.attention,
+            position_embedding=config.position_embedding,
+            fusion_init=config.fusion_init,
+            rank=config.lora_rank if config.fusion_weights == "lora" else 0,
+            alpha=alpha,
+            dropout=dropout,
+        )
+        if config.fusion_weights == "lora":
+            fusion.freeze_projections()
+    decoder = MaskDecoder(
+        num_classes,
+        size.out_channels,
+        upscale=size.patch // config.output_stride,
+        output_stride=config.output_stride,
+        skip_channels=encoder.skip_channels if stem is None else stem.skip_channels,
+        decoder_attention=config.decoder_attention,
+    )
+    if sam is not None:
+        load_image_encoder_state(encoder, sam.state)
+        load_mask_decoder_state(decoder, sam.state)
+    mode = config.encoder if config.encoder != "auto" else ("lora" if sam is not None else "full")
+    if mode != "full":
+        encoder.requires_grad_(False)
+    if mode == "lora":
+        add_encoder_lora(encoder, config.lora_rank, alpha, dropout)
+    if config.decoder == "lora":
+        add_decoder_lora(decoder, config.lora_rank, alpha, dropout)
+    return AfterSAM(encoder, fusion, decoder, hu_windows=config.hu_windows, stem=stem)
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Fold every LoRA update of `model` into its weight, in place, for inference."""
+    for module in model.modules():
+        if hasattr(module, "merge"):
+            module.merge()

@@ -1,0 +1,231 @@
+"""Features of a slice to one mask per class: SAM's mask decoder without prompts, IoU head or single-image limit.
+
+Every class, background first, has a token. Tokens and image attend to each other; the image is upscaled ×2 a
+stage; a class's logits are the dot product of its token's hypernetwork with the pixel features. Stages at strides
+where the encoder has skips take them in.
+
+Source: segment_anything/modeling/mask_decoder.py; the skips are U-Net's, arXiv 1505.04597."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from axial_fusion import LoRALinear
+from torch import Tensor, nn
+
+from aftersam.model.image_encoder import ConvBlock, LayerNorm2d
+from aftersam.model.sam import segment_anything_modeling
+
+
+class MaskDecoder(nn.Module):
+    """Embeddings (T, C, h, w) of T slices -> logits (T, K+1, h·upscale, w·upscale).
+
+    `num_classes` is K+1, background included. `skip_channels` are the channels of the encoder's skips at strides
+    1, 2, 4, ..., finest first; stages at those strides use them, those finer than `output_stride` are not needed.
+    `decoder_attention` "image_to_token" leaves tokens as they are and only lets the image attend to them."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int,
+        *,
+        upscale: int,
+        output_stride: int = 1,
+        skip_channels: tuple[int, ...] = (),
+        decoder_attention: Literal["two_way", "image_to_token"] = "two_way",
+        num_heads: int = 8,
+    ) -> None:
+        super().__init__()
+        if upscale < 4 or upscale & (upscale - 1):
+            raise ValueError(f"upscale is {upscale}, but must be 4, 8, 16 or a higher power of 2")
+        if decoder_attention not in ("two_way", "image_to_token"):
+            raise ValueError(f"decoder_attention is {decoder_attention!r}, but must be two_way or image_to_token")
+        sam = segment_anything_modeling("transformer")
+        if decoder_attention == "two_way":
+            self.transformer = sam.TwoWayTransformer(2, dim, num_heads, mlp_dim=8 * dim)
+        else:
+            self.transformer = ImageToTokenTransformer(2, dim, num_heads)
+        self.pe_layer = segment_anything_modeling("prompt_encoder").PositionEmbeddingRandom(dim // 2)
+        self.no_mask_embed = nn.Embedding(1, dim)
+        self.class_tokens = nn.Embedding(num_classes, dim)
+        stages = int(math.log2(upscale))
+        channels = [dim // 4] + [dim // 8] * (stages - 1)
+        self.output_upscaling = nn.Sequential(  # SAM's two stages, by SAM's names
+            nn.ConvTranspose2d(dim, channels[0], 2, stride=2),
+            LayerNorm2d(channels[0]),
+            nn.GELU(),
+            nn.ConvTranspose2d(channels[0], channels[1], 2, stride=2),
+            nn.GELU(),
+        )
+        self.added_stages = nn.ModuleList(
+            nn.Sequential(nn.ConvTranspose2d(before, after, 2, stride=2), nn.ReLU(inplace=True))
+            for before, after in zip(channels[1:], channels[2:], strict=False)
+        )
+        self.skip_levels = _skip_levels(stages, output_stride, len(skip_channels))
+        self.fusions = nn.ModuleDict(
+            {
+                str(stage): SkipFusion(channels[stage], skip_channels[level])
+                for stage, level in enumerate(self.skip_levels)
+                if level is not None
+            }
+        )
+        mlp = segment_anything_modeling("mask_decoder").MLP
+        self.output_hypernetworks_mlps = nn.ModuleList(mlp(dim, dim, channels[-1], 3) for _ in range(num_classes))
+        self.class_bias = nn.Parameter(torch.zeros(num_classes))
+        for hypernetwork in self.output_hypernetworks_mlps:
+            nn.init.trunc_normal_(hypernetwork.layers[-1].weight, std=0.02)
+            nn.init.zeros_(hypernetwork.layers[-1].bias)
+
+    def forward(
+        self, embedding: Tensor, skips: Sequence[Tensor] = (), prompt_embeddings: Tensor | None = None
+    ) -> Tensor:
+        """embedding (T, C, h, w), skips finest first, prompt_embeddings (T, n, C) -> logits (T, K+1, H, W)."""
+        slices, _, height, width = embedding.shape
+        tokens = self.class_tokens.weight.expand(slices, -1, -1)  # (T, K+1, C)
+        if prompt_embeddings is not None:
+            tokens = torch.cat([tokens, prompt_embeddings.to(tokens.dtype)], dim=1)
+        x = embedding + self.no_mask_embed.weight[0, :, None, None]
+        tokens, x = self.transformer(x, self._positions(height, width), tokens)
+        x = x.transpose(1, 2).unflatten(2, (height, width))  # (T, C, h, w)
+        pixels = self._upscale(x, skips)  # (T, c, H, W)
+        weights = torch.stack(
+            [mlp(tokens[:, i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], dim=1
+        )  # (T, K+1, c)
+        logits = weights @ pixels.flatten(2) + self.class_bias[:, None]
+        return logits.unflatten(2, pixels.shape[2:])
+
+    def _positions(self, height: int, width: int) -> Tensor:
+        """(1, C, h, w): SAM's random Fourier features, in fp32, since bf16 turns their phases by whole radians."""
+        with torch.autocast(self.class_bias.device.type, enabled=False):
+            return self.pe_layer((height, width))[None]
+
+    def _upscale(self, x: Tensor, skips: Sequence[Tensor]) -> Tensor:
+        stages = [self.output_upscaling[:3], self.output_upscaling[3:], *self.added_stages]
+        for i, (stage, level) in enumerate(zip(stages, self.skip_levels, strict=True)):
+            x = stage(x)
+            if level is not None:
+                x = self.fusions[str(i)](x, skips[level])
+        return x
+
+
+class SkipFusion(nn.Module):
+    """x + block(cat(x, skip)): the skip's detail enters beside what SAM's own stage made."""
+
+    def __init__(self, channels: int, skip_channels: int) -> None:
+        super().__init__()
+        self.block = ConvBlock(channels + skip_channels, channels)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return x + self.block(torch.cat([x, skip.to(x.dtype)], dim=1))
+
+
+class ImageToTokenTransformer(nn.Module):
+    """What the paper keeps of SAM's two-way transformer: the image attends to the tokens, by SAM's names."""
+
+    def __init__(self, depth: int, dim: int, num_heads: int) -> None:
+        super().__init__()
+        attention = segment_anything_modeling("transformer").Attention
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "cross_attn_image_to_token": attention(dim, num_heads, downsample_rate=2),
+                    "norm4": nn.LayerNorm(dim),
+                }
+            )
+            for _ in range(depth)
+        )
+
+    def forward(self, image: Tensor, image_pe: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """image (T, C, h, w), image_pe (1, C, h, w), tokens (T, K+1, C) -> tokens, image as (T, P, C)."""
+        x = image.flatten(2).transpose(1, 2)
+        positions = image_pe.flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            x = layer["norm4"](x + layer["cross_attn_image_to_token"](q=x + positions, k=tokens, v=tokens))
+        return tokens, x
+
+
+def load_mask_decoder_state(
+    decoder: MaskDecoder, state: Mapping[str, Tensor], *, noise: float = 0.1, seed: int = 0
+) -> None:
+    """Load what the decoder shares with SAM's `mask_decoder.*` and `prompt_encoder.*`.
+
+    Class tokens and hypernetworks all start as SAM's mask token 0 and its hypernetwork, with Gaussian noise of
+    `noise` times each tensor's standard deviation, drawn from `seed`. SAM's other mask tokens, its IoU token and
+    head and the rest of its prompt encoder have no place here. Skip fusions start silent and added stages as copies
+    of each pixel, so that the first logits are SAM's masks.
+
+    Raises ValueError that names the first tensor that is missing or of another shape."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noisy(value: Tensor) -> Tensor:
+        drawn = torch.randn(value.shape, generator=generator, dtype=torch.float32).to(value)
+        return value + noise * value.std() * drawn if value.numel() > 1 else value
+
+    weights = decoder.state_dict()
+    for key, value in weights.items():
+        found, seeded = _sam_tensor(key, state)
+        if found is None:
+            continue
+        if found.shape != (value.shape[1:] if key == "class_tokens.weight" else value.shape):
+            raise ValueError(
+                f"the SAM weights do not fit the decoder's {key}: they have the shape {tuple(found.shape)}, "
+                f"it needs {tuple(value.shape)}"
+            )
+        if key == "class_tokens.weight":
+            found = found.expand_as(value)
+        weights[key] = noisy(found.clone()) if seeded else found
+    decoder.load_state_dict(weights)
+    with torch.no_grad():
+        for fusion in decoder.fusions.values():
+            fusion.block[1].weight.zero_()
+        for stage in decoder.added_stages:
+            stage[0].weight.copy_(torch.eye(stage[0].out_channels)[..., None, None])
+            stage[0].bias.zero_()
+
+
+def add_decoder_lora(
+    decoder: MaskDecoder, rank: int, alpha: float | None = None, dropout: float = 0.0
+) -> None:
+    """Freeze `decoder` but for its class tokens, hypernetworks, biases and added layers, and for LoRA on q and v
+    of its attentions, put there in place. `alpha` None means alpha = rank."""
+    decoder.requires_grad_(False)
+    for module in list(decoder.transformer.modules()):
+        for name in ("q_proj", "v_proj"):
+            linear = getattr(module, name, None)
+            if isinstance(linear, nn.Linear):
+                setattr(module, name, LoRALinear.from_linear(linear, rank, alpha, dropout))
+    for part in (
+        decoder.class_tokens,
+        decoder.output_hypernetworks_mlps,
+        decoder.added_stages,
+        decoder.fusions,
+    ):
+        part.requires_grad_(True)
+    decoder.class_bias.requires_grad_(True)
+
+
+def _skip_levels(stages: int, output_stride: int, levels: int) -> list[int | None]:
+    """For each stage, coarse to fine, the index of the skip (stride 2^index) at its stride, or None."""
+    strides = [output_stride << (stages - 1 - i) for i in range(stages)]
+    return [level if (level := stride.bit_length() - 1) < levels else None for stride in strides]
+
+
+def _sam_tensor(key: str, state: Mapping[str, Tensor]) -> tuple[Tensor | None, bool]:
+    """SAM's tensor for the decoder's `key`, and whether noise is added; None for what only we have."""
+    part, _, rest = key.partition(".")
+    if part in ("transformer", "output_upscaling"):
+        source, seeded = f"mask_decoder.{key}", False
+    elif part in ("no_mask_embed", "pe_layer"):
+        source, seeded = f"prompt_encoder.{key}", False
+    elif part == "class_tokens":
+        source, seeded = "mask_decoder.mask_tokens.weight", True
+    elif part == "output_hypernetworks_mlps":
+        source, seeded = f"mask_decoder.{part}.0.{rest.partition('.')[2]}", True
+    else:
+        return None, False
+    if source not in state:
+        raise ValueError(f"the SAM weights lack {source}, which the decoder needs")
+    return state[source][0] if part == "class_tokens" else state[source], seeded

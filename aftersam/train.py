@@ -1,0 +1,448 @@
+"""Train AFTer-SAM on a CT data set.    python -m aftersam.train --data DATASET --output RUN
+
+Leaves in RUN: config.json (repeat the run with --config), run.json (labels, preprocessing, versions), best.safetensors
+and last.safetensors, history.jsonl, curves and overlays as PNG, TensorBoard logs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from aftersam.config import PRESETS, Config, TrainConfig, from_dict, preset, to_dict, validate
+
+if TYPE_CHECKING:
+    import torch
+
+    from aftersam.data.slice_group import CachedCase
+    from aftersam.model.aftersam import AfterSAM
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    data: Path
+    """Data set: nnU-Net raw, MSD, SegTHOR, or images/ beside labels/."""
+    output: Path
+    """Folder of the run, made if needed."""
+    config: Config
+    preset: Literal["paper", "best", "small", "tiny"] | None = None
+    """Choices that a key not given takes; paper with a SAM checkpoint, else small."""
+    config_file: Path | None = None
+    """Also --config: repeat a run from its config.json; keys given beside it win."""
+    sam_checkpoint: str | None = None
+    """Official SAM weights: a .pth file, or vit_b, vit_l, vit_h to download them once to a cache."""
+    resume: bool = False
+    """Go on from last.safetensors in --output, with the configuration stored there."""
+    fold: int = 0
+    """Fold of splits_final.json, or of the five seeded ones where there is none."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:1."""
+    cache: Path | None = None
+    """Folder of the preprocessed volumes; RUN/cache unless given."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all of it is stored in a checkpoint."""
+
+    step: int = 0
+    seconds: float = 0.0
+    validated: int = 0
+    best: float = -1.0
+
+    def fraction(self, config: TrainConfig, steps_per_epoch: int) -> float:
+        """Share of the run that is done, by whichever limit comes first."""
+        limits = []
+        if config.max_steps is not None:
+            limits.append(self.step / config.max_steps)
+        if config.max_minutes is not None:
+            limits.append(self.seconds / (60 * config.max_minutes))
+        if not limits:
+            limits.append(self.step / (config.epochs * steps_per_epoch))
+        return min(max(limits), 1.0)
+
+
+def learning_rate(config: TrainConfig, progress: float) -> float:
+    """The rate at `progress` in [0, 1] of the run: warm-up, then `schedule`."""
+    rate = config.learning_rate
+    if progress < config.warmup:
+        return rate * (progress + 1e-3) / config.warmup
+    if config.schedule == "step":
+        return rate if progress < 500 / 550 else rate / 10
+    return rate * (1 - progress) ** 0.9
+
+
+def batches(
+    seed: int, cases: int, batch_size: int, *, rank: int, world: int, start: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Endless (epoch, case) lists for one process from optimiser step `start` on.
+
+    An epoch is a seeded permutation of the cases, so that any process at any step knows its groups."""
+    import numpy as np
+
+    share = batch_size * world
+    steps = steps_in_epoch(cases, share)
+    step = start
+    while True:
+        epoch, index = divmod(step, steps)
+        order = np.random.default_rng((seed, epoch)).permutation(cases)
+        picked = [int(order[(index * share + i) % cases]) for i in range(share)]
+        yield [(epoch, case) for case in picked[rank * batch_size : (rank + 1) * batch_size]]
+        step += 1
+
+
+def steps_in_epoch(cases: int, share: int) -> int:
+    return math.ceil(cases / share)
+
+
+def train(args: TrainArgs) -> Path:
+    """Run or resume the training that `args` describe and return the folder of the run.
+
+    Raises ValueError on bad input, FloatingPointError when the loss is no longer finite (last.safetensors then
+    holds the last good state)."""
+    run = _Run(args)
+    run.loop()
+    return args.output
+
+
+class _Run:
+    """A training run: its parts, its progress, and the files it leaves."""
+
+    def __init__(self, args: TrainArgs) -> None:
+        import torch
+        from accelerate import Accelerator
+        from accelerate.utils import set_seed
+
+        from aftersam.checkpoint import load_training, read_json, write_json
+        from aftersam.data.dataset import find_dataset, mirror_pairs, split
+        from aftersam.data.slice_group import SliceGroups, cache_cases
+        from aftersam.model.build import build_aftersam, resolve_encoder
+        from aftersam.model.sam import read_sam_checkpoint
+
+        self.output = args.output
+        stored: dict[str, Any] = {}
+        config, sam_name, fold, data = args.config, args.sam_checkpoint, args.fold, args.data
+        if args.resume:
+            config = from_dict(Config, read_json(args.output / "config.json"))
+            stored = read_json(args.output / "run.json")
+            sam_name, fold = None, stored["fold"]
+        elif (args.output / "last.safetensors").exists():
+            raise ValueError(f"{args.output} holds a run already; go on with --resume or choose another --output")
+        sam = read_sam_checkpoint(sam_name) if sam_name else None
+        if sam is not None:
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, image_encoder=sam.name))
+        config = resolve_encoder(config, pretrained=sam is not None or args.resume)
+        self.config = config = validate(config)
+
+        precision = precision_for(config.train.precision, args.device)
+        self.accelerator = Accelerator(
+            mixed_precision={"fp32": "no"}.get(precision, precision),
+            cpu=args.device == "cpu",
+            log_with="tensorboard",
+            project_dir=str(args.output),
+        )
+        self.device = self.accelerator.device
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+        set_seed(config.train.seed)
+
+        dataset = find_dataset(data)
+        args.output.mkdir(parents=True, exist_ok=True)
+        train_ids, validation_ids = split(dataset, fold, config.train.seed, write_to=args.output / "splits_final.json")
+        labels = dataset.labels
+        names = {int(k): v for k, v in stored["labels"].items()} if stored else labels
+        if names != labels:
+            raise ValueError(f"{data} has the labels {labels}, but the run to resume was trained on {names}")
+        cached = cache_cases(
+            dataset,
+            [*train_ids, *validation_ids],
+            config.data,
+            args.cache or args.output / "cache",
+            training=train_ids,
+        )
+        self.labels = labels
+        self.training: list[CachedCase] = [cached[case] for case in train_ids]
+        self.validation: list[CachedCase] = [cached[case] for case in validation_ids]
+        self.groups = SliceGroups(
+            self.training,
+            model=config.model,
+            data=config.data,
+            seed=config.train.seed,
+            label_swap=mirror_pairs(labels) if "mirror" in config.data.augmentation else {},
+        )
+
+        model: AfterSAM = build_aftersam(config.model, num_classes=len(labels) + 1, sam=sam)
+        model.set_activation_checkpointing(config.train.activation_checkpointing)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.train.optimizer]
+        optimizer = kind(
+            trainable, lr=config.train.learning_rate, betas=(0.9, 0.999), weight_decay=config.train.weight_decay
+        )
+        self.progress = Progress()
+        if args.resume:
+            facts = load_training(args.output / "last.safetensors", model, optimizer)
+            self.progress = Progress(**facts["progress"])
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        world = self.accelerator.num_processes
+        self.steps_per_epoch = steps_in_epoch(len(self.training), config.train.batch_size * world)
+        if self.accelerator.is_main_process:
+            self._trim_history()
+            if not args.resume:
+                write_json(args.output / "config.json", to_dict(config))
+                write_json(args.output / "run.json", self._facts(args, dataset.name, sam.sha256 if sam else None))
+        self.accelerator.init_trackers("tensorboard")
+        count = sum(p.numel() for p in trainable)
+        total = sum(p.numel() for p in model.parameters())
+        self._say(
+            f"{len(self.training)} training and {len(self.validation)} validation scans, {len(labels)} organs; "
+            f"{config.model.image_encoder}, {total / 1e6:.1f} M parameters of which {count / 1e6:.1f} M train; "
+            f"{self.device}, {precision}"
+        )
+
+    def loop(self) -> None:
+        """Optimiser steps until the run's limit, with validations and checkpoints on the way."""
+        import torch
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        config, progress = self.config.train, self.progress
+        loader = torch.utils.data.DataLoader(
+            self.groups,
+            batch_sampler=batches(
+                config.seed,
+                len(self.training),
+                config.batch_size,
+                rank=self.accelerator.process_index,
+                world=self.accelerator.num_processes,
+                start=progress.step,
+            ),
+            num_workers=config.num_workers,
+            persistent_workers=config.num_workers > 0,
+        )
+        source = iter(loader)
+        began = time.monotonic() - progress.seconds
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn(),
+        )  # fmt: skip
+        with (
+            (self.output / "history.jsonl").open("a", buffering=1) as history,
+            Bar(*columns, disable=not self.accelerator.is_main_process) as bar,
+        ):
+            task = bar.add_task("training", total=1000, loss="")
+            while (fraction := progress.fraction(config, self.steps_per_epoch)) < 1:
+                rate = learning_rate(config, fraction)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                record = self._step(next(source))
+                progress.step += 1
+                progress.seconds = time.monotonic() - began
+                record |= {"step": progress.step, "minutes": round(progress.seconds / 60, 4), "lr": rate}
+                done = progress.fraction(config, self.steps_per_epoch)
+                if self.accelerator.is_main_process:
+                    history.write(json.dumps(record) + "\n")
+                bar.update(task, completed=int(1000 * done), loss=f"step {progress.step}, loss {record['loss']:.3f}")
+                if progress.step % 10 == 0:
+                    self.accelerator.log({k: record[k] for k in ("loss", "dice", "ce", "lr")}, step=progress.step)
+                if self.validation and done * config.validations >= progress.validated + 1:
+                    progress.validated = int(done * config.validations)
+                    if self.accelerator.is_main_process:
+                        history.write(json.dumps(self._validate()) + "\n")
+                    self.accelerator.wait_for_everyone()
+                    progress.seconds = time.monotonic() - began
+                if progress.step % config.checkpoint_steps == 0:
+                    self._checkpoint()
+            bar.update(task, completed=1000)
+        self._checkpoint()
+        if self.accelerator.is_main_process and not self.validation:
+            self._save_best()
+        self.accelerator.end_training()
+
+    def _step(self, batch: dict[str, Any]) -> dict[str, float]:
+        """One optimiser step on a batch of groups: {"loss", "dice", "ce"}."""
+        import torch
+
+        from aftersam.losses import segmentation_loss
+
+        config = self.config.train
+        hu, labels = batch["hu"].to(self.device), batch["labels"].to(self.device)
+        centre = (self.config.model.num_slices // 2,)
+        query_index = centre if config.supervision == "centre" else None
+        self.model.train()
+        try:
+            logits = self.model(hu, query_index=query_index)
+            loss = segmentation_loss(
+                logits,
+                labels if query_index is None else labels[:, list(centre)],
+                dice=config.dice,
+                ce_foreground_weight=config.ce_foreground_weight,
+            )
+            self.optimizer.zero_grad()
+            self.accelerator.backward(loss.total)
+            if config.clip_norm:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+            total = float(loss.total.detach())
+            if not math.isfinite(total):
+                raise FloatingPointError(
+                    f"the loss is {total} at step {self.progress.step + 1} on {', '.join(batch['case'])}; "
+                    f"last.safetensors keeps the last good state; a lower --learning-rate or --precision fp32 may help"
+                )
+            self.optimizer.step()
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(
+                "the device ran out of memory; use --activation-checkpointing, or a smaller --batch-size, "
+                f"--image-size or --num-slices ({str(error).splitlines()[0]})"
+            ) from None
+        return {"loss": total, "dice": float(loss.dice.detach()), "ce": float(loss.ce.detach())}
+
+    def _validate(self) -> dict[str, Any]:
+        """Predict the validation scans at the model's spacing, keep the best weights, draw the first scan."""
+        import numpy as np
+
+        from aftersam.figures import loss_figure, overlay_png
+        from aftersam.metrics import dice
+        from aftersam.streaming import predict_labels
+
+        model = self.accelerator.unwrap_model(self.model)
+        scores: dict[str, list[float]] = {name: [] for name in self.labels.values()}
+        for i, case in enumerate(self.validation):
+            hu, truth = case.hu, case.labels
+            mask = predict_labels(
+                model, hu, self.config.model, box=case.box, output_shape=hu.shape, precision=self.dtype
+            )
+            for value, name in self.labels.items():
+                scores[name].append(dice(mask == value, truth == value))
+            if i == 0:
+                overlay_png(
+                    self.output / "overlay.png", hu, mask, case.spacing_mm, self.labels,
+                    reference=np.asarray(truth), title=f"{case.id}, step {self.progress.step}",
+                )  # fmt: skip
+        per_organ = {name: _mean(values) for name, values in scores.items()}
+        mean = _mean([value for value in per_organ.values() if value is not None])
+        if mean is not None and mean > self.progress.best:
+            self.progress.best = mean
+            self._save_best()
+        self.accelerator.log({"val_mean_dsc": mean or 0.0}, step=self.progress.step)
+        self._say(f"step {self.progress.step}: validation DSC {mean if mean is None else round(mean, 4)}")
+        loss_figure(self.output / "history.jsonl", self.output / "loss.png")
+        return {
+            "step": self.progress.step,
+            "minutes": round(self.progress.seconds / 60, 4),
+            "val_dsc": per_organ,
+            "val_mean_dsc": mean,
+        }
+
+    def _checkpoint(self) -> None:
+        from aftersam.checkpoint import save_training
+
+        if self.accelerator.is_main_process:
+            model = self.accelerator.unwrap_model(self.model)
+            facts = {"step": self.progress.step, "progress": dataclasses.asdict(self.progress)}
+            save_training(self.output / "last.safetensors", model, self.optimizer.optimizer, facts)
+
+    def _save_best(self) -> None:
+        from aftersam.checkpoint import save_weights
+
+        facts = {"step": self.progress.step, "val_mean_dsc": self.progress.best}
+        save_weights(self.output / "best.safetensors", self.accelerator.unwrap_model(self.model), facts)
+
+    def _trim_history(self) -> None:
+        """Drop what a killed run logged after its last checkpoint: those steps are done again."""
+        path = self.output / "history.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] <= self.progress.step]
+            path.write_text("".join(line + "\n" for line in kept))
+
+    def _facts(self, args: TrainArgs, dataset: str, sam_sha256: str | None) -> dict[str, Any]:
+        import accelerate
+        import monai
+        import torch
+
+        first = self.training[0]
+        return {
+            "labels": {str(value): name for value, name in self.labels.items()},
+            "spacing_mm": None if self.config.data.spacing_mm == "native" else list(first.spacing_mm),
+            "dataset": dataset,
+            "fold": args.fold,
+            "sam_sha256": sam_sha256,
+            "versions": {
+                "torch": torch.__version__,
+                "monai": monai.__version__,
+                "accelerate": accelerate.__version__,
+            },
+        }
+
+    def _say(self, text: str) -> None:
+        self.accelerator.print(text)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    """Mean of the values that are numbers, None without any: JSON has no NaN."""
+    numbers = [value for value in values if not math.isnan(value)]
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def precision_for(wanted: str, device: str) -> str:
+    """fp32, bf16 or fp16: what `precision` means on this machine."""
+    import torch
+
+    if wanted != "auto":
+        return wanted
+    if device != "cpu" and torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def parse(argv: Sequence[str] | None) -> TrainArgs:
+    """Flags to arguments. --preset and --config are read first: they are the other keys' defaults."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = ["--config-file" + a.removeprefix("--config") if a.split("=")[0] == "--config" else a for a in argv]
+    given = {name: _peek(argv, name) for name in ("--preset", "--config-file", "--sam-checkpoint")}
+    name = given["--preset"] or ("paper" if given["--sam-checkpoint"] else "small")
+    if given["--config-file"]:
+        from aftersam.checkpoint import read_json
+
+        config = from_dict(Config, read_json(Path(given["--config-file"])), where=given["--config-file"])
+    else:
+        config = preset(name)
+    limits = {"max_steps": _peek(argv, "--max-steps"), "max_minutes": _peek(argv, "--max-minutes")}
+    if any(value is not None for value in limits.values()):  # one limit given replaces a preset's other
+        cleared = dataclasses.replace(config.train, max_steps=None, max_minutes=None)
+        config = dataclasses.replace(config, train=cleared)
+    default = TrainArgs(data=tyro.MISSING, output=tyro.MISSING, config=config)
+    return tyro.cli(
+        TrainArgs, args=argv, default=default, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
+    )
+
+
+def _peek(argv: Sequence[str], name: str) -> str | None:
+    """The value of flag `name`, in either spelling, before the real parser runs."""
+    for i, arg in enumerate(argv):
+        flag, equals, value = arg.partition("=")
+        if flag.replace("_", "-") == name:
+            return value if equals else (argv[i + 1] if i + 1 < len(argv) else None)
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        args = parse(argv)
+        if not args.resume:
+            name = args.config_file or args.preset or ("paper" if args.sam_checkpoint else "small")
+            print(f"preset {name}" if args.config_file is None else f"configuration {name}")
+        train(args)
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+        print(f"aftersam.train: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Attention across and within slices, factorised."""

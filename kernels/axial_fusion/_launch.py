@@ -1,0 +1,198 @@
+"""What every op shares: argument checks, autocast, and the one rule that says which backend runs.
+
+`auto` picks by device, dtype and head size, never by how many tokens there are on a GPU, so that a compiled
+model is not compiled again for each image size. A backend that is named and cannot run raises ValueError."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Op = Literal[
+    "axial_attention",
+    "slice_attention",
+    "rel_pos_attention",
+    "window_attention",
+    "lora_linear",
+    "axial_fusion_attention",
+]
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "axial_attention": ("triton", "torch"),
+    "slice_attention": ("sdpa", "flash", "xformers", "flex", "torch"),
+    "rel_pos_attention": ("torch",),
+    "window_attention": ("torch",),
+    "lora_linear": ("torch",),
+    "axial_fusion_attention": ("triton", "torch"),  # of its axial attention; "torch" holds for every part
+}
+INSTALLED = {name: find_spec(name) is not None for name in ("triton", "flash_attn", "xformers")}
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")  # Triton reads it once, as we do
+MAX_TRITON_SLICES = 64  # one tile holds every slice of a position
+MAX_TRITON_HEAD_DIM = 128
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Choice(NamedTuple):
+    """Which backend runs an op, and why."""
+
+    backend: str
+    reason: str
+
+
+def select_backend(op: Op, *tensors: Tensor, backend: str = "auto") -> Choice:
+    """The backend that `op` takes for these tensors (its inputs in order; the first one decides), and why.
+
+    Raises ValueError for an op or a backend that does not exist, or a named backend that cannot run here."""
+    if op not in BACKENDS:
+        raise ValueError(f"op is {op!r}; there are {', '.join(BACKENDS)}")
+    if not tensors:
+        raise ValueError(f"select_backend({op!r}) needs the op's tensors")
+    if backend == "auto":
+        return _fastest(op, tensors)
+    if backend not in BACKENDS[op]:
+        raise ValueError(f"backend is {backend!r}; {op} has auto, {', '.join(BACKENDS[op])}")
+    obstacle = _obstacle(op, backend, tensors)
+    if obstacle:
+        raise ValueError(f"backend {backend!r} cannot run {op} here: {obstacle}")
+    return Choice(backend, "named by the caller")
+
+
+def _fastest(op: str, tensors: tuple[Tensor, ...]) -> Choice:
+    first = tensors[0]
+    if op in ("axial_attention", "axial_fusion_attention"):
+        if first.device.type == "cpu":
+            return Choice("torch", "a CPU tensor: library matmuls are fastest there")
+        obstacle = _obstacle(op, "triton", tensors)
+        if obstacle:
+            return Choice("torch", obstacle)
+        return Choice("triton", "q, k and v are read once and no score leaves the chip")
+    if op == "slice_attention":
+        # On a CPU, oneDNN's bf16 matmuls outrun the flash kernel until the scores leave the cache.
+        if first.device.type == "cpu" and first.dtype in HALF and first.shape[2] <= 512:
+            return Choice("torch", "half precision and at most 512 positions on a CPU: plain matmuls are faster")
+        return Choice("sdpa", "torch picks the fastest fused attention for the device")
+    return Choice("torch", f"{op} has this backend alone")
+
+
+def _obstacle(op: str, backend: str, tensors: tuple[Tensor, ...]) -> str | None:
+    """Why `backend` cannot run `op` on these tensors, or None."""
+    first = tensors[0]
+    if backend in ("torch", "sdpa"):
+        return None
+    if under_transform(tensors):
+        return "it has no forward-mode derivative and no torch.func transform; the torch backend has both"
+    if backend == "triton":
+        return _triton_obstacle(op, tensors)
+    if backend == "flex":
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        return "FlexAttention has no gradient on a CPU" if first.device.type == "cpu" and needs_grad else None
+    package = {"flash": "flash_attn", "xformers": "xformers"}[backend]
+    if not INSTALLED[package]:
+        return f"the package {package} is not installed"
+    if first.device.type != "cuda":
+        return f"it needs CUDA tensors, found {first.device.type}"
+    if backend == "flash" and first.dtype not in HALF:
+        return f"it needs float16 or bfloat16, found {dtype_name(first.dtype)}"
+    return None
+
+
+def _triton_obstacle(op: str, tensors: tuple[Tensor, ...]) -> str | None:
+    first = tensors[0]
+    if not INSTALLED["triton"]:
+        return "the package triton is not installed"
+    if first.device.type != "cuda" and not (INTERPRETED and first.device.type == "cpu"):
+        return f"it needs CUDA tensors, found {first.device.type}"
+    if first.dtype not in (torch.float32, *HALF):
+        return f"it needs float32, float16 or bfloat16, found {dtype_name(first.dtype)}"
+    slices = max(t.shape[1] for t in tensors)
+    if slices > MAX_TRITON_SLICES:
+        return f"{slices} slices are above {MAX_TRITON_SLICES}"
+    if op == "axial_attention" and first.shape[-1] > MAX_TRITON_HEAD_DIM:
+        return f"head dim {first.shape[-1]} is above {MAX_TRITON_HEAD_DIM}"
+    return None
+
+
+def plain_on(tensor: Tensor) -> bool:
+    """Whether the torch backend runs as a composition that autograd sees through, not as a registered op.
+
+    On a CPU a composition costs less a call and autograd's saved activations save a recomputation; elsewhere the
+    registered op saves its inputs alone. Transforms of torch.func and forward-mode AD need the composition."""
+    return tensor.device.type in ("cpu", "meta") or under_transform((tensor,))
+
+
+def under_transform(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether a torch.func transform is active or one of the tensors carries a forward-mode tangent."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    ad = torch.autograd.forward_ad
+    return ad._current_level >= 0 and any(ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for on this tensor's device; None where it is off or the tensor is fp64."""
+    kind = tensor.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype, or as they are where it is off."""
+    dtype = autocast_dtype(tensors[0])
+    return tensors if dtype is None else tuple(t.to(dtype) for t in tensors)
+
+
+def check_shapes(op: str, expected: dict[str, tuple[Tensor, str]]) -> dict[str, int]:
+    """Match tensors with their letters, {"q": (q, "B N P M D"), ...}, and give each letter's size.
+
+    A number in place of a letter must be matched too. Raises ValueError naming the tensor that does not fit."""
+    sizes: dict[str, int] = {}
+    for name, (tensor, letters) in expected.items():
+        axes = letters.split()
+        if tensor.dim() != len(axes):
+            raise ValueError(f"{op}: {name} must be ({', '.join(axes)}), found shape {tuple(tensor.shape)}")
+        for axis, size in zip(axes, tensor.shape, strict=True):
+            want = int(axis) if axis.isdigit() else sizes.setdefault(axis, size)
+            if want != size:
+                raise ValueError(
+                    f"{op}: {name} must be ({', '.join(axes)}) with {axis} = {want}, found shape {tuple(tensor.shape)}"
+                )
+    return sizes
+
+
+def check_alike(op: str, **tensors: Tensor) -> None:
+    """Raises ValueError unless the tensors share one floating dtype and one device."""
+    (name, first), *rest = tensors.items()
+    if not first.dtype.is_floating_point:
+        raise ValueError(f"{op}: {name} must be floating point, found {dtype_name(first.dtype)}")
+    for other, tensor in rest:
+        if tensor.dtype != first.dtype:
+            raise ValueError(
+                f"{op}: {other} is {dtype_name(tensor.dtype)} but {name} is {dtype_name(first.dtype)}; cast one of them"
+            )
+        if tensor.device != first.device:
+            raise ValueError(f"{op}: {other} is on {tensor.device} but {name} is on {first.device}")
+
+
+def softmax_scale(scale: float | None, head_dim: int) -> float:
+    return 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def no_second_derivative(op: str) -> Callable[..., None]:
+    """A backward for a backward: without it, autograd would drop the second derivative in silence."""
+
+    def refuse(*_: object) -> None:
+        raise NotImplementedError(f"{op} on this backend has no second derivative; backend='torch' on a CPU has")
+
+    return refuse

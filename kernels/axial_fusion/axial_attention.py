@@ -1,0 +1,404 @@
+"""Attention across slices at each position: softmax(scale · q kᵀ) v over the N slices of a group.
+
+N is tiny (9) and D is 32, so one position is far too small for a matrix unit and the op is bound by memory.
+The Triton kernel packs 64 // N positions into one 64-row tile and masks all but the block diagonal of its scores:
+64 × 64 products where 9 × 9 are wanted cost less than the traffic they hide behind. A tile holds whole softmax
+rows, so the backward recomputes them and nothing but q, k, v is saved; each output is written once, without
+atomics. Heads are the fastest axis of the grid: the rows of D elements that neighbours read share cache lines.
+Traffic: forward reads q, k, v and writes y; backward reads these and dY and writes dq, dk, dv.
+
+Gradients, with p the softmax's rows: dv = pᵀ dY, dp = dY vᵀ, ds = p · (dp − Σ p · dp),
+dq = scale · ds k, dk = scale · dsᵀ q."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from axial_fusion._launch import (
+    HALF,
+    autocast,
+    check_alike,
+    check_shapes,
+    no_second_derivative,
+    plain_on,
+    select_backend,
+    softmax_scale,
+)
+from axial_fusion.reference import axial_mask
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the kernels below then stay plain functions that nothing calls
+    triton = tl = None
+
+_jit = (lambda function: function) if triton is None else triton.jit
+
+
+@_jit
+def _rows(tile, batch, head, P, stride_b, stride_n, stride_p, stride_m,
+          SLICES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Rows of a tile, position by position and slice by slice: offset, slice, position in the tile, mask."""
+    row = tl.arange(0, BLOCK)
+    local = row // SLICES
+    index = row % SLICES
+    position = tile * GROUP + local
+    mask = (row < GROUP * SLICES) & (position < P)
+    offs = batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_m
+    offs += index.to(tl.int64) * stride_n + position.to(tl.int64) * stride_p
+    return offs, index, local, mask
+
+
+@_jit
+def _tile(ptr, offs, mask, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Pointers and mask of columns START .. START + WIDTH − 1 of the rows at `offs`; columns past D are masked."""
+    offs_d = START + tl.arange(0, WIDTH)
+    mask_d = mask[:, None] & (offs_d < D)[None, :] if START + WIDTH > D else mask[:, None]
+    return ptr + offs[:, None] + offs_d[None, :], mask_d
+
+
+@_jit
+def _load(ptr, offs, mask, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    ptrs, mask_d = _tile(ptr, offs, mask, START, WIDTH, D)
+    return tl.load(ptrs, mask=mask_d, other=0.0)
+
+
+@_jit
+def _store(ptr, offs, mask, x, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    ptrs, mask_d = _tile(ptr, offs, mask, START, WIDTH, D)
+    tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=mask_d)
+
+
+@_jit
+def _visible(local_q, index_q, mask_q, local_k, index_k, mask_k, lengths_ptr, batch,
+             NQ: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr):  # fmt: skip
+    """Scores that count: same position, real rows, and the causal and length rules.  # [BLOCK_Q, BLOCK_K]"""
+    visible = (local_q[:, None] == local_k[None, :]) & mask_q[:, None] & mask_k[None, :]
+    if CAUSAL:
+        visible = visible & (index_k[None, :] <= index_q[:, None] + (N - NQ))
+    if HAS_LENGTHS:
+        visible = visible & (index_k[None, :] < tl.load(lengths_ptr + batch))
+    return visible
+
+
+@_jit
+def _axial_attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, lengths_ptr, y_ptr,
+    scale, P, M, tiles,
+    stride_qb, stride_qn, stride_qp, stride_qm,
+    stride_kb, stride_kn, stride_kp, stride_km,
+    stride_vb, stride_vn, stride_vp, stride_vm,
+    stride_yb, stride_yn, stride_yp, stride_ym,
+    NQ: tl.constexpr, N: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    head = pid % M
+    tile = (pid // M) % tiles
+    batch = pid // (M * tiles)
+    offs_q, index_q, local_q, mask_q = _rows(
+        tile, batch, head, P, stride_qb, stride_qn, stride_qp, stride_qm, NQ, GROUP, BLOCK_Q
+    )
+    offs_k, index_k, local_k, mask_k = _rows(
+        tile, batch, head, P, stride_kb, stride_kn, stride_kp, stride_km, N, GROUP, BLOCK_K
+    )
+    offs_v, _, _, _ = _rows(tile, batch, head, P, stride_vb, stride_vn, stride_vp, stride_vm, N, GROUP, BLOCK_K)
+    offs_y, _, _, _ = _rows(tile, batch, head, P, stride_yb, stride_yn, stride_yp, stride_ym, NQ, GROUP, BLOCK_Q)
+
+    q0 = _load(q_ptr, offs_q, mask_q, 0, D0, D)  # [BLOCK_Q, D0]
+    k0 = _load(k_ptr, offs_k, mask_k, 0, D0, D)  # [BLOCK_K, D0]
+    v0 = _load(v_ptr, offs_v, mask_k, 0, D0, D)
+    s = tl.dot(q0, tl.trans(k0), input_precision="ieee")  # [BLOCK_Q, BLOCK_K]
+    if D1 > 0:
+        q1 = _load(q_ptr, offs_q, mask_q, D0, D1, D)
+        k1 = _load(k_ptr, offs_k, mask_k, D0, D1, D)
+        s = tl.dot(q1, tl.trans(k1), acc=s, input_precision="ieee")
+
+    visible = _visible(
+        local_q, index_q, mask_q, local_k, index_k, mask_k, lengths_ptr, batch, NQ, N, CAUSAL, HAS_LENGTHS
+    )
+    s = tl.where(visible, s * (scale * 1.4426950408889634), -float("inf"))  # log2(e): exp2 is what hardware has
+    top = tl.max(s, 1)
+    p = tl.exp2(s - tl.where(top == -float("inf"), 0.0, top)[:, None])
+    total = tl.sum(p, 1)
+    share = 1.0 / tl.where(total == 0.0, 1.0, total)  # a query without keys gives 0
+    p = p.to(v0.dtype)
+    _store(y_ptr, offs_y, mask_q, tl.dot(p, v0, input_precision="ieee") * share[:, None], 0, D0, D)
+    if D1 > 0:
+        v1 = _load(v_ptr, offs_v, mask_k, D0, D1, D)
+        _store(y_ptr, offs_y, mask_q, tl.dot(p, v1, input_precision="ieee") * share[:, None], D0, D1, D)
+
+
+@_jit
+def _axial_attention_bwd_kernel(
+    g_ptr, q_ptr, k_ptr, v_ptr, lengths_ptr, dq_ptr, dk_ptr, dv_ptr,
+    scale, P, M, tiles,
+    stride_gb, stride_gn, stride_gp, stride_gm,
+    stride_qb, stride_qn, stride_qp, stride_qm,
+    stride_kb, stride_kn, stride_kp, stride_km,
+    stride_vb, stride_vn, stride_vp, stride_vm,
+    stride_xb, stride_xn, stride_xp, stride_xm,
+    stride_yb, stride_yn, stride_yp, stride_ym,
+    NQ: tl.constexpr, N: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+):  # fmt: skip
+    """dq has the strides x; dk and dv have the strides y."""
+    pid = tl.program_id(0)
+    head = pid % M
+    tile = (pid // M) % tiles
+    batch = pid // (M * tiles)
+    offs_g, index_q, local_q, mask_q = _rows(
+        tile, batch, head, P, stride_gb, stride_gn, stride_gp, stride_gm, NQ, GROUP, BLOCK_Q
+    )
+    offs_q, _, _, _ = _rows(tile, batch, head, P, stride_qb, stride_qn, stride_qp, stride_qm, NQ, GROUP, BLOCK_Q)
+    offs_k, index_k, local_k, mask_k = _rows(
+        tile, batch, head, P, stride_kb, stride_kn, stride_kp, stride_km, N, GROUP, BLOCK_K
+    )
+    offs_v, _, _, _ = _rows(tile, batch, head, P, stride_vb, stride_vn, stride_vp, stride_vm, N, GROUP, BLOCK_K)
+    offs_x, _, _, _ = _rows(tile, batch, head, P, stride_xb, stride_xn, stride_xp, stride_xm, NQ, GROUP, BLOCK_Q)
+    offs_y, _, _, _ = _rows(tile, batch, head, P, stride_yb, stride_yn, stride_yp, stride_ym, N, GROUP, BLOCK_K)
+
+    q0 = _load(q_ptr, offs_q, mask_q, 0, D0, D)  # [BLOCK_Q, D0]
+    k0 = _load(k_ptr, offs_k, mask_k, 0, D0, D)  # [BLOCK_K, D0]
+    g0 = _load(g_ptr, offs_g, mask_q, 0, D0, D)
+    v0 = _load(v_ptr, offs_v, mask_k, 0, D0, D)
+    s = tl.dot(q0, tl.trans(k0), input_precision="ieee")  # [BLOCK_Q, BLOCK_K]
+    dp = tl.dot(g0, tl.trans(v0), input_precision="ieee")
+    if D1 > 0:
+        q1 = _load(q_ptr, offs_q, mask_q, D0, D1, D)
+        k1 = _load(k_ptr, offs_k, mask_k, D0, D1, D)
+        g1 = _load(g_ptr, offs_g, mask_q, D0, D1, D)
+        v1 = _load(v_ptr, offs_v, mask_k, D0, D1, D)
+        s = tl.dot(q1, tl.trans(k1), acc=s, input_precision="ieee")
+        dp = tl.dot(g1, tl.trans(v1), acc=dp, input_precision="ieee")
+
+    visible = _visible(
+        local_q, index_q, mask_q, local_k, index_k, mask_k, lengths_ptr, batch, NQ, N, CAUSAL, HAS_LENGTHS
+    )
+    s = tl.where(visible, s * (scale * 1.4426950408889634), -float("inf"))
+    top = tl.max(s, 1)
+    p = tl.exp2(s - tl.where(top == -float("inf"), 0.0, top)[:, None])
+    total = tl.sum(p, 1)
+    p = p * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+    ds = p * (dp - tl.sum(p * dp, 1)[:, None]) * scale
+    p = tl.trans(p.to(q0.dtype))  # [BLOCK_K, BLOCK_Q]
+    ds = ds.to(q0.dtype)
+    ds_t = tl.trans(ds)
+    _store(dv_ptr, offs_y, mask_k, tl.dot(p, g0, input_precision="ieee"), 0, D0, D)
+    _store(dq_ptr, offs_x, mask_q, tl.dot(ds, k0, input_precision="ieee"), 0, D0, D)
+    _store(dk_ptr, offs_y, mask_k, tl.dot(ds_t, q0, input_precision="ieee"), 0, D0, D)
+    if D1 > 0:
+        _store(dv_ptr, offs_y, mask_k, tl.dot(p, g1, input_precision="ieee"), D0, D1, D)
+        _store(dq_ptr, offs_x, mask_q, tl.dot(ds, k1, input_precision="ieee"), D0, D1, D)
+        _store(dk_ptr, offs_y, mask_k, tl.dot(ds_t, q1, input_precision="ieee"), D0, D1, D)
+
+
+def _config(num_queries: int, num_keys: int, head_dim: int) -> dict[str, int]:
+    """Tile sizes: as many positions as fit in 64 rows, and D as a power of two plus the rest."""
+    group = 64 // max(num_queries, num_keys)
+    first = max(16, 1 << (head_dim.bit_length() - 1))  # the largest power of two in D; a matrix unit takes 16
+    rest = head_dim - first
+    return {
+        "GROUP": group,
+        "BLOCK_Q": _block(group * num_queries),
+        "BLOCK_K": _block(group * num_keys),
+        "D0": first,
+        "D1": _block(rest) if rest > 0 else 0,
+        "num_warps": 4,
+        "num_stages": 1,
+    }
+
+
+def _block(rows: int) -> int:
+    return max(16, 1 << (rows - 1).bit_length())
+
+
+def _launch_forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool) -> Tensor:
+    q, k, v = _last_axis_contiguous(q, k, v)
+    batch, num_queries, positions, heads, dim = q.shape
+    y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if y.numel() == 0:
+        return y
+    if k.shape[1] == 0:
+        return y.zero_()
+    config = _config(num_queries, k.shape[1], dim)
+    tiles = -(-positions // config["GROUP"])
+    with _on(q.device):
+        _axial_attention_fwd_kernel[(batch * tiles * heads,)](
+            q, k, v, lengths, y,
+            scale, positions, heads, tiles,
+            q.stride(0), q.stride(1), q.stride(2), q.stride(3),
+            k.stride(0), k.stride(1), k.stride(2), k.stride(3),
+            v.stride(0), v.stride(1), v.stride(2), v.stride(3),
+            y.stride(0), y.stride(1), y.stride(2), y.stride(3),
+            NQ=num_queries, N=k.shape[1], D=dim, CAUSAL=causal, HAS_LENGTHS=lengths is not None, **config,
+        )  # fmt: skip
+    return y
+
+
+def _launch_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad, q, k, v = _last_axis_contiguous(grad, q, k, v)
+    batch, num_queries, positions, heads, dim = q.shape
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    if q.numel() == 0 or k.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    config = _config(num_queries, k.shape[1], dim)
+    tiles = -(-positions // config["GROUP"])
+    with _on(q.device):
+        _axial_attention_bwd_kernel[(batch * tiles * heads,)](
+            grad, q, k, v, lengths, dq, dk, dv,
+            scale, positions, heads, tiles,
+            grad.stride(0), grad.stride(1), grad.stride(2), grad.stride(3),
+            q.stride(0), q.stride(1), q.stride(2), q.stride(3),
+            k.stride(0), k.stride(1), k.stride(2), k.stride(3),
+            v.stride(0), v.stride(1), v.stride(2), v.stride(3),
+            dq.stride(0), dq.stride(1), dq.stride(2), dq.stride(3),
+            dk.stride(0), dk.stride(1), dk.stride(2), dk.stride(3),
+            NQ=num_queries, N=k.shape[1], D=dim, CAUSAL=causal, HAS_LENGTHS=lengths is not None, **config,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def _last_axis_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _plain_forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool) -> Tensor:
+    """The torch backend: q (B, Nq, P, M, D) -> contiguous (B, Nq, P, M, D), differentiable."""
+    visible = axial_mask(q.shape[1], k.shape[1], causal=causal, lengths=lengths, device=q.device)
+    if q.dtype not in HALF and q.shape[1] * k.shape[1] <= 16:
+        # So few slices that N² products of rows cost less than the copies a batched matmul makes.
+        scores = scale * (q.unsqueeze(2) * k.unsqueeze(1)).sum(-1)  # (B, Nq, N, P, M)
+        weights = _softmax(scores, None if visible is None else visible[:, 0, 0, :, :, None, None], 2)
+        return (weights.unsqueeze(-1) * v.unsqueeze(1)).sum(2)
+    rows = [t.permute(0, 2, 3, 1, 4) for t in (q, k, v)]  # (B, P, M, N, D)
+    weights = _softmax(rows[0] @ rows[1].transpose(-1, -2) * scale, visible, -1)
+    return (weights @ rows[2]).permute(0, 3, 1, 2, 4).contiguous()
+
+
+def _softmax(scores: Tensor, visible: Tensor | None, dim: int) -> Tensor:
+    if visible is None:
+        return scores.softmax(dim)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    empty = ~visible.any(dim, keepdim=True)  # a query without keys: no NaN, forward or backward
+    return scores.masked_fill(empty, 0.0).softmax(dim).masked_fill(empty, 0.0)
+
+
+def _plain_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    visible = axial_mask(q.shape[1], k.shape[1], causal=causal, lengths=lengths, device=q.device)
+    dy, q, k, v = (t.permute(0, 2, 3, 1, 4) for t in (grad, q, k, v))  # (B, P, M, N, D)
+    p = _softmax(q @ k.transpose(-1, -2) * scale, visible, -1)
+    dp = dy @ v.transpose(-1, -2)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+    grads = (ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ dy)
+    dq, dk, dv = (t.permute(0, 3, 1, 2, 4).contiguous() for t in grads)
+    return dq, dk, dv
+
+
+_OP = "axial_fusion::axial_attention"
+torch.library.define(
+    _OP, "(Tensor q, Tensor k, Tensor v, Tensor? lengths, float scale, bool causal, str backend) -> Tensor"
+)
+torch.library.define(
+    f"{_OP}_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? lengths, float scale, bool causal, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl(_OP, "CompositeExplicitAutograd")
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool, backend: str
+) -> Tensor:
+    run = _launch_forward if backend == "triton" else _plain_forward
+    return run(q, k, v, lengths, scale, causal)
+
+
+@torch.library.register_fake(_OP)
+def _(q, k, v, lengths, scale, causal, backend):
+    return q.new_empty(q.shape)
+
+
+@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd")
+def _backward_op(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    scale: float,
+    causal: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    run = _launch_backward if backend == "triton" else _plain_backward
+    return run(grad, q, k, v, lengths, scale, causal)
+
+
+@torch.library.register_fake(f"{_OP}_backward")
+def _(grad, q, k, v, lengths, scale, causal, backend):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, lengths, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, lengths)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.axial_fusion.axial_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return (*grads, None, None, None, None)
+
+
+torch.library.register_autograd(_OP, _backward, setup_context=_save)
+torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("axial_attention"))
+
+
+def axial_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    lengths: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention across slices at each position: q (B, Nq, P, M, D), k and v (B, N, P, M, D) -> (B, Nq, P, M, D).
+
+    Not the "axial attention" of rows and columns of one image. `scale` is D^-½ where None. `causal`: query i sees
+    keys 0 .. i + N − Nq. `lengths` (B,) integers: group b has keys 0 .. lengths[b] − 1. A query that sees no key
+    gives 0. Any strides are read as they are where D is contiguous; the result is contiguous, in q's dtype or
+    autocast's. Softmax in fp32. Raises ValueError on a shape, dtype, device or backend mismatch."""
+    check_shapes(
+        "axial_attention", {"q": (q, "B Nq P M D"), "k": (k, "B N P M D"), "v": (v, "B N P M D")}
+    )
+    q, k, v = autocast(q, k, v)
+    check_alike("axial_attention", q=q, k=k, v=v)
+    if lengths is not None:
+        if lengths.shape != q.shape[:1] or lengths.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"axial_attention: lengths must be (B,) = ({q.shape[0]},) of int32 or int64, "
+                f"found {tuple(lengths.shape)} of {str(lengths.dtype).removeprefix('torch.')}"
+            )
+        if lengths.device != q.device:
+            raise ValueError(f"axial_attention: lengths is on {lengths.device} but q is on {q.device}")
+    chosen = select_backend("axial_attention", q, k, v, backend=backend).backend
+    scale = softmax_scale(scale, q.shape[-1])
+    if chosen == "torch" and plain_on(q):
+        return _plain_forward(q, k, v, lengths, scale, causal)
+    return torch.ops.axial_fusion.axial_attention(q, k, v, lengths, scale, causal, chosen)

@@ -1,0 +1,342 @@
+"""SAM's attention with decomposed relative position: over a whole grid, and in windows without padding.
+
+The bias of a query against the key in row h and column w is rel_h[h] + rel_w[w], two small tables a query. It is
+never held for all queries at once: above `_SAVED` scores the ops walk over blocks of queries, forward and backward,
+and save their inputs alone. Below that, on a CPU, autograd keeps the softmax, which saves computing it again.
+
+SAM pads its grid to whole windows after the norm, so that a padded token is a key and value that holds the qkv
+bias alone. Here those keys are made from the bias, and padded queries do not exist: equal to SAM in exact
+arithmetic, without projecting the padding. Gradients, with p the softmax's rows: dv = pᵀ dY,
+ds = p · (dY vᵀ − Σ p · dY vᵀ), dq = scale · ds k, dk = scale · dsᵀ q, d rel_h and d rel_w the sums of ds over
+the columns and over the rows of keys, d qkv_bias the sum over the padded keys.
+
+Source: SAM, arXiv 2304.02643, image_encoder.py; MViTv2, arXiv 2112.01526, eq. 4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from axial_fusion._launch import (
+    autocast,
+    check_alike,
+    check_shapes,
+    no_second_derivative,
+    plain_on,
+    select_backend,
+    softmax_scale,
+    under_transform,
+)
+
+_SAVED = 1 << 24  # scores that autograd may keep for a backward: 64 MiB in fp32
+_BLOCK = 1 << 22  # scores that exist at a time beyond that
+
+# An attention over biased keys: q (B, Q, M, D), k and v (B, K, M, D), bias_h (B, M, Q, H), bias_w (B, M, Q, W) with
+# H · W = K, scale -> (B, Q, M, D).
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+
+
+def _attend_plain(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor, scale: float) -> Tensor:
+    """All scores at once, by products that autograd and every transform see through."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    scores = torch.add(_bias(bias_h, bias_w), q @ k.transpose(-1, -2), alpha=scale)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor, scale: float) -> Tensor:
+    """Fused attention over blocks of queries; no gradient."""
+    y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    for rows in _blocks(q, k.shape[2]):
+        bias = _bias(bias_h[:, :, rows], bias_w[:, :, rows])
+        part = F.scaled_dot_product_attention(q[:, rows].transpose(1, 2), k, v, attn_mask=bias, scale=scale)
+        y[:, rows] = part.transpose(1, 2)
+    return y
+
+
+def _attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the five inputs, block by block; dk and dv are summed in fp32."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    dq, dbias_h, dbias_w = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, bias_h, bias_w))
+    k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, M, K, D)
+    dk, dv = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (k, v))
+    for rows in _blocks(q, k.shape[2]):
+        bias = _bias(bias_h[:, :, rows], bias_w[:, :, rows])
+        query, dy = q[:, rows].transpose(1, 2), grad[:, rows].transpose(1, 2)
+        p = torch.add(bias, query @ k.transpose(-1, -2), alpha=scale).softmax(-1)  # (B, M, rows, K)
+        dp = dy @ v.transpose(-1, -2)
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+        dv += p.transpose(-1, -2) @ dy
+        dk += ds.transpose(-1, -2) @ query * scale
+        dq[:, rows] = (ds @ k * scale).transpose(1, 2)
+        cells = ds.unflatten(-1, (bias_h.shape[-1], bias_w.shape[-1]))
+        dbias_h[:, :, rows] = cells.sum(-1)
+        dbias_w[:, :, rows] = cells.sum(-2)
+    return dq, dk.transpose(1, 2).to(q.dtype), dv.transpose(1, 2).to(q.dtype), dbias_h, dbias_w
+
+
+def _bias(bias_h: Tensor, bias_w: Tensor) -> Tensor:
+    """(B, M, Q, H) and (B, M, Q, W) -> (B, M, Q, H·W)."""
+    return (bias_h.unsqueeze(-1) + bias_w.unsqueeze(-2)).flatten(-2)
+
+
+def _blocks(q: Tensor, keys: int) -> Iterator[slice]:
+    batch, queries, heads, _ = q.shape
+    step = max(1, _BLOCK // max(1, batch * heads * keys))
+    return (slice(start, start + step) for start in range(0, queries, step))
+
+
+def _choose(q: Tensor, keys: int, *others: Tensor) -> Attend | None:
+    """How a CPU computes: all at once where autograd may keep that, blocks where it need not, else None: the op."""
+    tensors = (q, *others)
+    if under_transform(tensors):
+        return _attend_plain
+    if not plain_on(q):
+        return None
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return None if torch.compiler.is_compiling() else _attend_blocks
+    return _attend_plain if q.shape[0] * q.shape[1] * q.shape[2] * keys <= _SAVED else None
+
+
+# One grid.
+
+_OP = "axial_fusion::rel_pos_attention"
+torch.library.define(_OP, "(Tensor q, Tensor k, Tensor v, Tensor rel_h, Tensor rel_w, float scale) -> Tensor")
+torch.library.define(
+    f"{_OP}_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor rel_h, Tensor rel_w, float scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl(_OP, "CompositeExplicitAutograd")
+def _forward(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, scale: float) -> Tensor:
+    return _attend_blocks(q, k, v, rel_h.transpose(-1, -2), rel_w, scale)
+
+
+@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd")
+def _backward_op(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grads = _attend_backward(grad, q, k, v, rel_h.transpose(-1, -2), rel_w, scale)
+    dq, dk, dv, dbias_h, dbias_w = (t.contiguous() for t in grads)
+    return dq, dk, dv, dbias_h.transpose(-1, -2).contiguous(), dbias_w
+
+
+@torch.library.register_fake(_OP)
+def _(q, k, v, rel_h, rel_w, scale):
+    return q.new_empty(q.shape)
+
+
+@torch.library.register_fake(f"{_OP}_backward")
+def _(grad, *inputs):
+    return tuple(t.new_empty(t.shape) for t in inputs[:5])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*torch.ops.axial_fusion.rel_pos_attention_backward(grad, *ctx.saved_tensors, ctx.scale), None)
+
+
+torch.library.register_autograd(_OP, _backward, setup_context=_save)
+torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("rel_pos_attention"))
+
+
+def rel_pos_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_h: Tensor,
+    rel_w: Tensor,
+    *,
+    grid: tuple[int, int],
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """SAM's attention over one grid (H', W') of P = H'·W' tokens: q, k, v (B, P, M, D) -> (B, P, M, D).
+
+    rel_h (B, M, H', P) and rel_w (B, M, P, W') are the bias of each query against each row and column of keys,
+    added to scale · q·k; `scale` is D^-½ where None. Autocast casts all five.
+    Raises ValueError on a shape, dtype, device or backend mismatch."""
+    height, width = grid
+    qkv, tokens = "B P M D", height * width
+    if q.dim() != 4 or q.shape[1] != tokens:
+        raise ValueError(
+            f"rel_pos_attention: q must be (B, P, M, D) with P = {height}·{width} from grid, found shape {tuple(q.shape)}"
+        )
+    expected = {"q": (q, qkv), "k": (k, qkv), "v": (v, qkv)}
+    tables = {"rel_h": (rel_h, f"B M {height} P"), "rel_w": (rel_w, f"B M P {width}")}
+    check_shapes("rel_pos_attention", expected | tables)
+    q, k, v, rel_h, rel_w = autocast(q, k, v, rel_h, rel_w)
+    check_alike("rel_pos_attention", q=q, k=k, v=v, rel_h=rel_h, rel_w=rel_w)
+    select_backend("rel_pos_attention", q, k, v, backend=backend)
+    scale = softmax_scale(scale, q.shape[-1])
+    attend = _choose(q, tokens, k, v, rel_h, rel_w)
+    if attend is None:
+        return torch.ops.axial_fusion.rel_pos_attention(q, k, v, rel_h, rel_w, scale)
+    return attend(q, k, v, rel_h.transpose(-1, -2), rel_w, scale)
+
+
+# Windows.
+
+_WINDOW_OP = "axial_fusion::window_attention"
+torch.library.define(
+    _WINDOW_OP, "(Tensor qkv, Tensor qkv_bias, Tensor rel_h, Tensor rel_w, int window, float scale) -> Tensor"
+)
+torch.library.define(
+    f"{_WINDOW_OP}_backward",
+    "(Tensor grad, Tensor qkv, Tensor qkv_bias, Tensor rel_h, Tensor rel_w, int window, float scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def _bands(size: int, window: int) -> list[tuple[slice, int]]:
+    """An axis cut into the whole windows and the last, partial one: where each part lies and its windows' extent."""
+    whole = size - size % window
+    bands = [(slice(0, whole), window)] if whole else []
+    return [*bands, (slice(whole, size), size - whole)] if whole < size else bands
+
+
+def _cut(t: Tensor, rows: slice, height: int, columns: slice, width: int) -> Tensor:
+    """The windows of one part of the grid: (B, H', W', ...) -> (B', height, width, ...)."""
+    t = t[:, rows, columns].unflatten(2, (-1, width)).unflatten(1, (-1, height))
+    return t.transpose(2, 3).flatten(0, 2)
+
+
+def _join(t: Tensor, batch: int, rows: slice, height: int, columns: slice, width: int) -> Tensor:
+    """The inverse of `_cut`: (B', height·width or height, width, ...) -> (B, rows, columns, ...)."""
+    t = t.unflatten(0, (batch, (rows.stop - rows.start) // height, -1))
+    return t.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def _keys(windows: Tensor, qkv_bias: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """k and v (B', window², M, D) of the windows (B', h, w, 3, M, D), the bias alone where the grid ends."""
+    kv = windows[:, :, :, 1:]
+    count, height, width, _, heads, dim = kv.shape
+    pad = qkv_bias.view(3, heads, dim)[1:]
+    if width < window:
+        kv = torch.cat([kv, pad.expand(count, height, window - width, 2, heads, dim)], 2)
+    if height < window:
+        kv = torch.cat([kv, pad.expand(count, window - height, window, 2, heads, dim)], 1)
+    k, v = kv.flatten(1, 2).unbind(2)
+    return k, v
+
+
+def _window(
+    qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor, window: int, scale: float, attend: Attend
+) -> Tensor:
+    batch = qkv.shape[0]
+    bands = []
+    for rows, height in _bands(qkv.shape[1], window):
+        parts = []
+        for columns, width in _bands(qkv.shape[2], window):
+            place = (rows, height, columns, width)
+            windows = _cut(qkv, *place)
+            k, v = _keys(windows, qkv_bias, window)
+            bias_h, bias_w = (_cut(rel, *place).flatten(1, 2).transpose(1, 2) for rel in (rel_h, rel_w))
+            y = attend(windows[:, :, :, 0].flatten(1, 2), k, v, bias_h, bias_w, scale)
+            parts.append(_join(y.unflatten(1, (height, width)), batch, *place))
+        bands.append(parts[0] if len(parts) == 1 else torch.cat(parts, 2))
+    return (bands[0] if len(bands) == 1 else torch.cat(bands, 1)).contiguous()
+
+
+@torch.library.impl(_WINDOW_OP, "CompositeExplicitAutograd")
+def _window_forward(
+    qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor, window: int, scale: float
+) -> Tensor:
+    return _window(qkv, qkv_bias, rel_h, rel_w, window, scale, _attend_blocks)
+
+
+@torch.library.impl(f"{_WINDOW_OP}_backward", "CompositeExplicitAutograd")
+def _window_backward_op(
+    grad: Tensor, qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor, window: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch = qkv.shape[0]
+    dqkv, drel_h, drel_w = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (qkv, rel_h, rel_w))
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    dpad = torch.zeros((2, *qkv.shape[4:]), dtype=wide, device=qkv.device)
+    for rows, height in _bands(qkv.shape[1], window):
+        for columns, width in _bands(qkv.shape[2], window):
+            place = (rows, height, columns, width)
+            windows = _cut(qkv, *place)
+            k, v = _keys(windows, qkv_bias, window)
+            bias_h, bias_w = (_cut(rel, *place).flatten(1, 2).transpose(1, 2) for rel in (rel_h, rel_w))
+            dy = _cut(grad, *place).flatten(1, 2)
+            dq, dk, dv, dh, dw = _attend_backward(
+                dy, windows[:, :, :, 0].flatten(1, 2), k, v, bias_h, bias_w, scale
+            )
+            dkv = torch.stack([dk, dv], 2).unflatten(1, (window, window))  # (B', window, window, 2, M, D)
+            real = dkv[:, :height, :width]
+            dpad += dkv[:, height:].sum((0, 1, 2), dtype=wide) + dkv[:, :height, width:].sum((0, 1, 2), dtype=wide)
+            dq = dq.unflatten(1, (height, width)).unsqueeze(3)
+            dqkv[:, rows, columns] = _join(torch.cat([dq, real], 3), batch, *place)
+            for whole, part in ((drel_h, dh), (drel_w, dw)):
+                whole[:, rows, columns] = _join(part.transpose(1, 2).unflatten(1, (height, width)), batch, *place)
+    dbias = torch.cat([torch.zeros_like(dpad[:1]), dpad]).flatten().to(qkv_bias.dtype)
+    return dqkv, dbias, drel_h, drel_w
+
+
+@torch.library.register_fake(_WINDOW_OP)
+def _(qkv, qkv_bias, rel_h, rel_w, window, scale):
+    return qkv.new_empty((*qkv.shape[:3], *qkv.shape[4:]))
+
+
+@torch.library.register_fake(f"{_WINDOW_OP}_backward")
+def _(grad, *inputs):
+    return tuple(t.new_empty(t.shape) for t in inputs[:4])
+
+
+def _window_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.window, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _window_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.axial_fusion.window_attention_backward(grad, *ctx.saved_tensors, ctx.window, ctx.scale)
+    return (*grads, None, None)
+
+
+torch.library.register_autograd(_WINDOW_OP, _window_backward, setup_context=_window_save)
+torch.library.register_autograd(f"{_WINDOW_OP}_backward", no_second_derivative("window_attention"))
+
+
+def window_attention(
+    qkv: Tensor,
+    qkv_bias: Tensor,
+    rel_h: Tensor,
+    rel_w: Tensor,
+    *,
+    window: int,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """SAM's windowed attention on an unpadded grid: qkv (B, H', W', 3, M, D) -> (B, H', W', M, D).
+
+    qkv_bias (3·M·D,) is what a padded token's key and value hold; its use in the projection is not this op's.
+    rel_h and rel_w (B, H', W', M, window): the bias of each query against the rows and the columns of its own
+    window, padded ones included. Autocast casts all four. Raises ValueError on a shape, dtype or device mismatch."""
+    if window < 1:
+        raise ValueError(f"window_attention: window must be at least 1, found {window}")
+    rel = f"B H W M {window}"
+    sizes = check_shapes("window_attention", {"qkv": (qkv, "B H W 3 M D"), "rel_h": (rel_h, rel), "rel_w": (rel_w, rel)})
+    channels = 3 * sizes["M"] * sizes["D"]
+    if qkv_bias.shape != (channels,):
+        raise ValueError(f"window_attention: qkv_bias must be (3·M·D,) = ({channels},), found {tuple(qkv_bias.shape)}")
+    qkv, qkv_bias, rel_h, rel_w = autocast(qkv, qkv_bias, rel_h, rel_w)
+    check_alike("window_attention", qkv=qkv, qkv_bias=qkv_bias, rel_h=rel_h, rel_w=rel_w)
+    select_backend("window_attention", qkv, backend=backend)
+    scale = softmax_scale(scale, qkv.shape[-1])
+    attend = _choose(qkv[..., 0, :, :].flatten(1, 2), window * window, qkv, qkv_bias, rel_h, rel_w)
+    if attend is None or qkv.numel() == 0:
+        return torch.ops.axial_fusion.window_attention(qkv, qkv_bias, rel_h, rel_w, window, scale)
+    return _window(qkv, qkv_bias, rel_h, rel_w, window, scale, attend)

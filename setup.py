@@ -1,0 +1,55 @@
+"""All metadata, and the two import packages: `axial_fusion` and `aftersam`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="aftersam",
+    version="0.1.0",
+    description="Segment organs in CT with SAM, LoRA and attention across neighbouring slices",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["aftersam*"]) + find_packages("kernels"),
+    package_dir={"axial_fusion": "kernels/axial_fusion"},
+    package_data={"aftersam": ["py.typed"], "axial_fusion": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "accelerate>=1.10",
+        "matplotlib>=3.8",
+        "monai>=1.6,<1.7",
+        "nibabel>=5.2",
+        "numpy>=1.26,<3",
+        "rich>=13",
+        "safetensors>=0.4.5",
+        "scipy>=1.11",
+        "segment-anything>=1.0",
+        "tensorboard>=2.15",
+        "tyro>=0.9",
+    ],
+    extras_require={
+        "flash": ["flash-attn>=2.8; platform_system == 'Linux'"],
+        "xformers": ["xformers>=0.0.35"],
+        "dicom": ["pydicom>=3", "highdicom>=0.26"],
+        "test": [
+            "hypothesis>=6.100",
+            "pydicom>=3",
+            "pytest>=8.2",
+            "pytest-benchmark>=4",
+            "pytest-timeout>=2.3",
+            "setuptools>=77",
+        ],
+        "dev": ["mypy>=1.15", "ruff>=0.12"],
+    },
+    entry_points={"console_scripts": ["aftersam = aftersam.__main__:main"]},
+    classifiers=[
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Medical Science Apps.",
+        "Typing :: Typed",
+    ],
+)

@@ -1,0 +1,202 @@
+"""The benchmark harness times nothing that is wrong, and tells what it measured as it was."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import bench_fusion, figure, harness
+from benchmarks.bench_fusion import OURS, Shape
+from benchmarks.harness import Provider, measure
+
+SMALL = Shape(2, 3, 3, 16, 2)
+SQUARE = {"subject": "square", "name": "x²", "size": 8}
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """These tests are of the harness, on the device that every machine has."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def square(x):
+    return x * x
+
+
+def records_of(**calls):
+    """Measure callables that ought to square their input; the record of each by name."""
+    x = torch.linspace(-1, 1, 8, requires_grad=True)
+    found = {name: Provider(call, square, flops=8) for name, call in calls.items()}
+    return {r["provider"]: r for r in measure(SQUARE, [x], found, budget_s=0.01)}
+
+
+def test_a_right_provider_is_timed_and_a_wrong_one_is_not():
+    calls = {"right": 0, "wrong": 0}
+
+    def right(x):
+        calls["right"] += 1
+        return x * x
+
+    def wrong(x):
+        calls["wrong"] += 1
+        return x * x * 1.0001
+
+    found = records_of(right=right, wrong=wrong)
+    assert found["right"]["status"] == "ok"
+    assert found["right"]["error"]["forward"] < 1e-6
+    assert set(found["right"]["ms"]) == {"forward", "forward_backward"}
+    assert found["right"]["ms"]["forward"]["n"] >= 3
+    assert found["wrong"]["status"] == "wrong"
+    assert found["wrong"]["error"]["forward"] == pytest.approx(1e-4, rel=0.05)
+    assert "ms" not in found["wrong"]
+    assert calls["wrong"] == 1  # for the comparison, never for the clock
+    assert calls["right"] > 3
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda x: x * x.detach(), lambda x: x * x + 0 * x.sqrt(), lambda x: x.detach() ** 2 + 0 * x],
+    ids=["half a gradient", "NaN", "no gradient"],
+)
+def test_a_wrong_gradient_and_a_nan_are_wrong(call):
+    found = records_of(wrong=call)["wrong"]
+    assert found["status"] == "wrong"
+    assert "ms" not in found
+
+
+def test_what_cannot_run_is_named_and_the_others_are_measured():
+    def too_big(x):
+        return x * torch.empty(2**60)
+
+    def broken(x):
+        raise ValueError("no kernel for this")
+
+    x = torch.ones(8, requires_grad=True)
+    found = {
+        "absent": Provider(None, square, 8, missing="xformers is not installed"),
+        "too big": Provider(too_big, square, 8),
+        "broken": Provider(broken, square, 8),
+        "right": Provider(square, square, 8),
+    }
+    records = {r["provider"]: r for r in measure(SQUARE, [x], found, budget_s=0.01)}
+    assert {name: r["status"] for name, r in records.items()} == {
+        "absent": "missing", "too big": "out of memory", "broken": "failed", "right": "ok"
+    }  # fmt: skip
+    assert records["absent"]["reason"] == "xformers is not installed"
+    assert records["broken"]["reason"] == "no kernel for this"
+    assert [name for name, r in records.items() if "ms" in r] == ["right"]
+    lines = [harness.line(r, 1e12) for r in records.values()]
+    assert "missing: xformers is not installed" in lines[0]
+
+
+def test_peak_memory_is_what_a_call_holds_at_once():
+    x = torch.ones(1000, 1000)  # 4 MB, there before
+
+    def call():
+        y = x + 1  # 4 MB
+        z = y + 1  # 8 MB at once
+        del y
+        return z + 1  # 8 MB again
+
+    assert harness.peak_bytes(call) == pytest.approx(8e6, rel=0.01)
+
+
+def test_summary_is_the_median_and_quantiles():
+    assert harness.summary([5.0, 1.0, 2.0, 4.0, 3.0]) == {"median": 3.0, "q20": 1.8, "q80": 4.2, "n": 5}
+    assert harness.summary([7.0]) == {"median": 7.0, "q20": 7.0, "q80": 7.0, "n": 1}
+
+
+def test_environment_says_what_a_number_needs():
+    found = harness.environment()
+    assert found["kind"] == "cpu"
+    assert found["torch"] == torch.__version__
+    assert "threads" in found["device"]
+    assert re.fullmatch(r"[0-9a-f]{12}|unknown", found["commit"])
+    assert isinstance(found["dirty"], bool)
+
+
+def test_every_provider_of_the_fusion_is_right():
+    tensors = bench_fusion.inputs(SMALL, torch.float32, torch.device("cpu"))
+    records = measure({}, tensors, bench_fusion.providers(SMALL), budget_s=0.01)
+    assert [(r["provider"], r["status"]) for r in records] == [
+        (name, "ok") for name in ("naive 3D", "SDPA 3D", "SDPA factorised", OURS)
+    ]
+
+
+def test_chunks_do_not_change_the_reference(monkeypatch):
+    """The fp64 equations against softmax over whole rows by torch, on their own path."""
+    x, *weights = bench_fusion.inputs(SMALL, torch.float64, torch.device("cpu"))
+    expected = bench_fusion.joint_attention(x, *weights, heads=2, attend=F.scaled_dot_product_attention)
+    found = bench_fusion.reference_joint(x, *weights, heads=2)
+    torch.testing.assert_close(found, expected)
+    split, sizes = torch.Tensor.split, []
+    monkeypatch.setattr(torch.Tensor, "split", lambda t, n, dim: sizes.append(n) or split(t, 5, dim))
+    torch.testing.assert_close(bench_fusion.reference_joint(x, *weights, heads=2), expected)
+    assert sizes
+
+
+@pytest.mark.parametrize("name", ["naive 3D", "SDPA factorised"])
+def test_flops_are_those_that_torch_counts(name):
+    provider = bench_fusion.providers(SMALL)[name]
+    tensors = bench_fusion.inputs(SMALL, torch.float32, torch.device("cpu"))
+    # The counter knows the products of the math path, not the fused kernel of the CPU.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        provider.call(*tensors)
+    assert counter.get_total_flops() == provider.flops
+
+
+@pytest.fixture
+def result(monkeypatch):
+    """A real result of the fusion benchmark at a size that takes no time."""
+    monkeypatch.setattr(
+        harness, "ceilings", lambda dtype: {"copy_bytes_per_s": 1e10, "matmul_flops_per_s": 1e11}
+    )
+    shapes = [("small", SMALL)]
+    return bench_fusion.run(shapes, [SMALL._replace(slices=1)], dtype=torch.float32, budget_s=0.01)
+
+
+def test_the_newest_result_of_a_device_becomes_figure_and_table(result, tmp_path):
+    older = json.loads(json.dumps(result))
+    older["environment"]["date"] = "2001-01-01T00:00:00+00:00"
+    paths = [harness.write(r, tmp_path) for r in (older, result)]
+    assert len({p.name for p in paths}) == 2
+    assert figure.newest(tmp_path) == [json.loads(json.dumps(result))]
+    figure.draw(result, tmp_path / "docs" / "bench.png")
+    assert (tmp_path / "docs" / "bench.png").read_bytes().startswith(b"\x89PNG")
+    header, _, row = figure.table(result).splitlines()[2:]
+    assert header.count("|") == row.count("|") == 6
+    assert row.startswith("| small: 3, 3×3, 16, 2 |")
+    assert row.count(" MiB |") == 4
+    assert [r["slices"] for r in figure.curve(result)[OURS]] == [1, 3]
+
+
+def test_the_table_shows_what_was_wrong(result):
+    result["records"][0].pop("ms")
+    result["records"][0]["status"] = "wrong"
+    assert "| wrong |" in figure.table(result)
+
+
+def test_the_readme_changes_between_its_markers_alone(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{figure.BEGIN}\nold\n{figure.END}\nafter\n")
+    figure.write_readme(readme, ["| table |", "![figure](docs/x.png)"])
+    once = readme.read_text()
+    assert once.startswith(
+        f"before\n{figure.BEGIN}\n\n| table |\n\n![figure](docs/x.png)\n\n{figure.END}\nafter\n"
+    )
+    figure.write_readme(readme, ["| table |", "![figure](docs/x.png)"])
+    assert readme.read_text() == once
+    readme.write_text(f"{figure.END} {figure.BEGIN}")
+    with pytest.raises(ValueError, match=r"README\.md needs one <!-- bench:begin -->"):
+        figure.write_readme(readme, ["x"])
+
+
+def test_no_result_is_an_error_that_says_what_to_run(tmp_path):
+    with pytest.raises(ValueError, match="make bench"):
+        figure.newest(tmp_path)

@@ -1,0 +1,232 @@
+"""The image encoder: segment_anything's own, number by number, and the size that learns from scratch."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from aftersam.config import ENCODERS, EncoderSize
+from aftersam.model import image_encoder
+from aftersam.model.image_encoder import (
+    ConvStem,
+    LoRAQKV,
+    add_encoder_lora,
+    build_image_encoder,
+    load_image_encoder_state,
+)
+from aftersam.model.sam import sam_shapes, segment_anything_modeling
+
+MINI = EncoderSize(24, 2, 2, (1,), window=3, patch=4, out_channels=8)  # like vit_b in kind, small in size
+OFFICIAL = ["vit_b", "vit_l", "vit_h"]
+
+
+def relative_error(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def randomised(module, seed=0):
+    """Every parameter random at a scale that keeps activations finite and makes each of them matter."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in module.named_parameters():
+        scale = 0.2 if "rel_pos" in name or "pos_embed" in name else 0.05
+        noise = scale * torch.randn(value.shape, generator=generator)
+        value.data.copy_(noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+    return module
+
+
+def their_encoder(size, image_size):
+    """segment_anything's encoder of `size`, as its build_sam makes it."""
+    return segment_anything_modeling("image_encoder").ImageEncoderViT(
+        img_size=image_size, patch_size=size.patch, embed_dim=size.dim, depth=size.depth, num_heads=size.num_heads,
+        out_chans=size.out_channels, use_rel_pos=True, window_size=size.window, global_attn_indexes=size.global_blocks,
+        norm_layer=lambda dim: torch.nn.LayerNorm(dim, eps=1e-6),
+    )  # fmt: skip
+
+
+@pytest.fixture()
+def mini(monkeypatch):
+    monkeypatch.setitem(ENCODERS, "mini", MINI)
+
+
+@pytest.fixture(scope="module")
+def vit_b():
+    """A full-size random state dict of SAM's ViT-B encoder, made by segment_anything, under SAM's names."""
+    state = randomised(their_encoder(ENCODERS["vit_b"], 1024)).state_dict()
+    return {f"image_encoder.{key}": value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("image_size", [256, 320])
+@torch.inference_mode()
+def test_vit_b_equals_segment_anything(image_size, vit_b):
+    """At 320 px the grid of 20 is cut into windows of 14, three quarters of which leave it."""
+    ours = build_image_encoder("vit_b", image_size=image_size)
+    load_image_encoder_state(ours, vit_b)
+    theirs = their_encoder(ENCODERS["vit_b"], image_size)
+    theirs.load_state_dict(ours.state_dict())  # the same interpolated tables
+    images = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(1))
+    features = ours(images)
+    assert features.skips == ()
+    assert relative_error(features.embedding, theirs(images)) < 1e-5
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_names_and_shapes_load_strictly(name):
+    prefix = "image_encoder."
+    theirs = {k.removeprefix(prefix): v for k, v in sam_shapes(name).items() if k.startswith(prefix)}
+    with torch.device("meta"):
+        ours = build_image_encoder(name, image_size=1024)
+    assert {key: value.shape for key, value in ours.state_dict().items()} == theirs
+
+
+@pytest.mark.parametrize("side", [24, 20], ids=["whole windows", "padded windows"])
+def test_gradients_equal_segment_anything(side, mini):
+    """In fp64, output and the gradient of every parameter and of the image, windows and global block alike."""
+    ours = randomised(build_image_encoder("mini", image_size=side)).double()
+    theirs = their_encoder(MINI, side).double()
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(2, 3, side, side, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(2, 8, side // 4, side // 4, dtype=torch.float64)
+    output = ours(images).embedding
+    torch.testing.assert_close(output, theirs(images), rtol=0, atol=1e-10)
+    expected = torch.autograd.grad(theirs(images), [images, *theirs.parameters()], grad)
+    names = dict(theirs.named_parameters()).keys()
+    actual = torch.autograd.grad(output, [images, *(ours.get_parameter(name) for name in names)], grad)
+    for name, mine, other in zip(["images", *names], actual, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_position_tables_are_interpolated_as_segment_anything_does(vit_b):
+    encoder = build_image_encoder("vit_b", image_size=256)
+    load_image_encoder_state(encoder, vit_b)
+    key = "blocks.2.attn.rel_pos_h"
+    get_rel_pos = segment_anything_modeling("image_encoder").get_rel_pos
+    theirs = get_rel_pos(16, 16, vit_b[f"image_encoder.{key}"])
+    torch.testing.assert_close(image_encoder._relative(encoder.get_parameter(key), 16, 16), theirs)
+    windowed = "blocks.0.attn.rel_pos_h"
+    assert torch.equal(encoder.get_parameter(windowed), vit_b[f"image_encoder.{windowed}"])
+    table = vit_b["image_encoder.pos_embed"]
+    averages = table.unflatten(1, (16, 4)).unflatten(3, (16, 4))[:, :, 1:3, :, 1:3].mean((2, 4))
+    torch.testing.assert_close(encoder.pos_embed.data, averages)  # bilinear samples the four central entries
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda s: s.pop("image_encoder.neck.0.weight"), r"lack image_encoder\.neck\.0\.weight"),
+        (lambda s: s.update({"image_encoder.blocks.9.x": torch.zeros(1)}), r"hold image_encoder\.blocks\.9\.x"),
+        (lambda s: s.update({"image_encoder.neck.0.weight": torch.zeros(8, 9, 1, 1)}), r"neck.0.weight.*\(8, 24, 1, 1\)"),
+        (lambda s: s.update({"image_encoder.pos_embed": torch.zeros(1, 6, 6, 9)}), r"pos_embed.*\(1, 6, 6, 24\)"),
+    ],
+    ids=["missing", "unknown", "shape", "width"],
+)  # fmt: skip
+def test_refuses_weights_of_another_encoder(change, says, mini):
+    encoder = build_image_encoder("mini", image_size=24)
+    state = {f"image_encoder.{key}": value for key, value in encoder.state_dict().items()}
+    change(state)
+    with pytest.raises(ValueError, match=says):
+        load_image_encoder_state(encoder, state)
+
+
+def test_refuses_unknown_names_and_sizes(mini):
+    with pytest.raises(ValueError, match="'vit_g', but must be one of vit_b"):
+        build_image_encoder("vit_g", image_size=64)
+    with pytest.raises(ValueError, match="image_size is 30.*patch of 4"):
+        build_image_encoder("mini", image_size=30)
+    with pytest.raises(ValueError, match="images are 24×28 px, but this encoder is for 24×24"):
+        build_image_encoder("mini", image_size=24)(torch.zeros(1, 3, 24, 28))
+
+
+@pytest.mark.parametrize(("name", "side"), [("tiny", 48), ("small", 72)])
+def test_stem_encoder_shapes_and_independence_of_slices(name, side):
+    """A slice's features do not depend on its batch, so that each slice needs encoding once."""
+    torch.manual_seed(0)
+    encoder = build_image_encoder(name, image_size=side).eval()
+    images = torch.randn(3, 3, side, side)
+    with torch.inference_mode():
+        embedding, skips = encoder(images)
+        alone = encoder(images[1:2])
+    assert embedding.shape == (3, 128, side // 8, side // 8)
+    assert [tuple(skip.shape) for skip in skips] == [
+        (3, channels, side >> level, side >> level) for level, channels in enumerate(encoder.skip_channels)
+    ]
+    for whole, single in zip((embedding, *skips), (alone.embedding, *alone.skips), strict=True):
+        torch.testing.assert_close(whole[1:2], single, rtol=1e-4, atol=1e-5)
+
+
+def test_stem_encoder_starts_sane_and_every_parameter_learns():
+    torch.manual_seed(0)
+    encoder = build_image_encoder("tiny", image_size=48)
+    embedding, skips = encoder(torch.randn(2, 3, 48, 48))
+    assert 0.5 < embedding.std() < 2
+    assert all(0.2 < skip.std() < 3 for skip in skips)
+    (embedding * torch.randn_like(embedding)).sum().backward()
+    assert [name for name, p in encoder.named_parameters() if p.grad is None or p.grad.abs().max() == 0] == []
+
+
+def test_bf16_autocast_stays_near_fp32():
+    torch.manual_seed(0)
+    encoder = build_image_encoder("tiny", image_size=48).eval()
+    images = torch.randn(2, 3, 48, 48)
+    with torch.inference_mode():
+        exact = encoder(images).embedding
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = encoder(images).embedding
+    assert relative_error(rounded.float(), exact) < 0.03
+
+
+def test_a_stem_alone_gives_skips():
+    stem = ConvStem(3, channels=(4, 8, 16))
+    assert stem.skip_channels == (4, 8, 16)
+    assert [tuple(s.shape) for s in stem(torch.zeros(2, 3, 16, 24))] == [(2, 4, 16, 24), (2, 8, 8, 12), (2, 16, 4, 6)]
+
+
+def test_checkpointing_changes_no_gradient(mini):
+    encoder = randomised(build_image_encoder("mini", image_size=20)).double()
+    images = torch.randn(1, 3, 20, 20, dtype=torch.float64)
+    gradients = []
+    for encoder.activation_checkpointing in (False, True):
+        encoder.zero_grad()
+        encoder(images).embedding.square().sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in encoder.named_parameters()})
+    for name, plain in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], plain, msg=name)
+
+
+def lora_encoder():
+    encoder = randomised(build_image_encoder("mini", image_size=20)).double()
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    encoder.requires_grad_(False)
+    add_encoder_lora(encoder, rank=2, alpha=4.0)
+    return encoder.double(), before
+
+
+def test_lora_starts_as_the_base_and_keeps_its_names(mini):
+    images = torch.randn(1, 3, 20, 20, dtype=torch.float64)
+    plain = randomised(build_image_encoder("mini", image_size=20)).double()
+    encoder, before = lora_encoder()
+    torch.testing.assert_close(encoder(images).embedding, plain(images).embedding)
+    state = encoder.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in before.items())
+    added = {f"blocks.{i}.attn.qkv.lora_{part}_{side}" for i in range(2) for part in "qv" for side in "ab"}
+    assert state.keys() - before.keys() == added
+    assert {name for name, p in encoder.named_parameters() if p.requires_grad} == added
+
+
+def test_lora_adds_to_q_and_v_alone_and_merges(mini):
+    torch.manual_seed(0)
+    base = torch.nn.Linear(6, 18, dtype=torch.float64)
+    lora = LoRAQKV(base, rank=2, alpha=4.0)
+    torch.nn.init.normal_(lora.lora_q_b)
+    torch.nn.init.normal_(lora.lora_v_b)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    q, k, v = (lora(x) - F.linear(x, base.weight, base.bias)).chunk(3, -1)
+    torch.testing.assert_close(q, 2.0 * x @ lora.lora_q_a.T @ lora.lora_q_b.T)
+    torch.testing.assert_close(v, 2.0 * x @ lora.lora_v_a.T @ lora.lora_v_b.T)
+    assert not k.any()
+    before, weight = lora(x), base.weight.clone()
+    lora.merge()
+    lora.merge()  # once is enough
+    torch.testing.assert_close(lora(x), before)
+    torch.testing.assert_close(F.linear(x, base.weight, base.bias), before)
+    lora.unmerge()
+    torch.testing.assert_close(base.weight, weight)
+    torch.testing.assert_close(lora(x), before)

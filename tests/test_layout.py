@@ -1,0 +1,278 @@
+"""The shape of the repository: where imports point, how fast and silent they are, what the wheel holds."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from aftersam import __version__
+from aftersam.__main__ import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parents[1]
+PRODUCT = sorted(p for folder in ("aftersam", "kernels", "benchmarks") for p in (ROOT / folder).rglob("*.py"))
+
+# Imports point down these floors or stay on one; kernels, below them all, has a test of its own.
+FLOORS = [
+    {"__init__", "config", "metrics", "losses", "figures"},
+    {"model", "data", "checkpoint"},
+    {"streaming", "evaluate", "report"},
+    {"check", "train", "predict"},
+    {"demo"},
+    {"__main__"},
+]
+HEAVY = ("torch", "monai", "nibabel", "matplotlib", "accelerate", "scipy")
+
+
+def run(*command: str | Path, path: tuple[Path, ...] = (), **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in the repository without the settings that this test process has made for itself."""
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", *path)))
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        list(map(str, command)),
+        cwd=ROOT,
+        env={**clean, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def python(code: str, *, path: tuple[Path, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a fresh interpreter in which every warning is an error."""
+    return run(sys.executable, "-W", "error", "-c", code, path=path)
+
+
+def assert_silent(done: subprocess.CompletedProcess[str]) -> None:
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of the modules that a file imports anywhere, `from a import b` as a.b too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 or "axial_fusion" in path.parts, f"{path} has a relative import"
+            module = node.module or ""
+            names.update(
+                [module, *(f"{module}.{alias.name}" for alias in node.names)] if not node.level else []
+            )
+    return names
+
+
+def test_kernels_is_a_folder_and_not_a_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert [p.name for p in (ROOT / "kernels").iterdir() if (p / "__init__.py").exists()] == ["axial_fusion"]
+
+
+def test_another_distribution_named_kernels_wins_over_the_folder(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("get_kernel = 'theirs'\n")
+    done = python("import kernels, axial_fusion; assert kernels.get_kernel == 'theirs'", path=(tmp_path,))
+    assert_silent(done)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda p: p.stem)
+def test_kernels_import_torch_and_triton_alone(path):
+    allowed = {"torch", "triton", "axial_fusion", ""} | sys.stdlib_module_names
+    assert {name.split(".")[0] for name in imported(path)} <= allowed
+
+
+def floor(module: str) -> int:
+    """The floor of a dotted module of aftersam."""
+    name = module.split(".")[1] if "." in module else "__init__"
+    found = [i for i, names in enumerate(FLOORS) if name in names]
+    assert found, f"aftersam.{name} has no floor; give it one in FLOORS"
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "aftersam").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT / "aftersam"))
+)
+def test_imports_point_down_the_floors(path):
+    own = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for name in imported(path):
+        is_module = name.startswith("aftersam.") and (
+            ROOT / name.split(".")[0] / name.split(".")[1]
+        ).with_suffix("")
+        if is_module and (is_module.is_dir() or is_module.with_suffix(".py").exists()):
+            assert floor(name) <= floor(own), f"{own} imports {name} from a floor above its own"
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda p: str(p.relative_to(ROOT)))
+def test_product_files_keep_the_house_rules(path):
+    text = path.read_text(encoding="utf-8")
+    assert not {name.split(".")[0] for name in imported(path)} & {"torchvision", "timm"}
+    assert "../shared" not in text
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            assert "weights_only=True" in ast.unparse(node), f"line {node.lineno} would unpickle code"
+
+
+def test_axial_fusion_imports_silently_without_triton_and_queries_no_device():
+    assert_silent(
+        python(
+            "import sys, torch\n"
+            "def refuse(*_): raise AssertionError('asked for a device at import')\n"
+            "torch.cuda.is_available = torch.cuda.device_count = torch.cuda.current_device = refuse\n"
+            "sys.modules['triton'] = None\n"
+            "import axial_fusion\n"
+            "assert axial_fusion.axial_fusion_attention and axial_fusion.AxialFusionAttention\n"
+        )
+    )
+
+
+def test_imports_are_quick():
+    """In seconds of processor time, which other work on the machine does not change."""
+    assert_silent(
+        python(
+            "import sys, time, torch\n"
+            "began = time.process_time(); import axial_fusion\n"
+            "assert time.process_time() - began < 2, time.process_time() - began\n"
+        )
+    )
+    assert_silent(
+        python(
+            "import sys, time\n"
+            "began = time.process_time(); import aftersam\n"
+            "assert time.process_time() - began < 0.5\n"
+            f"assert not set({HEAVY}) & set(sys.modules)\n"
+        )
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_answers_at_once(command):
+    """Each --help, in processor time, and without the libraries that its work needs."""
+    began = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = run(sys.executable, "-m", COMMANDS[command].module, "--help")
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "usage:" in done.stdout
+    assert ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime < 3
+    loaded = python(
+        f"import sys\nfrom {COMMANDS[command].module} import main\n"
+        "try: code = main(['--help'])\nexcept SystemExit as end: code = end.code\n"
+        f"sys.exit(code or ', '.join(set({HEAVY}) & set(sys.modules)) or 0)"
+    )
+    assert (loaded.returncode, loaded.stderr) == (0, "")
+
+
+def test_the_command_hands_over_to_its_module(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["aftersam"])
+    monkeypatch.setattr(import_module("aftersam.demo"), "main", lambda argv: seen.append(argv) or 7)
+    assert main(["demo", "--seed", "3"]) == 7
+    assert seen == [["--seed", "3"]]
+    assert sys.argv[0] == "aftersam demo"
+
+
+def test_the_command_lists_its_commands_and_its_version(capsys):
+    assert main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    assert all(
+        re.search(rf"^  {name} .*{re.escape(line)}$", listed, re.M) for name, (_, line) in COMMANDS.items()
+    )
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"aftersam {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [(["trian"], "did you mean 'train'?"), (["xyz"], "no command 'xyz'"), ([], "usage:")],
+    ids=str,
+)
+def test_an_unknown_command_is_an_error_that_helps(argv, says, capsys):
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert says in captured.err
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    """The wheel that setup.py builds, offline, from a copy of the tree."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("aftersam", "kernels", "tests", "benchmarks"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    code = "from setuptools import build_meta; print(build_meta.build_wheel('out'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return zipfile.ZipFile(copy / "out" / done.stdout.split()[-1])
+
+
+def test_the_wheel_holds_exactly_the_two_packages(wheel):
+    names = [n for n in wheel.namelist() if ".dist-info/" not in n]
+    assert {n.split("/")[0] for n in names} == {"aftersam", "axial_fusion"}
+    packed = {n for n in names if n.endswith(".py")}
+    assert packed == {
+        str(p.relative_to(base)) for base, folder in ((ROOT, "aftersam"), (ROOT / "kernels", "axial_fusion"))
+        for p in (base / folder).rglob("*.py")
+    }  # fmt: skip
+    assert {"aftersam/py.typed", "axial_fusion/py.typed"} <= set(names)
+
+
+def test_the_wheel_names_its_version_command_licence_and_extras(wheel):
+    info = f"aftersam-{__version__}.dist-info"
+    assert "aftersam = aftersam.__main__:main" in wheel.read(f"{info}/entry_points.txt").decode()
+    assert f"{info}/licenses/LICENSE" in wheel.namelist()
+    metadata = Parser().parsestr(wheel.read(f"{info}/METADATA").decode())
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert set(metadata.get_all("Provides-Extra")) == {"flash", "xformers", "dicom", "test", "dev"}
+
+
+def test_constraints_pin_a_version_in_range_of_every_requirement(wheel):
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    metadata = Parser().parsestr(wheel.read(f"aftersam-{__version__}.dist-info/METADATA").decode())
+    requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
+    outside = {"flash-attn", "setuptools"}  # built from source against the torch that is there; a build tool
+    assert {r.name for r in requirements} - outside == set(pins)
+    assert all(r.specifier.contains(pins[r.name]) for r in requirements if r.name in pins)
+
+
+def test_make_help_explains_every_target():
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    done = run("make", "help")
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert done.returncode == 0, done.stderr
+    for target in phony.group(1).split():
+        assert re.search(rf"^ +make {target} +\S", done.stdout, re.M), target
+
+
+def test_ci_runs_the_checks_and_the_tests():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert {"make check", "make test"} <= {
+        line.removesuffix(' "$@"') for line in script.read_text().splitlines()
+    }
+
+
+def test_the_readme_points_at_things_that_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert set(re.findall(r"^aftersam (\w+)", text, re.M)) <= set(COMMANDS)
+
+
+def test_the_readme_shows_an_op_that_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    code = next(block for block in blocks if "axial_fusion" in block)
+    assert_silent(python(code + "\nassert y.shape == (1, 9, 16, 16, 256)"))

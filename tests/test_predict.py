@@ -1,0 +1,201 @@
+"""Prediction: the input's own grid comes back, folders survive a bad scan, every refusal is one line."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+import aftersam
+from aftersam.checkpoint import save_weights
+from aftersam.data.phantom import write_dataset
+from aftersam.predict import main
+from aftersam.train import main as train_main
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run trained for a moment: random masks, real files."""
+    root = tmp_path_factory.mktemp("run")
+    write_dataset(root / "scans", cases=3, seed=0)
+    code = train_main(
+        ["--data", str(root / "scans"), "--output", str(root / "run"), "--preset", "tiny", "--image-size", "48",
+         "--num-blocks", "1", "--max-steps", "3", "--device", "cpu", "--precision", "fp32"]
+    )  # fmt: skip
+    assert code == 0
+    return root / "run"
+
+
+def scan(path, shape=(40, 36, 6), affine=None, four_d=False):
+    rng = np.random.default_rng(0)
+    array = rng.integers(-1000, 1000, shape).astype(np.int16)
+    affine = np.diag([4.0, 4.0, 5.0, 1.0]) if affine is None else affine
+    nib.save(nib.Nifti1Image(array[..., None] if four_d else array, affine), path)
+    return path
+
+
+def rotation(degrees, axis):
+    a = np.deg2rad(degrees)
+    matrix = np.eye(3)
+    i, j = [k for k in range(3) if k != axis]
+    matrix[[i, i, j, j], [i, j, i, j]] = np.cos(a), -np.sin(a), np.sin(a), np.cos(a)
+    return matrix
+
+
+def oblique():
+    affine = np.eye(4)
+    affine[:3, :3] = rotation(17, 0) @ rotation(-9, 2) @ np.diag([4.0, 4.5, 6.0])
+    affine[:3, 3] = -80, 30, 12
+    return affine
+
+
+GRIDS = {
+    "plain": ((40, 36, 6), np.diag([4.0, 4.0, 5.0, 1.0])),
+    "flipped": ((40, 36, 6), np.diag([-4.0, 4.0, -5.0, 1.0])),
+    "permuted": ((6, 40, 36), np.array([[0, 4, 0, 0], [0, 0, 4, 0], [5, 0, 0, 0], [0, 0, 0, 1.0]])),
+    "oblique": ((30, 28, 7), oblique()),
+    "anisotropic": ((24, 60, 5), np.diag([7.0, 2.0, 8.0, 1.0])),
+    "one slice": ((40, 36, 1), np.diag([4.0, 4.0, 5.0, 1.0])),
+    "larger than the window": ((70, 66, 3), np.diag([4.0, 4.0, 5.0, 1.0])),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_the_mask_has_the_scans_grid(run, tmp_path, name):
+    shape, affine = GRIDS[name]
+    source = scan(tmp_path / "scan.nii.gz", shape, affine)
+    assert main(["-i", str(source), "-o", str(tmp_path / "mask.nii.gz"), "-m", str(run), "--device", "cpu"]) == 0
+    image, mask = nib.load(source), nib.load(tmp_path / "mask.nii.gz")
+    assert mask.shape == image.shape
+    assert np.array_equal(mask.affine, image.affine)
+    assert mask.header.get_zooms() == image.header.get_zooms()
+    assert mask.get_data_dtype() == np.uint8
+    assert mask.get_fdata().max() <= 6
+    assert (tmp_path / "mask.png").stat().st_size > 5000
+    names = json.loads((tmp_path / "mask.json").read_text())
+    assert "esophagus" in json.dumps(names)
+    assert mask.header.extensions
+
+
+def test_a_volume_of_four_dimensions_comes_back_as_one(run, tmp_path):
+    source = scan(tmp_path / "scan.nii.gz", four_d=True)
+    assert main(["-i", str(source), "-o", str(tmp_path / "mask.nii.gz"), "-m", str(run), "--device", "cpu"]) == 0
+    assert nib.load(tmp_path / "mask.nii.gz").shape == (40, 36, 6, 1)
+
+
+def test_flipping_the_file_flips_the_mask(run, tmp_path):
+    """The same anatomy stored in two voxel orders gets the same mask, voxel for voxel."""
+    source = nib.load(scan(tmp_path / "a.nii.gz"))
+    flipped = source.as_reoriented(nib.orientations.axcodes2ornt("LPI", nib.aff2axcodes(source.affine)))
+    flipped = source.as_reoriented(
+        nib.orientations.ornt_transform(
+            nib.io_orientation(source.affine), nib.orientations.axcodes2ornt(("P", "S", "L"))
+        )
+    )
+    model = aftersam.load(run, device="cpu")
+    first, second = model.predict(source), model.predict(flipped)
+    back = second.as_reoriented(
+        nib.orientations.ornt_transform(nib.io_orientation(second.affine), nib.io_orientation(first.affine))
+    )
+    assert np.array_equal(np.asarray(first.dataobj), np.asarray(back.dataobj))
+    assert np.allclose(first.affine, back.affine)
+
+
+def test_the_api_equals_the_command_and_takes_arrays(run, tmp_path):
+    source = scan(tmp_path / "scan.nii.gz", *GRIDS["oblique"])
+    assert main(["-i", str(source), "-o", str(tmp_path / "mask.nii.gz"), "-m", str(run), "--device", "cpu"]) == 0
+    written = np.asarray(nib.load(tmp_path / "mask.nii.gz").dataobj)
+    image = nib.load(source)
+    model = aftersam.load(run, device="cpu")
+    assert np.array_equal(np.asarray(model.predict(image).dataobj), written)
+    by_array = model.predict(np.asarray(image.dataobj), image.affine)
+    assert np.array_equal(np.asarray(by_array.dataobj), written)
+    with pytest.raises(ValueError, match="affine"):
+        model.predict(np.asarray(image.dataobj))
+
+
+def test_a_subset_of_the_labels(run, tmp_path, capsys):
+    source = scan(tmp_path / "scan.nii.gz")
+    command = ["-i", str(source), "-m", str(run), "--device", "cpu", "--no-preview"]
+    assert main([*command, "-o", str(tmp_path / "all.nii.gz")]) == 0
+    assert main([*command, "-o", str(tmp_path / "some.nii.gz"), "--labels", "heart,trachea"]) == 0
+    everything = np.asarray(nib.load(tmp_path / "all.nii.gz").dataobj)
+    some = np.asarray(nib.load(tmp_path / "some.nii.gz").dataobj)
+    assert np.array_equal(some, np.where(np.isin(everything, [2, 6]), everything, 0))
+    assert main([*command, "-o", str(tmp_path / "x.nii.gz"), "--labels", "hart"]) == 2
+    assert "did you mean 'heart'" in capsys.readouterr().err
+
+
+def test_a_folder_with_a_bad_scan_gives_the_other_masks(run, tmp_path, capsys):
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for name in ("a_0000", "c_0000"):
+        scan(scans / f"{name}.nii.gz")
+    whole = scan(scans / "b_0000.nii.gz").read_bytes()
+    (scans / "b_0000.nii.gz").write_bytes(whole[: len(whole) // 2])
+    command = ["-i", str(scans), "-o", str(tmp_path / "masks"), "-m", str(run), "--device", "cpu", "--no-preview"]
+    assert main(command) == 1
+    masks = tmp_path / "masks"
+    assert sorted(p.name for p in masks.glob("*.nii.gz")) == ["a.nii.gz", "c.nii.gz"]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("aftersam.predict: ")]
+    assert len(errors) == 1
+    assert "b_0000.nii.gz" in errors[0]
+    assert not [p for p in masks.iterdir() if p.name.startswith(".")]
+    before = (masks / "a.nii.gz").stat().st_mtime_ns
+    scan(scans / "b_0000.nii.gz")
+    assert main(command) == 0  # finished masks are kept, the mended scan is done
+    assert (masks / "a.nii.gz").stat().st_mtime_ns == before
+    assert (masks / "b.nii.gz").exists()
+
+
+def test_nan_voxels_become_air_with_a_warning(run, tmp_path):
+    array = np.zeros((40, 36, 4), np.float32)
+    array[3, 4, 1] = np.nan
+    nib.save(nib.Nifti1Image(array, np.diag([4.0, 4, 5, 1])), tmp_path / "scan.nii.gz")
+    with pytest.warns(UserWarning, match="1 voxel"):
+        code = main(
+            ["-i", str(tmp_path / "scan.nii.gz"), "-o", str(tmp_path / "m.nii.gz"), "-m", str(run), "--device", "cpu"]
+        )
+    assert code == 0
+
+
+@pytest.mark.parametrize("case", ["missing", "not nifti", "2d", "4d", "no run", "exists", "truncated weights"])
+def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, capsys, case):
+    source, model, output = tmp_path / "scan.nii.gz", run, tmp_path / "mask.nii.gz"
+    if case == "not nifti":
+        source.write_text("hello")
+    elif case == "2d":
+        scan(source, (40, 36))
+    elif case == "4d":
+        scan(source, (40, 36, 6, 2))
+    elif case != "missing":
+        scan(source)
+    if case == "no run":
+        model = tmp_path
+    if case == "exists":
+        output.write_text("mine")
+    if case == "truncated weights":
+        model = tmp_path / "run"
+        model.mkdir()
+        for name in ("config.json", "run.json"):
+            (model / name).write_bytes((run / name).read_bytes())
+        (model / "best.safetensors").write_bytes((run / "best.safetensors").read_bytes()[:-100])
+    assert main(["-i", str(source), "-o", str(output), "-m", str(model), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("aftersam.predict: ")
+    assert len(error.splitlines()) == 1
+    assert str(tmp_path) in error
+    assert output.exists() == (case == "exists")
+
+
+def test_weights_of_another_architecture_are_refused(run, tmp_path, capsys):
+    from torch import nn
+
+    model = tmp_path / "run"
+    model.mkdir()
+    for name in ("config.json", "run.json"):
+        (model / name).write_bytes((run / name).read_bytes())
+    save_weights(model / "best.safetensors", nn.Linear(2, 2), {})
+    source = scan(tmp_path / "scan.nii.gz")
+    assert main(["-i", str(source), "-o", str(tmp_path / "m.nii.gz"), "-m", str(model), "--device", "cpu"]) == 2
+    assert "another architecture" in capsys.readouterr().err

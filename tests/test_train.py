@@ -1,0 +1,177 @@
+"""Training: schedules, order, exact resume after a real kill, refusals."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from aftersam import train as training
+from aftersam.checkpoint import read_json, write_json
+from aftersam.config import Config, from_dict, preset, to_dict
+from aftersam.data.phantom import write_dataset
+from aftersam.train import Progress, batches, learning_rate, main, parse, steps_in_epoch
+
+FAST = ["--image-size", "48", "--num-blocks", "1", "--device", "cpu", "--precision", "fp32"]
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    root = tmp_path_factory.mktemp("phantoms")
+    write_dataset(root, cases=4, seed=0)
+    return root
+
+
+def arguments(data, output, *more):
+    return ["--data", str(data), "--output", str(output), "--preset", "tiny", *FAST, *more]
+
+
+def test_schedules():
+    step = preset("paper").train
+    assert learning_rate(step, 0.0) == learning_rate(step, 499.9 / 550) == 1e-4
+    assert learning_rate(step, 500.1 / 550) == pytest.approx(1e-5)
+    poly = preset("small").train
+    assert learning_rate(poly, 0.0) < learning_rate(poly, poly.warmup / 2) < learning_rate(poly, poly.warmup)
+    assert learning_rate(poly, 1.0) == 0
+
+
+def test_progress_follows_the_first_limit_to_be_reached():
+    config = dataclasses.replace(preset("small").train, max_steps=100, max_minutes=1.0)
+    assert Progress(step=10, seconds=30).fraction(config, 7) == 0.5
+    assert Progress(step=90, seconds=30).fraction(config, 7) == 0.9
+    epochs = dataclasses.replace(config, max_steps=None, max_minutes=None, epochs=10)
+    assert Progress(step=35, seconds=30).fraction(epochs, 7) == 0.5
+
+
+def test_an_epoch_visits_every_case_and_processes_share_it():
+    alone = batches(3, 10, 4, rank=0, world=1, start=0)
+    pair = [batches(3, 10, 2, rank=rank, world=2, start=0) for rank in range(2)]
+    for _ in range(2):  # two epochs of three steps
+        epoch = [next(alone) for _ in range(steps_in_epoch(10, 4))]
+        assert {case for batch in epoch for _, case in batch} == set(range(10))
+        assert epoch == [next(pair[0]) + next(pair[1]) for _ in epoch]
+    late = batches(3, 10, 4, rank=0, world=1, start=6)
+    assert next(late) == next(alone)
+
+
+def test_presets_and_limits_on_the_command_line(tmp_path):
+    assert parse(["--data", "d", "--output", "o"]).config.model.image_encoder == "small"
+    assert parse(["--data", "d", "--output", "o", "--sam-checkpoint", "vit_b"]).config == preset("paper")
+    minutes = parse(["--data", "d", "--output", "o", "--max-minutes", "60"]).config.train
+    assert (minutes.max_steps, minutes.max_minutes) == (None, 60.0)
+    stored = dataclasses.replace(Config(), train=dataclasses.replace(Config().train, seed=7))
+    write_json(tmp_path / "config.json", to_dict(stored))
+    again = parse(["--data", "d", "--output", "o", "--config", str(tmp_path / "config.json"), "--batch-size", "3"])
+    assert (again.config.train.seed, again.config.train.batch_size) == (7, 3)
+
+
+def test_a_misspelt_flag_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["--data", "d", "--output", "o", "--num-slice", "3"])
+    assert stop.value.code == 2
+    assert "--num-slices" in capsys.readouterr().err
+
+
+def test_a_run_leaves_what_its_docstring_says(phantoms, tmp_path):
+    run = tmp_path / "run"
+    assert main(arguments(phantoms, run, "--max-steps", "4")) == 0
+    assert {p.name for p in run.iterdir()} >= {
+        "config.json", "run.json", "best.safetensors", "last.safetensors", "history.jsonl", "loss.png",
+        "overlay.png", "splits_final.json",
+    }  # fmt: skip
+    history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in history if "loss" in r] == [1, 2, 3, 4]
+    assert sum("val_mean_dsc" in r for r in history) == 2
+    config = from_dict(Config, read_json(run / "config.json"))
+    assert config.model.encoder == "full"
+    facts = read_json(run / "run.json")
+    assert list(facts["labels"].values()) == ["esophagus", "trachea", "spinal_cord", "lung_left", "lung_right", "heart"]
+    assert main(arguments(phantoms, run, "--max-steps", "4")) == 2  # never overwritten
+
+
+def run_command(phantoms, run, *more):
+    command = [sys.executable, "-m", "aftersam.train", *arguments(phantoms, run, *more)]
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'kernels'}"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_uninterrupted_to_the_bit(phantoms, tmp_path):
+    """kill -9 between checkpoints; weights, moments and the logged losses are the same to the bit."""
+    steps = ["--max-steps", "12", "--checkpoint-steps", "3"]
+    whole = run_command(phantoms, tmp_path / "whole", *steps)
+    killed = run_command(phantoms, tmp_path / "killed", *steps)
+    history = tmp_path / "killed" / "history.jsonl"
+    deadline = time.monotonic() + 240
+    while not (history.exists() and history.read_text().count('"loss"') >= 5):
+        assert killed.poll() is None, killed.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    resumed = run_command(phantoms, tmp_path / "killed", *steps, "--resume")
+    for process in (whole, resumed):
+        error = process.communicate(timeout=300)[1].decode()
+        assert process.returncode == 0, error
+    ours, theirs = (load_file(tmp_path / name / "last.safetensors") for name in ("killed", "whole"))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+    def losses(name):
+        lines = (tmp_path / name / "history.jsonl").read_text().splitlines()
+        return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+
+    assert losses("killed") == losses("whole")
+    assert len(losses("killed")) == 12
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(phantoms, tmp_path, monkeypatch, capsys):
+    step = training._Run._step
+
+    def broken(self, batch):
+        if self.progress.step == 2:
+            batch["hu"].fill_(float("nan"))
+        return step(self, batch)
+
+    monkeypatch.setattr(training._Run, "_step", broken)
+    run = tmp_path / "run"
+    assert main(arguments(phantoms, run, "--max-steps", "4", "--checkpoint-steps", "1")) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "step 3" in message
+    assert "phantom" in message
+    weights = load_file(run / "last.safetensors")
+    assert all(value.isfinite().all() for value in weights.values() if value.is_floating_point())
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--encoder", "frozen"], "random weights"),
+        (["--output-stride", "3"], "output_stride"),
+        (["--sam-checkpoint", "missing.pth"], "missing.pth"),
+        (["--fold", "9"], "fold"),
+        (["--resume"], "config.json"),
+        (["--config", "missing.json"], "missing.json"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_one_line(phantoms, tmp_path, capsys, more, message):
+    assert main(arguments(phantoms, tmp_path / "run", *more)) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert error.startswith("aftersam.train: ")
+
+
+def test_a_missing_data_set_is_one_line(tmp_path, capsys):
+    assert main(arguments(tmp_path / "nothing", tmp_path / "run")) == 2
+    assert "nothing" in capsys.readouterr().err
