@@ -72,6 +72,11 @@ class AxialFusionTransformer(nn.Module):
                 x = block(x, queries)
         return x.unflatten(2, (height, width)).movedim(-1, 2)
 
+    def freeze_projections(self) -> None:
+        """The paper's equations: W_Q, W_K, W_V stay as they are, LoRA alone changes q and v."""
+        for block in self.blocks:
+            block.attention.freeze_projections()
+
     def positions(self, height: int, width: int) -> Tensor:
         """The table (N or 1, height, width, C), interpolated where the grid differs from the one it was made for."""
         table = self.position
@@ -106,13 +111,11 @@ class AxialFusionBlock(nn.Module):
     def reset_parameters(self, *, zero: bool) -> None:
         """Xavier weights and zero biases; with `zero`, the last layer of each residual branch is 0."""
         for module in self.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if name.endswith("weight") and parameter.dim() == 2:
-                    nn.init.xavier_uniform_(parameter)
-                elif name.endswith("bias"):
-                    nn.init.zeros_(parameter)
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
         if zero:
-            for layer in (*self.attention.output_projections(), self.mlp[-1]):
+            for layer in (*(half.out for half in self.attention.halves()), self.mlp[-1]):
                 nn.init.zeros_(layer.weight)
 
     def forward(self, x: Tensor, query_index: Sequence[int] | None = None) -> Tensor:

@@ -37,7 +37,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl(_OP, "CompositeExplicitAutograd")
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -55,6 +54,9 @@ def _forward(
         xa = F.linear(_dropped(x, seed, dropout_p).reshape(rows.shape), lora_a.to(x.dtype))  # (T, r)
         y = torch.addmm(y, xa, lora_b.to(x.dtype).t(), alpha=scaling)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+torch.library.impl(_OP, "CompositeExplicitAutograd", _forward)
 
 
 @torch.library.register_fake(_OP)

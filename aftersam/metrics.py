@@ -1,0 +1,144 @@
+"""Scores of a mask against a reference: DSC, HD95, NSD, inter-slice consistency. Units in names, empty masks by rule.
+
+Masks are boolean arrays (D, H, W), spacing_mm is (d, h, w). Surface distances are MONAI's."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Convention = Literal["nnunet", "monai", "transunet"]
+Spacing = Sequence[float]
+
+
+@dataclass(frozen=True)
+class OrganScore:
+    """One organ of one case. NaN: not defined, because reference and prediction are both empty."""
+
+    dsc: float
+    hd95_mm: float  # infinite where one of the masks is empty
+    nsd: float  # at the tolerance of the evaluation
+    ice: float  # inter-slice consistency error, 0 is best
+    gaps: int  # slices without the organ between two with it, in the prediction
+    diagonal_mm: float  # of the image: what a missed organ costs in a penalised mean of HD95
+    predicted_voxels: int
+    reference_voxels: int
+
+
+def score_organ(
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    spacing_mm: Spacing,
+    *,
+    tolerance_mm: float = 3.0,
+    convention: Convention = "nnunet",
+) -> OrganScore:
+    """All scores of one organ. Raises ValueError where the two masks differ in shape."""
+    prediction, reference = _masks(prediction, reference)
+    extent = np.array(prediction.shape) * np.asarray(spacing_mm)
+    return OrganScore(
+        dsc=dice(prediction, reference, convention=convention),
+        hd95_mm=hd95_mm(prediction, reference, spacing_mm),
+        nsd=nsd(prediction, reference, spacing_mm, tolerance_mm=tolerance_mm),
+        ice=inter_slice_consistency_error(prediction, reference),
+        gaps=gaps(prediction),
+        diagonal_mm=float(np.linalg.norm(extent)),
+        predicted_voxels=int(prediction.sum()),
+        reference_voxels=int(reference.sum()),
+    )
+
+
+def dice(prediction: np.ndarray, reference: np.ndarray, *, convention: Convention = "nnunet") -> float:
+    """DSC = 2|P ∩ R| / (|P| + |R|), in 0 ... 1.
+
+    Empty masks. nnunet: 0 where one is empty, NaN where both are (left out of means). monai: NaN wherever the
+    reference is empty. transunet: 1 where the prediction finds something in an empty reference, 0 where both
+    are empty, as that code has it."""
+    prediction, reference = _masks(prediction, reference)
+    total = int(prediction.sum()) + int(reference.sum())
+    if convention == "transunet" and not reference.any():
+        return 1.0 if prediction.any() else 0.0
+    if total == 0 or (convention == "monai" and not reference.any()):
+        return math.nan
+    return 2 * int((prediction & reference).sum()) / total
+
+
+def hd95_mm(prediction: np.ndarray, reference: np.ndarray, spacing_mm: Spacing) -> float:
+    """The larger of the two directed 95th percentiles of surface distance, in mm.
+
+    Infinite where one mask is empty, NaN where both are. MedPy pools the two directions instead."""
+    prediction, reference = _masks(prediction, reference)
+    if not (prediction.any() and reference.any()):
+        return math.nan if prediction.any() == reference.any() else math.inf
+    from monai.metrics import compute_hausdorff_distance
+
+    return _surface(compute_hausdorff_distance, prediction, reference, spacing_mm, percentile=95)
+
+
+def nsd(
+    prediction: np.ndarray, reference: np.ndarray, spacing_mm: Spacing, *, tolerance_mm: float
+) -> float:
+    """Normalised surface Dice: the share of both surfaces' area within `tolerance_mm` of the other, in 0 ... 1.
+
+    Area-weighted with sub-voxel surfaces. 0 where one mask is empty, NaN where both are.
+    Source: Nikolov et al., arXiv 1809.04430."""
+    prediction, reference = _masks(prediction, reference)
+    if not (prediction.any() and reference.any()):
+        return math.nan if prediction.any() == reference.any() else 0.0
+    from monai.metrics import compute_surface_dice
+
+    return _surface(
+        compute_surface_dice, prediction, reference, spacing_mm, class_thresholds=[tolerance_mm], use_subvoxels=True
+    )
+
+
+def inter_slice_consistency_error(prediction: np.ndarray, reference: np.ndarray) -> float:
+    """Mean of |s_P(z) − s_R(z)| over the slice pairs where either mask has something; 0 is best, NaN without any.
+
+    s_M(z) = 2|M_z ∩ M_z+1| / (|M_z| + |M_z+1|), 1 where both slices are empty."""
+    prediction, reference = _masks(prediction, reference)
+    there = np.zeros(len(prediction) - 1, dtype=bool)
+    overlaps = []
+    for mask in (prediction, reference):
+        size = mask.sum((1, 2))
+        pairs = size[:-1] + size[1:]
+        shared = (mask[:-1] & mask[1:]).sum((1, 2))
+        overlaps.append(np.where(pairs > 0, 2 * shared / np.maximum(pairs, 1), 1.0))
+        there |= pairs > 0
+    return float(np.abs(overlaps[0] - overlaps[1])[there].mean()) if there.any() else math.nan
+
+
+def gaps(mask: np.ndarray) -> int:
+    """Slices z without the organ while z − 1 and z + 1 have it."""
+    there = np.asarray(mask).any((1, 2))
+    return int((there[:-2] & ~there[1:-1] & there[2:]).sum())
+
+
+def _masks(prediction: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    prediction, reference = np.asarray(prediction, dtype=bool), np.asarray(reference, dtype=bool)
+    if prediction.shape != reference.shape or prediction.ndim != 3:
+        raise ValueError(
+            f"prediction has shape {prediction.shape} and reference {reference.shape}; both must be the same (D, H, W)"
+        )
+    return prediction, reference
+
+
+def _surface(compute: object, prediction: np.ndarray, reference: np.ndarray, spacing_mm: Spacing, **options: object) -> float:
+    """One of MONAI's surface metrics on the masks' common bounding box, with a rim of background."""
+    import torch
+
+    union = prediction | reference
+    box = []
+    for axis in range(3):
+        found = np.flatnonzero(union.any(tuple(i for i in range(3) if i != axis)))
+        box.append(slice(found[0], found[-1] + 1))
+    pair = [torch.from_numpy(np.pad(m[tuple(box)], 2))[None, None] for m in (prediction, reference)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MONAI announces changes of its defaults; we pass every choice
+        value = compute(*pair, include_background=True, spacing=[float(s) for s in spacing_mm], **options)  # type: ignore[operator]
+    return float(value)

@@ -1,0 +1,301 @@
+"""Thin modules over the ops: parameters, initialisation and conversion, no arithmetic of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from axial_fusion.fusion import axial_fusion_attention
+from axial_fusion.lora_linear import lora_linear
+from axial_fusion.reference import AttentionWeights, LoRA
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with a low-rank update: y = x Wᵀ + bias + (alpha / rank) · (dropout(x) Aᵀ) Bᵀ.
+
+    `weight` and `bias` keep nn.Linear's names, so its state dict loads with strict=False; A (rank, in) is
+    Kaiming-uniform, B (out, rank) is zero. alpha None means alpha = rank.    Source: LoRA, arXiv 2106.09685."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if rank < 1:
+            raise ValueError(f"rank is {rank}, but must be 1 or more")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}, but must lie in [0, 1)")
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.scaling = (rank if alpha is None else alpha) / rank
+        self.dropout = dropout
+        self.merged = False
+        self.lora_a = nn.Parameter(self.weight.new_empty(rank, in_features))
+        self.lora_b = nn.Parameter(self.weight.new_zeros(out_features, rank))
+        if self.lora_a.device.type != "meta":
+            nn.init.kaiming_uniform_(self.lora_a, a=5**0.5)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, rank: int, alpha: float | None = None, dropout: float = 0.0
+    ) -> LoRALinear:
+        """The layer `linear` with LoRA beside its own parameters, which are frozen and shared, not copied."""
+        new = cls(linear.in_features, linear.out_features, rank=rank, alpha=alpha, dropout=dropout,
+                  bias=linear.bias is not None, device=linear.weight.device, dtype=linear.weight.dtype)  # fmt: skip
+        new.weight, new.bias = linear.weight, linear.bias
+        new.weight.requires_grad_(False)
+        if new.bias is not None:
+            new.bias.requires_grad_(False)
+        return new.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            return lora_linear(x, self.weight, self.bias)
+        dropout = self.dropout if self.training else 0.0
+        return lora_linear(
+            x, self.weight, self.bias, self.lora_a, self.lora_b, scaling=self.scaling, dropout_p=dropout
+        )
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the update into the weight for inference: computed in fp32, rounded once."""
+        if not self.merged:
+            merge_update(self.weight, self.lora_a, self.lora_b, self.scaling)
+            self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take the update out of the weight again, to within one rounding."""
+        if self.merged:
+            merge_update(self.weight, self.lora_a, self.lora_b, -self.scaling)
+            self.merged = False
+
+    def lora_state_dict(self) -> dict[str, Tensor]:
+        """The adapter alone: {"lora_a": ..., "lora_b": ...}; load it back with strict=False."""
+        return {"lora_a": self.lora_a.detach().clone(), "lora_b": self.lora_b.detach().clone()}
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.lora_a.shape[0]}, scaling={self.scaling:g}"
+
+
+class AxialFusionAttention(nn.Module):
+    """Axial attention, then slice attention, on tokens (B, N, P, C) or (B, N, H', W', C).
+
+    "Axial" means across the N slices at one position, not along the rows or columns of an image. `attention`
+    leaves one half out. `rank` > 0 puts LoRA on q and v of both halves; what is frozen beside it is the
+    caller's choice (`freeze_projections`). `norm` and `residual` False fit the module into a block that has its
+    own."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        rank: int = 0,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        norm: bool = True,
+        residual: bool = True,
+        attention: Literal["both", "axial", "slice"] = "both",
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads is {num_heads}, but must divide dim = {dim}")
+        if attention not in ("both", "axial", "slice"):
+            raise ValueError(f"attention is {attention!r}, but must be both, axial or slice")
+        self.num_heads = num_heads
+        self.residual = residual
+        self.eps = eps
+        self.dropout = dropout
+        halves = {"both": (True, True), "axial": (True, False), "slice": (False, True)}[attention]
+        self.inter = AttentionHalf(dim, rank=rank, alpha=alpha, norm=norm) if halves[0] else None
+        self.intra = AttentionHalf(dim, rank=rank, alpha=alpha, norm=norm) if halves[1] else None
+
+    def forward(self, x: Tensor, query_index: Sequence[int] | None = None) -> Tensor:
+        """x (B, N, P, C) or (B, N, H', W', C) -> the same; with `query_index` those slices alone."""
+        return axial_fusion_attention(
+            x,
+            None if self.inter is None else self.inter.weights(),
+            None if self.intra is None else self.intra.weights(),
+            num_heads=self.num_heads,
+            residual=self.residual,
+            query_index=query_index,
+            eps=self.eps,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+
+    def halves(self) -> list[AttentionHalf]:
+        """The halves that are there, across slices first."""
+        return [half for half in (self.inter, self.intra) if half is not None]
+
+    def freeze_projections(self) -> None:
+        """W_Q, W_K, W_V and their biases stay as they are: with `rank` > 0, the paper's LoRA equations."""
+        for half in self.halves():
+            for parameter in half.qkv.parameters():
+                parameter.requires_grad_(False)
+
+    @classmethod
+    def from_attention(
+        cls, attention: nn.Module, *, rank: int = 0, alpha: float | None = None
+    ) -> AxialFusionAttention:
+        """A 3D attention in place of a 2D one that starts equal to it: norm and residual are its block's.
+
+        Takes timm's and SAM's attention (`qkv`, `proj`, `num_heads`) and nn.MultiheadAttention. The slice half
+        has its weights; the axial half has them too, but a zero output projection, so that it adds nothing yet.
+        Raises ValueError, naming what is in the way, for an attention this would get wrong: q/k norms, rotary or
+        relative positions, quantised or adapter-wrapped layers, dropout, separate key or value sizes."""
+        qkv, out, heads = _attention_parts(attention)
+        return cls._from_parts(qkv, out, heads, None, None, rank=rank, alpha=alpha)
+
+    @classmethod
+    def from_block(cls, block: nn.Module, *, rank: int = 0, alpha: float | None = None) -> AxialFusionAttention:
+        """Like `from_attention`, from a pre-norm block (`norm1`, `attn`): norm and residual included.
+
+        Raises ValueError also for layer scale and stochastic depth, which lie between the two."""
+        for name in ("norm1", "attn"):
+            if not hasattr(block, name):
+                raise ValueError(f"{type(block).__name__} has no {name!r}; from_block needs a pre-norm block")
+        norm = block.norm1
+        if type(norm) is not nn.LayerNorm or norm.weight is None:
+            raise ValueError(f"norm1 is {type(norm).__name__}, but must be an affine nn.LayerNorm")
+        for name in ("ls1", "drop_path1", "drop_path", "gamma_1"):
+            part = getattr(block, name, None)
+            if part is not None and not isinstance(part, nn.Identity):
+                raise ValueError(f"{type(block).__name__} has {name!r} between attention and residual")
+        qkv, out, heads = _attention_parts(block.attn)
+        return cls._from_parts(qkv, out, heads, norm, norm.eps, rank=rank, alpha=alpha)
+
+    @classmethod
+    def _from_parts(
+        cls, qkv: nn.Linear, out: nn.Linear, heads: int, norm: nn.LayerNorm | None, eps: float | None,
+        *, rank: int, alpha: float | None,
+    ) -> AxialFusionAttention:  # fmt: skip
+        new = cls(qkv.in_features, heads, rank=rank, alpha=alpha, norm=norm is not None,
+                  residual=norm is not None, eps=1e-6 if eps is None else eps)  # fmt: skip
+        new = new.to(device=qkv.weight.device, dtype=qkv.weight.dtype)
+        with torch.no_grad():
+            for half in new.halves():
+                half.qkv.weight.copy_(qkv.weight)
+                half.out.weight.copy_(out.weight)
+                for ours, theirs in ((half.qkv.bias, qkv.bias), (half.out.bias, out.bias)):
+                    ours.zero_() if theirs is None else ours.copy_(theirs)
+                if norm is not None and half.norm is not None:
+                    half.norm.weight.copy_(norm.weight)
+                    half.norm.bias.zero_() if norm.bias is None else half.norm.bias.copy_(norm.bias)
+            assert new.inter is not None
+            new.inter.out.weight.zero_()
+            new.inter.out.bias.zero_()
+        return new
+
+
+class AttentionHalf(nn.Module):
+    """Weights of one attention: norm, fused q, k, v projection, output projection, LoRA on q and v."""
+
+    def __init__(self, dim: int, *, rank: int, alpha: float | None, norm: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim) if norm else None
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.rank = rank
+        self.merged = False
+        if rank:
+            self.scaling = (rank if alpha is None else alpha) / rank
+            for part in "qv":
+                a = nn.Parameter(torch.empty(rank, dim))
+                nn.init.kaiming_uniform_(a, a=5**0.5)
+                self.register_parameter(f"lora_{part}_a", a)
+                self.register_parameter(f"lora_{part}_b", nn.Parameter(torch.zeros(dim, rank)))
+
+    def weights(self) -> AttentionWeights:
+        """The parameters as they are now; nothing is cached, so that optimisers and DDP see one truth."""
+        live = self.rank > 0 and not self.merged
+        return AttentionWeights(
+            self.qkv.weight,
+            self.qkv.bias,
+            self.out.weight,
+            self.out.bias,
+            None if self.norm is None else self.norm.weight,
+            None if self.norm is None else self.norm.bias,
+            LoRA(self.lora_q_a, self.lora_q_b, self.scaling) if live else None,
+            LoRA(self.lora_v_a, self.lora_v_b, self.scaling) if live else None,
+        )
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold both updates into q's and v's weights for inference."""
+        self._fold(1.0)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take them out again, to within one rounding."""
+        self._fold(-1.0)
+
+    def _fold(self, sign: float) -> None:
+        if not self.rank or self.merged == (sign > 0):
+            return
+        q, _, v = self.qkv.weight.chunk(3)
+        merge_update(q, self.lora_q_a, self.lora_q_b, sign * self.scaling)
+        merge_update(v, self.lora_v_a, self.lora_v_b, sign * self.scaling)
+        self.merged = sign > 0
+
+
+def merge_update(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> None:
+    """weight += scaling · b a in place, computed in fp32 or better and rounded once."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    weight.copy_(weight.to(wide) + scaling * (b.to(wide) @ a.to(wide)))
+
+
+def _attention_parts(attention: nn.Module) -> tuple[nn.Linear, nn.Linear, int]:
+    """Fused q, k, v projection, output projection and heads of a 2D attention, or ValueError."""
+    kind = type(attention).__name__
+    if isinstance(attention, nn.MultiheadAttention):
+        if not attention._qkv_same_embed_dim:
+            raise ValueError(f"{kind} has keys or values of another size than its queries")
+        if attention.bias_k is not None or attention.add_zero_attn:
+            raise ValueError(f"{kind} adds keys of its own (add_bias_kv or add_zero_attn)")
+        if attention.dropout:
+            raise ValueError(f"{kind} has attention dropout of {attention.dropout}, which this op does not")
+        qkv = nn.Linear(attention.embed_dim, 3 * attention.embed_dim, device="meta")
+        qkv.weight = attention.in_proj_weight
+        qkv.bias = attention.in_proj_bias
+        return qkv, _plain_linear(attention.out_proj, kind, "out_proj"), attention.num_heads
+    for name in ("qkv", "proj", "num_heads"):
+        if not hasattr(attention, name):
+            raise ValueError(f"{kind} has no {name!r}; from_attention takes timm's, SAM's or nn.MultiheadAttention")
+    for name in ("q_norm", "k_norm", "norm"):
+        part = getattr(attention, name, None)
+        if part is not None and not isinstance(part, nn.Identity):
+            raise ValueError(f"{kind} has {name!r}, a norm of queries, keys or outputs, which this op does not")
+    for name in ("rope", "rotary_emb", "pos_embed"):
+        if getattr(attention, name, None) is not None:
+            raise ValueError(f"{kind} has {name!r}, a rotary position embedding, which this op does not")
+    for name in ("rel_pos_h", "relative_position_bias_table", "rel_pos"):
+        if getattr(attention, name, None) is not None:
+            raise ValueError(f"{kind} has {name!r}: relative positions; use rel_pos_attention for SAM's")
+    for name in ("attn_drop", "proj_drop"):
+        part = getattr(attention, name, None)
+        if isinstance(part, nn.Dropout) and part.p:
+            raise ValueError(f"{kind} has dropout of {part.p} in {name!r}, which this op does not")
+    qkv, proj = (_plain_linear(getattr(attention, name), kind, name) for name in ("qkv", "proj"))
+    if qkv.out_features != 3 * qkv.in_features or proj.in_features != qkv.in_features:
+        raise ValueError(f"{kind} projects {qkv.in_features} to {qkv.out_features}; q, k and v must each keep C")
+    return qkv, proj, int(attention.num_heads)
+
+
+def _plain_linear(layer: Any, kind: str, name: str) -> nn.Linear:
+    """`layer`, or ValueError where it is not nn.Linear itself: quantised, or wrapped by an adapter."""
+    if type(layer) not in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise ValueError(f"{kind}.{name} is {type(layer).__name__}, but must be a plain nn.Linear")
+    if not layer.weight.dtype.is_floating_point:
+        raise ValueError(f"{kind}.{name} has weights of {layer.weight.dtype}: quantised layers cannot be taken over")
+    return layer
