@@ -50,7 +50,8 @@ def check_case(case: Any, names: dict[int, str]) -> CaseReport:
         )
         if low >= 0:
             return dataclasses.replace(
-                report, problem=f"{case.image} has no value below 0 ({low:g} to {high:g}): not Hounsfield units?"
+                report,
+                problem=f"{case.image} has no value below 0 ({low:g} to {high:g}): not Hounsfield units?",
             )
         if case.label is None:
             return dataclasses.replace(report, problem=f"{case.image} has no label")
@@ -66,7 +67,11 @@ def needs(reports: Sequence[CaseReport], config: Config) -> dict[str, float]:
     `tokens` is their number in a step, which the time of a step follows."""
     spacings = [r.spacing_mm for r in reports if r.spacing_mm]
     target = config.data.spacing_mm
-    median = tuple(sorted(s[i] for s in spacings)[len(spacings) // 2] for i in range(3)) if spacings else (1.0, 1.0, 1.0)
+    median = (
+        tuple(sorted(s[i] for s in spacings)[len(spacings) // 2] for i in range(3))
+        if spacings
+        else (1.0, 1.0, 1.0)
+    )
     voxels = 0.0
     for report in reports:
         if report.shape is None or report.spacing_mm is None:
@@ -119,7 +124,9 @@ def check(data: Path, *, preset_name: str = "small") -> int:
             "" if report.shape is None else " × ".join(map(str, report.shape)),
             "" if report.spacing_mm is None else " × ".join(f"{s:.2f}" for s in report.spacing_mm),
             "" if report.hu_range is None else f"{report.hu_range[0]:g} … {report.hu_range[1]:g}",
-            "" if report.problem else ", ".join(n for v, n in dataset.labels.items() if v not in report.labels) or "none",
+            ""
+            if report.problem
+            else ", ".join(n for v, n in dataset.labels.items() if v not in report.labels) or "none",
             "ok" if report.problem is None else "[red]bad[/red]",
         )
     console.print(grid)

@@ -24,7 +24,9 @@ def save_weights(path: Path, model: nn.Module, facts: dict[str, Any]) -> None:
     _write(path, _state(model), facts)
 
 
-def save_training(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, facts: dict[str, Any]) -> None:
+def save_training(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, facts: dict[str, Any]
+) -> None:
     """Write all that an exact resume needs: weights, optimiser moments, torch's generator, `facts`."""
     tensors = _state(model)
     for index, moments in optimizer.state_dict()["state"].items():

@@ -221,15 +221,19 @@ def validate(config: Config) -> Config:
         )
     if size.out_channels % model.num_heads:
         raise ValueError(f"num_heads is {model.num_heads}, but must divide the {size.out_channels} channels")
-    strides = [s for s in (1, 2, 4) if s <= size.patch // 4] + ([] if not size.stem else [4, 8])
+    strides = [stride for stride in (1, 2, 4) if 4 * stride <= size.patch]  # SAM's upscaling is ×4 at least
     if model.output_stride not in strides:
-        raise ValueError(f"output_stride is {model.output_stride}, but must be one of {sorted(set(strides))}")
+        raise ValueError(
+            f"output_stride is {model.output_stride}, but must be one of {strides} for {model.image_encoder}"
+        )
     if len(model.hu_windows) not in (1, 3):
         raise ValueError(f"hu_windows has {len(model.hu_windows)} windows, but must have 1 or 3")
     if any(low >= high for low, high in model.hu_windows):
         raise ValueError("hu_windows has a window whose low end is not below its high end")
     if not isinstance(data.spacing_mm, str) and not all(0 < s < 1e3 for s in data.spacing_mm):
-        raise ValueError(f"spacing_mm is {data.spacing_mm}, but must be three lengths above 0, or median, or native")
+        raise ValueError(
+            f"spacing_mm is {data.spacing_mm}, but must be three lengths above 0, or median, or native"
+        )
     for key in ("augmentation_probability", "foreground_sampling"):
         if not 0 <= getattr(data, key) <= 1:
             raise ValueError(f"{key} is {getattr(data, key)}, but must lie between 0 and 1")
@@ -264,13 +268,17 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         if value not in args:
-            raise ValueError(f"{where} is {value!r}{_nearest(value, args)}; it must be one of {', '.join(map(str, args))}")
+            raise ValueError(
+                f"{where} is {value!r}{_nearest(value, args)}; it must be one of {', '.join(map(str, args))}"
+            )
         return value
     if origin is tuple:
         inner = args[:1] * len(value) if args[-1] is Ellipsis else args
         if not isinstance(value, (list, tuple)) or len(value) != len(inner):
             raise ValueError(f"{where} is {value!r}, but must be a list of {len(inner)}")
-        return tuple(_convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True)))
+        return tuple(
+            _convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True))
+        )
     if args:  # a union: the first member that takes the value
         errors = []
         for member in args:
@@ -282,7 +290,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{where} is {value!r}, but must be {'nothing' if hint is type(None) else hint.__name__}")
+        raise ValueError(
+            f"{where} is {value!r}, but must be {'nothing' if hint is type(None) else hint.__name__}"
+        )
     return value
 
 

@@ -22,7 +22,7 @@ from aftersam.config import preset
 class DemoArgs:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("demo-run")
     """Folder for scans, run, masks, metrics.json and report.html."""
-    train_cases: int = 16
+    train_cases: int = 20
     """Synthetic scans to train on."""
     test_cases: int = 4
     """Synthetic scans to segment and score; training never sees them."""
@@ -41,8 +41,10 @@ def demo(args: DemoArgs) -> dict[str, Any]:
     """Phantoms, training, prediction, evaluation and report in `args.output`; returns the metrics.
 
     Raises ValueError where the folder holds a demo already."""
-    from aftersam.data.phantom import write_dataset
+    from aftersam.data.phantom import LABELS, write_dataset
+    from aftersam.data.volume import read_image, read_labels
     from aftersam.evaluate import evaluate
+    from aftersam.figures import overlay_png
     from aftersam.predict import PredictArgs, predict_files
     from aftersam.report import write_report
     from aftersam.train import TrainArgs, train
@@ -69,12 +71,19 @@ def demo(args: DemoArgs) -> dict[str, Any]:
     train(TrainArgs(data=out / "scans", output=out / "run", config=config, preset="tiny", device=args.device))
     print("3/5 segmenting the held-out scans")
     images, labels, masks = out / "held-out" / "imagesTr", out / "held-out" / "labelsTr", out / "masks"
-    predict_files(PredictArgs(input=images, output=masks, model=out / "run", checkpoint="last", device=args.device))
+    predict_files(
+        PredictArgs(input=images, output=masks, model=out / "run", checkpoint="last", device=args.device)
+    )
     print("4/5 scoring them")
     metrics = evaluate(masks, labels, output=out / "metrics.json")
     print("5/5 report")
-    write_report(out / "report.html", out / "metrics.json", run=out / "run", images=images, predictions=masks, labels=labels)  # fmt: skip
-    print(f"{out / 'report.html'} after {(time.monotonic() - began) / 60:.1f} minutes")
+    first = sorted(labels.glob("*.nii.gz"))[0]
+    scan = read_image(images / first.name.replace(".nii.gz", "_0000.nii.gz"))
+    mask, truth = (read_labels(folder / first.name, like=scan).array for folder in (masks, labels))
+    overlay_png(out / "demo.png", scan.array, mask, scan.spacing_mm, LABELS, reference=truth)
+    folders = {"images": images, "predictions": masks, "labels": labels}
+    write_report(out / "report.html", out / "metrics.json", run=out / "run", **folders)
+    print(f"{out / 'report.html'}, {out / 'demo.png'} after {(time.monotonic() - began) / 60:.1f} minutes")
     return metrics
 
 

@@ -76,10 +76,16 @@ def evaluate(
     problems: dict[str, str] = {}
     warned = False
     for case, path in track(
-        references.items(), "scoring", console=console, transient=True, disable=quiet or not console.is_terminal
+        references.items(),
+        "scoring",
+        console=console,
+        transient=True,
+        disable=quiet or not console.is_terminal,
     ):
         try:
-            found, spacing = _score_case(_matching(ours, case, predictions), path, names, nsd_tolerance_mm, convention)
+            found, spacing = _score_case(
+                _matching(ours, case, predictions), path, names, nsd_tolerance_mm, convention
+            )
             if theirs is not None and against is not None:
                 mask = _matching(theirs, case, against)
                 other[case], _ = _score_case(mask, path, names, nsd_tolerance_mm, convention)
@@ -123,10 +129,14 @@ def label_names_near(explicit: Path | None, *folders: Path) -> dict[int, str]:
             continue
         try:
             labels = json.loads(path.read_text())["labels"]
-            pairs = {int(k): str(v) for k, v in labels.items()} if _values_first(labels) else {int(v): k for k, v in labels.items()}
+            pairs = (
+                {int(k): str(v) for k, v in labels.items()}
+                if _values_first(labels)
+                else {int(v): k for k, v in labels.items()}
+            )
         except (OSError, KeyError, TypeError, ValueError, AttributeError):
             if explicit is not None:
-                raise ValueError(f"{path} has no readable map of label names under \"labels\"") from None
+                raise ValueError(f'{path} has no readable map of label names under "labels"') from None
             continue
         return {value: name for value, name in sorted(pairs.items()) if value}
     return {}
@@ -152,7 +162,11 @@ def _score_case(
         raise ValueError(f"{culprit} has the label {foreign[0]}, but the label names are {known}")
     scores = {
         names.get(v, f"label {v}"): score_organ(
-            found.array == v, truth.array == v, truth.spacing_mm, tolerance_mm=tolerance_mm, convention=convention
+            found.array == v,
+            truth.array == v,
+            truth.spacing_mm,
+            tolerance_mm=tolerance_mm,
+            convention=convention,
         )
         for v in values
         if v
@@ -181,7 +195,8 @@ def _summary(
         "version": __version__,
         "organs": {},
         "cases": {
-            case: {organ: _case_json(score, nsd_key) for organ, score in found.items()} for case, found in scores.items()
+            case: {organ: _case_json(score, nsd_key) for organ, score in found.items()}
+            for case, found in scores.items()
         },
         "problems": dict(problems),
     }
@@ -192,7 +207,9 @@ def _summary(
         summary["organs"][organ] = {
             "dsc": _number(mean_of(matrix[:, column])),
             "dsc_interval": _interval(matrix[:, [column]]),
-            "dsc_std": _number(float(np.nanstd(matrix[:, column])) if np.isfinite(matrix[:, column]).any() else math.nan),
+            "dsc_std": _number(
+                float(np.nanstd(matrix[:, column])) if np.isfinite(matrix[:, column]).any() else math.nan
+            ),
             "hd95_mm": _number(mean_of(hd95[np.isfinite(hd95)])),
             "hd95_mm_penalised": _number(mean_of(penalised)),
             "hd95_infinite": int(np.isinf(hd95).sum()),

@@ -97,16 +97,24 @@ def curves_figure(history: Path) -> Figure:
     if steps:
         values = np.array(steps)
         window = max(1, len(values) // 60)
-        for column, name, tint in ((1, "loss", "#222222"), (2, "Dice term", COLOURS[0]), (3, "cross-entropy", COLOURS[1])):
+        for column, name, tint in (
+            (1, "loss", "#222222"),
+            (2, "Dice term", COLOURS[0]),
+            (3, "cross-entropy", COLOURS[1]),
+        ):
             smooth = np.convolve(values[:, column], np.ones(window) / window, mode="valid")
             left.plot(values[window - 1 :, 0], smooth, color=tint, lw=1.2, label=name)
         left.set(xlabel="step", ylabel=f"mean of {window} steps", ylim=(0, None))
         left.legend(frameon=False, fontsize=8)
     if scored:
         at = [r["step"] for r in scored]
-        right.plot(at, [r["val_mean_dsc"] for r in scored], color="#222222", lw=2, marker="o", ms=3, label="mean")
+        right.plot(
+            at, [r["val_mean_dsc"] for r in scored], color="#222222", lw=2, marker="o", ms=3, label="mean"
+        )
         for i, name in enumerate(scored[-1]["val_dsc"]):
-            right.plot(at, [r["val_dsc"].get(name) or np.nan for r in scored], color=colour(i + 1), lw=1, label=name)
+            right.plot(
+                at, [r["val_dsc"].get(name) or np.nan for r in scored], color=colour(i + 1), lw=1, label=name
+            )
         right.legend(frameon=False, fontsize=7)
     right.set(xlabel="step", ylabel="validation DSC", ylim=(0, 1))
     for axis in (left, right):
@@ -147,7 +155,13 @@ def _coloured(values: np.ndarray, labels: Mapping[int, str]) -> np.ndarray:
         there = np.asarray(values) == value
         if there.any():
             inside = np.pad(there, 1)
-            inside = inside[1:-1, 1:-1] & inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
+            inside = (
+                inside[1:-1, 1:-1]
+                & inside[:-2, 1:-1]
+                & inside[2:, 1:-1]
+                & inside[1:-1, :-2]
+                & inside[1:-1, 2:]
+            )
             picture[there, :3] = to_rgb(colour(value))
             picture[there, 3] = 0.85
             picture[inside, 3] = 0.4
@@ -161,7 +175,9 @@ def _richest(mask: np.ndarray, axis: int) -> int:
     area = (mask > 0).sum(others)
     if not area.any():
         return mask.shape[axis] // 2
-    kinds = sum(((mask == value).any(others).astype(int) for value in np.unique(mask) if value), np.zeros(1, int))
+    kinds = sum(
+        ((mask == value).any(others).astype(int) for value in np.unique(mask) if value), np.zeros(1, int)
+    )
     return int(np.lexsort((area, kinds))[-1])
 
 

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -80,9 +80,7 @@ def hd95_mm(prediction: np.ndarray, reference: np.ndarray, spacing_mm: Spacing) 
     return _surface(compute_hausdorff_distance, prediction, reference, spacing_mm, percentile=95)
 
 
-def nsd(
-    prediction: np.ndarray, reference: np.ndarray, spacing_mm: Spacing, *, tolerance_mm: float
-) -> float:
+def nsd(prediction: np.ndarray, reference: np.ndarray, spacing_mm: Spacing, *, tolerance_mm: float) -> float:
     """Normalised surface Dice: the share of both surfaces' area within `tolerance_mm` of the other, in 0 ... 1.
 
     Area-weighted with sub-voxel surfaces. 0 where one mask is empty, NaN where both are.
@@ -93,7 +91,12 @@ def nsd(
     from monai.metrics import compute_surface_dice
 
     return _surface(
-        compute_surface_dice, prediction, reference, spacing_mm, class_thresholds=[tolerance_mm], use_subvoxels=True
+        compute_surface_dice,
+        prediction,
+        reference,
+        spacing_mm,
+        class_thresholds=[tolerance_mm],
+        use_subvoxels=True,
     )
 
 
@@ -115,7 +118,7 @@ def inter_slice_consistency_error(prediction: np.ndarray, reference: np.ndarray)
 
 def gaps(mask: np.ndarray) -> int:
     """Slices z without the organ while z − 1 and z + 1 have it."""
-    there = np.asarray(mask).any((1, 2))
+    there: np.ndarray = np.any(mask, axis=(1, 2))
     return int((there[:-2] & ~there[1:-1] & there[2:]).sum())
 
 
@@ -128,14 +131,16 @@ def _masks(prediction: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, n
     return prediction, reference
 
 
-def _surface(compute: object, prediction: np.ndarray, reference: np.ndarray, spacing_mm: Spacing, **options: object) -> float:
+def _surface(
+    compute: object, prediction: np.ndarray, reference: np.ndarray, spacing_mm: Spacing, **options: object
+) -> float:
     """One of MONAI's surface metrics on the masks' common bounding box, with a rim of background."""
     import torch
 
-    union = prediction | reference
+    union: Any = prediction | reference
     box = []
     for axis in range(3):
-        found = np.flatnonzero(union.any(tuple(i for i in range(3) if i != axis)))
+        found = np.flatnonzero(np.any(union, axis=tuple(i for i in range(3) if i != axis)))
         box.append(slice(found[0], found[-1] + 1))
     pair = [torch.from_numpy(np.pad(m[tuple(box)], 2))[None, None] for m in (prediction, reference)]
     with warnings.catch_warnings():

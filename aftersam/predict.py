@@ -72,7 +72,7 @@ class Segmenter:
             if affine is None:
                 raise ValueError("an array needs its affine: predict(array, affine)")
             image = nib.Nifti1Image(image, affine)
-        volume = from_nifti(image)
+        volume = from_nifti(image)  # type: ignore[arg-type]  # an image by now
         return to_nifti(self.predict_volume(volume), volume, self.labels)
 
     def predict_volume(
@@ -95,9 +95,7 @@ class Segmenter:
         )
 
 
-def load(
-    run: Path | str, *, checkpoint: Literal["best", "last"] = "best", device: str = "auto"
-) -> Segmenter:
+def load(run: Path | str, *, checkpoint: Literal["best", "last"] = "best", device: str = "auto") -> Segmenter:
     """Load the model that `aftersam.train` left in the folder `run`, LoRA merged, ready to predict.
 
     Raises ValueError on a missing, truncated or foreign file."""

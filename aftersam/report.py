@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 900px; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 900px; margin: 2rem auto; color: #1b1f24; }
 h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; } td, th { padding: .25rem .8rem; text-align: right; }
-td:first-child, th:first-child { text-align: left; } tr { border-bottom: 1px solid #e3e6ea; } tr.mean { font-weight: 600; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+td, th { padding: .25rem .8rem; text-align: right; }
+td:first-child, th:first-child { text-align: left; }
+tr { border-bottom: 1px solid #e3e6ea; } tr.mean { font-weight: 600; }
 img { max-width: 100%; border-radius: 4px; } p.facts { color: #57606a; margin-top: .2rem; }
 """
 
@@ -61,12 +63,19 @@ def write_report(
     parts.append(f'<p class="facts">{html.escape(_facts(result, run))}</p>')
     parts += ["<h2>Organs</h2>", _table(result)]
     per_organ = {
-        organ: [case[organ]["dsc"] for case in result["cases"].values() if case.get(organ, {}).get("dsc") is not None]
+        organ: [
+            case[organ]["dsc"]
+            for case in result["cases"].values()
+            if case.get(organ, {}).get("dsc") is not None
+        ]
         for organ in result["organs"]
     }
     parts.append(_picture(box_figure(per_organ), "DSC of each organ and case"))
     if run is not None and (run / "history.jsonl").is_file():
-        parts += ["<h2>Training</h2>", _picture(curves_figure(run / "history.jsonl"), "loss and validation DSC")]
+        parts += [
+            "<h2>Training</h2>",
+            _picture(curves_figure(run / "history.jsonl"), "loss and validation DSC"),
+        ]
     if images is not None and predictions is not None and labels is not None:
         parts.append("<h2>Cases</h2>")
         parts += _overlays(result, images, predictions, labels)
@@ -83,7 +92,7 @@ def write_report(
 def _overlays(result: dict[str, Any], images: Path, predictions: Path, labels: Path) -> list[str]:
     """Pictures of the best, the median and the worst case."""
     from aftersam.data.volume import read_image, read_labels
-    from aftersam.evaluate import masks_in, mean_of, label_names_near
+    from aftersam.evaluate import label_names_near, masks_in, mean_of
     from aftersam.figures import overlay_figure
 
     files = [masks_in(folder) for folder in (images, predictions, labels)]
@@ -94,7 +103,11 @@ def _overlays(result: dict[str, Any], images: Path, predictions: Path, labels: P
         if all(case in found for found in files)
     }
     ranked = sorted(means, key=lambda case: -means[case])
-    chosen = dict(zip(["best", "median", "worst"], [ranked[0], ranked[len(ranked) // 2], ranked[-1]], strict=True)) if ranked else {}
+    chosen = (
+        dict(zip(["best", "median", "worst"], [ranked[0], ranked[len(ranked) // 2], ranked[-1]], strict=True))
+        if ranked
+        else {}
+    )
     pictures = []
     for rank, case in chosen.items():
         scan = read_image(files[0][case])
@@ -117,13 +130,22 @@ def _table(result: dict[str, Any]) -> str:
         ]  # fmt: skip
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     mean = [_shown(result["mean_dsc"]), _span(result["mean_dsc_interval"])]
-    rows.append('<tr class="mean"><td>mean</td>' + "".join(f"<td>{cell}</td>" for cell in mean) + "<td></td>" * 5 + "</tr>")
-    note = "" if result["interval_reliable"] else f"<p>Intervals over {result['num_cases']} cases are unreliable.</p>"
+    rows.append(
+        '<tr class="mean"><td>mean</td>'
+        + "".join(f"<td>{cell}</td>" for cell in mean)
+        + "<td></td>" * 5
+        + "</tr>"
+    )
+    note = (
+        ""
+        if result["interval_reliable"]
+        else f"<p>Intervals over {result['num_cases']} cases are unreliable.</p>"
+    )
     return f"<table>{''.join(rows)}</table>{note}"
 
 
 def _facts(result: dict[str, Any], run: Path | None) -> str:
-    facts = f"{result['num_cases']} cases, DSC of empty masks as {result['convention']} has it, version {result['version']}"
+    facts = f"{result['num_cases']} cases, DSC of empty masks as {result['convention']} has it"
     if run is None or not (run / "run.json").is_file():
         return facts
     about, config = json.loads((run / "run.json").read_text()), json.loads((run / "config.json").read_text())

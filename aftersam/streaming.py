@@ -91,9 +91,7 @@ def stream_logits(
                 [torch.stack([ring[d].embedding for d in group], dim=1) for group in groups]
             ).flatten(0, 1)
             fused = model.fuse(embedding, query_index=(centre,)).squeeze(1)
-            skips = tuple(
-                torch.cat(level) for level in zip(*(ring[d].skips for d in targets), strict=True)
-            )
+            skips = tuple(torch.cat(level) for level in zip(*(ring[d].skips for d in targets), strict=True))
             logits = model.decode(fused, skips).float()
         logits = F.interpolate(logits, size=(size, size), mode="bilinear", align_corners=False)
         for planes in logits.unflatten(0, (len(targets), len(windows))):
@@ -144,7 +142,9 @@ def _overlap(
     window: tuple[int, int], shape: tuple[int, ...], size: int
 ) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
     """The shared pixels of a window and an image, as slices of the image and of the window."""
-    spans = [(max(first, 0), min(first + size, length), first) for first, length in zip(window, shape, strict=True)]
+    spans = [
+        (max(first, 0), min(first + size, length), first) for first, length in zip(window, shape, strict=True)
+    ]
     (top, bottom, row), (left, right, column) = spans
     image = (slice(top, bottom), slice(left, right))
     return image, (slice(top - row, bottom - row), slice(left - column, right - column))

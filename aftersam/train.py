@@ -11,17 +11,15 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from aftersam.config import PRESETS, Config, TrainConfig, from_dict, preset, to_dict, validate
+from aftersam.config import Config, TrainConfig, from_dict, preset, to_dict, validate
 
 if TYPE_CHECKING:
-    import torch
-
     from aftersam.data.slice_group import CachedCase
     from aftersam.model.aftersam import AfterSAM
 
@@ -135,10 +133,15 @@ class _Run:
             stored = read_json(args.output / "run.json")
             sam_name, fold = None, stored["fold"]
         elif (args.output / "last.safetensors").exists():
-            raise ValueError(f"{args.output} holds a run already; go on with --resume or choose another --output")
+            raise ValueError(
+                f"{args.output} holds a run already; go on with --resume or choose another --output"
+            )
         sam = read_sam_checkpoint(sam_name) if sam_name else None
         if sam is not None:
-            config = dataclasses.replace(config, model=dataclasses.replace(config.model, image_encoder=sam.name))
+            config = dataclasses.replace(
+                config,
+                model=dataclasses.replace(config.model, image_encoder=sam.name),  # type: ignore[arg-type]
+            )
         config = resolve_encoder(config, pretrained=sam is not None or args.resume)
         self.config = config = validate(config)
 
@@ -155,7 +158,9 @@ class _Run:
 
         dataset = find_dataset(data)
         args.output.mkdir(parents=True, exist_ok=True)
-        train_ids, validation_ids = split(dataset, fold, config.train.seed, write_to=args.output / "splits_final.json")
+        train_ids, validation_ids = split(
+            dataset, fold, config.train.seed, write_to=args.output / "splits_final.json"
+        )
         labels = dataset.labels
         names = {int(k): v for k, v in stored["labels"].items()} if stored else labels
         if names != labels:
@@ -183,7 +188,10 @@ class _Run:
         trainable = [p for p in model.parameters() if p.requires_grad]
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.train.optimizer]
         optimizer = kind(
-            trainable, lr=config.train.learning_rate, betas=(0.9, 0.999), weight_decay=config.train.weight_decay
+            trainable,
+            lr=config.train.learning_rate,
+            betas=(0.9, 0.999),
+            weight_decay=config.train.weight_decay,
         )
         self.progress = Progress()
         if args.resume:
@@ -196,7 +204,9 @@ class _Run:
             self._trim_history()
             if not args.resume:
                 write_json(args.output / "config.json", to_dict(config))
-                write_json(args.output / "run.json", self._facts(args, dataset.name, sam.sha256 if sam else None))
+                write_json(
+                    args.output / "run.json", self._facts(args, dataset.name, sam.sha256 if sam else None)
+                )
         self.accelerator.init_trackers("tensorboard")
         count = sum(p.numel() for p in trainable)
         total = sum(p.numel() for p in model.parameters())
@@ -209,7 +219,7 @@ class _Run:
     def loop(self) -> None:
         """Optimiser steps until the run's limit, with validations and checkpoints on the way."""
         import torch
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
         config, progress = self.config.train, self.progress
@@ -225,17 +235,21 @@ class _Run:
             ),
             num_workers=config.num_workers,
             persistent_workers=config.num_workers > 0,
+            generator=torch.Generator(),  # its draws would shift the model's after a resume
         )
         source = iter(loader)
         began = time.monotonic() - progress.seconds
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn(),
-        )  # fmt: skip
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+        )
         with (
             (self.output / "history.jsonl").open("a", buffering=1) as history,
             Bar(*columns, disable=not self.accelerator.is_main_process) as bar,
         ):
-            task = bar.add_task("training", total=1000, loss="")
+            task = bar.add_task("training", total=1.0)
             while (fraction := progress.fraction(config, self.steps_per_epoch)) < 1:
                 rate = learning_rate(config, fraction)
                 for group in self.optimizer.param_groups:
@@ -247,9 +261,13 @@ class _Run:
                 done = progress.fraction(config, self.steps_per_epoch)
                 if self.accelerator.is_main_process:
                     history.write(json.dumps(record) + "\n")
-                bar.update(task, completed=int(1000 * done), loss=f"step {progress.step}, loss {record['loss']:.3f}")
+                bar.update(
+                    task, completed=done, description=f"step {progress.step}, loss {record['loss']:.3f}"
+                )
                 if progress.step % 10 == 0:
-                    self.accelerator.log({k: record[k] for k in ("loss", "dice", "ce", "lr")}, step=progress.step)
+                    self.accelerator.log(
+                        {k: record[k] for k in ("loss", "dice", "ce", "lr")}, step=progress.step
+                    )
                 if self.validation and done * config.validations >= progress.validated + 1:
                     progress.validated = int(done * config.validations)
                     if self.accelerator.is_main_process:
@@ -258,7 +276,7 @@ class _Run:
                     progress.seconds = time.monotonic() - began
                 if progress.step % config.checkpoint_steps == 0:
                     self._checkpoint()
-            bar.update(task, completed=1000)
+            bar.update(task, completed=1.0)
         self._checkpoint()
         if self.accelerator.is_main_process and not self.validation:
             self._save_best()
@@ -403,7 +421,9 @@ def precision_for(wanted: str, device: str) -> str:
 def parse(argv: Sequence[str] | None) -> TrainArgs:
     """Flags to arguments. --preset and --config are read first: they are the other keys' defaults."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    argv = ["--config-file" + a.removeprefix("--config") if a.split("=")[0] == "--config" else a for a in argv]
+    argv = [
+        "--config-file" + a.removeprefix("--config") if a.split("=")[0] == "--config" else a for a in argv
+    ]
     given = {name: _peek(argv, name) for name in ("--preset", "--config-file", "--sam-checkpoint")}
     name = given["--preset"] or ("paper" if given["--sam-checkpoint"] else "small")
     if given["--config-file"]:

@@ -93,7 +93,7 @@ def providers(shape: Shape, *, compiled: bool = False) -> dict[str, Provider]:
 
 
 def ours(x: Tensor, *weights: Tensor, heads: int) -> Tensor:
-    inter, intra = (AttentionWeights(*weights[i : i + 6], None, None) for i in (0, 6))
+    inter, intra = (AttentionWeights._make([*weights[i : i + 6], None, None]) for i in (0, 6))
     return axial_fusion_attention(x, inter, intra, num_heads=heads)
 
 

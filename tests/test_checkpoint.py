@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from aftersam.checkpoint import load_training, load_weights, read_json, save_training, save_weights, write_json
+from aftersam.checkpoint import (
+    load_training,
+    load_weights,
+    read_json,
+    save_training,
+    save_weights,
+    write_json,
+)
 
 
 def trained(steps: int = 2):

@@ -17,7 +17,11 @@ def test_presets_are_valid_and_survive_json(name):
 def test_paper_preset_takes_the_literal_reading():
     config = preset("paper")
     assert (config.model.num_blocks, config.model.num_heads, config.model.num_slices) == (6, 8, 9)
-    assert (config.model.image_size, config.model.output_stride, config.model.fusion_weights) == (1024, 4, "lora")
+    assert (config.model.image_size, config.model.output_stride, config.model.fusion_weights) == (
+        1024,
+        4,
+        "lora",
+    )
     assert config.model.position_embedding == "full"
     assert config.data.spacing_mm == (2.5, 1.0, 1.0)
     assert config.data.augmentation == ("elastic",)

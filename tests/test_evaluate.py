@@ -31,7 +31,9 @@ def folders(tmp_path):
     for name, mask in {"a": organs(), "b": organs(2), "c": np.where(organs() == 2, 0, organs())}.items():
         save(labels / f"{name}.nii.gz", organs())
         save(masks / f"{name}.nii.gz", mask)
-    (tmp_path / "set" / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "liver": 1, "spleen": 2}}))
+    (tmp_path / "set" / "dataset.json").write_text(
+        json.dumps({"labels": {"background": 0, "liver": 1, "spleen": 2}})
+    )
     return masks, labels
 
 
@@ -132,7 +134,7 @@ def test_the_report_is_one_page_with_pictures(folders, tmp_path, capsys):
     assert report_main([*arguments, "--predictions", str(masks), "--labels", str(labels)]) == 0
     text = page.read_text()
     assert text.count("data:image/png;base64,") == 4  # box plot; best, median and worst case
-    assert "src=\"http" not in text
+    assert 'src="http' not in text
     assert "href=" not in text
     assert "spleen" in text
     (tmp_path / "metrics.json").write_text("{}")

@@ -42,7 +42,7 @@ def their_encoder(size, image_size):
     )  # fmt: skip
 
 
-@pytest.fixture()
+@pytest.fixture
 def mini(monkeypatch):
     monkeypatch.setitem(ENCODERS, "mini", MINI)
 
@@ -91,7 +91,9 @@ def test_gradients_equal_segment_anything(side, mini):
     names = dict(theirs.named_parameters()).keys()
     actual = torch.autograd.grad(output, [images, *(ours.get_parameter(name) for name in names)], grad)
     for name, mine, other in zip(["images", *names], actual, expected, strict=True):
-        torch.testing.assert_close(mine, other, rtol=0, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            mine, other, rtol=0, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_position_tables_are_interpolated_as_segment_anything_does(vit_b):
@@ -113,7 +115,7 @@ def test_position_tables_are_interpolated_as_segment_anything_does(vit_b):
     [
         (lambda s: s.pop("image_encoder.neck.0.weight"), r"lack image_encoder\.neck\.0\.weight"),
         (lambda s: s.update({"image_encoder.blocks.9.x": torch.zeros(1)}), r"hold image_encoder\.blocks\.9\.x"),
-        (lambda s: s.update({"image_encoder.neck.0.weight": torch.zeros(8, 9, 1, 1)}), r"neck.0.weight.*\(8, 24, 1, 1\)"),
+        (lambda s: s.update({"image_encoder.neck.0.weight": torch.zeros(8, 9, 1, 1)}), r"neck.*\(8, 24, 1, 1\)"),
         (lambda s: s.update({"image_encoder.pos_embed": torch.zeros(1, 6, 6, 9)}), r"pos_embed.*\(1, 6, 6, 24\)"),
     ],
     ids=["missing", "unknown", "shape", "width"],
@@ -129,7 +131,7 @@ def test_refuses_weights_of_another_encoder(change, says, mini):
 def test_refuses_unknown_names_and_sizes(mini):
     with pytest.raises(ValueError, match="'vit_g', but must be one of vit_b"):
         build_image_encoder("vit_g", image_size=64)
-    with pytest.raises(ValueError, match="image_size is 30.*patch of 4"):
+    with pytest.raises(ValueError, match=r"image_size is 30.*patch of 4"):
         build_image_encoder("mini", image_size=30)
     with pytest.raises(ValueError, match="images are 24×28 px, but this encoder is for 24×24"):
         build_image_encoder("mini", image_size=24)(torch.zeros(1, 3, 24, 28))
@@ -176,7 +178,11 @@ def test_bf16_autocast_stays_near_fp32():
 def test_a_stem_alone_gives_skips():
     stem = ConvStem(3, channels=(4, 8, 16))
     assert stem.skip_channels == (4, 8, 16)
-    assert [tuple(s.shape) for s in stem(torch.zeros(2, 3, 16, 24))] == [(2, 4, 16, 24), (2, 8, 8, 12), (2, 16, 4, 6)]
+    assert [tuple(s.shape) for s in stem(torch.zeros(2, 3, 16, 24))] == [
+        (2, 4, 16, 24),
+        (2, 8, 8, 12),
+        (2, 16, 4, 6),
+    ]
 
 
 def test_checkpointing_changes_no_gradient(mini):

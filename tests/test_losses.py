@@ -61,7 +61,9 @@ def test_logits_are_upsampled_and_labels_never_downsampled():
     coarse = torch.randn(1, 1, 2, 2, 2)
     fine = torch.nn.functional.interpolate(coarse[0], size=(8, 8), mode="bilinear")[None]
     assert segmentation_loss(coarse, labels).dice > 0
-    for ours, expected in zip(segmentation_loss(coarse, labels), segmentation_loss(fine, labels), strict=True):
+    for ours, expected in zip(
+        segmentation_loss(coarse, labels), segmentation_loss(fine, labels), strict=True
+    ):
         torch.testing.assert_close(ours, expected)
 
 

@@ -81,7 +81,9 @@ def test_consistency_error_and_gaps_by_hand():
     reference = box((6, 8, 8), (1, 5), (2, 6), (2, 6))
     assert inter_slice_consistency_error(reference, reference) == 0
     broken = reference.copy()
-    broken[3] = False  # pairs (0,1) 0, (1,2) 1, (2,3) and (3,4) 0 instead of 1, (4,5) 0: two of five are off by 1
+    broken[3] = (
+        False  # pairs (0,1) 0, (1,2) 1, (2,3) and (3,4) 0 instead of 1, (4,5) 0: two of five are off by 1
+    )
     assert inter_slice_consistency_error(broken, reference) == pytest.approx(2 / 5)
     assert gaps(broken) == 1
     assert gaps(reference) == 0

@@ -64,7 +64,9 @@ GRIDS = {
 def test_the_mask_has_the_scans_grid(run, tmp_path, name):
     shape, affine = GRIDS[name]
     source = scan(tmp_path / "scan.nii.gz", shape, affine)
-    assert main(["-i", str(source), "-o", str(tmp_path / "mask.nii.gz"), "-m", str(run), "--device", "cpu"]) == 0
+    assert (
+        main(["-i", str(source), "-o", str(tmp_path / "mask.nii.gz"), "-m", str(run), "--device", "cpu"]) == 0
+    )
     image, mask = nib.load(source), nib.load(tmp_path / "mask.nii.gz")
     assert mask.shape == image.shape
     assert np.array_equal(mask.affine, image.affine)
@@ -79,14 +81,15 @@ def test_the_mask_has_the_scans_grid(run, tmp_path, name):
 
 def test_a_volume_of_four_dimensions_comes_back_as_one(run, tmp_path):
     source = scan(tmp_path / "scan.nii.gz", four_d=True)
-    assert main(["-i", str(source), "-o", str(tmp_path / "mask.nii.gz"), "-m", str(run), "--device", "cpu"]) == 0
+    assert (
+        main(["-i", str(source), "-o", str(tmp_path / "mask.nii.gz"), "-m", str(run), "--device", "cpu"]) == 0
+    )
     assert nib.load(tmp_path / "mask.nii.gz").shape == (40, 36, 6, 1)
 
 
 def test_flipping_the_file_flips_the_mask(run, tmp_path):
     """The same anatomy stored in two voxel orders gets the same mask, voxel for voxel."""
     source = nib.load(scan(tmp_path / "a.nii.gz"))
-    flipped = source.as_reoriented(nib.orientations.axcodes2ornt("LPI", nib.aff2axcodes(source.affine)))
     flipped = source.as_reoriented(
         nib.orientations.ornt_transform(
             nib.io_orientation(source.affine), nib.orientations.axcodes2ornt(("P", "S", "L"))
@@ -103,7 +106,9 @@ def test_flipping_the_file_flips_the_mask(run, tmp_path):
 
 def test_the_api_equals_the_command_and_takes_arrays(run, tmp_path):
     source = scan(tmp_path / "scan.nii.gz", *GRIDS["oblique"])
-    assert main(["-i", str(source), "-o", str(tmp_path / "mask.nii.gz"), "-m", str(run), "--device", "cpu"]) == 0
+    assert (
+        main(["-i", str(source), "-o", str(tmp_path / "mask.nii.gz"), "-m", str(run), "--device", "cpu"]) == 0
+    )
     written = np.asarray(nib.load(tmp_path / "mask.nii.gz").dataobj)
     image = nib.load(source)
     model = aftersam.load(run, device="cpu")
@@ -133,7 +138,17 @@ def test_a_folder_with_a_bad_scan_gives_the_other_masks(run, tmp_path, capsys):
         scan(scans / f"{name}.nii.gz")
     whole = scan(scans / "b_0000.nii.gz").read_bytes()
     (scans / "b_0000.nii.gz").write_bytes(whole[: len(whole) // 2])
-    command = ["-i", str(scans), "-o", str(tmp_path / "masks"), "-m", str(run), "--device", "cpu", "--no-preview"]
+    command = [
+        "-i",
+        str(scans),
+        "-o",
+        str(tmp_path / "masks"),
+        "-m",
+        str(run),
+        "--device",
+        "cpu",
+        "--no-preview",
+    ]
     assert main(command) == 1
     masks = tmp_path / "masks"
     assert sorted(p.name for p in masks.glob("*.nii.gz")) == ["a.nii.gz", "c.nii.gz"]
@@ -154,12 +169,23 @@ def test_nan_voxels_become_air_with_a_warning(run, tmp_path):
     nib.save(nib.Nifti1Image(array, np.diag([4.0, 4, 5, 1])), tmp_path / "scan.nii.gz")
     with pytest.warns(UserWarning, match="1 voxel"):
         code = main(
-            ["-i", str(tmp_path / "scan.nii.gz"), "-o", str(tmp_path / "m.nii.gz"), "-m", str(run), "--device", "cpu"]
+            [
+                "-i",
+                str(tmp_path / "scan.nii.gz"),
+                "-o",
+                str(tmp_path / "m.nii.gz"),
+                "-m",
+                str(run),
+                "--device",
+                "cpu",
+            ]
         )
     assert code == 0
 
 
-@pytest.mark.parametrize("case", ["missing", "not nifti", "2d", "4d", "no run", "exists", "truncated weights"])
+@pytest.mark.parametrize(
+    "case", ["missing", "not nifti", "2d", "4d", "no run", "exists", "truncated weights"]
+)
 def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, capsys, case):
     source, model, output = tmp_path / "scan.nii.gz", run, tmp_path / "mask.nii.gz"
     if case == "not nifti":
@@ -197,5 +223,7 @@ def test_weights_of_another_architecture_are_refused(run, tmp_path, capsys):
         (model / name).write_bytes((run / name).read_bytes())
     save_weights(model / "best.safetensors", nn.Linear(2, 2), {})
     source = scan(tmp_path / "scan.nii.gz")
-    assert main(["-i", str(source), "-o", str(tmp_path / "m.nii.gz"), "-m", str(model), "--device", "cpu"]) == 2
+    assert (
+        main(["-i", str(source), "-o", str(tmp_path / "m.nii.gz"), "-m", str(model), "--device", "cpu"]) == 2
+    )
     assert "another architecture" in capsys.readouterr().err

@@ -30,7 +30,9 @@ def test_modeling_loads_without_torchvision_or_the_package_itself():
     assert "torchvision" not in sys.modules
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("vit_b", 93_735_472), ("vit_l", 312_342_832), ("vit_h", 641_090_608)])
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("vit_b", 93_735_472), ("vit_l", 312_342_832), ("vit_h", 641_090_608)]
+)
 def test_shapes_are_the_official_ones(name, parameters):
     """Counts of parameters as published with the three models; the 256 beside them are the buffer of positions."""
     shapes = sam_shapes(name)
@@ -58,10 +60,16 @@ def test_half_precision_weights_become_fp32(tmp_path):
     ("change", "says"),
     [
         (lambda s: s.pop("mask_decoder.iou_token.weight"), "lacks mask_decoder.iou_token.weight"),
-        (lambda s: s.update({"image_encoder.neck.0.weight": torch.zeros(2, 2)}), r"neck.0.weight of shape \(2, 2\)"),
+        (
+            lambda s: s.update({"image_encoder.neck.0.weight": torch.zeros(2, 2)}),
+            r"neck.0.weight of shape \(2, 2\)",
+        ),
         (lambda s: s.update({"adapter.weight": torch.zeros(2)}), "holds adapter.weight"),
         (lambda s: s.update({"pixel_mean": torch.zeros(4)}), "holds pixel_mean"),
-        (lambda s: s.update({"image_encoder.pos_embed": torch.zeros(1, 64, 64, 99)}), "not one of SAM's vit_b"),
+        (
+            lambda s: s.update({"image_encoder.pos_embed": torch.zeros(1, 64, 64, 99)}),
+            "not one of SAM's vit_b",
+        ),
         (lambda s: s.update({"epoch": 3}), "maps names to tensors"),
         (lambda s: s.clear(), "not one of SAM's vit_b"),
     ],
@@ -109,13 +117,15 @@ def test_refuses_damaged_and_foreign_files(kind, tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("name", "says"), [("vitb", "did you mean 'vit_b'"), ("no/such.pth", "does not exist")])
+@pytest.mark.parametrize(
+    ("name", "says"), [("vitb", "did you mean 'vit_b'"), ("no/such.pth", "does not exist")]
+)
 def test_a_name_that_is_no_file_is_refused(name, says):
     with pytest.raises(ValueError, match=says):
         read_sam_checkpoint(name)
 
 
-@pytest.fixture()
+@pytest.fixture
 def site(tmp_path, monkeypatch):
     """A stand-in for the official site, whose vit_b is a small file; the cache is empty."""
     path = saved(tmp_path / "sam_vit_b.pth", official())

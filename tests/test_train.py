@@ -68,7 +68,9 @@ def test_presets_and_limits_on_the_command_line(tmp_path):
     assert (minutes.max_steps, minutes.max_minutes) == (None, 60.0)
     stored = dataclasses.replace(Config(), train=dataclasses.replace(Config().train, seed=7))
     write_json(tmp_path / "config.json", to_dict(stored))
-    again = parse(["--data", "d", "--output", "o", "--config", str(tmp_path / "config.json"), "--batch-size", "3"])
+    again = parse(
+        ["--data", "d", "--output", "o", "--config", str(tmp_path / "config.json"), "--batch-size", "3"]
+    )
     assert (again.config.train.seed, again.config.train.batch_size) == (7, 3)
 
 
@@ -92,7 +94,14 @@ def test_a_run_leaves_what_its_docstring_says(phantoms, tmp_path):
     config = from_dict(Config, read_json(run / "config.json"))
     assert config.model.encoder == "full"
     facts = read_json(run / "run.json")
-    assert list(facts["labels"].values()) == ["esophagus", "trachea", "spinal_cord", "lung_left", "lung_right", "heart"]
+    assert list(facts["labels"].values()) == [
+        "esophagus",
+        "trachea",
+        "spinal_cord",
+        "lung_left",
+        "lung_right",
+        "heart",
+    ]
     assert main(arguments(phantoms, run, "--max-steps", "4")) == 2  # never overwritten
 
 

@@ -188,8 +188,9 @@ def _plain(root: Path, description: dict[str, Any]) -> Dataset:
     if "labels" in description:
         names = _label_names(description, root / "dataset.json")
     else:
-        values = {v for p in _scans(labels).values() for v in np.unique(read_labels(p).array).tolist()} if labels.is_dir() else set()  # fmt: skip
-        names = {value: f"label_{value}" for value in range(1, max(values, default=0) + 1)}
+        maps = _scans(labels).values() if labels.is_dir() else ()
+        highest = max((int(read_labels(path).array.max()) for path in maps), default=0)
+        names = {value: f"label_{value}" for value in range(1, highest + 1)}
         if not names:
             raise ValueError(f"{root} has neither a dataset.json with labels nor label maps in {labels}")
     return _paired(root, "images/ and labels/", root / "images", labels, names)

@@ -145,7 +145,9 @@ def _lungs(scan: _Canvas, rng: np.random.Generator, t: np.ndarray, width: float,
         inside |= lung < 0
         for _ in range(14):  # vessels stay part of the lung
             vx, vy = x + rng.uniform(-0.7, 0.7) * rx, rng.uniform(-0.7, 0.7) * ry
-            vessel = scan.ellipse(vx + _wander(rng, scan.z, 6, 90), vy + _wander(rng, scan.z, 6, 90), 2.5, 2.5)
+            vessel = scan.ellipse(
+                vx + _wander(rng, scan.z, 6, 90), vy + _wander(rng, scan.z, 6, 90), 2.5, 2.5
+            )
             scan.paint(np.where(lung < -4, vessel, 1e3), SOFT - 100, label)
     return inside
 
@@ -172,7 +174,9 @@ def _abdomen(scan: _Canvas, rng: np.random.Generator, t: np.ndarray, width: floa
     """Liver and spleen below the diaphragm, alike in grey value to the heart."""
     for side, top in ((-1, rng.uniform(0.1, 0.2)), (1, rng.uniform(0.02, 0.1))):
         profile = np.sqrt(np.clip(1 - np.clip(t / top, 0, None) ** 2, 0, 1))
-        organ = scan.ellipse(side * width * 0.42, 0, profile * width * 0.42, profile * depth * 0.66, power=2.4)
+        organ = scan.ellipse(
+            side * width * 0.42, 0, profile * width * 0.42, profile * depth * 0.66, power=2.4
+        )
         scan.paint(np.where((profile > 0)[:, None, None], organ, 1e3), LIVER)
 
 
@@ -203,7 +207,10 @@ def _vessels(
     scan.paint(scan.ellipse(down_x, y - 14, radius, radius) + gone, BLOOD)
     low = np.where(scan.z > carina - 30, 0, 1e3)[:, None, None]
     scan.paint(scan.ellipse(x - 8, y - 92, radius, radius) + gone + low, BLOOD)
-    scan.paint(scan.ellipse(x + 12, y - 54, 14, 44) + np.where(np.abs(scan.z - arch) < 9, 0, 1e3)[:, None, None], BLOOD)
+    scan.paint(
+        scan.ellipse(x + 12, y - 54, 14, 44) + np.where(np.abs(scan.z - arch) < 9, 0, 1e3)[:, None, None],
+        BLOOD,
+    )
     above = np.where(scan.z > arch, 0, 1e3)[:, None, None]
     for place in (-22.0, -2.0, 18.0):
         branch_x, branch_y = x + place + _wander(rng, scan.z, 3, 150), y - rng.uniform(82, 96)

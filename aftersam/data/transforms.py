@@ -209,15 +209,15 @@ def _deform(
     spacing = max(height, width) // ELASTIC_NODES
     strength = ELASTIC_SHIFT * spacing if elastic else 0.0
     seeds = generator.integers(2**32, size=2)
-    deform = RandDeformGrid(spacing=spacing, magnitude_range=(strength, strength)).set_random_state(
-        int(seeds[0])
-    )
+    deform = RandDeformGrid(spacing=spacing, magnitude_range=(strength, strength))
+    deform.set_random_state(int(seeds[0]))
     grid = torch.as_tensor(deform((height, width)))  # (3, nodes, nodes): homogeneous pixel coordinates
     if affine:
         turn = RandAffineGrid(
             rotate_range=ROTATION, scale_range=(SCALE, SCALE), translate_range=SHIFT * width
         )
-        grid = torch.as_tensor(turn.set_random_state(int(seeds[1]))(grid=grid))
+        turn.set_random_state(int(seeds[1]))
+        grid = torch.as_tensor(turn(grid=grid))
     grid = F.interpolate(grid[None], scale_factor=spacing, mode="bicubic", align_corners=False)[0]
     top, left = (grid.shape[-2] - height) // 2, (grid.shape[-1] - width) // 2
     grid = grid[:, top : top + height, left : left + width]

@@ -186,7 +186,7 @@ def _open(path: Path) -> nib.Nifti1Image:
         raise ValueError(f"{path} does not exist")
     if not path.name.endswith(NIFTI):
         raise ValueError(f"{path} is not a NIfTI file (.nii or .nii.gz)")
-    with nib.openers.ImageOpener(path, "rb") as file:
+    with nib.openers.ImageOpener(str(path), "rb") as file:
         size = file.read(4)
         file.seek(0)
         versions = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
@@ -198,7 +198,8 @@ def _open(path: Path) -> nib.Nifti1Image:
     shape = header.get_data_shape()
     _check_shape(shape, str(path))
     _check_spacing(header["pixdim"][1:4], str(path))
-    return nib.load(path)
+    image: Any = nib.load(path)
+    return image
 
 
 @contextlib.contextmanager
@@ -262,7 +263,7 @@ def _stored(image: nib.spatialimages.SpatialImage) -> tuple[np.ndarray, float, f
     import nibabel as nib
 
     if nib.is_proxy(image.dataobj):
-        proxy = image.dataobj
+        proxy: Any = image.dataobj
         raw, slope, inter = proxy.get_unscaled(), float(proxy.slope), float(proxy.inter)
     else:
         raw, slope, inter = np.asarray(image.dataobj), 1.0, 0.0
@@ -322,7 +323,8 @@ def _canonical(array: np.ndarray, image: nib.spatialimages.SpatialImage, name: s
     change = nib.orientations.ornt_transform(orientation, _canonical_orientation())
     canonical = affine @ nib.orientations.inv_ornt_aff(change, array.shape)
     array = nib.orientations.apply_orientation(array, change)
-    return Volume(array, canonical, Grid(image.header, affine, image.shape, orientation), name)
+    grid = Grid(image.header, affine, image.shape, orientation)  # type: ignore[arg-type]  # see above
+    return Volume(array, canonical, grid, name)
 
 
 def _names_json(names: dict[int, str]) -> dict[str, dict[str, int]]:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from aftersam.config import HUWindow
 from aftersam.data.transforms import normalise
 from aftersam.model.axial_fusion import AxialFusionTransformer
 from aftersam.model.image_encoder import ImageEncoder, SliceFeatures
@@ -29,7 +28,7 @@ class AfterSAM(nn.Module):
         fusion: AxialFusionTransformer | None,
         decoder: MaskDecoder,
         *,
-        hu_windows: tuple[HUWindow, ...],
+        hu_windows: tuple[tuple[float, float], ...],
         stem: nn.Module | None = None,
     ) -> None:
         super().__init__()

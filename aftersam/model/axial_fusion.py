@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from axial_fusion import AxialFusionAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from axial_fusion import AxialFusionAttention
 
 
 class AxialFusionTransformer(nn.Module):
@@ -79,7 +80,7 @@ class AxialFusionTransformer(nn.Module):
 
     def positions(self, height: int, width: int) -> Tensor:
         """The table (N or 1, height, width, C), interpolated where the grid differs from the one it was made for."""
-        table = self.position
+        table: Tensor = self.position
         if table.shape[1:3] != (height, width):
             table = F.interpolate(table.movedim(-1, 1), size=(height, width), mode="bilinear").movedim(1, -1)
         return table if self.slice_position is None else table + self.slice_position

@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from axial_fusion import lora_linear, rel_pos_attention, window_attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from aftersam.config import ENCODERS, EncoderSize
 from aftersam.model.sam import segment_anything_modeling
+from axial_fusion import lora_linear, rel_pos_attention, window_attention
 
 PREFIX = "image_encoder."  # of the encoder's tensors in SAM's state dict
 
@@ -214,7 +214,9 @@ class LoRAQKV(nn.Linear):
 
     The base weights keep their names. Source: LoRA, arXiv 2106.09685, and the paper's section 3.3."""
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float | None = None, dropout: float = 0.0) -> None:
+    def __init__(
+        self, linear: nn.Linear, rank: int, alpha: float | None = None, dropout: float = 0.0
+    ) -> None:
         super().__init__(linear.in_features, linear.out_features, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.scaling = (rank if alpha is None else alpha) / rank
@@ -266,7 +268,9 @@ def build_image_encoder(name: str, *, image_size: int, in_channels: int = 3) -> 
         raise ValueError(f"image_encoder is {name!r}, but must be one of {', '.join(ENCODERS)}")
     size = ENCODERS[name]
     if image_size <= 0 or image_size % size.patch:
-        raise ValueError(f"image_size is {image_size}, but must be a multiple of {name}'s patch of {size.patch}")
+        raise ValueError(
+            f"image_size is {image_size}, but must be a multiple of {name}'s patch of {size.patch}"
+        )
     grid = (image_size // size.patch,) * 2
     stem = ConvStem(in_channels, channels=(16, 32, 64)) if size.stem else None
     patch_embed: nn.Module
@@ -274,7 +278,9 @@ def build_image_encoder(name: str, *, image_size: int, in_channels: int = 3) -> 
         patch_embed = StridedPatchEmbed(stem.skip_channels[-1], size.dim)
     else:
         patches = (size.patch, size.patch)
-        patch_embed = segment_anything_modeling("image_encoder").PatchEmbed(patches, patches, (0, 0), in_channels, size.dim)
+        patch_embed = segment_anything_modeling("image_encoder").PatchEmbed(
+            patches, patches, (0, 0), in_channels, size.dim
+        )
     return ImageEncoder(
         patch_embed,
         [_block(size, i, grid) for i in range(size.depth)],
@@ -314,7 +320,9 @@ def add_encoder_lora(
 def _block(size: EncoderSize, index: int, grid: tuple[int, int]) -> EncoderBlock:
     window = 0 if index in size.global_blocks else size.window
     attention = EncoderAttention(size.dim, size.num_heads, grid=grid, window=window)
-    return EncoderBlock(size.dim, attention, segment_anything_modeling("common").MLPBlock(size.dim, 4 * size.dim))
+    return EncoderBlock(
+        size.dim, attention, segment_anything_modeling("common").MLPBlock(size.dim, 4 * size.dim)
+    )
 
 
 def _neck(dim: int, out_channels: int) -> nn.Sequential:
@@ -336,7 +344,9 @@ def _relative(table: Tensor, queries: int, keys: int) -> Tensor:
 def _interpolated(key: str, value: Tensor, shape: torch.Size) -> Tensor:
     """A position table for another grid: linear in each direction, as SAM's get_rel_pos does."""
     if key == "pos_embed" and value.dim() == 4 and value.shape[-1] == shape[-1]:
-        table = F.interpolate(value.permute(0, 3, 1, 2), size=shape[1:3], mode="bilinear", align_corners=False)
+        table = F.interpolate(
+            value.permute(0, 3, 1, 2), size=shape[1:3], mode="bilinear", align_corners=False
+        )
         return table.permute(0, 2, 3, 1)
     if ".rel_pos_" in key and value.dim() == 2 and value.shape[-1] == shape[-1]:
         return F.interpolate(value.T[None], size=shape[0], mode="linear", align_corners=False)[0].T

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
-from axial_fusion import LoRALinear
 from torch import Tensor, nn
 
 from aftersam.model.image_encoder import ConvBlock, LayerNorm2d
 from aftersam.model.sam import segment_anything_modeling
+from axial_fusion import LoRALinear
 
 
 class MaskDecoder(nn.Module):
@@ -42,7 +43,9 @@ class MaskDecoder(nn.Module):
         if upscale < 4 or upscale & (upscale - 1):
             raise ValueError(f"upscale is {upscale}, but must be 4, 8, 16 or a higher power of 2")
         if decoder_attention not in ("two_way", "image_to_token"):
-            raise ValueError(f"decoder_attention is {decoder_attention!r}, but must be two_way or image_to_token")
+            raise ValueError(
+                f"decoder_attention is {decoder_attention!r}, but must be two_way or image_to_token"
+            )
         sam = segment_anything_modeling("transformer")
         if decoder_attention == "two_way":
             self.transformer = sam.TwoWayTransformer(2, dim, num_heads, mlp_dim=8 * dim)
@@ -62,7 +65,7 @@ class MaskDecoder(nn.Module):
         )
         self.added_stages = nn.ModuleList(
             nn.Sequential(nn.ConvTranspose2d(before, after, 2, stride=2), nn.ReLU(inplace=True))
-            for before, after in zip(channels[1:], channels[2:], strict=False)
+            for before, after in pairwise(channels[1:])
         )
         self.skip_levels = _skip_levels(stages, output_stride, len(skip_channels))
         self.fusions = nn.ModuleDict(
@@ -73,7 +76,9 @@ class MaskDecoder(nn.Module):
             }
         )
         mlp = segment_anything_modeling("mask_decoder").MLP
-        self.output_hypernetworks_mlps = nn.ModuleList(mlp(dim, dim, channels[-1], 3) for _ in range(num_classes))
+        self.output_hypernetworks_mlps = nn.ModuleList(
+            mlp(dim, dim, channels[-1], 3) for _ in range(num_classes)
+        )
         self.class_bias = nn.Parameter(torch.zeros(num_classes))
         for hypernetwork in self.output_hypernetworks_mlps:
             nn.init.trunc_normal_(hypernetwork.layers[-1].weight, std=0.02)

@@ -70,7 +70,9 @@ def read_sam_checkpoint(path_or_name: str | Path, *, progress: bool = True) -> S
     if not path.is_file():
         close = difflib.get_close_matches(str(path_or_name), DOWNLOADS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"SAM checkpoint {path} does not exist; give a .pth file, or {', '.join(DOWNLOADS)}{hint}")
+        raise ValueError(
+            f"SAM checkpoint {path} does not exist; give a .pth file, or {', '.join(DOWNLOADS)}{hint}"
+        )
     state = _read(path)
     return SamCheckpoint(state, _recognised(path, state), _sha256(path))
 
@@ -122,7 +124,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     """The state dict in `path` in fp32, unpickling nothing but tensors."""
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"
-    damaged = f"{path} is {'truncated or damaged' if zipped else 'not a PyTorch checkpoint'}; download it again"
+    damaged = (
+        f"{path} is {'truncated or damaged' if zipped else 'not a PyTorch checkpoint'}; download it again"
+    )
     if zipped and not zipfile.is_zipfile(path):
         raise ValueError(damaged)
     try:
@@ -179,7 +183,7 @@ def _downloaded(download: Download, *, progress: bool) -> Path:
             ) from error
         if digest != download.sha256:
             raise OSError(
-                f"{download.url} came with SHA-256 {digest[:12]}…, but SAM's file has {download.sha256[:12]}…; try again"
+                f"{download.url} has SHA-256 {digest[:12]}…, but SAM's file has {download.sha256[:12]}…; try again"
             )
         temporary.replace(path)
     finally:

@@ -74,7 +74,9 @@ def _fastest(op: str, tensors: tuple[Tensor, ...]) -> Choice:
     if op == "slice_attention":
         # On a CPU, oneDNN's bf16 matmuls outrun the flash kernel until the scores leave the cache.
         if first.device.type == "cpu" and first.dtype in HALF and first.shape[2] <= 512:
-            return Choice("torch", "half precision and at most 512 positions on a CPU: plain matmuls are faster")
+            return Choice(
+                "torch", "half precision and at most 512 positions on a CPU: plain matmuls are faster"
+            )
         return Choice("sdpa", "torch picks the fastest fused attention for the device")
     return Choice("torch", f"{op} has this backend alone")
 
@@ -193,6 +195,8 @@ def no_second_derivative(op: str) -> Callable[..., None]:
     """A backward for a backward: without it, autograd would drop the second derivative in silence."""
 
     def refuse(*_: object) -> None:
-        raise NotImplementedError(f"{op} on this backend has no second derivative; backend='torch' on a CPU has")
+        raise NotImplementedError(
+            f"{op} on this backend has no second derivative; backend='torch' on a CPU has"
+        )
 
     return refuse

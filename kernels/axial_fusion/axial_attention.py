@@ -107,8 +107,12 @@ def _axial_attention_fwd_kernel(
     offs_k, index_k, local_k, mask_k = _rows(
         tile, batch, head, P, stride_kb, stride_kn, stride_kp, stride_km, N, GROUP, BLOCK_K
     )
-    offs_v, _, _, _ = _rows(tile, batch, head, P, stride_vb, stride_vn, stride_vp, stride_vm, N, GROUP, BLOCK_K)
-    offs_y, _, _, _ = _rows(tile, batch, head, P, stride_yb, stride_yn, stride_yp, stride_ym, NQ, GROUP, BLOCK_Q)
+    offs_v, _, _, _ = _rows(
+        tile, batch, head, P, stride_vb, stride_vn, stride_vp, stride_vm, N, GROUP, BLOCK_K
+    )
+    offs_y, _, _, _ = _rows(
+        tile, batch, head, P, stride_yb, stride_yn, stride_yp, stride_ym, NQ, GROUP, BLOCK_Q
+    )
 
     q0 = _load(q_ptr, offs_q, mask_q, 0, D0, D)  # [BLOCK_Q, D0]
     k0 = _load(k_ptr, offs_k, mask_k, 0, D0, D)  # [BLOCK_K, D0]
@@ -122,7 +126,9 @@ def _axial_attention_fwd_kernel(
     visible = _visible(
         local_q, index_q, mask_q, local_k, index_k, mask_k, lengths_ptr, batch, NQ, N, CAUSAL, HAS_LENGTHS
     )
-    s = tl.where(visible, s * (scale * 1.4426950408889634), -float("inf"))  # log2(e): exp2 is what hardware has
+    s = tl.where(
+        visible, s * (scale * 1.4426950408889634), -float("inf")
+    )  # log2(e): exp2 is what hardware has
     top = tl.max(s, 1)
     p = tl.exp2(s - tl.where(top == -float("inf"), 0.0, top)[:, None])
     total = tl.sum(p, 1)
@@ -156,13 +162,21 @@ def _axial_attention_bwd_kernel(
     offs_g, index_q, local_q, mask_q = _rows(
         tile, batch, head, P, stride_gb, stride_gn, stride_gp, stride_gm, NQ, GROUP, BLOCK_Q
     )
-    offs_q, _, _, _ = _rows(tile, batch, head, P, stride_qb, stride_qn, stride_qp, stride_qm, NQ, GROUP, BLOCK_Q)
+    offs_q, _, _, _ = _rows(
+        tile, batch, head, P, stride_qb, stride_qn, stride_qp, stride_qm, NQ, GROUP, BLOCK_Q
+    )
     offs_k, index_k, local_k, mask_k = _rows(
         tile, batch, head, P, stride_kb, stride_kn, stride_kp, stride_km, N, GROUP, BLOCK_K
     )
-    offs_v, _, _, _ = _rows(tile, batch, head, P, stride_vb, stride_vn, stride_vp, stride_vm, N, GROUP, BLOCK_K)
-    offs_x, _, _, _ = _rows(tile, batch, head, P, stride_xb, stride_xn, stride_xp, stride_xm, NQ, GROUP, BLOCK_Q)
-    offs_y, _, _, _ = _rows(tile, batch, head, P, stride_yb, stride_yn, stride_yp, stride_ym, N, GROUP, BLOCK_K)
+    offs_v, _, _, _ = _rows(
+        tile, batch, head, P, stride_vb, stride_vn, stride_vp, stride_vm, N, GROUP, BLOCK_K
+    )
+    offs_x, _, _, _ = _rows(
+        tile, batch, head, P, stride_xb, stride_xn, stride_xp, stride_xm, NQ, GROUP, BLOCK_Q
+    )
+    offs_y, _, _, _ = _rows(
+        tile, batch, head, P, stride_yb, stride_yn, stride_yp, stride_ym, N, GROUP, BLOCK_K
+    )
 
     q0 = _load(q_ptr, offs_q, mask_q, 0, D0, D)  # [BLOCK_Q, D0]
     k0 = _load(k_ptr, offs_k, mask_k, 0, D0, D)  # [BLOCK_K, D0]
@@ -219,7 +233,9 @@ def _block(rows: int) -> int:
     return max(16, 1 << (rows - 1).bit_length())
 
 
-def _launch_forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool) -> Tensor:
+def _launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool
+) -> Tensor:
     q, k, v = _last_axis_contiguous(q, k, v)
     batch, num_queries, positions, heads, dim = q.shape
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -276,7 +292,9 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _plain_forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool) -> Tensor:
+def _plain_forward(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool
+) -> Tensor:
     """The torch backend: q (B, Nq, P, M, D) -> contiguous (B, Nq, P, M, D), differentiable."""
     visible = axial_mask(q.shape[1], k.shape[1], causal=causal, lengths=lengths, device=q.device)
     if q.dtype not in HALF and q.shape[1] * k.shape[1] <= 16:
@@ -384,9 +402,7 @@ def axial_attention(
     keys 0 .. i + N − Nq. `lengths` (B,) integers: group b has keys 0 .. lengths[b] − 1. A query that sees no key
     gives 0. Any strides are read as they are where D is contiguous; the result is contiguous, in q's dtype or
     autocast's. Softmax in fp32. Raises ValueError on a shape, dtype, device or backend mismatch."""
-    check_shapes(
-        "axial_attention", {"q": (q, "B Nq P M D"), "k": (k, "B N P M D"), "v": (v, "B N P M D")}
-    )
+    check_shapes("axial_attention", {"q": (q, "B Nq P M D"), "k": (k, "B N P M D"), "v": (v, "B N P M D")})
     q, k, v = autocast(q, k, v)
     check_alike("axial_attention", q=q, k=k, v=v)
     if lengths is not None:

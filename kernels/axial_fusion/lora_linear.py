@@ -18,6 +18,7 @@ from axial_fusion._launch import (
     autocast_dtype,
     check_alike,
     check_shapes,
+    dtype_name,
     no_second_derivative,
     plain_on,
     select_backend,
@@ -171,24 +172,30 @@ def _check(
 ) -> None:
     sizes = check_shapes("lora_linear", {"weight": (weight, "N K")})
     if x.dim() < 1 or x.shape[-1] != sizes["K"]:
-        raise ValueError(f"lora_linear: x must be (..., K) with K = {sizes['K']}, found shape {tuple(x.shape)}")
+        raise ValueError(
+            f"lora_linear: x must be (..., K) with K = {sizes['K']}, found shape {tuple(x.shape)}"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"lora_linear: bias must be (N,) with N = {sizes['N']}, found shape {tuple(bias.shape)}")
+        raise ValueError(
+            f"lora_linear: bias must be (N,) with N = {sizes['N']}, found shape {tuple(bias.shape)}"
+        )
     if (lora_a is None) != (lora_b is None):
         raise ValueError("lora_linear: lora_a and lora_b come together; one of them is None")
     if lora_a is not None and lora_b is not None:
         if lora_a.dim() != 2 or lora_a.shape[1] != sizes["K"]:
-            raise ValueError(f"lora_linear: lora_a must be (r, K) with K = {sizes['K']}, found shape {tuple(lora_a.shape)}")
+            raise ValueError(
+                f"lora_linear: lora_a must be (r, K) with K = {sizes['K']}, found shape {tuple(lora_a.shape)}"
+            )
         if lora_b.shape != (sizes["N"], lora_a.shape[0]):
             raise ValueError(
-                f"lora_linear: lora_b must be (N, r) = ({sizes['N']}, {lora_a.shape[0]}), found shape {tuple(lora_b.shape)}"
+                f"lora_linear: lora_b must be (N, r) = ({sizes['N']}, {lora_a.shape[0]}), found {tuple(lora_b.shape)}"
             )
         check_alike("lora_linear", lora_a=lora_a, lora_b=lora_b)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"lora_linear: dropout_p must lie in [0, 1), found {dropout_p}")
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
         raise ValueError(
-            f"lora_linear: seed must be one int64, found {tuple(seed.shape)} of {str(seed.dtype).removeprefix('torch.')}"
+            f"lora_linear: seed must be one int64, found {tuple(seed.shape)} of {dtype_name(seed.dtype)}"
         )
     if autocast_dtype(x) is None:
         check_alike("lora_linear", x=x, weight=weight, **({} if bias is None else {"bias": bias}))

@@ -158,7 +158,9 @@ class AxialFusionAttention(nn.Module):
         return cls._from_parts(qkv, out, heads, None, None, rank=rank, alpha=alpha)
 
     @classmethod
-    def from_block(cls, block: nn.Module, *, rank: int = 0, alpha: float | None = None) -> AxialFusionAttention:
+    def from_block(
+        cls, block: nn.Module, *, rank: int = 0, alpha: float | None = None
+    ) -> AxialFusionAttention:
         """Like `from_attention`, from a pre-norm block (`norm1`, `attn`): norm and residual included.
 
         Raises ValueError also for layer scale and stochastic depth, which lie between the two."""
@@ -271,11 +273,15 @@ def _attention_parts(attention: nn.Module) -> tuple[nn.Linear, nn.Linear, int]:
         return qkv, _plain_linear(attention.out_proj, kind, "out_proj"), attention.num_heads
     for name in ("qkv", "proj", "num_heads"):
         if not hasattr(attention, name):
-            raise ValueError(f"{kind} has no {name!r}; from_attention takes timm's, SAM's or nn.MultiheadAttention")
+            raise ValueError(
+                f"{kind} has no {name!r}; from_attention takes timm's, SAM's or nn.MultiheadAttention"
+            )
     for name in ("q_norm", "k_norm", "norm"):
         part = getattr(attention, name, None)
         if part is not None and not isinstance(part, nn.Identity):
-            raise ValueError(f"{kind} has {name!r}, a norm of queries, keys or outputs, which this op does not")
+            raise ValueError(
+                f"{kind} has {name!r}, a norm of queries, keys or outputs, which this op does not"
+            )
     for name in ("rope", "rotary_emb", "pos_embed"):
         if getattr(attention, name, None) is not None:
             raise ValueError(f"{kind} has {name!r}, a rotary position embedding, which this op does not")
@@ -288,7 +294,9 @@ def _attention_parts(attention: nn.Module) -> tuple[nn.Linear, nn.Linear, int]:
             raise ValueError(f"{kind} has dropout of {part.p} in {name!r}, which this op does not")
     qkv, proj = (_plain_linear(getattr(attention, name), kind, name) for name in ("qkv", "proj"))
     if qkv.out_features != 3 * qkv.in_features or proj.in_features != qkv.in_features:
-        raise ValueError(f"{kind} projects {qkv.in_features} to {qkv.out_features}; q, k and v must each keep C")
+        raise ValueError(
+            f"{kind} projects {qkv.in_features} to {qkv.out_features}; q, k and v must each keep C"
+        )
     return qkv, proj, int(attention.num_heads)
 
 
@@ -297,5 +305,7 @@ def _plain_linear(layer: Any, kind: str, name: str) -> nn.Linear:
     if type(layer) not in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
         raise ValueError(f"{kind}.{name} is {type(layer).__name__}, but must be a plain nn.Linear")
     if not layer.weight.dtype.is_floating_point:
-        raise ValueError(f"{kind}.{name} has weights of {layer.weight.dtype}: quantised layers cannot be taken over")
+        raise ValueError(
+            f"{kind}.{name} has weights of {layer.weight.dtype}: quantised layers cannot be taken over"
+        )
     return layer

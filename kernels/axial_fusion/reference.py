@@ -96,7 +96,14 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = No
 
 
 def rel_pos_attention(
-    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, *, grid: tuple[int, int], scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_h: Tensor,
+    rel_w: Tensor,
+    *,
+    grid: tuple[int, int],
+    scale: float | None = None,
 ) -> Tensor:
     """SAM's attention with decomposed relative position over one grid (H', W').
 
@@ -131,7 +138,9 @@ def window_attention(
         return t.transpose(2, 3).flatten(3, 4)
 
     q, k, v = windows(qkv).unbind(4)  # each (B, rows, columns, window², M, D)
-    bias = windows(rel_h).unsqueeze(-1) + windows(rel_w).unsqueeze(-2)  # (B, rows, columns, q, M, window, window)
+    bias = windows(rel_h).unsqueeze(-1) + windows(rel_w).unsqueeze(
+        -2
+    )  # (B, rows, columns, q, M, window, window)
     scores = scale * torch.einsum("brcqmd,brckmd->brcqmk", q, k) + bias.flatten(-2)
     y = torch.einsum("brcqmk,brckmd->brcqmd", scores.softmax(-1), v)
     y = y.unflatten(3, (window, window)).transpose(2, 3).flatten(1, 2).flatten(2, 3)  # (B, Hp, Wp, M, D)
@@ -182,9 +191,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     if weight is None:
         return x
     wide = torch.promote_types(x.dtype, torch.float32)
-    y = F.layer_norm(
-        x.to(wide), x.shape[-1:], weight.to(wide), None if bias is None else bias.to(wide), eps
-    )
+    y = F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), None if bias is None else bias.to(wide), eps)
     return y.to(x.dtype)
 
 
@@ -210,7 +217,13 @@ def axial_fusion_attention(
         weights = w.qkv_weight.chunk(3)
         biases = (None, None, None) if w.qkv_bias is None else w.qkv_bias.chunk(3)
         q, k, v = (
-            lora_linear(z, weight, bias, *((None, None) if lora is None else lora[:2]), scaling=lora.scaling if lora else 1.0)
+            lora_linear(
+                z,
+                weight,
+                bias,
+                *((None, None) if lora is None else lora[:2]),
+                scaling=lora.scaling if lora else 1.0,
+            )
             for weight, bias, lora in zip(weights, biases, (w.lora_q, None, w.lora_v), strict=True)
         )
         return tuple(t.unflatten(-1, (num_heads, -1)) for t in (q, k, v))  # type: ignore[return-value]
@@ -223,7 +236,9 @@ def axial_fusion_attention(
     else:
         x = x[:, index]
     if intra is not None:
-        update = lora_linear(slice_attention(*projections(x, intra)).flatten(3), intra.out_weight, intra.out_bias)
+        update = lora_linear(
+            slice_attention(*projections(x, intra)).flatten(3), intra.out_weight, intra.out_bias
+        )
         x = x + update if residual else update
     return x
 

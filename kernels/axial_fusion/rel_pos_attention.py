@@ -172,7 +172,7 @@ def rel_pos_attention(
     qkv, tokens = "B P M D", height * width
     if q.dim() != 4 or q.shape[1] != tokens:
         raise ValueError(
-            f"rel_pos_attention: q must be (B, P, M, D) with P = {height}·{width} from grid, found shape {tuple(q.shape)}"
+            f"rel_pos_attention: q must be (B, P, M, D) with P = {height}·{width} of grid, found {tuple(q.shape)}"
         )
     expected = {"q": (q, qkv), "k": (k, qkv), "v": (v, qkv)}
     tables = {"rel_h": (rel_h, f"B M {height} P"), "rel_w": (rel_w, f"B M P {width}")}
@@ -277,11 +277,15 @@ def _window_backward_op(
             )
             dkv = torch.stack([dk, dv], 2).unflatten(1, (window, window))  # (B', window, window, 2, M, D)
             real = dkv[:, :height, :width]
-            dpad += dkv[:, height:].sum((0, 1, 2), dtype=wide) + dkv[:, :height, width:].sum((0, 1, 2), dtype=wide)
+            dpad += dkv[:, height:].sum((0, 1, 2), dtype=wide) + dkv[:, :height, width:].sum(
+                (0, 1, 2), dtype=wide
+            )
             dq = dq.unflatten(1, (height, width)).unsqueeze(3)
             dqkv[:, rows, columns] = _join(torch.cat([dq, real], 3), batch, *place)
             for whole, part in ((drel_h, dh), (drel_w, dw)):
-                whole[:, rows, columns] = _join(part.transpose(1, 2).unflatten(1, (height, width)), batch, *place)
+                whole[:, rows, columns] = _join(
+                    part.transpose(1, 2).unflatten(1, (height, width)), batch, *place
+                )
     dbias = torch.cat([torch.zeros_like(dpad[:1]), dpad]).flatten().to(qkv_bias.dtype)
     return dqkv, dbias, drel_h, drel_w
 
@@ -328,10 +332,14 @@ def window_attention(
     if window < 1:
         raise ValueError(f"window_attention: window must be at least 1, found {window}")
     rel = f"B H W M {window}"
-    sizes = check_shapes("window_attention", {"qkv": (qkv, "B H W 3 M D"), "rel_h": (rel_h, rel), "rel_w": (rel_w, rel)})
+    sizes = check_shapes(
+        "window_attention", {"qkv": (qkv, "B H W 3 M D"), "rel_h": (rel_h, rel), "rel_w": (rel_w, rel)}
+    )
     channels = 3 * sizes["M"] * sizes["D"]
     if qkv_bias.shape != (channels,):
-        raise ValueError(f"window_attention: qkv_bias must be (3·M·D,) = ({channels},), found {tuple(qkv_bias.shape)}")
+        raise ValueError(
+            f"window_attention: qkv_bias must be (3·M·D,) = ({channels},), found {tuple(qkv_bias.shape)}"
+        )
     qkv, qkv_bias, rel_h, rel_w = autocast(qkv, qkv_bias, rel_h, rel_w)
     check_alike("window_attention", qkv=qkv, qkv_bias=qkv_bias, rel_h=rel_h, rel_w=rel_w)
     select_backend("window_attention", qkv, backend=backend)
