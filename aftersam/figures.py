@@ -52,14 +52,19 @@ def overlay_figure(
     from matplotlib.patches import Patch
 
     guide = mask if reference is None or not np.any(reference) else reference
+    rows, columns = (_occupied(image, axis) for axis in (1, 2))
+    image, mask, guide = (array[:, rows, columns] for array in (image, mask, guide))
+    reference = None if reference is None else reference[:, rows, columns]
     z, y = _richest(guide, 0), _richest(guide, 1)
     d, h, w = (n * s for n, s in zip(image.shape, spacing_mm, strict=True))
-    rows = [("prediction", mask)] if reference is None else [("prediction", mask), ("reference", reference)]
+    shown_masks = (
+        [("prediction", mask)] if reference is None else [("prediction", mask), ("reference", reference)]
+    )
     width = 8.6
-    height = width * max(h, d) / (2 * w) * len(rows) + 0.9
+    height = width * max(h, d) / (2 * w) * len(shown_masks) + 0.9
     figure = Figure(figsize=(width, min(max(height, 3.2), 12)), facecolor=DARK, layout="constrained")
-    axes = figure.subplots(len(rows), 2, squeeze=False, gridspec_kw={"width_ratios": [1, 1]})
-    for row, (name, labelled) in zip(axes, rows, strict=True):
+    axes = figure.subplots(len(shown_masks), 2, squeeze=False, gridspec_kw={"width_ratios": [1, 1]})
+    for row, (name, labelled) in zip(axes, shown_masks, strict=True):
         planes = (
             (image[z], labelled[z], (0, w, h, 0), f"axial, slice {z}"),
             (image[::-1, y], labelled[::-1, y], (0, w, d, 0), f"coronal, row {y}"),
@@ -68,7 +73,7 @@ def overlay_figure(
             low, high = SOFT_TISSUE
             axis.imshow(np.asarray(plane, np.float32), cmap="gray", vmin=low, vmax=high, extent=extent)
             axis.imshow(_coloured(values, labels), extent=extent, interpolation="nearest")
-            axis.set_title(f"{name}, {where}" if len(rows) > 1 else where, color="#cfd8dc", fontsize=8)
+            axis.set_title(f"{name}, {where}" if len(shown_masks) > 1 else where, color="#cfd8dc", fontsize=8)
             axis.set_axis_off()
     shown = [value for value in labels if np.any(guide == value) or np.any(mask == value)]
     figure.legend(
@@ -179,6 +184,13 @@ def _richest(mask: np.ndarray, axis: int) -> int:
         ((mask == value).any(others).astype(int) for value in np.unique(mask) if value), np.zeros(1, int)
     )
     return int(np.lexsort((area, kinds))[-1])
+
+
+def _occupied(image: np.ndarray, axis: int) -> slice:
+    """The part of an in-plane axis that holds more than air, so that pictures are not mostly black."""
+    profile = np.asarray(image[:: max(1, len(image) // 16)] > -500).sum(0).max(2 - axis)
+    found = np.flatnonzero(profile)
+    return slice(max(int(found[0]) - 3, 0), int(found[-1]) + 4) if len(found) else slice(None)
 
 
 def _save(figure: Figure, path: Path) -> None:

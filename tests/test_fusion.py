@@ -218,15 +218,22 @@ def test_opcheck(name):
     def draw(*shape):
         return torch.randn(*shape, requires_grad=True)
 
-    op = getattr(torch.ops.axial_fusion, name)
+    heads = (5, 2, 8)
     arguments = {
-        "axial_attention": lambda: (draw(2, 2, 5, 2, 8), draw(2, 3, 5, 2, 8), draw(2, 3, 5, 2, 8), None, 0.3, False, "torch"),
-        "lora_linear": lambda: (draw(3, 6), draw(4, 6), draw(4), draw(2, 6), draw(4, 2), None, 0.5, 0.0),
-        "rel_pos_attention": lambda: (
-            draw(1, 6, 2, 4), draw(1, 6, 2, 4), draw(1, 6, 2, 4), draw(1, 2, 2, 6), draw(1, 2, 6, 3), 0.5,
+        "axial_attention": (
+            draw(2, 2, *heads),
+            draw(2, 3, *heads),
+            draw(2, 3, *heads),
+            None,
+            0.3,
+            False,
+            "torch",
         ),
-        "window_attention": lambda: (draw(1, 5, 4, 3, 2, 4), draw(24), draw(1, 5, 4, 2, 3), draw(1, 5, 4, 2, 3), 3, 0.5),
-    }[name]()  # fmt: skip
+        "lora_linear": (draw(3, 6), draw(4, 6), draw(4), draw(2, 6), draw(4, 2), None, 0.5, 0.0),
+        "rel_pos_attention": (*(draw(1, 6, 2, 4) for _ in "qkv"), draw(1, 2, 2, 6), draw(1, 2, 6, 3), 0.5),
+        "window_attention": (draw(1, 5, 4, 3, 2, 4), draw(24), *(draw(1, 5, 4, 2, 3) for _ in "hw"), 3, 0.5),
+    }[name]
+    op = getattr(torch.ops.axial_fusion, name)
     torch.library.opcheck(op.default, arguments)
 
 
@@ -309,6 +316,7 @@ def test_a_named_backend_that_cannot_run_is_refused():
         select_backend("attention", q)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("backend", ["sdpa", "torch", "flex"])
 def test_slice_attention_backends_agree(backend):
     q, k, v = torch.randn(3, 2, 3, 20, 2, 16).unbind(0)

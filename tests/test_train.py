@@ -125,7 +125,7 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(phantoms, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed.communicate()
     resumed = run_command(phantoms, tmp_path / "killed", *steps, "--resume")
     for process in (whole, resumed):
         error = process.communicate(timeout=300)[1].decode()
