@@ -1,0 +1,150 @@
+"""The Triton kernels of axial attention, interpreted on a CPU or run on a GPU, against the reference in fp64.
+
+The error may be at most 2× (gradients 3×) that of torch in the same dtype, with a floor of one rounding."""
+
+import pytest
+import torch
+
+from axial_fusion import axial_attention, reference, select_backend
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16]
+if DEVICE == "cuda":
+    DTYPES.append(torch.bfloat16)  # the interpreter's bf16 dot is broken
+FLOOR = {torch.float32: 5e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+
+pytestmark = pytest.mark.usefixtures("nan_memory")
+
+SHAPES = {  # B, Nq, N, P, M, D
+    "one of everything": (1, 1, 1, 1, 1, 16),
+    "paper": (1, 9, 9, 16, 2, 32),
+    "centre query": (2, 1, 9, 10, 2, 32),
+    "odd head dim": (1, 3, 3, 23, 2, 24),
+    "80": (1, 5, 5, 14, 1, 80),
+    "96": (1, 9, 9, 8, 1, 96),
+    "128": (1, 4, 4, 17, 1, 128),
+    "16 slices": (1, 16, 16, 7, 1, 32),
+    "33 slices": (2, 33, 33, 2, 1, 16),
+    "64 slices": (1, 64, 64, 1, 2, 16),
+    "more queries than keys": (1, 8, 3, 9, 1, 32),
+}
+
+
+def inputs(shape, dtype, packed=False):
+    torch.manual_seed(0)
+    batch, queries, slices, positions, heads, dim = shape
+    if packed:
+        qkv = torch.randn(batch, slices, positions, 3, heads, dim, device=DEVICE).to(dtype)
+        return [t.detach().requires_grad_() for t in qkv.unbind(3)]
+    sizes = [(batch, n, positions, heads, dim) for n in (queries, slices, slices)]
+    return [torch.randn(size, device=DEVICE).to(dtype).requires_grad_() for size in sizes]
+
+
+def error(value, exact):
+    return ((value.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+def check(tensors, dtype, **options):
+    grad = torch.randn(tensors[0].shape, device=DEVICE).to(dtype)
+
+    def run(values, backend):
+        y = axial_attention(*values, backend=backend, **options)
+        return y, torch.autograd.grad(y, values, grad.to(y.dtype))
+
+    ours, ours_grads = run(tensors, "triton")
+    plain, plain_grads = run(tensors, "torch")
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    exact = reference.axial_attention(*wide, **options)
+    exact_grads = torch.autograd.grad(exact, wide, grad.double())
+    assert ours.dtype == dtype
+    assert error(ours, exact) <= max(2 * error(plain, exact), FLOOR[dtype])
+    for name, mine, theirs, truth in zip("qkv", ours_grads, plain_grads, exact_grads, strict=True):
+        if truth.norm() > 1e-9:
+            assert error(mine, truth) <= max(3 * error(theirs, truth), 3 * FLOOR[dtype]), (
+                f"gradient of {name}"
+            )
+        else:
+            assert mine.double().norm() < 1e-3, f"gradient of {name}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_matches_the_reference(shape, dtype):
+    check(inputs(shape, dtype), dtype)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [None, [3, 0]], ids=["all", "lengths"])
+@pytest.mark.parametrize("queries", [5, 2])
+def test_masks(causal, lengths, queries):
+    options = {"causal": causal}
+    if lengths is not None:
+        options["lengths"] = torch.tensor(lengths, device=DEVICE)
+    check(inputs((2, queries, 5, 13, 2, 16), torch.float32), torch.float32, **options)
+
+
+def test_packed_and_strided_inputs_are_read_in_place():
+    check(inputs((2, 5, 5, 13, 2, 32), torch.float32, packed=True), torch.float32)
+    torch.manual_seed(0)
+    q = torch.randn(2, 9, 13, 2, 32, device=DEVICE)[:, ::2].flip(2)[..., ::2, :]
+    check([q.detach().requires_grad_() for _ in range(3)], torch.float32)
+
+
+def test_gradient_of_a_concatenation():
+    """`cat` hands the backward a gradient that is a view with foreign strides."""
+    tensors = inputs((1, 3, 3, 9, 2, 16), torch.float32)
+    results = []
+    for backend in ("triton", "torch"):
+        y = axial_attention(*tensors, backend=backend)
+        joined = torch.cat([y, y], -1) * torch.arange(32.0, device=DEVICE)
+        results.append(torch.autograd.grad(joined.square().sum(), tensors))
+    for mine, theirs in zip(*results, strict=True):
+        assert error(mine, theirs.double()) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 3, 4, 2, 16), (1, 3, 3, 0, 2, 16), (1, 3, 0, 4, 2, 16)], ids=str)
+def test_empty_tensors(shape):
+    tensors = inputs(shape, torch.float32)
+    y = axial_attention(*tensors, backend="triton")
+    assert y.shape == tensors[0].shape
+    assert (y == 0).all()
+    y.sum().backward()
+    assert all((t.grad == 0).all() for t in tensors)
+
+
+def test_more_positions_than_a_grid_axis_holds():
+    q, k, v = inputs((1, 1, 1, 65_537, 1, 16), torch.float16)
+    torch.testing.assert_close(axial_attention(q, k, v, backend="triton"), v)
+
+
+def test_values_are_the_same_every_time():
+    tensors = inputs((1, 9, 9, 30, 2, 32), torch.float16)
+    runs = []
+    for _ in range(2):
+        y = axial_attention(*tensors, backend="triton")
+        runs.append([y, *torch.autograd.grad(y.float().square().sum(), tensors)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((1, 65, 65, 2, 1, 16), "65 slices"), ((1, 2, 2, 2, 1, 160), "head dim 160")],
+    ids=str,
+)
+def test_what_the_kernel_cannot_do_is_refused_when_named_and_told_otherwise(shape, message):
+    tensors = inputs(shape, torch.float32)
+    with pytest.raises(ValueError, match=message):
+        axial_attention(*tensors, backend="triton")
+    assert select_backend("axial_attention", *tensors).backend == "torch"
+    torch.testing.assert_close(
+        axial_attention(*tensors), reference.axial_attention(*tensors), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_elements():
+    q = torch.randn(1, 9, 262_144 * 4, 8, 32, device="cuda", dtype=torch.bfloat16)
+    y = axial_attention(q, q, q, backend="triton")
+    part = slice(-100, None)
+    expected = reference.axial_attention(*(q[:, :, part].float() for _ in range(3)))
+    torch.testing.assert_close(y[:, :, part].float(), expected, rtol=2e-2, atol=2e-2)

@@ -1,0 +1,152 @@
+"""Modules: conversion from 2D attentions starts equal to them, LoRA merges and travels, mistakes are named."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from axial_fusion import AxialFusionAttention, LoRALinear
+
+
+class ViTAttention(nn.Module):
+    """What timm and SAM have in common: fused qkv, proj, num_heads."""
+
+    def __init__(self, dim=16, num_heads=2, **parts):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):  # (B, P, C)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class ViTBlock(nn.Module):
+    def __init__(self, dim=16):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
+        self.attn = ViTAttention(dim)
+        nn.init.normal_(self.norm1.weight)
+        nn.init.normal_(self.norm1.bias)
+
+
+def test_a_2d_attention_becomes_a_3d_one_that_starts_equal():
+    attention, x = ViTAttention(), torch.randn(2, 3, 10, 16)
+    ours = AxialFusionAttention.from_attention(attention)
+    torch.testing.assert_close(ours(x), torch.stack([attention(s) for s in x]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_torchs_multihead_attention(bias):
+    attention = nn.MultiheadAttention(16, 4, bias=bias, batch_first=True)
+    x = torch.randn(2, 3, 10, 16)
+    expected = torch.stack([attention(s, s, s, need_weights=False)[0] for s in x])
+    torch.testing.assert_close(
+        AxialFusionAttention.from_attention(attention)(x), expected, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_block_brings_its_norm_and_residual():
+    block, x = ViTBlock(), torch.randn(2, 3, 10, 16)
+    expected = torch.stack([s + block.attn(block.norm1(s)) for s in x])
+    torch.testing.assert_close(AxialFusionAttention.from_block(block)(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_axial_half_learns_from_its_zero_projection():
+    ours, x = AxialFusionAttention.from_attention(ViTAttention()), torch.randn(1, 3, 4, 16)
+    ours(x).square().sum().backward()
+    assert ours.inter.out.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        (ViTAttention(q_norm=nn.LayerNorm(8)), "q_norm"),
+        (ViTAttention(rope=nn.Linear(2, 2)), "rope"),
+        (ViTAttention(rel_pos_h=nn.Parameter(torch.zeros(3, 8))), "rel_pos_h"),
+        (ViTAttention(attn_drop=nn.Dropout(0.1)), "attn_drop"),
+        (ViTAttention(qkv=LoRALinear(16, 48, rank=2)), "LoRALinear"),
+        (nn.MultiheadAttention(16, 2, kdim=8), "another size"),
+        (nn.MultiheadAttention(16, 2, dropout=0.1), "dropout"),
+        (nn.Linear(3, 3), "qkv"),
+    ],
+    ids=str,
+)
+def test_what_would_go_wrong_is_refused_by_name(attention, message):
+    with pytest.raises(ValueError, match=message):
+        AxialFusionAttention.from_attention(attention)
+
+
+def test_a_post_norm_block_is_refused():
+    with pytest.raises(ValueError, match="norm1"):
+        AxialFusionAttention.from_block(nn.TransformerEncoderLayer(16, 2).self_attn)
+
+
+@pytest.mark.parametrize("attention", ["both", "axial", "slice"])
+def test_merging_lora_keeps_the_output(attention):
+    module = AxialFusionAttention(16, 2, rank=3, alpha=6, attention=attention).eval()
+    for name, parameter in module.named_parameters():
+        if "lora" in name and name.endswith("_b"):
+            nn.init.normal_(parameter)
+    x = torch.randn(2, 3, 5, 16)
+    before = module(x)
+    for half in module.halves():
+        half.merge()
+        half.merge()  # a second time changes nothing
+    torch.testing.assert_close(module(x), before, rtol=1e-4, atol=1e-5)
+    for half in module.halves():
+        half.unmerge()
+    torch.testing.assert_close(module(x), before, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_projections_leave_lora_the_only_change_of_q_k_v():
+    module = AxialFusionAttention(16, 2, rank=2)
+    module.freeze_projections()
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    assert not any("qkv" in name for name in trained)
+    assert any(name.endswith("lora_q_b") for name in trained)
+    assert "inter.out.weight" in trained
+
+
+def test_lora_linear_takes_a_layer_over_without_copying():
+    linear = nn.Linear(8, 6)
+    lora = LoRALinear.from_linear(linear, rank=2, alpha=4)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(lora(x), linear(x))
+    assert lora.weight is linear.weight
+    assert {n for n, p in lora.named_parameters() if p.requires_grad} == {"lora_a", "lora_b"}
+    assert lora.scaling == 2
+
+
+def test_lora_linear_merges_and_its_adapter_travels():
+    one, other = LoRALinear(8, 6, rank=2), LoRALinear(8, 6, rank=2)
+    nn.init.normal_(one.lora_b)
+    x = torch.randn(3, 8)
+    before = one(x)
+    other.weight, other.bias = one.weight, one.bias
+    other.load_state_dict(one.lora_state_dict(), strict=False)
+    torch.testing.assert_close(other(x), before)
+    one.merge()
+    torch.testing.assert_close(one(x), before, rtol=1e-5, atol=1e-6)
+    one.unmerge()
+    torch.testing.assert_close(one(x), before, rtol=1e-5, atol=1e-6)
+
+
+def test_lora_dropout_is_off_in_evaluation():
+    lora = LoRALinear(8, 6, rank=2, dropout=0.5)
+    nn.init.normal_(lora.lora_b)
+    x = torch.randn(64, 8)
+    assert not torch.equal(lora(x), lora(x))
+    lora.eval()
+    assert torch.equal(lora(x), lora(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"rank": 0}, "rank"), ({"rank": 1, "dropout": 1.0}, "dropout")], ids=str
+)
+def test_lora_linear_names_bad_sizes(options, message):
+    with pytest.raises(ValueError, match=message):
+        LoRALinear(4, 4, **options)
