@@ -59,7 +59,8 @@ def evaluate(
     """Score every reference in the folder `labels` by its mask in `predictions` and print a table.
 
     Returns, and writes to `output`, a dictionary with `mean_dsc` (the mean over organs of the mean over cases),
-    `organs`, `cases`, `problems` (cases that could not be scored) and, with `against`, `paired`. A case whose mask is
+    `organs`, `cases`, `problems` (cases that could not be scored), `prompted` (box or points where the masks were made
+    with prompts from labels, else null) and, with `against`, `paired`. A case whose mask is
     missing, unreadable or on another grid is a problem, not a score. Raises ValueError where nothing can be scored."""
     from rich.console import Console
     from rich.progress import track
@@ -103,6 +104,7 @@ def evaluate(
     if not scores:
         raise ValueError(f"no case of {labels} could be scored with the masks in {predictions}")
     metrics = _summary(scores, problems, nsd_tolerance_mm, convention)
+    metrics["prompted"] = prompted(predictions)
     if theirs is not None:
         metrics["paired"] = {"against": str(against), **_paired(scores, other)}
     if output is not None:
@@ -140,6 +142,18 @@ def label_names_near(explicit: Path | None, *folders: Path) -> dict[int, str]:
             continue
         return {value: name for value, name in sorted(pairs.items()) if value}
     return {}
+
+
+def prompted(masks: Path) -> str | None:
+    """The kind of prompts that any mask of a folder was made with, by the JSON that predict leaves beside it."""
+    for path in sorted(masks.glob("*.json")):
+        try:
+            found = json.loads(path.read_text()).get("prompted")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if found:
+            return str(found)
+    return None
 
 
 def _values_first(labels: Mapping[str, Any]) -> bool:
@@ -268,18 +282,20 @@ def table(metrics: Mapping[str, Any]) -> Table:
     from rich.table import Table
 
     nsd_key = f"nsd_{metrics['nsd_tolerance_mm']:g}mm"
-    grid = Table(title=f"{metrics['num_cases']} cases", title_justify="left")
+    mark = f", prompted by a {metrics['prompted']} from each label" if metrics["prompted"] else ""
+    grid = Table(title=f"{metrics['num_cases']} cases{mark}", title_justify="left")
     grid.add_column("organ")
     for heading in ("DSC", "95 % interval", "HD95 mm", "missed", nsd_key.replace("_", " "), "ICE", "gaps"):
-        grid.add_column(heading, justify="right")
+        grid.add_column(heading, justify="right", no_wrap=True)
     for organ, row in metrics["organs"].items():
         grid.add_row(
             organ, _text(row["dsc"]), _span(row["dsc_interval"]), _text(row["hd95_mm"], 1), str(row["missed"]),
             _text(row[nsd_key]), _text(row["ice"]), str(row["gaps"]),
         )  # fmt: skip
     grid.add_section()
-    unreliable = "" if metrics["interval_reliable"] else f" (unreliable: {metrics['num_cases']} cases)"
-    grid.add_row("mean", _text(metrics["mean_dsc"]), _span(metrics["mean_dsc_interval"]) + unreliable)
+    grid.add_row("mean", _text(metrics["mean_dsc"]), _span(metrics["mean_dsc_interval"]))
+    if not metrics["interval_reliable"]:
+        grid.caption = f"intervals over {metrics['num_cases']} cases are unreliable"
     if "paired" in metrics:
         mean = metrics["paired"]["mean"]
         grid.add_row("mean against the other", _text(mean["dsc_difference"]), _span(mean["interval"]))

@@ -38,6 +38,8 @@ class PredictArgs:
     """Weights with the best validation DSC, or the final ones."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
+    prompt_labels: Path | None = None
+    """For a model with prompts: the label file, or a folder of them by case, that prompts are drawn from."""
     labels: str | None = None
     """Comma-separated organs to keep; the others become background."""
     overwrite: bool = False
@@ -59,12 +61,17 @@ class Segmenter:
     precision: torch.dtype
 
     def predict(
-        self, image: nib.spatialimages.SpatialImage | np.ndarray, affine: np.ndarray | None = None
+        self,
+        image: nib.spatialimages.SpatialImage | np.ndarray,
+        affine: np.ndarray | None = None,
+        *,
+        prompt_labels: nib.spatialimages.SpatialImage | None = None,
     ) -> nib.Nifti1Image:
         """Segment a nibabel image, or an array in NIfTI's (x, y, z) order with its affine (voxel to RAS mm).
 
-        Returns integer labels on the same grid, names in a header extension. Raises ValueError on a bad grid."""
-        from aftersam.data.volume import from_nifti, to_nifti
+        Returns integer labels on the same grid, names in a header extension. `prompt_labels`, labels on the image's
+        grid, are for a model with prompts. Raises ValueError on a bad grid, or where such a model gets none."""
+        from aftersam.data.volume import from_nifti, labels_from_nifti, to_nifti
 
         if not hasattr(image, "affine"):
             import nibabel as nib
@@ -73,16 +80,30 @@ class Segmenter:
                 raise ValueError("an array needs its affine: predict(array, affine)")
             image = nib.Nifti1Image(image, affine)
         volume = from_nifti(image)  # type: ignore[arg-type]  # an image by now
-        return to_nifti(self.predict_volume(volume), volume, self.labels)
+        prompts = None if prompt_labels is None else labels_from_nifti(prompt_labels, like=volume)
+        return to_nifti(self.predict_volume(volume, prompt_labels=prompts), volume, self.labels)
 
     def predict_volume(
-        self, volume: Volume, *, batch_size: int = 8, progress: Callable[[int], None] | None = None
+        self,
+        volume: Volume,
+        *,
+        prompt_labels: Volume | None = None,
+        batch_size: int = 8,
+        progress: Callable[[int], None] | None = None,
     ) -> np.ndarray:
         """Segment a Volume: labels (D, H, W) uint8 in the volume's canonical axes."""
-        from aftersam.data.transforms import preprocess
+        from aftersam.data.transforms import preprocess, resample
         from aftersam.streaming import predict_labels
 
         ready = preprocess(volume, self.spacing_mm)
+        prompts = None
+        if self.config.model.prompts != "none":
+            if prompt_labels is None:
+                raise ValueError(
+                    f"the model was trained with prompts={self.config.model.prompts}, so {volume.name} needs labels "
+                    "to draw them from (--prompt-labels)"
+                )
+            prompts = resample(prompt_labels.array, volume.spacing_mm, ready.spacing_mm, labels=True)
         return predict_labels(
             self.model,
             ready.array,
@@ -91,6 +112,7 @@ class Segmenter:
             output_shape=volume.array.shape,
             batch_size=batch_size,
             precision=self.precision,
+            prompt_labels=prompts,
             progress=progress,
         )
 
@@ -161,19 +183,23 @@ def _predict_file(
     """Read, segment and write one scan, with its preview."""
     import numpy as np
 
-    from aftersam.data.volume import read_image, write_labels
+    from aftersam.data.volume import read_image, read_labels, write_labels
 
     began = time.monotonic()
     volume = read_image(scan)
+    prompts, facts = None, {}
+    if args.prompt_labels is not None and segmenter.config.model.prompts != "none":
+        prompts = read_labels(_prompt_file(args.prompt_labels, scan), like=volume)
+        facts = {"prompted": segmenter.config.model.prompts}  # who scores this mask must know
     task = bar.add_task(scan.name, total=volume.array.shape[0])
     labels = segmenter.predict_volume(
-        volume, batch_size=args.batch_size, progress=lambda n: bar.advance(task, n)
+        volume, prompt_labels=prompts, batch_size=args.batch_size, progress=lambda n: bar.advance(task, n)
     )
     if keep is not None:
         labels[~np.isin(labels, list(keep))] = 0
     names = {v: n for v, n in segmenter.labels.items() if keep is None or v in keep}
     mask.parent.mkdir(parents=True, exist_ok=True)
-    write_labels(mask, labels, volume, names)
+    write_labels(mask, labels, volume, names, facts)
     if args.preview:
         from aftersam.figures import overlay_png
 
@@ -202,6 +228,16 @@ def _jobs(args: PredictArgs) -> tuple[list[tuple[Path, Path]], bool]:
     if mask.exists() and not args.overwrite:
         raise ValueError(f"{mask} exists; --overwrite replaces it")
     return [(args.input, mask)], False
+
+
+def _prompt_file(labels: Path, scan: Path) -> Path:
+    """The label of `scan`: `labels` itself, or the file with the scan's name in that folder."""
+    if not labels.is_dir():
+        return labels
+    found = [p for ending in NIFTI if (p := labels / (_case(scan) + ending)).exists()]
+    if not found:
+        raise ValueError(f"{labels} has no label {_case(scan)}.nii.gz to draw the prompts of {scan} from")
+    return found[0]
 
 
 def _case(scan: Path) -> str:

@@ -6,7 +6,7 @@ group still needs them; each group then fuses N of them and decodes its centre. 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aftersam.config import ModelConfig
-from aftersam.data.slice_group import slice_group
+from aftersam.data.slice_group import crop, slice_group
 from aftersam.data.transforms import AIR_HU
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.image_encoder import SliceFeatures
@@ -32,14 +32,18 @@ def predict_labels(
     output_shape: tuple[int, int, int],
     batch_size: int = 8,
     precision: torch.dtype = torch.float32,
+    prompt_labels: np.ndarray | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """Segment a volume: hu (D, H, W) at the model's spacing -> labels (D', H', W') uint8 on `output_shape`.
 
     Both grids cover the same extent. Logits are interpolated to the output grid slice by slice, then argmax.
-    `box` bounds the body in the plane; `progress` is called with the number of output slices just finished."""
+    `box` bounds the body in the plane; `progress` is called with the number of output slices just finished;
+    `prompt_labels` (D, H, W) are where a model with prompts draws them from."""
     labels = np.empty(output_shape, dtype=np.uint8)
-    logits = stream_logits(model, hu, config, box=box, batch_size=batch_size, precision=precision)
+    logits = stream_logits(
+        model, hu, config, box=box, batch_size=batch_size, precision=precision, prompt_labels=prompt_labels
+    )
     for z, plane in enumerate(resample_stream(logits, hu.shape[0], output_shape)):
         labels[z] = plane.argmax(0).to(torch.uint8).cpu().numpy()
         if progress is not None:
@@ -56,10 +60,13 @@ def stream_logits(
     box: Box,
     batch_size: int = 8,
     precision: torch.dtype = torch.float32,
+    prompt_labels: np.ndarray | None = None,
 ) -> Iterator[Tensor]:
     """Yield the logits (K+1, H, W) of every slice of hu (D, H, W) in order, on the model's device.
 
     A group about slice d is the one of `slice_group`: neighbours beyond the ends repeat the nearest slice."""
+    if config.prompts == "none":
+        prompt_labels = None
     depth, height, width = hu.shape
     device = next(model.parameters()).device
     size, centre = config.image_size, config.num_slices // 2
@@ -81,8 +88,7 @@ def stream_logits(
         with _autocast(device, precision):
             for start in range(0, len(new), batch_size):
                 some = new[start : start + batch_size]
-                crops = np.stack([crop(hu[d], window, size) for d in some for window in windows])
-                features = model.encode(torch.from_numpy(crops).to(device).float())
+                features = model.encode(_windowed(hu, some, windows, size, AIR_HU).to(device).float())
                 for i, d in enumerate(some):
                     part = slice(i * len(windows), (i + 1) * len(windows))
                     ring[d] = SliceFeatures(features.embedding[part], tuple(s[part] for s in features.skips))
@@ -92,7 +98,10 @@ def stream_logits(
             ).flatten(0, 1)
             fused = model.fuse(embedding, query_index=(centre,)).squeeze(1)
             skips = tuple(torch.cat(level) for level in zip(*(ring[d].skips for d in targets), strict=True))
-            logits = model.decode(fused, skips).float()
+            labels = None
+            if prompt_labels is not None:
+                labels = _windowed(prompt_labels, targets, windows, size, 0).to(device)
+            logits = model.decode(fused, skips, labels).float()
         logits = F.interpolate(logits, size=(size, size), mode="bilinear", align_corners=False)
         for planes in logits.unflatten(0, (len(targets), len(windows))):
             yield _assemble(planes, windows, weights, (height, width))
@@ -130,12 +139,12 @@ def window_starts(length: int, start: int, stop: int, size: int) -> list[int]:
     return [start + round(i * (extent - size) / (count - 1)) for i in range(count)]
 
 
-def crop(plane: np.ndarray, window: tuple[int, int], size: int) -> np.ndarray:
-    """plane (..., H, W) -> (..., size, size) from the first pixels `window`, air where it leaves the image."""
-    out = np.full((*plane.shape[:-2], size, size), AIR_HU, dtype=plane.dtype)
-    source, target = _overlap(window, plane.shape[-2:], size)
-    out[(..., *target)] = plane[(..., *source)]
-    return out
+def _windowed(
+    array: np.ndarray, slices: Sequence[int], windows: list[tuple[int, int]], size: int, fill: int
+) -> Tensor:
+    """array (D, H, W) -> (slices · windows, size, size), the windows of a slice side by side."""
+    crops = np.stack([crop(array, slices, window, size, fill) for window in windows], axis=1)
+    return torch.from_numpy(crops).flatten(0, 1)
 
 
 def _overlap(

@@ -294,7 +294,7 @@ class _Run:
         query_index = centre if config.supervision == "centre" else None
         self.model.train()
         try:
-            logits = self.model(hu, query_index=query_index)
+            logits = self.model(hu, query_index=query_index, labels=labels)
             loss = segmentation_loss(
                 logits,
                 labels if query_index is None else labels[:, list(centre)],
@@ -332,8 +332,9 @@ class _Run:
         for i, case in enumerate(self.validation):
             hu, truth = case.hu, case.labels
             mask = predict_labels(
-                model, hu, self.config.model, box=case.box, output_shape=hu.shape, precision=self.dtype
-            )
+                model, hu, self.config.model, box=case.box, output_shape=hu.shape, precision=self.dtype,
+                prompt_labels=truth,
+            )  # fmt: skip
             for value, name in self.labels.items():
                 scores[name].append(dice(mask == value, truth == value))
             if i == 0:

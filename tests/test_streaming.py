@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from aftersam.config import preset
-from aftersam.data.slice_group import slice_group
+from aftersam.data.slice_group import crop, slice_group
 from aftersam.model.build import build_aftersam
-from aftersam.streaming import crop, predict_labels, resample_stream, stream_logits, window_starts
+from aftersam.streaming import predict_labels, resample_stream, stream_logits, window_starts
 
 
 def tiny_model(**changes):
@@ -91,7 +91,7 @@ def test_windows_cover_the_extent(length, size, data):
 
 def test_crop_pads_with_air():
     plane = np.arange(12, dtype=np.int16).reshape(3, 4)
-    out = crop(plane, (-1, 2), 4)
+    (out,) = crop(np.stack([plane - 50, plane]), [1], (-1, 2), 4, -1000)
     assert out.shape == (4, 4)
     assert (out[0] == -1000).all()
     assert (out[1:, :2] == plane[:, 2:]).all()

@@ -116,7 +116,9 @@ def window_start(
     return int(generator.integers(low, high + 1))
 
 
-def crop(array: np.ndarray, slices: np.ndarray, first: Sequence[int], size: int, fill: int) -> np.ndarray:
+def crop(
+    array: np.ndarray, slices: Sequence[int] | np.ndarray, first: Sequence[int], size: int, fill: int
+) -> np.ndarray:
     """array (D, H, W) -> (N, size, size): `slices` from the first pixels `first`, `fill` outside the plane."""
     out = np.full((len(slices), size, size), fill, dtype=array.dtype)
     (top, bottom), (left, right) = (

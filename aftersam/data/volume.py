@@ -74,22 +74,30 @@ def read_labels(path: Path | str, like: Volume | None = None) -> Volume:
     Raises ValueError like `read_image`, on values that are not integers from 0 up, and on another grid."""
     path = Path(path)
     with _reading(path):
-        image = _open(path)
-        raw, slope, inter = _stored(image)
+        return labels_from_nifti(_open(path), like, name=str(path))
+
+
+def labels_from_nifti(
+    image: nib.spatialimages.SpatialImage, like: Volume | None = None, *, name: str | None = None
+) -> Volume:
+    """The label map of a nibabel image, as `read_labels` gives it; `name` is what errors call it."""
+    name = name or image.get_filename() or "the label image"
+    _check_shape(image.shape, name)
+    raw, slope, inter = _stored(image)
     if raw.dtype.kind == "f" or (slope, inter) != (1.0, 0.0):
         values = raw.astype(np.float64) * slope + inter
         with np.errstate(invalid="ignore"):
             whole = np.where(np.isfinite(values), np.rint(values), 0)
         if not np.array_equal(whole, values):
             bad = float(values[values != whole][0])
-            raise ValueError(f"{path} has the value {bad:g}; labels must be integers")
+            raise ValueError(f"{name} has the value {bad:g}; labels must be integers")
         raw = whole.astype(np.int64)
     low, high = (int(raw.min()), int(raw.max())) if raw.size else (0, 0)
     if low < 0 or high > np.iinfo(np.int16).max:
         raise ValueError(
-            f"{path} has the value {low if low < 0 else high}; labels must lie between 0 and 32767"
+            f"{name} has the value {low if low < 0 else high}; labels must lie between 0 and 32767"
         )
-    labels = _canonical(raw.astype(np.uint8 if high < 256 else np.int16), image, str(path))
+    labels = _canonical(raw.astype(np.uint8 if high < 256 else np.int16), image, name)
     if like is not None:
         _check_same_grid(labels, like)
     return labels
@@ -129,9 +137,13 @@ def to_nifti(labels: np.ndarray, like: Volume, names: dict[int, str] | None = No
 
 
 def write_labels(
-    path: Path | str, labels: np.ndarray, like: Volume, names: dict[int, str] | None = None
+    path: Path | str,
+    labels: np.ndarray,
+    like: Volume,
+    names: dict[int, str] | None = None,
+    facts: dict[str, str] | None = None,
 ) -> None:
-    """Write labels (D, H, W) as the NIfTI file `path` on `like`'s grid, and the names as JSON beside it.
+    """Write labels (D, H, W) as the NIfTI file `path` on `like`'s grid, and the names and `facts` as JSON beside it.
 
     Both appear under their names only when complete. Raises ValueError on a name that is not NIfTI's or labels
     of another shape, OSError where the file cannot be written."""
@@ -143,7 +155,8 @@ def write_labels(
         image.to_filename(temporary)
     if names is not None:
         with renamed(path.with_name(case_name(path) + ".json")) as temporary:
-            temporary.write_text(json.dumps(_names_json(names), indent=1) + "\n", encoding="utf-8")
+            about = {**_names_json(names), **(facts or {})}
+            temporary.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 def read_grid(path: Path | str) -> tuple[tuple[int, int, int], tuple[float, float, float]]:

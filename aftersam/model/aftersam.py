@@ -39,12 +39,12 @@ class AfterSAM(nn.Module):
         self.hu_windows = hu_windows
 
     def forward(
-        self, hu: Tensor, *, query_index: Sequence[int] | None = None, prompts: Tensor | None = None
+        self, hu: Tensor, *, query_index: Sequence[int] | None = None, labels: Tensor | None = None
     ) -> Tensor:
         """hu (B, N, H, W) in Hounsfield units -> logits (B, N, K+1, H/s, W/s), s the output stride.
 
         With `query_index` only those slices are fused last and decoded: (B, Nq, K+1, H/s, W/s).
-        prompts (B, Nq, n, C): embeddings from a prompt encoder, or None."""
+        labels (B, N, H, W) are read by a prompted decoder alone."""
         groups, slices = hu.shape[:2]
         features = self.encode(hu.flatten(0, 1))
         embedding = self.fuse(features.embedding.unflatten(0, (groups, slices)), query_index=query_index)
@@ -52,9 +52,8 @@ class AfterSAM(nn.Module):
         if query_index is not None:
             index = torch.as_tensor(query_index, device=hu.device)
             skips = tuple(s.unflatten(0, (groups, slices))[:, index].flatten(0, 1) for s in skips)
-        logits = self.decode(
-            embedding.flatten(0, 1), skips, None if prompts is None else prompts.flatten(0, 1)
-        )
+            labels = None if labels is None else labels[:, index]
+        logits = self.decode(embedding.flatten(0, 1), skips, None if labels is None else labels.flatten(0, 1))
         return logits.unflatten(0, (groups, -1))
 
     def set_activation_checkpointing(self, on: bool) -> None:
@@ -78,7 +77,7 @@ class AfterSAM(nn.Module):
         return embedding[:, torch.as_tensor(query_index, device=embedding.device)]
 
     def decode(
-        self, embedding: Tensor, skips: tuple[Tensor, ...] = (), prompts: Tensor | None = None
+        self, embedding: Tensor, skips: tuple[Tensor, ...] = (), labels: Tensor | None = None
     ) -> Tensor:
-        """embedding (T, C, h, w) and skips of the same slices -> logits (T, K+1, H/s, W/s)."""
-        return self.decoder(embedding, skips, prompts)
+        """embedding (T, C, h, w), skips and, if prompted, labels of the same slices -> logits (T, K+1, H/s, W/s)."""
+        return self.decoder(embedding, skips, labels)

@@ -69,6 +69,7 @@ def build_aftersam(config: ModelConfig, num_classes: int, *, sam: SamCheckpoint 
         output_stride=config.output_stride,
         skip_channels=encoder.skip_channels if stem is None else stem.skip_channels,
         decoder_attention=config.decoder_attention,
+        prompts=config.prompts,
     )
     if sam is not None:
         load_image_encoder_state(encoder, sam.state)

@@ -1,8 +1,8 @@
-"""Features of a slice to one mask per class: SAM's mask decoder without prompts, IoU head or single-image limit.
+"""Features of a slice to one mask per class: SAM's mask decoder without its IoU head or single-image limit.
 
 Every class, background first, has a token. Tokens and image attend to each other; the image is upscaled ×2 a
 stage; a class's logits are the dot product of its token's hypernetwork with the pixel features. Stages at strides
-where the encoder has skips take them in.
+where the encoder has skips take them in. No prompt is needed; prompts.py adds the paper's Table 3.
 
 Source: segment_anything/modeling/mask_decoder.py; the skips are U-Net's, arXiv 1505.04597."""
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from aftersam.model.image_encoder import ConvBlock, LayerNorm2d
+from aftersam.model.prompts import LabelPrompts
 from aftersam.model.sam import segment_anything_modeling
 from axial_fusion import LoRALinear
 
@@ -26,7 +27,8 @@ class MaskDecoder(nn.Module):
 
     `num_classes` is K+1, background included. `skip_channels` are the channels of the encoder's skips at strides
     1, 2, 4, ..., finest first; stages at those strides use them, those finer than `output_stride` are not needed.
-    `decoder_attention` "image_to_token" leaves tokens as they are and only lets the image attend to them."""
+    `decoder_attention` "image_to_token" leaves tokens as they are and only lets the image attend to them.
+    `prompts` "box" or "points" gives every class tokens for where its label is, which `forward` then needs."""
 
     def __init__(
         self,
@@ -37,6 +39,7 @@ class MaskDecoder(nn.Module):
         output_stride: int = 1,
         skip_channels: tuple[int, ...] = (),
         decoder_attention: Literal["two_way", "image_to_token"] = "two_way",
+        prompts: Literal["none", "box", "points"] = "none",
         num_heads: int = 8,
     ) -> None:
         super().__init__()
@@ -54,6 +57,7 @@ class MaskDecoder(nn.Module):
         self.pe_layer = segment_anything_modeling("prompt_encoder").PositionEmbeddingRandom(dim // 2)
         self.no_mask_embed = nn.Embedding(1, dim)
         self.class_tokens = nn.Embedding(num_classes, dim)
+        self.prompts = None if prompts == "none" else LabelPrompts(prompts, dim)
         stages = int(math.log2(upscale))
         channels = [dim // 4] + [dim // 8] * (stages - 1)
         self.output_upscaling = nn.Sequential(  # SAM's two stages, by SAM's names
@@ -85,13 +89,22 @@ class MaskDecoder(nn.Module):
             nn.init.zeros_(hypernetwork.layers[-1].bias)
 
     def forward(
-        self, embedding: Tensor, skips: Sequence[Tensor] = (), prompt_embeddings: Tensor | None = None
+        self, embedding: Tensor, skips: Sequence[Tensor] = (), labels: Tensor | None = None
     ) -> Tensor:
-        """embedding (T, C, h, w), skips finest first, prompt_embeddings (T, n, C) -> logits (T, K+1, H, W)."""
+        """embedding (T, C, h, w), skips finest first -> logits (T, K+1, H, W).
+
+        labels (T, S, S) of the same slices are what a prompted decoder draws its prompts from; others ignore them.
+        Raises ValueError where a prompted decoder gets none."""
         slices, _, height, width = embedding.shape
         tokens = self.class_tokens.weight.expand(slices, -1, -1)  # (T, K+1, C)
-        if prompt_embeddings is not None:
-            tokens = torch.cat([tokens, prompt_embeddings.to(tokens.dtype)], dim=1)
+        if self.prompts is not None:
+            if labels is None:
+                raise ValueError(
+                    f"the model was trained with prompts={self.prompts.kind}: it needs labels to draw them"
+                )
+            prompts = self.prompts(labels, len(self.class_tokens.weight))  # (T, K, n, C)
+            prompts = prompts + self.class_tokens.weight[1:, None]  # whose prompt it is
+            tokens = torch.cat([tokens, prompts.flatten(1, 2)], dim=1)
         x = embedding + self.no_mask_embed.weight[0, :, None, None]
         tokens, x = self.transformer(x, self._positions(height, width), tokens)
         x = x.transpose(1, 2).unflatten(2, (height, width))  # (T, C, h, w)
@@ -159,7 +172,7 @@ def load_mask_decoder_state(
 
     Class tokens and hypernetworks all start as SAM's mask token 0 and its hypernetwork, with Gaussian noise of
     `noise` times each tensor's standard deviation, drawn from `seed`. SAM's other mask tokens, its IoU token and
-    head and the rest of its prompt encoder have no place here. Skip fusions start silent and added stages as copies
+    head and its mask prompts have no place here. Skip fusions start silent and added stages as copies
     of each pixel, so that the first logits are SAM's masks.
 
     Raises ValueError that names the first tensor that is missing or of another shape."""
@@ -225,6 +238,8 @@ def _sam_tensor(key: str, state: Mapping[str, Tensor]) -> tuple[Tensor | None, b
         source, seeded = f"mask_decoder.{key}", False
     elif part in ("no_mask_embed", "pe_layer"):
         source, seeded = f"prompt_encoder.{key}", False
+    elif part == "prompts":
+        source, seeded = f"prompt_encoder.{rest}", False
     elif part == "class_tokens":
         source, seeded = "mask_decoder.mask_tokens.weight", True
     elif part == "output_hypernetworks_mlps":

@@ -1,0 +1,71 @@
+"""Prompts drawn from labels: SAM's box or click for each class of a slice, the paper's Table 3.
+
+Such a model is told where every organ is, so its scores are marked as prompted and compared with nothing else.
+
+Source: segment_anything/modeling/prompt_encoder.py, whose parameter names and half-pixel shift are kept."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from aftersam.model.sam import segment_anything_modeling
+
+POSITIVE, TOP_LEFT, BOTTOM_RIGHT = 1, 2, 3  # SAM's rows of point_embeddings; 0 is a click on background
+
+
+class LabelPrompts(nn.Module):
+    """Labels (T, H, W) -> prompt tokens (T, K, n, C) of classes 1 to K: n = 2 for "box", 1 for "points".
+
+    A box's tokens are its two corners. A click is the pixel of the class nearest to the class's centroid, so that
+    it lies inside even where the organ is a ring. A class that the slice lacks gets SAM's not-a-point vector."""
+
+    def __init__(self, kind: Literal["box", "points"], dim: int) -> None:
+        super().__init__()
+        if kind not in ("box", "points"):
+            raise ValueError(f"prompts is {kind!r}, but must be box or points")
+        self.kind = kind
+        self.pe_layer = segment_anything_modeling("prompt_encoder").PositionEmbeddingRandom(dim // 2)
+        self.point_embeddings = nn.ModuleList(nn.Embedding(1, dim) for _ in range(4))
+        self.not_a_point_embed = nn.Embedding(1, dim)
+
+    def forward(self, labels: Tensor, num_classes: int) -> Tensor:
+        """labels (T, H, W) integers, `num_classes` K+1 with background -> (T, K, n, C)."""
+        values = torch.arange(1, num_classes, device=labels.device)
+        masks = labels[:, None] == values[:, None, None]  # (T, K, H, W)
+        if self.kind == "box":
+            points, roles = box_corners(masks), (TOP_LEFT, BOTTOM_RIGHT)
+        else:
+            points, roles = inner_points(masks)[:, :, None], (POSITIVE,)
+        with torch.autocast(labels.device.type, enabled=False):  # phases of a Fourier feature need fp32
+            slices, classes, count, _ = points.shape
+            flat = (points + 0.5).reshape(slices, classes * count, 2)
+            where = self.pe_layer.forward_with_coords(flat, tuple(labels.shape[-2:]))
+        role = torch.cat([self.point_embeddings[i].weight for i in roles])  # (n, C)
+        tokens = where.unflatten(1, (classes, count)) + role
+        present = masks.flatten(2).any(2)[:, :, None, None]
+        return torch.where(present, tokens, self.not_a_point_embed.weight)
+
+
+def box_corners(masks: Tensor) -> Tensor:
+    """masks (..., H, W) bool -> first and last pixel (..., 2, 2) as (x, y); any value for an empty mask."""
+    spans = []
+    for seen in (masks.any(-2), masks.any(-1)):  # columns, then rows
+        last = seen.shape[-1] - 1 - seen.flip(-1).int().argmax(-1)
+        spans.append(torch.stack([seen.int().argmax(-1), last], dim=-1))
+    return torch.stack(spans, dim=-1).float()
+
+
+def inner_points(masks: Tensor) -> Tensor:
+    """masks (..., H, W) bool -> the pixel (..., 2), as (x, y), of each that is nearest to its centroid."""
+    height, width = masks.shape[-2:]
+    y = torch.arange(height, device=masks.device).float()[:, None].expand(height, width).flatten()
+    x = torch.arange(width, device=masks.device).float().repeat(height)
+    inside = masks.flatten(-2)
+    area = inside.sum(-1, keepdim=True).clamp_min(1)
+    far = (x - (inside * x).sum(-1, keepdim=True) / area) ** 2
+    far = far + (y - (inside * y).sum(-1, keepdim=True) / area) ** 2
+    nearest = far.masked_fill(~inside, torch.inf).argmin(-1)
+    return torch.stack([nearest % width, nearest // width], dim=-1).float()
