@@ -187,7 +187,7 @@ def _predict_file(
 
     began = time.monotonic()
     volume = read_image(scan)
-    prompts, facts = None, {}
+    prompts, facts = None, dict[str, str]()
     if args.prompt_labels is not None and segmenter.config.model.prompts != "none":
         prompts = read_labels(_prompt_file(args.prompt_labels, scan), like=volume)
         facts = {"prompted": segmenter.config.model.prompts}  # who scores this mask must know

@@ -28,13 +28,14 @@ class LabelPrompts(nn.Module):
             raise ValueError(f"prompts is {kind!r}, but must be box or points")
         self.kind = kind
         self.pe_layer = segment_anything_modeling("prompt_encoder").PositionEmbeddingRandom(dim // 2)
-        self.point_embeddings = nn.ModuleList(nn.Embedding(1, dim) for _ in range(4))
+        self.point_embeddings = nn.ModuleList(nn.Embedding(1, dim) for _ in range(4))  # SAM's names
         self.not_a_point_embed = nn.Embedding(1, dim)
 
     def forward(self, labels: Tensor, num_classes: int) -> Tensor:
         """labels (T, H, W) integers, `num_classes` K+1 with background -> (T, K, n, C)."""
         values = torch.arange(1, num_classes, device=labels.device)
         masks = labels[:, None] == values[:, None, None]  # (T, K, H, W)
+        roles: tuple[int, ...]
         if self.kind == "box":
             points, roles = box_corners(masks), (TOP_LEFT, BOTTOM_RIGHT)
         else:
@@ -43,7 +44,7 @@ class LabelPrompts(nn.Module):
             slices, classes, count, _ = points.shape
             flat = (points + 0.5).reshape(slices, classes * count, 2)
             where = self.pe_layer.forward_with_coords(flat, tuple(labels.shape[-2:]))
-        role = torch.cat([self.point_embeddings[i].weight for i in roles])  # (n, C)
+        role = torch.cat([p for i in roles for p in self.point_embeddings[i].parameters()])  # (n, C)
         tokens = where.unflatten(1, (classes, count)) + role
         present = masks.flatten(2).any(2)[:, :, None, None]
         return torch.where(present, tokens, self.not_a_point_embed.weight)
