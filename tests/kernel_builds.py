@@ -1,0 +1,132 @@
+"""Builds every kernel for a GPU that is not there.    python kernel_builds.py ARCH DTYPE -> JSON, a row a kernel
+
+Launchers run on CPU tensors with Triton's launch replaced by a recorder; what they would have launched, arguments
+and divisibility included, is then compiled for the architecture and disassembled. Run without TRITON_INTERPRET.
+
+To add a kernel, add a case: a function of a dtype that calls its launcher on tensors of a real size or an odd one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from axial_fusion.axial_attention import _launch_backward, _launch_forward
+
+TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
+}  # fmt: skip
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def axial_attention(
+    dtype: torch.dtype,
+    queries: int,
+    slices: int,
+    positions: int,
+    heads: int,
+    dim: int,
+    *,
+    packed: bool = False,
+) -> None:
+    if packed:
+        q, k, v = torch.zeros(1, slices, positions, 3, heads, dim, dtype=dtype).unbind(3)
+    else:
+        q, k, v = (torch.zeros(1, n, positions, heads, dim, dtype=dtype) for n in (queries, slices, slices))
+    _launch_forward(q, k, v, None, dim**-0.5, False)
+    _launch_backward(torch.zeros(q.shape, dtype=dtype), q, k, v, None, dim**-0.5, False)
+
+
+CASES: dict[str, Callable[[torch.dtype], None]] = {
+    "axial, N 9, D 32": lambda dtype: axial_attention(dtype, 9, 9, 4096, 8, 32),
+    "axial, N 9, D 32, packed": lambda dtype: axial_attention(dtype, 9, 9, 4096, 8, 32, packed=True),
+    "axial, Nq 1, D 96, P 7": lambda dtype: axial_attention(dtype, 1, 9, 7, 3, 96),
+    "axial, N 16, D 24, P 7": lambda dtype: axial_attention(dtype, 16, 16, 7, 3, 24),
+}
+
+
+def recorded(
+    case: Callable[[torch.dtype], None], dtype: torch.dtype
+) -> list[tuple[JITFunction, tuple, dict]]:
+    """(kernel, arguments, keywords) of every launch that `case` makes."""
+    launches: list[tuple[JITFunction, tuple, dict]] = []
+    original = JITFunction.run
+
+    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        launches.append((kernel, args, keywords))
+
+    JITFunction.run = record
+    try:
+        case(dtype)
+    finally:
+        JITFunction.run = original
+    return launches
+
+
+def build(kernel: JITFunction, args: tuple, keywords: dict, arch: int) -> dict[str, Any]:
+    """Compile one launch for sm_`arch` as its launcher would specialise it, and count what matters in its code."""
+    given = dict(zip(kernel.arg_names, args, strict=False)) | keywords
+    options = {key: given.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in given}
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], Any] = {}
+    for index, parameter in enumerate(kernel.params):
+        name = parameter.name
+        value = given.get(name, parameter.default)
+        aligned = False
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[(index,)] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name], aligned = "*" + TYPES[value.dtype], value.data_ptr() % 16 == 0
+        elif isinstance(value, int):
+            signature[name], aligned = ("i32" if abs(value) < 2**31 else "i64"), value % 16 == 0
+        else:
+            signature[name] = "fp32"
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", arch, 32),
+        options=options,
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [BIN / "nvdisasm", file.name]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {
+        "kernel": kernel.__name__,
+        "shared": compiled.metadata.shared,
+        "lines": sass.count("\n"),
+        "spills": sass.count("STL") + sass.count("LDL"),
+        "mma": sass.count("MMA"),
+        "hgmma": sass.count("HGMMA"),
+        "waits": sass.count("WARPGROUP.DEPBAR"),
+    }
+
+
+def main(arch: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    rows, seen = [], set()
+    for name, case in CASES.items():
+        for kernel, args, keywords in recorded(case, dtype):
+            row = build(kernel, args, keywords, arch)
+            key = (row["kernel"], name)
+            if key not in seen:
+                seen.add(key)
+                rows.append({"case": name, **row})
+    return rows
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(int(sys.argv[1]), getattr(torch, sys.argv[2]))))
