@@ -6,14 +6,18 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from aftersam.config import ENCODERS, Config, preset
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,11 @@ def check_case(case: Any, names: dict[int, str]) -> CaseReport:
         return dataclasses.replace(report, problem=str(error))
 
 
-def needs(reports: Sequence[CaseReport], config: Config) -> dict[str, float]:
-    """Estimated gigabytes of cache, of weights with Adam's moments, and of the activations of a step, counted.
+def needs(reports: Sequence[CaseReport], config: Config, num_classes: int) -> dict[str, float]:
+    """What a run will need, estimated: {"cache_gb", "memory_gb", "step_tflop", "steps"}.
 
-    `tokens` is their number in a step, which the time of a step follows."""
+    A step's floating-point operations, forward and backward, are counted on the model itself, without memory; the
+    activations are those of pre-norm blocks, which keep about 18 of their width a token in half precision."""
     spacings = [r.spacing_mm for r in reports if r.spacing_mm]
     target = config.data.spacing_mm
     median = (
@@ -82,18 +87,62 @@ def needs(reports: Sequence[CaseReport], config: Config) -> dict[str, float]:
             count *= n * old / float(wanted)
         voxels += count
     size, model = ENCODERS[config.model.image_encoder], config.model
-    tokens = (model.image_size // size.patch) ** 2 * model.num_slices * config.train.batch_size
-    trained_encoder = size.depth * 12 * size.dim**2
-    fusion = 0 if model.attention == "none" else model.num_blocks * 16 * size.out_channels**2
-    # A pre-norm block keeps about 18 activations of its width a token for the backward, half precision.
+    slices = model.num_slices * config.train.batch_size
+    tokens = (model.image_size // size.patch) ** 2 * slices
     activations = tokens * 18 * 2 * (size.depth * size.dim + model.num_blocks * size.out_channels * 1.5)
-    pixels = model.image_size**2 * model.num_slices * config.train.batch_size
+    flop, parameters = step_flop(config, num_classes)
+    steps = config.train.max_steps or config.train.epochs * len(reports) / config.train.batch_size
     return {
         "cache_gb": voxels * 3 / 1e9,
-        "weights_gb": (trained_encoder + fusion) * 16 / 1e9,
-        "activations_gb": (activations + pixels * 200) / 1e9,
-        "tokens": float(tokens),
+        "memory_gb": (parameters * 4 + activations + model.image_size**2 * slices * 200) / 1e9,
+        "step_tflop": flop / 1e12,
+        "steps": float(steps),
     }
+
+
+def step_flop(config: Config, num_classes: int) -> tuple[float, float]:
+    """Floating-point operations of one optimiser step, and its weights with their gradients and Adam's moments."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        network = _one_step(config, num_classes)
+    stored = sum(p.numel() * (4 if p.requires_grad else 1) for p in network.parameters())
+    return float(counter.get_total_flops()), float(stored)
+
+
+def step_seconds(config: Config, num_classes: int, device: str) -> float:
+    """The time of one optimiser step on this machine: the faster of two real ones."""
+    import torch
+
+    from aftersam.train import precision_for
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision_for("auto", device))
+    with torch.device(device), torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+        times: list[float] = []
+        _one_step(config, num_classes, times)
+        return min(times)
+
+
+def _one_step(config: Config, num_classes: int, times: list[float] | None = None) -> torch.nn.Module:
+    """A network of `config` on the current device, after a forward and a backward on zeros; timed twice if asked."""
+    import torch
+
+    from aftersam.model.build import build_aftersam, resolve_encoder
+
+    pretrained = not ENCODERS[config.model.image_encoder].stem  # such a run would start from SAM's weights
+    model = resolve_encoder(config, pretrained=pretrained).model
+    network = build_aftersam(model, num_classes)
+    shape = (config.train.batch_size, model.num_slices, model.image_size, model.image_size)
+    hu, labels = torch.zeros(shape), torch.zeros(shape, dtype=torch.int64)
+    for _ in range(1 if times is None else 2):
+        began = time.perf_counter()
+        total = network(hu, labels=labels).sum()
+        total.backward()
+        if times is not None:
+            float(total.detach())  # waits for the device
+            times.append(time.perf_counter() - began)
+    return network
 
 
 def check(data: Path, *, preset_name: str = "small") -> int:
@@ -133,15 +182,27 @@ def check(data: Path, *, preset_name: str = "small") -> int:
     bad = [report for report in reports if report.problem is not None]
     for report in bad:
         console.print(f"{report.id}: {report.problem}", soft_wrap=True, markup=False, highlight=False)
-    config = preset(preset_name)
-    need = needs(reports, config)
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    need = needs(reports, preset(preset_name), len(dataset.labels) + 1)
+    fits = need["step_tflop"] < (
+        1 if device == "cpu" else 100
+    )  # else a step takes long enough to be no estimate
+    seconds = step_seconds(preset(preset_name), len(dataset.labels) + 1, device) if fits else None
+    time_needed = f"too long on this {device}" if seconds is None else _duration(seconds * need["steps"])
     console.print(
-        f"preset {preset_name}: about {need['cache_gb']:.2g} GB of cache; "
-        f"{need['weights_gb'] + need['activations_gb']:.2g} GB of memory to train, {need['tokens']:.0f} tokens a step; "
-        f"{len(dataset.cases) - len(bad)} of {len(dataset.cases)} scans usable",
+        f"{len(dataset.cases) - len(bad)} of {len(dataset.cases)} scans usable; preset {preset_name} needs about "
+        f"{need['cache_gb']:.2g} GB of cache and {need['memory_gb']:.2g} GB of memory; its {need['steps']:.0f} steps "
+        f"of {need['step_tflop']:.2g} TFLOP take {time_needed}",
         highlight=False,
+        soft_wrap=True,
     )
     return 1 if bad else 0
+
+
+def _duration(seconds: float) -> str:
+    return f"about {seconds / 60:.2g} minutes" if seconds < 7200 else f"about {seconds / 3600:.3g} hours"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

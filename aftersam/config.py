@@ -164,7 +164,7 @@ _SMALL = Config(
         output_stride=1,
     ),
     data=DataConfig(
-        spacing_mm="median",
+        spacing_mm=(2.5, 3.0, 3.0),  # 128 pixels then show most of a body, and a token is 24 mm
         augmentation=("elastic", "affine", "intensity", "noise"),
         foreground_sampling=0.66,
     ),
@@ -182,7 +182,7 @@ _SMALL = Config(
 )
 _TINY = Config(
     model=dataclasses.replace(_SMALL.model, image_encoder="tiny", image_size=96, num_slices=3),
-    data=dataclasses.replace(_SMALL.data, augmentation=()),
+    data=dataclasses.replace(_SMALL.data, spacing_mm="median", augmentation=()),
     train=dataclasses.replace(_SMALL.train, max_steps=1500, validations=2),
 )
 

@@ -279,12 +279,19 @@ def _interval(matrix: np.ndarray) -> list[float] | None:
 
 def table(metrics: Mapping[str, Any]) -> Table:
     """The per-organ table of a result of `evaluate`."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     nsd_key = f"nsd_{metrics['nsd_tolerance_mm']:g}mm"
     mark = f", prompted by a {metrics['prompted']} from each label" if metrics["prompted"] else ""
-    grid = Table(title=f"{metrics['num_cases']} cases{mark}", title_justify="left")
-    grid.add_column("organ")
+    grid = Table(
+        title=f"{metrics['num_cases']} cases{mark}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    grid.add_column("organ", no_wrap=True)
     for heading in ("DSC", "95 % interval", "HD95 mm", "missed", nsd_key.replace("_", " "), "ICE", "gaps"):
         grid.add_column(heading, justify="right", no_wrap=True)
     for organ, row in metrics["organs"].items():

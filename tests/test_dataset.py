@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aftersam.check import CaseReport, needs, step_seconds
 from aftersam.check import main as check_main
 from aftersam.config import DataConfig, preset
 from aftersam.data.cache import cache_cases
@@ -301,3 +302,13 @@ def test_real_scans_load_and_preprocess(name):
     top, bottom, left, right = ready.box
     assert 0 <= top < bottom <= ready.array.shape[1]
     assert 0 <= left < right <= ready.array.shape[2]
+
+
+def test_what_a_run_needs_grows_with_the_work():
+    reports = [CaseReport("a", (100, 80, 90), (2.5, 3.0, 3.0), (-1000.0, 1000.0), (1,))]
+    small, paper = (needs(reports, preset(name), 4) for name in ("small", "paper"))
+    assert paper["step_tflop"] > 100 * small["step_tflop"] > 0
+    assert paper["memory_gb"] > 10 * small["memory_gb"] > 0
+    assert small["steps"] == preset("small").train.max_steps
+    assert paper["steps"] == 550
+    assert step_seconds(preset("tiny"), 4, "cpu") > 0

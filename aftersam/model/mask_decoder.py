@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from aftersam.model.image_encoder import ConvBlock, LayerNorm2d
 from aftersam.model.prompts import LabelPrompts
-from aftersam.model.sam import segment_anything_modeling
+from aftersam.model.sam import segment_anything_modeling, without_autocast
 from axial_fusion import LoRALinear
 
 
@@ -117,7 +117,7 @@ class MaskDecoder(nn.Module):
 
     def _positions(self, height: int, width: int) -> Tensor:
         """(1, C, h, w): SAM's random Fourier features, in fp32, since bf16 turns their phases by whole radians."""
-        with torch.autocast(self.class_bias.device.type, enabled=False):
+        with without_autocast(self.class_bias.device):
             return self.pe_layer((height, width))[None]
 
     def _upscale(self, x: Tensor, skips: Sequence[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from aftersam.model.sam import segment_anything_modeling
+from aftersam.model.sam import segment_anything_modeling, without_autocast
 
 POSITIVE, TOP_LEFT, BOTTOM_RIGHT = 1, 2, 3  # SAM's rows of point_embeddings; 0 is a click on background
 
@@ -40,7 +40,7 @@ class LabelPrompts(nn.Module):
             points, roles = box_corners(masks), (TOP_LEFT, BOTTOM_RIGHT)
         else:
             points, roles = inner_points(masks)[:, :, None], (POSITIVE,)
-        with torch.autocast(labels.device.type, enabled=False):  # phases of a Fourier feature need fp32
+        with without_autocast(labels.device):  # phases of a Fourier feature need fp32
             slices, classes, count, _ = points.shape
             flat = (points + 0.5).reshape(slices, classes * count, 2)
             where = self.pe_layer.forward_with_coords(flat, tuple(labels.shape[-2:]))

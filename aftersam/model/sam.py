@@ -4,6 +4,7 @@ Source: github.com/facebookresearch/segment-anything, whose modules are loaded h
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import importlib
@@ -118,6 +119,11 @@ def segment_anything_modeling(module: str) -> ModuleType:
         sys.modules[_PRIVATE_NAME] = package
         spec.loader.exec_module(package)
     return importlib.import_module(f"{_PRIVATE_NAME}.{module}")
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Autocast off; torch has none to switch off on the meta device, where models are sized without memory."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -90,8 +90,7 @@ def _norm(x: Tensor, w: AttentionWeights, eps: float) -> Tensor:
         return x.to(dtype)
     wide = torch.promote_types(x.dtype, w.norm_weight.dtype)
     bias = None if w.norm_bias is None else w.norm_bias.to(wide)
-    with torch.autocast(x.device.type, enabled=False):
-        return F.layer_norm(x.to(wide), x.shape[-1:], w.norm_weight.to(wide), bias, eps).to(dtype)
+    return F.layer_norm(x.to(wide), x.shape[-1:], w.norm_weight.to(wide), bias, eps).to(dtype)
 
 
 def _projections(
