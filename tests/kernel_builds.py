@@ -21,6 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from axial_fusion import AttentionWeights, LoRA
+from axial_fusion import axial_half as half
 from axial_fusion.axial_attention import _launch_backward, _launch_forward
 
 TYPES = {
@@ -47,11 +49,44 @@ def axial_attention(
     _launch_backward(torch.zeros(q.shape, dtype=dtype), q, k, v, None, dim**-0.5, False)
 
 
+def axial_half(
+    dtype: torch.dtype,
+    slices: int,
+    positions: int,
+    channels: int,
+    heads: int,
+    rank: int,
+    *,
+    centre: bool = False,
+) -> None:
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    lora = LoRA(draw(rank, channels), draw(channels, rank)) if rank else None
+    norm = torch.zeros(2, channels).unbind()  # fp32 beside half-precision projections, as under autocast
+    weights = AttentionWeights(
+        draw(3 * channels, channels),
+        draw(3 * channels),
+        draw(channels, channels),
+        draw(channels),
+        *norm,
+        lora,
+        lora,
+    )
+    queries = (slices // 2, 1, 1) if centre else (0, 1, slices)
+    x = draw(1, slices, positions, channels)
+    half._launch_forward(x, weights, heads, queries, True, 1e-6)
+    half._launch_backward(draw(1, queries[2], positions, channels), x, weights, heads, queries, 1e-6, True)
+
+
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     "axial, N 9, D 32": lambda dtype: axial_attention(dtype, 9, 9, 4096, 8, 32),
     "axial, N 9, D 32, packed": lambda dtype: axial_attention(dtype, 9, 9, 4096, 8, 32, packed=True),
     "axial, Nq 1, D 96, P 7": lambda dtype: axial_attention(dtype, 1, 9, 7, 3, 96),
     "axial, N 16, D 24, P 7": lambda dtype: axial_attention(dtype, 16, 16, 7, 3, 24),
+    "half, N 9, D 32, C 256, r 4": lambda dtype: axial_half(dtype, 9, 4096, 256, 8, 4),
+    "half, N 9, D 64, C 768, no LoRA": lambda dtype: axial_half(dtype, 9, 4096, 768, 12, 0),
+    "half, centre of 9, D 24, C 72, P 7": lambda dtype: axial_half(dtype, 9, 7, 72, 3, 4, centre=True),
 }
 
 

@@ -28,6 +28,7 @@ from axial_fusion._launch import (
     select_backend,
     softmax_scale,
 )
+from axial_fusion._tiles import split, tiles
 from axial_fusion.reference import axial_mask
 
 try:
@@ -86,6 +87,16 @@ def _visible(local_q, index_q, mask_q, local_k, index_k, mask_k, lengths_ptr, ba
 
 
 @_jit
+def _probabilities(s, visible, scale):
+    """Softmax rows of scores s before their division: exp(scale · s − maximum), and 1 / its row sums."""
+    s = tl.where(visible, s * (scale * 1.4426950408889634), -float("inf"))  # log2(e): hardware has exp2
+    top = tl.max(s, 1)
+    p = tl.exp2(s - tl.where(top == -float("inf"), 0.0, top)[:, None])
+    total = tl.sum(p, 1)
+    return p, 1.0 / tl.where(total == 0.0, 1.0, total)  # a query without keys gives 0
+
+
+@_jit
 def _axial_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, lengths_ptr, y_ptr,
     scale, P, M, tiles,
@@ -126,13 +137,7 @@ def _axial_attention_fwd_kernel(
     visible = _visible(
         local_q, index_q, mask_q, local_k, index_k, mask_k, lengths_ptr, batch, NQ, N, CAUSAL, HAS_LENGTHS
     )
-    s = tl.where(
-        visible, s * (scale * 1.4426950408889634), -float("inf")
-    )  # log2(e): exp2 is what hardware has
-    top = tl.max(s, 1)
-    p = tl.exp2(s - tl.where(top == -float("inf"), 0.0, top)[:, None])
-    total = tl.sum(p, 1)
-    share = 1.0 / tl.where(total == 0.0, 1.0, total)  # a query without keys gives 0
+    p, share = _probabilities(s, visible, scale)
     p = p.to(v0.dtype)
     _store(y_ptr, offs_y, mask_q, tl.dot(p, v0, input_precision="ieee") * share[:, None], 0, D0, D)
     if D1 > 0:
@@ -195,11 +200,8 @@ def _axial_attention_bwd_kernel(
     visible = _visible(
         local_q, index_q, mask_q, local_k, index_k, mask_k, lengths_ptr, batch, NQ, N, CAUSAL, HAS_LENGTHS
     )
-    s = tl.where(visible, s * (scale * 1.4426950408889634), -float("inf"))
-    top = tl.max(s, 1)
-    p = tl.exp2(s - tl.where(top == -float("inf"), 0.0, top)[:, None])
-    total = tl.sum(p, 1)
-    p = p * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+    p, share = _probabilities(s, visible, scale)
+    p = p * share[:, None]
     ds = p * (dp - tl.sum(p * dp, 1)[:, None]) * scale
     p = tl.trans(p.to(q0.dtype))  # [BLOCK_K, BLOCK_Q]
     ds = ds.to(q0.dtype)
@@ -213,26 +215,6 @@ def _axial_attention_bwd_kernel(
         _store(dk_ptr, offs_y, mask_k, tl.dot(ds_t, q1, input_precision="ieee"), D0, D1, D)
 
 
-def _config(num_queries: int, num_keys: int, head_dim: int) -> dict[str, int]:
-    """Tile sizes: as many positions as fit in 64 rows, and D as a power of two plus the rest."""
-    group = 64 // max(num_queries, num_keys)
-    first = max(16, 1 << (head_dim.bit_length() - 1))  # the largest power of two in D; a matrix unit takes 16
-    rest = head_dim - first
-    return {
-        "GROUP": group,
-        "BLOCK_Q": _block(group * num_queries),
-        "BLOCK_K": _block(group * num_keys),
-        "D0": first,
-        "D1": _block(rest) if rest > 0 else 0,
-        "num_warps": 4,
-        "num_stages": 1,
-    }
-
-
-def _block(rows: int) -> int:
-    return max(16, 1 << (rows - 1).bit_length())
-
-
 def _launch_forward(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool
 ) -> Tensor:
@@ -243,12 +225,12 @@ def _launch_forward(
         return y
     if k.shape[1] == 0:
         return y.zero_()
-    config = _config(num_queries, k.shape[1], dim)
-    tiles = -(-positions // config["GROUP"])
+    config = tiles("axial_attention", q, num_queries, k.shape[1], dim) | split(dim)
+    count = -(-positions // config["GROUP"])
     with _on(q.device):
-        _axial_attention_fwd_kernel[(batch * tiles * heads,)](
+        _axial_attention_fwd_kernel[(batch * count * heads,)](
             q, k, v, lengths, y,
-            scale, positions, heads, tiles,
+            scale, positions, heads, count,
             q.stride(0), q.stride(1), q.stride(2), q.stride(3),
             k.stride(0), k.stride(1), k.stride(2), k.stride(3),
             v.stride(0), v.stride(1), v.stride(2), v.stride(3),
@@ -266,12 +248,12 @@ def _launch_backward(
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    config = _config(num_queries, k.shape[1], dim)
-    tiles = -(-positions // config["GROUP"])
+    config = tiles("axial_attention", q, num_queries, k.shape[1], dim) | split(dim)
+    count = -(-positions // config["GROUP"])
     with _on(q.device):
-        _axial_attention_bwd_kernel[(batch * tiles * heads,)](
+        _axial_attention_bwd_kernel[(batch * count * heads,)](
             grad, q, k, v, lengths, dq, dk, dv,
-            scale, positions, heads, tiles,
+            scale, positions, heads, count,
             grad.stride(0), grad.stride(1), grad.stride(2), grad.stride(3),
             q.stride(0), q.stride(1), q.stride(2), q.stride(3),
             k.stride(0), k.stride(1), k.stride(2), k.stride(3),

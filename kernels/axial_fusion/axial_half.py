@@ -1,0 +1,566 @@
+"""The axial half as one op: y = x + FC(Attn_N(LN(x))), with LoRA on q and v, saving x and nothing else.
+
+    z = LN(x);  q = z W_Qᵀ + s (z A_Qᵀ) B_Qᵀ,  k = z W_Kᵀ,  v like q;  o = softmax(q kᵀ / √D) v over the N slices
+    y = x + o W_Oᵀ,  each product with its bias
+
+Three launches. Row statistics with z Aᵀ. Then, for each head and tile of 64 // N positions, the product that makes
+q, k and v of its rows, with the attention as its epilogue: q, k and v never reach memory. Then o W_Oᵀ with bias and
+residual. Rows are normalised as they are loaded instead of folding the norm into the weights, which would subtract
+two large numbers where a row's mean is large. A tile's heads are neighbours on the grid: x comes from memory once
+and M − 1 times from the cache. Traffic: x three times, o written and read, y written.
+
+The backward recomputes: one launch turns x and dy into dq, dk, dv, and into o where W_O trains. Library products
+give the rest, with d = [dq dk dv],
+
+    dz = d W + s (dq B_Q) A_Q + s (dv B_V) A_V      dW = dᵀ z      dA = s (d B)ᵀ z      dB = s dᵀ (z Aᵀ)
+    dW_O = dyᵀ o      dx = LN'(dz) + dy      and each bias the sum of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from axial_fusion._launch import no_second_derivative, softmax_scale
+from axial_fusion._tiles import block, tiles
+from axial_fusion.axial_attention import _jit, _on, _probabilities, _rows, _store, _visible
+from axial_fusion.reference import AttentionWeights, LoRA
+
+try:
+    import triton.language as tl
+except ImportError:  # the kernels below then stay plain functions that nothing calls
+    tl = None
+
+
+@_jit
+def _row_stats_kernel(
+    x_ptr, gamma_ptr, beta_ptr, a_q_ptr, a_v_ptr, mean_ptr, rstd_ptr, xa_ptr,
+    eps, N, P, rows, stride_xb, stride_xn, stride_xp,
+    C: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, NORM: tl.constexpr, BETA: tl.constexpr,
+    LORA_Q: tl.constexpr, LORA_V: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Mean and 1 / deviation of each row of x, and z A_Qᵀ and z A_Vᵀ as xa (rows, 2, RANK)."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask = row < rows
+    offs = (row // P // N) * stride_xb + (row // P % N) * stride_xn + (row % P) * stride_xp
+    mean = tl.zeros([BLOCK_T], tl.float32)
+    rstd = tl.full([BLOCK_T], 1.0, tl.float32)
+    if NORM:
+        for c in range(0, C, BLOCK_C):
+            mean += tl.sum(_raw(x_ptr, offs, mask, c, C, BLOCK_C), 1)
+        mean = mean / C
+        square = tl.zeros([BLOCK_T], tl.float32)
+        for c in range(0, C, BLOCK_C):
+            x = _raw(x_ptr, offs, mask, c, C, BLOCK_C) - mean[:, None]
+            square += tl.sum(tl.where((c + tl.arange(0, BLOCK_C) < C)[None, :], x * x, 0.0), 1)
+        rstd = 1.0 / tl.sqrt(square / C + eps)
+        tl.store(mean_ptr + row, mean, mask=mask)
+        tl.store(rstd_ptr + row, rstd, mask=mask)
+    at = row[:, None] * (2 * RANK) + tl.arange(0, RANK)[None, :]
+    if LORA_Q:
+        acc = tl.zeros([BLOCK_T, RANK], tl.float32)
+        for c in range(0, C, BLOCK_C):
+            a = _transposed(a_q_ptr, 0, c, R, C, RANK, BLOCK_C)  # [BLOCK_C, RANK]
+            z = _normalised(
+                x_ptr, offs, mask, mean, rstd, gamma_ptr, beta_ptr, c, C, NORM, BETA, BLOCK_C, a.dtype
+            )
+            acc = tl.dot(z, a, acc=acc, input_precision="ieee")
+        tl.store(xa_ptr + at, acc.to(xa_ptr.dtype.element_ty), mask=mask[:, None])
+    if LORA_V:
+        acc = tl.zeros([BLOCK_T, RANK], tl.float32)
+        for c in range(0, C, BLOCK_C):
+            a = _transposed(a_v_ptr, 0, c, R, C, RANK, BLOCK_C)
+            z = _normalised(
+                x_ptr, offs, mask, mean, rstd, gamma_ptr, beta_ptr, c, C, NORM, BETA, BLOCK_C, a.dtype
+            )
+            acc = tl.dot(z, a, acc=acc, input_precision="ieee")
+        tl.store(xa_ptr + RANK + at, acc.to(xa_ptr.dtype.element_ty), mask=mask[:, None])
+
+
+@_jit
+def _raw(x_ptr, offs, mask, c, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Columns c .. c + BLOCK_C − 1 of the rows at `offs`, in fp32, 0 past C."""
+    offs_c = c + tl.arange(0, BLOCK_C)
+    ptrs = x_ptr + offs[:, None] + offs_c[None, :]
+    return tl.load(ptrs, mask=mask[:, None] & (offs_c < C)[None, :], other=0.0).to(tl.float32)
+
+
+@_jit
+def _normalised(x_ptr, offs, mask, mean, rstd, gamma_ptr, beta_ptr, c, C: tl.constexpr,
+                NORM: tl.constexpr, BETA: tl.constexpr, BLOCK_C: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
+    """The same columns of z = LN(x), rounded to `dtype` as a LayerNorm of its own would round them."""
+    z = _raw(x_ptr, offs, mask, c, C, BLOCK_C)
+    if NORM:
+        offs_c = c + tl.arange(0, BLOCK_C)
+        gamma = tl.load(gamma_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
+        z = (z - mean[:, None]) * rstd[:, None] * gamma[None, :]
+        if BETA:
+            z += tl.load(beta_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
+    return z.to(dtype)
+
+
+@_jit
+def _transposed(
+    w_ptr, row, c, ROWS: tl.constexpr, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """W[row : row + ROWS, c : c + BLOCK_C]ᵀ of a contiguous W (..., C), zeros past its ends.  # [BLOCK_C, BLOCK_R]"""
+    offs_r, offs_c = tl.arange(0, BLOCK_R), c + tl.arange(0, BLOCK_C)
+    mask = (offs_c < C)[:, None] & (offs_r < ROWS)[None, :]
+    return tl.load(w_ptr + (row + offs_r)[None, :] * C + offs_c[:, None], mask=mask, other=0.0)
+
+
+@_jit
+def _completed(acc, bias_ptr, row, xa_ptr, t, mask, b_ptr, b_row, scaling, PART: tl.constexpr, D: tl.constexpr,
+               R: tl.constexpr, RANK: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr,
+               LORA: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
+    """A projection: its product plus LoRA's scaling · xa Bᵀ and the bias, rounded.  # [rows, BLOCK_D]"""
+    offs_d = tl.arange(0, BLOCK_D)
+    if LORA:
+        offs_r = tl.arange(0, RANK)
+        xa = tl.load(
+            xa_ptr + t[:, None] * (2 * RANK) + PART * RANK + offs_r[None, :], mask=mask[:, None], other=0.0
+        )
+        inside = (offs_r < R)[:, None] & (offs_d < D)[None, :]
+        b = tl.load(b_ptr + (b_row + offs_d)[None, :] * R + offs_r[:, None], mask=inside, other=0.0)
+        acc += scaling * tl.dot(xa, b, input_precision="ieee")
+    if BIAS:
+        acc += tl.load(bias_ptr + row + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)[None, :]
+    return acc.to(dtype)
+
+
+@_jit
+def _qkv(x_ptr, mean_ptr, rstd_ptr, xa_ptr, gamma_ptr, beta_ptr, w_ptr, bias_ptr, b_q_ptr, b_v_ptr,
+         scaling_q, scaling_v, tile, batch, head, P, first, step, stride_xb, stride_xn, stride_xp,
+         NQ: tl.constexpr, N: tl.constexpr, C: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr,
+         SAME: tl.constexpr, NORM: tl.constexpr, BETA: tl.constexpr, BIAS: tl.constexpr, LORA_Q: tl.constexpr,
+         LORA_V: tl.constexpr, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+         BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    """q [BLOCK_Q, BLOCK_D], k and v [BLOCK_K, BLOCK_D] of one head and tile, in the weights' dtype.
+
+    SAME: the queries are all N slices in order; else they are the slices first, first + step, ..."""
+    dtype: tl.constexpr = w_ptr.dtype.element_ty
+    offs, _, _, mask_k = _rows(tile, batch, head, P, stride_xb, stride_xn, stride_xp, 0, N, GROUP, BLOCK_K)
+    t, _, _, _ = _rows(tile, batch, head, P, N * P, P, 1, 0, N, GROUP, BLOCK_K)
+    mean = tl.zeros([BLOCK_K], tl.float32)
+    rstd = tl.zeros([BLOCK_K], tl.float32)
+    if NORM:
+        mean = tl.load(mean_ptr + t, mask=mask_k, other=0.0)
+        rstd = tl.load(rstd_ptr + t, mask=mask_k, other=0.0)
+    q = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    v = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    row = head * D
+    for c in range(0, C, BLOCK_C):
+        z = _normalised(
+            x_ptr, offs, mask_k, mean, rstd, gamma_ptr, beta_ptr, c, C, NORM, BETA, BLOCK_C, dtype
+        )
+        if SAME:
+            q = tl.dot(z, _transposed(w_ptr, row, c, D, C, BLOCK_D, BLOCK_C), acc=q, input_precision="ieee")
+        k = tl.dot(z, _transposed(w_ptr, C + row, c, D, C, BLOCK_D, BLOCK_C), acc=k, input_precision="ieee")
+        v = tl.dot(
+            z, _transposed(w_ptr, 2 * C + row, c, D, C, BLOCK_D, BLOCK_C), acc=v, input_precision="ieee"
+        )
+    t_q = t
+    mask_q = mask_k
+    if not SAME:
+        offs, _, _, mask_q = _rows(
+            tile, batch, head, P, stride_xb, step * stride_xn, stride_xp, 0, NQ, GROUP, BLOCK_Q
+        )
+        offs += first.to(tl.int64) * stride_xn
+        t_q, _, _, _ = _rows(tile, batch, head, P, N * P, step * P, 1, 0, NQ, GROUP, BLOCK_Q)
+        t_q += first.to(tl.int64) * P
+        mean = tl.zeros([BLOCK_Q], tl.float32)
+        rstd = tl.zeros([BLOCK_Q], tl.float32)
+        if NORM:
+            mean = tl.load(mean_ptr + t_q, mask=mask_q, other=0.0)
+            rstd = tl.load(rstd_ptr + t_q, mask=mask_q, other=0.0)
+        for c in range(0, C, BLOCK_C):
+            z = _normalised(
+                x_ptr, offs, mask_q, mean, rstd, gamma_ptr, beta_ptr, c, C, NORM, BETA, BLOCK_C, dtype
+            )
+            q = tl.dot(z, _transposed(w_ptr, row, c, D, C, BLOCK_D, BLOCK_C), acc=q, input_precision="ieee")
+    q = _completed(q, bias_ptr, row, xa_ptr, t_q, mask_q, b_q_ptr, row, scaling_q,
+                   0, D, R, RANK, BLOCK_D, BIAS, LORA_Q, dtype)  # fmt: skip
+    k = _completed(k, bias_ptr, C + row, xa_ptr, t, mask_k, b_q_ptr, row, scaling_q,
+                   0, D, R, RANK, BLOCK_D, BIAS, False, dtype)  # fmt: skip
+    v = _completed(v, bias_ptr, 2 * C + row, xa_ptr, t, mask_k, b_v_ptr, row, scaling_v,
+                   1, D, R, RANK, BLOCK_D, BIAS, LORA_V, dtype)  # fmt: skip
+    return q, k, v
+
+
+@_jit
+def _axial_half_fwd_kernel(
+    x_ptr, mean_ptr, rstd_ptr, xa_ptr, gamma_ptr, beta_ptr, w_ptr, bias_ptr, b_q_ptr, b_v_ptr, o_ptr,
+    scaling_q, scaling_v, scale, P, M, tiles, first, step, stride_xb, stride_xn, stride_xp,
+    NQ: tl.constexpr, N: tl.constexpr, C: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr,
+    SAME: tl.constexpr, NORM: tl.constexpr, BETA: tl.constexpr, BIAS: tl.constexpr, LORA_Q: tl.constexpr,
+    LORA_V: tl.constexpr, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """o (B, Nq, P, C), contiguous."""
+    pid = tl.program_id(0)
+    head = pid % M
+    tile = (pid // M) % tiles
+    batch = pid // (M * tiles)
+    q, k, v = _qkv(x_ptr, mean_ptr, rstd_ptr, xa_ptr, gamma_ptr, beta_ptr, w_ptr, bias_ptr, b_q_ptr, b_v_ptr,
+                   scaling_q, scaling_v, tile, batch, head, P, first, step, stride_xb, stride_xn, stride_xp,
+                   NQ, N, C, D, R, RANK, SAME, NORM, BETA, BIAS, LORA_Q, LORA_V,
+                   GROUP, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_C)  # fmt: skip
+    offs_o, index_q, local_q, mask_q = _rows(
+        tile, batch, head, P, NQ * P * C, P * C, C, D, NQ, GROUP, BLOCK_Q
+    )
+    _, index_k, local_k, mask_k = _rows(tile, batch, head, P, 0, 0, 0, 0, N, GROUP, BLOCK_K)
+    visible = _visible(local_q, index_q, mask_q, local_k, index_k, mask_k, o_ptr, batch, NQ, N, False, False)
+    p, share = _probabilities(tl.dot(q, tl.trans(k), input_precision="ieee"), visible, scale)
+    o = tl.dot(p.to(v.dtype), v, input_precision="ieee") * share[:, None]
+    _store(o_ptr, offs_o, mask_q, o, 0, BLOCK_D, D)
+
+
+@_jit
+def _output_kernel(
+    o_ptr, w_ptr, bias_ptr, x_ptr, y_ptr,
+    P, rows, first, step, stride_xb, stride_xn, stride_xp,
+    NQ: tl.constexpr, C: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """y = o Wᵀ + bias + x[:, queries], rounded once; o and y (B, Nq, P, C) contiguous."""
+    columns = (C + BLOCK_E - 1) // BLOCK_E
+    pid = tl.program_id(0)
+    row = (pid // columns).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    start = (pid % columns) * BLOCK_E
+    offs_e = start + tl.arange(0, BLOCK_E)
+    mask = row < rows
+    acc = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    for c in range(0, C, BLOCK_C):
+        offs_c = c + tl.arange(0, BLOCK_C)
+        o = tl.load(
+            o_ptr + row[:, None] * C + offs_c[None, :], mask=mask[:, None] & (offs_c < C)[None, :], other=0.0
+        )
+        inside = (offs_c < C)[:, None] & (offs_e < C)[None, :]
+        w = tl.load(
+            w_ptr + offs_e[None, :] * C + offs_c[:, None], mask=inside, other=0.0
+        )  # [BLOCK_C, BLOCK_E]
+        acc = tl.dot(o, w, acc=acc, input_precision="ieee")
+    mask_y = mask[:, None] & (offs_e < C)[None, :]
+    if BIAS:
+        acc += tl.load(bias_ptr + offs_e, mask=offs_e < C, other=0.0).to(tl.float32)[None, :]
+    if RESIDUAL:
+        offs = (
+            (row // P // NQ) * stride_xb + (first + row // P % NQ * step) * stride_xn + (row % P) * stride_xp
+        )
+        acc += tl.load(x_ptr + offs[:, None] + offs_e[None, :], mask=mask_y, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row[:, None] * C + offs_e[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask_y)
+
+
+@_jit
+def _axial_half_bwd_kernel(
+    g_ptr, w_o_ptr, x_ptr, mean_ptr, rstd_ptr, xa_ptr, gamma_ptr, beta_ptr, w_ptr, bias_ptr, b_q_ptr, b_v_ptr,
+    dq_ptr, dk_ptr, dv_ptr, o_ptr,
+    scaling_q, scaling_v, scale, P, M, tiles, first, step, stride_xb, stride_xn, stride_xp,
+    stride_qb, stride_qn, stride_qp, stride_kb, stride_kn, stride_kp,
+    NQ: tl.constexpr, N: tl.constexpr, C: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr,
+    SAME: tl.constexpr, NORM: tl.constexpr, BETA: tl.constexpr, BIAS: tl.constexpr, LORA_Q: tl.constexpr,
+    LORA_V: tl.constexpr, KEEP_O: tl.constexpr, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dq, dk, dv of one head and tile from x and dy (g, contiguous); o as well where KEEP_O."""
+    pid = tl.program_id(0)
+    head = pid % M
+    tile = (pid // M) % tiles
+    batch = pid // (M * tiles)
+    q, k, v = _qkv(x_ptr, mean_ptr, rstd_ptr, xa_ptr, gamma_ptr, beta_ptr, w_ptr, bias_ptr, b_q_ptr, b_v_ptr,
+                   scaling_q, scaling_v, tile, batch, head, P, first, step, stride_xb, stride_xn, stride_xp,
+                   NQ, N, C, D, R, RANK, SAME, NORM, BETA, BIAS, LORA_Q, LORA_V,
+                   GROUP, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_C)  # fmt: skip
+    offs_g, index_q, local_q, mask_q = _rows(
+        tile, batch, head, P, NQ * P * C, P * C, C, 0, NQ, GROUP, BLOCK_Q
+    )
+    offs_q, _, _, _ = _rows(tile, batch, head, P, stride_qb, stride_qn, stride_qp, D, NQ, GROUP, BLOCK_Q)
+    offs_k, index_k, local_k, mask_k = _rows(
+        tile, batch, head, P, stride_kb, stride_kn, stride_kp, D, N, GROUP, BLOCK_K
+    )
+    offs_d = tl.arange(0, BLOCK_D)
+    g = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)  # dO = dy W_O of this head
+    for c in range(0, C, BLOCK_C):
+        offs_c = c + tl.arange(0, BLOCK_C)
+        inside = (offs_c < C)[:, None] & (offs_d < D)[None, :]
+        w = tl.load(w_o_ptr + offs_c[:, None] * C + head * D + offs_d[None, :], mask=inside, other=0.0)
+        dy = tl.load(
+            g_ptr + offs_g[:, None] + offs_c[None, :], mask=mask_q[:, None] & (offs_c < C)[None, :], other=0.0
+        )
+        g = tl.dot(dy, w, acc=g, input_precision="ieee")
+    g = g.to(v.dtype)
+    visible = _visible(local_q, index_q, mask_q, local_k, index_k, mask_k, o_ptr, batch, NQ, N, False, False)
+    p, share = _probabilities(tl.dot(q, tl.trans(k), input_precision="ieee"), visible, scale)
+    if KEEP_O:
+        o = tl.dot(p.to(v.dtype), v, input_precision="ieee") * share[:, None]
+        _store(o_ptr, offs_g + head * D, mask_q, o, 0, BLOCK_D, D)
+    p = p * share[:, None]
+    dp = tl.dot(g, tl.trans(v), input_precision="ieee")
+    ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale).to(v.dtype)
+    _store(dv_ptr, offs_k, mask_k, tl.dot(tl.trans(p.to(v.dtype)), g, input_precision="ieee"), 0, BLOCK_D, D)
+    _store(dq_ptr, offs_q, mask_q, tl.dot(ds, k, input_precision="ieee"), 0, BLOCK_D, D)
+    _store(dk_ptr, offs_k, mask_k, tl.dot(tl.trans(ds), q, input_precision="ieee"), 0, BLOCK_D, D)
+
+
+class _Call:
+    """What every launch of one call shares: sizes, flags, row statistics and pointers."""
+
+    def __init__(
+        self, op: str, x: Tensor, w: AttentionWeights, heads: int, queries: Sequence[int], eps: float
+    ) -> None:
+        if x.stride(-1) != 1:
+            x = x.contiguous()
+        self.x, self.w, self.eps = x, w, eps
+        self.first, self.step, self.num_queries = queries
+        batch, slices, positions, channels = x.shape
+        dim = channels // heads
+        dtype = w.qkv_weight.dtype
+        loras = [None if lora is None else (lora.a.to(dtype).contiguous(), lora.b.to(dtype).contiguous())
+                 for lora in (w.lora_q, w.lora_v)]  # fmt: skip
+        rank = next((lora[0].shape[0] for lora in loras if lora is not None), 1)
+        (self.a_q, self.b_q), (self.a_v, self.b_v) = (lora or (None, None) for lora in loras)
+        self.config = tiles(op, w.qkv_weight, self.num_queries, slices, dim, channels)
+        self.tiles = -(-positions // self.config["GROUP"])
+        self.grid = (batch * self.tiles * heads,)
+        block_c = 32 if dtype == torch.float32 else 64
+        flags = {
+            "C": channels, "R": rank, "RANK": block(rank), "NORM": w.norm_weight is not None,
+            "BETA": w.norm_bias is not None, "LORA_Q": w.lora_q is not None, "LORA_V": w.lora_v is not None,
+        }  # fmt: skip
+        self.flags = {
+            **flags, "NQ": self.num_queries, "N": slices, "D": dim, "BIAS": w.qkv_bias is not None,
+            "SAME": list(queries) == [0, 1, slices], "BLOCK_D": block(dim), "BLOCK_C": block_c,
+            **self.config,
+        }  # fmt: skip
+        rows = batch * slices * positions
+        self.mean = self.rstd = self.xa = None
+        if w.norm_weight is not None:
+            self.mean, self.rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+        if w.lora_q is not None or w.lora_v is not None:
+            self.xa = x.new_empty(rows, 2, block(rank), dtype=dtype)
+        if self.mean is not None or self.xa is not None:
+            _row_stats_kernel[(-(-rows // 32),)](
+                x, w.norm_weight, w.norm_bias, self.a_q, self.a_v, self.mean, self.rstd, self.xa,
+                eps, slices, positions, rows, x.stride(0), x.stride(1), x.stride(2),
+                **flags, BLOCK_T=32, BLOCK_C=block_c, num_warps=4, num_stages=2,
+            )  # fmt: skip
+        self.scalars = (
+            w.lora_q.scaling if w.lora_q else 0.0, w.lora_v.scaling if w.lora_v else 0.0, softmax_scale(None, dim),
+            positions, heads, self.tiles, self.first, self.step, x.stride(0), x.stride(1), x.stride(2),
+        )  # fmt: skip
+
+    def sources(self) -> tuple[Tensor | None, ...]:
+        w = self.w
+        return (self.x, self.mean, self.rstd, self.xa, w.norm_weight, w.norm_bias, w.qkv_weight, w.qkv_bias,
+                self.b_q, self.b_v)  # fmt: skip
+
+
+def _launch_forward(
+    x: Tensor, w: AttentionWeights, heads: int, queries: Sequence[int], residual: bool, eps: float
+) -> Tensor:
+    """x (B, N, P, C) -> y (B, Nq, P, C) in x's dtype; the weights but the norm's share one dtype."""
+    batch, _, positions, channels = x.shape
+    count = queries[2]
+    y = x.new_empty(batch, count, positions, channels)
+    if y.numel() == 0:
+        return y
+    with _on(x.device):
+        call = _Call("axial_half", x, w, heads, queries, eps)
+        o = x.new_empty(y.shape, dtype=w.qkv_weight.dtype)
+        _axial_half_fwd_kernel[call.grid](*call.sources(), o, *call.scalars, **call.flags)
+        rows = batch * count * positions
+        x = call.x
+        _output_kernel[(-(-rows // 64) * -(-channels // 64),)](
+            o, w.out_weight, w.out_bias, x, y,
+            positions, rows, call.first, call.step, x.stride(0), x.stride(1), x.stride(2),
+            NQ=count, C=channels, BIAS=w.out_bias is not None, RESIDUAL=residual,
+            BLOCK_T=64, BLOCK_E=64, BLOCK_C=call.flags["BLOCK_C"], num_warps=4, num_stages=3,
+        )  # fmt: skip
+    return y
+
+
+def _launch_backward(
+    dy: Tensor, x: Tensor, w: AttentionWeights, heads: int, queries: Sequence[int], eps: float, keep_o: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq (B, Nq, P, C), dk and dv (B, N, P, C), views of one tensor where Nq = N, and o (B, Nq, P, C) or empty."""
+    batch, slices, positions, channels = x.shape
+    dtype = w.qkv_weight.dtype
+    dy = dy.contiguous()
+    with _on(x.device):
+        call = _Call("axial_half_backward", x, w, heads, queries, eps)
+        if call.flags["SAME"]:
+            dq, dk, dv = x.new_empty(batch, slices, positions, 3 * channels, dtype=dtype).chunk(3, -1)
+        else:
+            dq = x.new_empty(dy.shape, dtype=dtype)
+            dk, dv = x.new_empty(batch, slices, positions, 2 * channels, dtype=dtype).chunk(2, -1)
+        o = x.new_empty(dy.shape if keep_o else (0,), dtype=dtype)
+        _axial_half_bwd_kernel[call.grid](
+            dy, w.out_weight, *call.sources(), dq, dk, dv, o,
+            *call.scalars, dq.stride(0), dq.stride(1), dq.stride(2), dk.stride(0), dk.stride(1), dk.stride(2),
+            **call.flags, KEEP_O=keep_o,
+        )  # fmt: skip
+    return dq, dk, dv, o
+
+
+_WEIGHTS = (
+    "Tensor qkv_weight, Tensor? qkv_bias, Tensor out_weight, Tensor? out_bias, Tensor? norm_weight,"
+    " Tensor? norm_bias, Tensor? a_q, Tensor? b_q, Tensor? a_v, Tensor? b_v"
+)
+_OPTIONS = "float scaling_q, float scaling_v, int heads, int[] queries, bool residual, float eps"
+_OP = "axial_fusion::axial_half"
+torch.library.define(_OP, f"(Tensor x, {_WEIGHTS}, {_OPTIONS}) -> Tensor")
+torch.library.define(
+    f"{_OP}_backward", f"(Tensor grad, Tensor x, {_WEIGHTS}, {_OPTIONS}, bool[] needs) -> Tensor[]"
+)
+
+
+def _weights(tensors: Sequence[Tensor | None], scaling_q: float, scaling_v: float) -> AttentionWeights:
+    qkv_weight, qkv_bias, out_weight, out_bias, norm_weight, norm_bias, a_q, b_q, a_v, b_v = tensors
+    assert qkv_weight is not None
+    assert out_weight is not None
+    lora_q = None if a_q is None or b_q is None else LoRA(a_q, b_q, scaling_q)
+    lora_v = None if a_v is None or b_v is None else LoRA(a_v, b_v, scaling_v)
+    return AttentionWeights(
+        qkv_weight.contiguous(),
+        qkv_bias,
+        out_weight.contiguous(),
+        out_bias,
+        norm_weight,
+        norm_bias,
+        lora_q,
+        lora_v,
+    )
+
+
+@torch.library.impl(_OP, "CompositeExplicitAutograd")
+def _forward(x: Tensor, *rest: Any) -> Tensor:
+    scaling_q, scaling_v, heads, queries, residual, eps = rest[10:]
+    return _launch_forward(x, _weights(rest[:10], scaling_q, scaling_v), heads, queries, residual, eps)
+
+
+@torch.library.register_fake(_OP)
+def _(x, *rest):
+    queries = rest[13]
+    return x.new_empty(x.shape[0], queries[2], x.shape[2], x.shape[3])
+
+
+@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd")
+def _backward_op(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
+    """Gradients of x and the ten weights, an empty tensor for each that is not needed."""
+    scaling_q, scaling_v, heads, queries, residual, eps, needs = rest[10:]
+    w = _weights(rest[:10], scaling_q, scaling_v)
+    need = dict(zip(("x", *_NAMES), needs, strict=True))
+    grads = dict.fromkeys(need, x.new_empty(0))
+    if grad.numel() == 0:
+        given = dict(zip(("x", *_NAMES), (x, *rest[:10]), strict=True))
+        return [given[name].new_zeros(given[name].shape) if need[name] else grads[name] for name in need]
+    dtype, channels = w.qkv_weight.dtype, x.shape[-1]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    first, step, count = queries
+    chosen = (
+        slice(None)
+        if (first, step, count) == (0, 1, x.shape[1])
+        else [first + step * i for i in range(count)]
+    )
+    dy = grad.to(dtype)
+    dq, dk, dv, o = _launch_backward(dy, x, w, heads, queries, eps, need["out_weight"])
+    rows = dy.flatten(0, 2)
+    if need["out_weight"]:
+        grads["out_weight"] = rows.t() @ o.flatten(0, 2)
+    if need["out_bias"]:
+        grads["out_bias"] = rows.sum(0)
+    if not any(need[name] for name in need if not name.startswith("out")):
+        return list(grads.values())
+
+    norm = None if w.norm_weight is None else w.norm_weight.to(wide)
+    beta = None if w.norm_bias is None else w.norm_bias.to(wide)
+    z, mean, rstd = x, None, None
+    if norm is not None:
+        z, mean, rstd = torch.native_layer_norm(x.to(wide), [channels], norm, beta, eps)
+    z = z.to(dtype)
+    parts = {"q": (dq, z[:, chosen], w.lora_q, 0), "k": (dk, z, None, 1), "v": (dv, z, w.lora_v, 2)}
+    weight_grads, bias_grads = [], []
+    dz = torch.zeros_like(z)
+    for name, (d, seen, lora, index) in parts.items():
+        rows, inputs = d.flatten(0, 2), seen.flatten(0, 2)
+        back = rows @ w.qkv_weight[index * channels : (index + 1) * channels]
+        if need["qkv_weight"]:
+            weight_grads.append(rows.t() @ inputs)
+        if need["qkv_bias"]:
+            bias_grads.append(rows.sum(0))
+        if lora is not None:
+            a, b = lora.a.to(dtype), lora.b.to(dtype)
+            through = lora.scaling * (rows @ b)  # (rows, r)
+            back = torch.addmm(back, through, a)
+            if need[f"a_{name}"]:
+                grads[f"a_{name}"] = (through.t() @ inputs).to(lora.a.dtype)
+            if need[f"b_{name}"]:
+                grads[f"b_{name}"] = (lora.scaling * (rows.t() @ (inputs @ a.t()))).to(lora.b.dtype)
+        dz[:, chosen if name == "q" else slice(None)] += back.view_as(seen)
+    if need["qkv_weight"]:
+        grads["qkv_weight"] = torch.cat(weight_grads)
+    if need["qkv_bias"]:
+        grads["qkv_bias"] = torch.cat(bias_grads)
+    dx = dz
+    if norm is not None:
+        mask = [need["x"], need["norm_weight"], need["norm_bias"]]
+        dx, dnorm, dbeta = torch.ops.aten.native_layer_norm_backward(
+            dz.to(wide), x.to(wide), [channels], mean, rstd, norm, beta, mask
+        )
+        if need["norm_weight"]:
+            grads["norm_weight"] = dnorm.to(w.norm_weight.dtype)
+        if need["norm_bias"]:
+            grads["norm_bias"] = dbeta.to(w.norm_bias.dtype)
+    if need["x"]:
+        dx = dx.to(x.dtype)
+        if residual:
+            dx[:, chosen] += grad
+        grads["x"] = dx
+    return list(grads.values())
+
+
+_NAMES = (
+    "qkv_weight", "qkv_bias", "out_weight", "out_bias", "norm_weight", "norm_bias", "a_q", "b_q", "a_v", "b_v",
+)  # fmt: skip
+
+
+@torch.library.register_fake(f"{_OP}_backward")
+def _(grad, x, *rest):
+    needs = rest[16]
+    return [
+        t.new_empty(t.shape) if need else x.new_empty(0)
+        for t, need in zip((x, *rest[:10]), needs, strict=True)
+    ]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:11])
+    ctx.options = inputs[11:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:11])
+    grads = torch.ops.axial_fusion.axial_half_backward(grad, *ctx.saved_tensors, *ctx.options, needs)
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 6)
+
+
+torch.library.register_autograd(_OP, _backward, setup_context=_save)
+torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("axial_fusion_attention"))
+
+
+def axial_half(
+    x: Tensor, w: AttentionWeights, *, num_heads: int, queries: Sequence[int], residual: bool, eps: float
+) -> Tensor:
+    """x (B, N, P, C) -> (B, Nq, P, C) in x's dtype; `queries` (first, step, Nq) are the slices to compute.
+
+    The projections' weights share the dtype that products are computed in; the norm's and LoRA's may be wider."""
+    lora_q, lora_v = w.lora_q, w.lora_v
+    return torch.ops.axial_fusion.axial_half(
+        x, *w[:6],
+        lora_q and lora_q.a, lora_q and lora_q.b, lora_v and lora_v.a, lora_v and lora_v.b,
+        lora_q.scaling if lora_q else 1.0, lora_v.scaling if lora_v else 1.0,
+        num_heads, list(queries), residual, eps,
+    )  # fmt: skip

@@ -1,0 +1,183 @@
+"""Measure tile sizes on this GPU.    python -m axial_fusion.tune axial_attention --slices 9 --head-dim 32
+
+Every candidate is first held against the reference in fp64, forward and gradients; a wrong one is named and never
+timed. Prints the entry for `_tiles.MEASURED`; nothing is changed. In Triton's interpreter times mean nothing."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterable
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from axial_fusion import _tiles, reference
+from axial_fusion._tiles import Key, Tile
+from axial_fusion.axial_attention import axial_attention
+from axial_fusion.fusion import axial_fusion_attention
+from axial_fusion.reference import AttentionWeights
+
+OPS = ("axial_attention", "axial_half", "axial_half_backward")
+TOLERANCE = {
+    torch.float32: 1e-5,
+    torch.float16: 4e-3,
+    torch.bfloat16: 3e-2,
+}  # relative L2, of what rounds most
+
+
+class Measured(NamedTuple):
+    """What became of a candidate: its median time, or why it was refused."""
+
+    tile: Tile
+    milliseconds: float | None
+    refused: str | None
+
+
+def candidates() -> Iterable[Tile]:
+    """Tiles worth trying for N up to 64."""
+    return (Tile(*sizes) for sizes in product((16, 32, 64, 128), (2, 4, 8), (1, 2, 3)))
+
+
+def tune(
+    op: str,
+    *,
+    slices: int,
+    head_dim: int,
+    heads: int = 8,
+    positions: int = 4096,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+    tiles: Iterable[Tile] | None = None,
+    timer: Callable[[Callable[[], object]], float] | None = None,
+) -> tuple[Key, list[Measured]]:
+    """The key of `op` at these sizes, and every candidate, the fastest first and the refused ones last.
+
+    `timer` gives a function's time in milliseconds; triton.testing.do_bench on a GPU. Raises ValueError for an
+    unknown op."""
+    if op not in OPS:
+        raise ValueError(f"op is {op!r}; there are {', '.join(OPS)}")
+    channels = 0 if op == "axial_attention" else heads * head_dim
+    small, large = (
+        _Problem(op, slices, head_dim, heads, p, dtype, device) for p in (min(positions, 19), positions)
+    )
+    key = Key(op, _tiles._arch(small.inputs[0].device), dtype, slices, head_dim, channels)
+    exact = small.exact()
+    measure = timer or _timer(device)
+    results = []
+    kept = _tiles.MEASURED.get(key)
+    try:
+        for tile in candidates() if tiles is None else tiles:
+            if tile.rows < slices:
+                continue
+            _tiles.MEASURED[key] = tile
+            refused = _wrong(small, exact, TOLERANCE[dtype])
+            results.append(Measured(tile, None if refused else measure(large.run), refused))
+    finally:
+        _tiles.MEASURED.pop(key, None)
+        if kept is not None:
+            _tiles.MEASURED[key] = kept
+    return key, sorted(results, key=lambda r: (r.milliseconds is None, r.milliseconds or 0.0))
+
+
+class _Problem:
+    """Inputs of one size and the function that is timed on them."""
+
+    def __init__(
+        self, op: str, slices: int, head_dim: int, heads: int, positions: int, dtype: torch.dtype, device: str
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int, scale: float = 1.0) -> Tensor:
+            return (scale * torch.randn(shape, generator=generator)).to(device, dtype).requires_grad_()
+
+        self.op, self.heads = op, heads
+        c = heads * head_dim
+        if op == "axial_attention":
+            self.inputs = [draw(1, slices, positions, heads, head_dim) for _ in range(3)]
+        else:
+            s = c**-0.5
+            self.inputs = [draw(1, slices, positions, c), draw(3 * c, c, scale=s), draw(3 * c), draw(c, c, scale=s),
+                           draw(c), draw(c), draw(c)]  # fmt: skip
+        self.backward = op != "axial_half"
+
+    def run(self) -> list[Tensor]:
+        """The result, and its gradients where the backward is what is tuned or shares the tile."""
+        if self.op == "axial_attention":
+            y = axial_attention(*self.inputs, backend="triton")
+        else:
+            x, *rest = self.inputs
+            y = axial_fusion_attention(
+                x, AttentionWeights(*rest), None, num_heads=self.heads, backend="triton"
+            )
+        return self._with_gradients(y, self.inputs)
+
+    def exact(self) -> list[Tensor]:
+        wide = [t.detach().double().requires_grad_() for t in self.inputs]
+        if self.op == "axial_attention":
+            y = reference.axial_attention(wide[0], wide[1], wide[2])
+        else:
+            x, *rest = wide
+            y = reference.axial_fusion_attention(x, AttentionWeights(*rest), None, num_heads=self.heads)
+        return self._with_gradients(y, wide)
+
+    def _with_gradients(self, y: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+        if not self.backward:
+            return [y]
+        weight = torch.linspace(-1, 1, y.shape[-1], device=y.device, dtype=y.dtype)
+        return [y, *torch.autograd.grad(y, inputs, weight.expand_as(y))]
+
+
+def _wrong(problem: _Problem, exact: list[Tensor], tolerance: float) -> str | None:
+    """Why the current tile is refused, or None."""
+    try:
+        results = problem.run()
+    except Exception as error:  # a tile that does not compile or launch is a result, whatever Triton calls it
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    for value, truth in zip(results, exact, strict=True):
+        off = ((value.double() - truth).norm() / truth.norm().clamp_min(1e-12)).item()
+        if not off <= tolerance:
+            return f"wrong by {off:.1e}"
+    return None
+
+
+def _timer(device: str) -> Callable[[Callable[[], object]], float]:
+    if device.startswith("cuda"):
+        from triton.testing import do_bench
+
+        return lambda run: do_bench(run, warmup=10, rep=50, return_mode="median")
+
+    def once(run: Callable[[], object]) -> float:
+        began = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - began)
+
+    return once
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="axial_fusion.tune", description=__doc__)
+    parser.add_argument("op", choices=OPS)
+    parser.add_argument("--slices", type=int, default=9)
+    parser.add_argument("--head-dim", type=int, default=32)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--positions", type=int, default=4096)
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    args = vars(parser.parse_args(argv))
+    args["dtype"] = getattr(torch, args["dtype"])
+    if not torch.cuda.is_available():
+        print("axial_fusion.tune: tiles are measured on a GPU, and torch sees none", file=sys.stderr)
+        return 2
+    key, results = tune(**args)
+    for result in results:
+        print(f"{result.refused or f'{result.milliseconds:.4f} ms':>30}  {result.tile}")
+    if results and results[0].milliseconds is not None:
+        print(f"{key}: {results[0].tile},")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

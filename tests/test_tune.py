@@ -1,0 +1,55 @@
+"""The tuner: right tiles are timed, wrong ones are refused before they are."""
+
+import sys
+
+import pytest
+import torch
+
+from axial_fusion import _tiles, tune
+from axial_fusion._tiles import Key, Tile
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = {"slices": 9, "head_dim": 16, "heads": 1, "positions": 8, "dtype": torch.float32, "device": DEVICE}
+
+
+@pytest.mark.parametrize("op", tune.OPS)
+def test_every_right_candidate_is_timed(op):
+    before = dict(_tiles.MEASURED)
+    key, results = tune.tune(op, **SMALL, tiles=[Tile(16, 4, 1), Tile(64, 4, 1)], timer=lambda run: 1.0)
+    assert isinstance(key, Key)
+    assert key.op == op
+    assert [result.refused for result in results] == [None, None]
+    assert before == _tiles.MEASURED
+
+
+def test_a_wrong_tile_is_refused_and_never_timed(monkeypatch):
+    real = _tiles.tiles
+
+    def short(op, x, num_queries, num_keys, head_dim, channels=0):
+        chosen = real(op, x, num_queries, num_keys, head_dim, channels)
+        if chosen["GROUP"] * num_keys > 60:  # a tile that holds more rows than its block
+            chosen["BLOCK_K"] = chosen["BLOCK_Q"] = 32
+        return chosen
+
+    monkeypatch.setattr(
+        sys.modules["axial_fusion.axial_attention"], "tiles", short
+    )  # the op has its file's name
+    timed = []
+    _, results = tune.tune(
+        "axial_attention",
+        **SMALL,
+        tiles=[Tile(64, 4, 1), Tile(16, 4, 1)],
+        timer=lambda run: timed.append(1) or 2.0,
+    )
+    assert [r.tile.rows for r in results] == [16, 64]
+    assert results[0].refused is None
+    assert results[1].refused.startswith("wrong by")
+    assert len(timed) == 1
+
+
+def test_unknown_ops_are_refused_and_the_command_says_that_it_needs_a_gpu(capsys):
+    with pytest.raises(ValueError, match="axial_half_backward"):
+        tune.tune("axial", **SMALL)
+    if DEVICE == "cpu":
+        assert tune.main(["axial_attention"]) == 2
+        assert "GPU" in capsys.readouterr().err
