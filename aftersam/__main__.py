@@ -21,6 +21,7 @@ COMMANDS = {
     "predict": Command("aftersam.predict", "segment CT volumes with a trained model"),
     "evaluate": Command("aftersam.evaluate", "score masks against reference masks"),
     "report": Command("aftersam.report", "write one HTML page of curves, scores and overlays"),
+    "ablate": Command("aftersam.ablate", "the paper's ablation tables on your data"),
     "check": Command("aftersam.check", "look through a data set before training on it"),
     "demo": Command("aftersam.demo", "synthetic scans, training, masks, scores, report"),
     "phantom": Command("aftersam.data.phantom", "write synthetic thorax scans with their labels"),

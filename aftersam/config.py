@@ -81,8 +81,8 @@ class ModelConfig:
     """Mask decoder: fully trained, or its attention adapted by LoRA (the paper's Table 4)."""
     decoder_attention: Literal["two_way", "image_to_token"] = "two_way"
     """SAM's two-way transformer, or image-to-token attention alone (the paper's words)."""
-    prompts: Literal["none", "box", "points"] = "none"
-    """Prompt each class from its label (the paper's Table 3); such scores are marked as prompted."""
+    prompts: Literal["none", "box", "point", "points"] = "none"
+    """Prompt each class from its label by a box, one click or three (the paper's Table 3); such scores are marked."""
     output_stride: int = 4
     """Pixels a logit: 4 is SAM's own upscaling; below it, skips from strides under the patch are used."""
     hu_windows: tuple[tuple[float, float], ...] = (WIDE, SOFT_TISSUE, BONE)

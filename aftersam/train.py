@@ -158,8 +158,8 @@ class _Run:
 
         dataset = find_dataset(data)
         args.output.mkdir(parents=True, exist_ok=True)
-        train_ids, validation_ids = split(
-            dataset, fold, config.train.seed, write_to=args.output / "splits_final.json"
+        train_ids, validation_ids = split(  # the same folds for every seed, so that seeds can be compared
+            dataset, fold, 0, write_to=args.output / "splits_final.json"
         )
         labels = dataset.labels
         names = {int(k): v for k, v in stored["labels"].items()} if stored else labels

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -219,6 +219,25 @@ def ceilings(dtype: torch.dtype) -> dict[str, float]:
         "copy_bytes_per_s": 2e3 * size / statistics.median(times["copy"]),
         "matmul_flops_per_s": 2e3 * side**3 / statistics.median(times["matmul"]),
     }
+
+
+Case = tuple[Mapping[str, Any], Sequence[Tensor], Mapping[str, Provider]]
+"""What is measured: facts for the record (subject, name, sizes), inputs, and the ways to compute it."""
+
+
+def run(cases: Iterable[Case], *, dtype: torch.dtype, budget_s: float) -> dict[str, Any]:
+    """Measure cases one after the other, `budget_s` seconds of timing each, printing as it goes; ready for JSON."""
+    ceiling, where, name = ceilings(dtype), environment(), str(dtype).removeprefix("torch.")
+    copy, matmul = ceiling["copy_bytes_per_s"], ceiling["matmul_flops_per_s"]
+    print(f"{where['device']}, {name}: copy {copy / 1e9:.1f} GB/s, matmul {matmul / 1e12:.2f} TFLOP/s")
+    records: list[dict[str, Any]] = []
+    for case, inputs, providers in cases:
+        sizes = ", ".join(f"{k} {v}" for k, v in case.items() if k not in ("subject", "name"))
+        print(f"{case['subject']}, {case['name'] or 'curve'}: {sizes}")
+        for record in measure(case, inputs, providers, budget_s=budget_s):
+            print(line(record, matmul), flush=True)
+            records.append(record)
+    return {"environment": where, "dtype": name, "ceilings": ceiling, "records": records}
 
 
 def default_device() -> torch.device:

@@ -12,7 +12,7 @@ from aftersam.config import ModelConfig
 from aftersam.data.phantom import write_dataset
 from aftersam.evaluate import evaluate
 from aftersam.model.build import build_aftersam
-from aftersam.model.prompts import LabelPrompts, box_corners, inner_points
+from aftersam.model.prompts import LabelPrompts, box_corners, clicks
 from aftersam.model.sam import segment_anything_modeling
 from aftersam.predict import main as predict_main
 from aftersam.train import main as train_main
@@ -30,27 +30,31 @@ def labels_with_a_ring() -> torch.Tensor:
 def test_boxes_and_points_of_hand_made_masks():
     masks = labels_with_a_ring() == torch.tensor([1, 2])[:, None, None]
     assert box_corners(masks).tolist() == [[[3, 2], [8, 4]], [[9, 7], [15, 13]]]
-    points = inner_points(masks).tolist()
-    assert points[0] in ([5, 3], [6, 3])
-    x, y = (int(v) for v in points[1])
-    assert masks[1, y, x]
+    one, three = clicks(masks, 1), clicks(masks, 3)
+    assert one[0].tolist() in ([[5, 3]], [[6, 3]])
+    assert torch.equal(three[:, :1], one)
+    assert three[0, 1:].tolist() in ([[3, 2], [8, 4]], [[8, 2], [3, 4]], [[8, 4], [3, 2]], [[3, 4], [8, 2]])
+    for mask, points in zip(masks, three.long(), strict=True):
+        assert mask[points[:, 1], points[:, 0]].all()
+        assert len(set(map(tuple, points.tolist()))) == 3
 
 
-@pytest.mark.parametrize("kind", ["box", "points"])
-def test_tokens_are_those_of_sams_prompt_encoder(kind):
+@pytest.mark.parametrize(("kind", "count"), [("box", 2), ("point", 1), ("points", 3)])
+def test_tokens_are_those_of_sams_prompt_encoder(kind, count):
     torch.manual_seed(0)
     ours = LabelPrompts(kind, 32)
     sam = segment_anything_modeling("prompt_encoder").PromptEncoder(32, (2, 2), (16, 20), mask_in_chans=4)
     sam.load_state_dict(ours.state_dict(), strict=False)
     labels = labels_with_a_ring()
     tokens = ours(labels, 4)
-    assert tokens.shape == (1, 3, 2 if kind == "box" else 1, 32)
+    assert tokens.shape == (1, 3, count, 32)
     masks = labels == torch.tensor([1, 2])[:, None, None]
     if kind == "box":
         expected = sam(points=None, boxes=box_corners(masks).flatten(1), masks=None)[0]
     else:
-        coords = inner_points(masks)[:, None]
-        expected = sam(points=(coords, torch.ones(2, 1)), boxes=None, masks=None)[0][:, :1]
+        expected = sam(points=(clicks(masks, count), torch.ones(2, count)), boxes=None, masks=None)[0][
+            :, :count
+        ]
     torch.testing.assert_close(tokens[0, :2], expected)
     torch.testing.assert_close(tokens[0, 2], ours.not_a_point_embed.weight.expand_as(tokens[0, 2]))
 

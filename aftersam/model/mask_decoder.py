@@ -28,7 +28,7 @@ class MaskDecoder(nn.Module):
     `num_classes` is K+1, background included. `skip_channels` are the channels of the encoder's skips at strides
     1, 2, 4, ..., finest first; stages at those strides use them, those finer than `output_stride` are not needed.
     `decoder_attention` "image_to_token" leaves tokens as they are and only lets the image attend to them.
-    `prompts` "box" or "points" gives every class tokens for where its label is, which `forward` then needs."""
+    `prompts` "box", "point" or "points" gives every class tokens for where its label is, which `forward` then needs."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class MaskDecoder(nn.Module):
         output_stride: int = 1,
         skip_channels: tuple[int, ...] = (),
         decoder_attention: Literal["two_way", "image_to_token"] = "two_way",
-        prompts: Literal["none", "box", "points"] = "none",
+        prompts: Literal["none", "box", "point", "points"] = "none",
         num_heads: int = 8,
     ) -> None:
         super().__init__()

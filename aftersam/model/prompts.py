@@ -17,15 +17,16 @@ POSITIVE, TOP_LEFT, BOTTOM_RIGHT = 1, 2, 3  # SAM's rows of point_embeddings; 0 
 
 
 class LabelPrompts(nn.Module):
-    """Labels (T, H, W) -> prompt tokens (T, K, n, C) of classes 1 to K: n = 2 for "box", 1 for "points".
+    """Labels (T, H, W) -> prompt tokens (T, K, n, C) of classes 1 to K: "box" 2 corners, "point" 1 click, "points" 3.
 
-    A box's tokens are its two corners. A click is the pixel of the class nearest to the class's centroid, so that
-    it lies inside even where the organ is a ring. A class that the slice lacks gets SAM's not-a-point vector."""
+    The first click is the pixel of the class nearest to the class's centroid, so that it lies inside even where the
+    organ is a ring; each other one is the pixel farthest from those before. A class that the slice lacks gets SAM's
+    not-a-point vector."""
 
-    def __init__(self, kind: Literal["box", "points"], dim: int) -> None:
+    def __init__(self, kind: Literal["box", "point", "points"], dim: int) -> None:
         super().__init__()
-        if kind not in ("box", "points"):
-            raise ValueError(f"prompts is {kind!r}, but must be box or points")
+        if kind not in ("box", "point", "points"):
+            raise ValueError(f"prompts is {kind!r}, but must be box, point or points")
         self.kind = kind
         self.pe_layer = segment_anything_modeling("prompt_encoder").PositionEmbeddingRandom(dim // 2)
         self.point_embeddings = nn.ModuleList(nn.Embedding(1, dim) for _ in range(4))  # SAM's names
@@ -39,7 +40,8 @@ class LabelPrompts(nn.Module):
         if self.kind == "box":
             points, roles = box_corners(masks), (TOP_LEFT, BOTTOM_RIGHT)
         else:
-            points, roles = inner_points(masks)[:, :, None], (POSITIVE,)
+            count = 1 if self.kind == "point" else 3
+            points, roles = clicks(masks, count), (POSITIVE,) * count
         with without_autocast(labels.device):  # phases of a Fourier feature need fp32
             slices, classes, count, _ = points.shape
             flat = (points + 0.5).reshape(slices, classes * count, 2)
@@ -59,14 +61,21 @@ def box_corners(masks: Tensor) -> Tensor:
     return torch.stack(spans, dim=-1).float()
 
 
-def inner_points(masks: Tensor) -> Tensor:
-    """masks (..., H, W) bool -> the pixel (..., 2), as (x, y), of each that is nearest to its centroid."""
+def clicks(masks: Tensor, count: int) -> Tensor:
+    """masks (..., H, W) bool -> `count` pixels (..., count, 2) as (x, y): one near the centroid, then far from it."""
     height, width = masks.shape[-2:]
     y = torch.arange(height, device=masks.device).float()[:, None].expand(height, width).flatten()
     x = torch.arange(width, device=masks.device).float().repeat(height)
     inside = masks.flatten(-2)
     area = inside.sum(-1, keepdim=True).clamp_min(1)
-    far = (x - (inside * x).sum(-1, keepdim=True) / area) ** 2
-    far = far + (y - (inside * y).sum(-1, keepdim=True) / area) ** 2
-    nearest = far.masked_fill(~inside, torch.inf).argmin(-1)
-    return torch.stack([nearest % width, nearest // width], dim=-1).float()
+    from_centroid = (x - (inside * x).sum(-1, keepdim=True) / area) ** 2
+    from_centroid = from_centroid + (y - (inside * y).sum(-1, keepdim=True) / area) ** 2
+    found = [from_centroid.masked_fill(~inside, torch.inf).argmin(-1, keepdim=True)]
+    far = torch.full_like(from_centroid, torch.inf)
+    while len(found) < count:
+        far = torch.minimum(
+            far, (x - x[found[-1]]) ** 2 + (y - y[found[-1]]) ** 2
+        )  # from the nearest click so far
+        found.append(far.masked_fill(~inside, -1.0).argmax(-1, keepdim=True))
+    index = torch.cat(found, -1)
+    return torch.stack([index % width, index // width], dim=-1).float()

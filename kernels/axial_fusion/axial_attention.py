@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from axial_fusion._launch import (
     HALF,
@@ -366,6 +367,21 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 torch.library.register_autograd(_OP, _backward, setup_context=_save)
 torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("axial_attention"))
+
+
+@register_flop_formula(torch.ops.axial_fusion.axial_attention)
+def _flops(q_shape: Any, k_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Two products of (Nq, D) and (D, N) a head and position, a multiply-add counted as two."""
+    batch, num_queries, positions, heads, dim = q_shape
+    return 4 * batch * positions * heads * num_queries * k_shape[1] * dim
+
+
+@register_flop_formula(torch.ops.axial_fusion.axial_attention_backward)
+def _backward_flops(
+    grad_shape: Any, q_shape: Any, k_shape: Any, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    """Five products: the scores again, dp, dq, dk and dv."""
+    return 5 * _flops(q_shape, k_shape) // 2
 
 
 def axial_attention(

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from axial_fusion._launch import no_second_derivative, softmax_scale
 from axial_fusion._tiles import block, tiles
@@ -549,6 +550,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 torch.library.register_autograd(_OP, _backward, setup_context=_save)
 torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("axial_fusion_attention"))
+
+
+@register_flop_formula(torch.ops.axial_fusion.axial_half)
+def _flops(x_shape: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
+    """q and output of the queries, k and v of all slices, LoRA's two thin products on q and v, the attention."""
+    batch, slices, positions, channels = x_shape
+    count, a_q, a_v = rest[13][2], rest[6], rest[8]
+    rows, queries = batch * slices * positions, batch * count * positions
+    lora = sum(4 * n * channels * a[0] for n, a in ((queries, a_q), (rows, a_v)) if a is not None)
+    return 4 * channels**2 * (rows + queries) + lora + 4 * queries * slices * channels
 
 
 def axial_half(

@@ -1,0 +1,224 @@
+"""The paper's ablations on any data set.    python -m aftersam.ablate --data DATASET --output DIR --table 3
+
+Every row of a table is trained on the same split with the same seeds, predicts the validation scans once with its
+final weights, and is scored by aftersam.evaluate. Finished rows are not trained again. Prints and leaves the paper's
+layout: organs down, variants across, mean ± deviation over seeds, and a paired test against the last column."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from aftersam.config import Config, preset
+
+TABLES: dict[str, dict[str, dict[str, str]]] = {  # columns in the paper's order; the last is what others are held to
+    "3": {
+        "Box": {"prompts": "box"}, "1 Point": {"prompts": "point"}, "3 Points": {"prompts": "points"}, "w.o.": {},
+    },
+    "4": {"LoRA": {"decoder": "lora"}, "Finetune": {}},
+    "fusion": {
+        "2D": {"attention": "none"}, "slice": {"attention": "slice"}, "axial": {"attention": "axial"},
+        "axial + slice": {},
+    },
+}  # fmt: skip
+TITLES = {
+    "3": "Table 3, prompts drawn from the labels: those columns are told where the organs are",
+    "4": "Table 4, mask decoder",
+    "fusion": "attention of the fusion blocks",
+}
+
+
+@dataclass(frozen=True)
+class AblateArgs:
+    data: Path
+    """Data set: nnU-Net raw, MSD, SegTHOR, or images/ beside labels/."""
+    output: Path
+    """Folder of the runs and tables; rows that it holds already are kept."""
+    table: tuple[Literal["3", "4", "fusion"], ...] = ("3", "4", "fusion")
+    """The paper's Table 3 (prompts) or 4 (decoder), or the fusion blocks' attention."""
+    preset: Literal["paper", "best", "small", "tiny"] = "small"
+    """Choices that all rows share."""
+    sam_checkpoint: str | None = None
+    """Official SAM weights, as in train."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One training a row and seed."""
+    max_steps: int | None = None
+    """Steps of each training; the preset's unless given."""
+    max_minutes: float | None = None
+    """Minutes of each training, in place of steps."""
+    fold: int = 0
+    """Fold whose validation scans are scored."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:1."""
+
+
+def ablate(args: AblateArgs) -> dict[str, Any]:
+    """Train, predict and score what is missing of the tables, and write tables.md and tables.json to the output.
+
+    Returns {table: {"columns": {name: {organ: {"mean", "std"}}}, "against": ..., "tests": {name: {organ: p}}}}.
+    Raises ValueError on bad input."""
+    from rich.console import Console
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {}
+    scores: dict[str, list[dict[str, dict[str, float]]]] = {}  # variant -> seeds -> case -> organ -> DSC
+    for table in args.table:
+        for change in TABLES[table].values():
+            name = "-".join(f"{k}-{v}" for k, v in change.items()) or "base"
+            if name not in scores:
+                scores[name] = [_row(args, name, change, seed) for seed in args.seeds]
+        columns = {
+            column: scores["-".join(f"{k}-{v}" for k, v in change.items()) or "base"]
+            for column, change in TABLES[table].items()
+        }
+        result[table] = summarise(columns)
+    text = "\n\n".join(markdown(table, found) for table, found in result.items())
+    (args.output / "tables.md").write_text(text + "\n", encoding="utf-8")
+    (args.output / "tables.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    Console(soft_wrap=True).print(text, markup=False, highlight=False)
+    return result
+
+
+def _row(args: AblateArgs, name: str, change: Mapping[str, str], seed: int) -> dict[str, dict[str, float]]:
+    """DSC of every case and organ for one variant and seed, trained unless its scores are there."""
+    from aftersam.checkpoint import read_json
+    from aftersam.data.dataset import find_dataset, split
+    from aftersam.evaluate import evaluate
+    from aftersam.predict import PredictArgs, predict_files
+    from aftersam.train import TrainArgs, train
+
+    home = args.output / f"{name}-seed-{seed}"
+    if not (home / "metrics.json").exists():
+        print(f"{name}, seed {seed}")
+        shutil.rmtree(
+            home, ignore_errors=True
+        )  # what an interrupted run left would be resumed with another budget
+        run = home / "run"
+        train(
+            TrainArgs(
+                data=args.data, output=run, config=_config(args, change, seed), preset=args.preset, fold=args.fold,
+                sam_checkpoint=args.sam_checkpoint, device=args.device, cache=args.output / "cache",
+            )
+        )  # fmt: skip
+        dataset = find_dataset(args.data)
+        _, held_out = split(dataset, args.fold, 0)
+        cases = {case.id: case for case in dataset.cases}
+        images, labels = home / "images", home / "labels"
+        for folder in (images, labels):
+            folder.mkdir()
+        for case in held_out:
+            label = cases[case].label
+            assert label is not None, "training refuses cases without a label"
+            for folder, file in ((images, cases[case].image), (labels, label)):
+                ending = ".nii.gz" if file.name.endswith(".gz") else ".nii"
+                (folder / f"{case}{ending}").symlink_to(file.resolve())
+        predict_files(
+            PredictArgs(
+                input=images, output=home / "masks", model=run, checkpoint="last", device=args.device, preview=False,
+                prompt_labels=labels,
+            )
+        )  # fmt: skip
+        evaluate(home / "masks", labels, output=home / "metrics.json", quiet=True)
+    found = read_json(home / "metrics.json")["cases"]
+    return {
+        case: {organ: math.nan if s["dsc"] is None else s["dsc"] for organ, s in row.items()}
+        for case, row in found.items()
+    }
+
+
+def _config(args: AblateArgs, change: Mapping[str, str], seed: int) -> Config:
+    """The preset with one variant's keys and the budget; one validation, since nothing is chosen by it."""
+    base = preset(args.preset)
+    train = dataclasses.replace(base.train, seed=seed, validations=1)
+    if args.max_steps is not None or args.max_minutes is not None:
+        train = dataclasses.replace(train, max_steps=args.max_steps, max_minutes=args.max_minutes)
+    return dataclasses.replace(base, model=dataclasses.replace(base.model, **change), train=train)  # type: ignore[arg-type]
+
+
+def summarise(columns: Mapping[str, Sequence[Mapping[str, Mapping[str, float]]]]) -> dict[str, Any]:
+    """Scores of each column (seeds -> case -> organ -> DSC) to means, deviations over seeds, and p-values.
+
+    A case's score is first averaged over seeds; the two-sided Wilcoxon test then pairs cases with the last column."""
+    import numpy as np
+    from scipy.stats import wilcoxon
+
+    first = next(iter(columns.values()))[0]
+    cases = sorted(first)
+    organs = [*next(iter(first.values())), "Average"]
+
+    def matrix(seeds: Sequence[Mapping[str, Mapping[str, float]]]) -> np.ndarray:
+        values = np.array(
+            [[[seed[case][organ] for organ in organs[:-1]] for case in cases] for seed in seeds]
+        )
+        return np.concatenate(
+            [values, np.nanmean(values, -1, keepdims=True)], -1
+        )  # (seeds, cases, organs + 1)
+
+    values = {column: matrix(seeds) for column, seeds in columns.items()}
+    *_, last = values
+    table: dict[str, Any] = {
+        "cases": len(cases),
+        "seeds": len(values[last]),
+        "against": last,
+        "columns": {},
+        "tests": {},
+    }
+    for column, found in values.items():
+        means = np.nanmean(found, axis=1)  # (seeds, organs + 1)
+        deviation = means.std(0, ddof=1) if len(means) > 1 else np.zeros(means.shape[1])
+        table["columns"][column] = {
+            organ: {"mean": float(m), "std": float(s)}
+            for organ, m, s in zip(organs, means.mean(0), deviation, strict=True)
+        }
+        if column == last:
+            continue
+        tests = {}
+        for i, organ in enumerate(organs):
+            ours, theirs = (np.nanmean(values[c][..., i], axis=0) for c in (last, column))
+            difference = (ours - theirs)[np.isfinite(ours - theirs)]
+            tests[organ] = float(wilcoxon(difference).pvalue) if np.any(difference) else 1.0
+        table["tests"][column] = tests
+    return table
+
+
+def markdown(name: str, table: Mapping[str, Any]) -> str:
+    """The paper's layout in percent, p-values in brackets."""
+    columns = table["columns"]
+    lines = [
+        f"**{TITLES[name]}**: DSC in %, {table['cases']} cases, mean ± deviation over {table['seeds']} seeds; "
+        f"in brackets p of a paired Wilcoxon test against {table['against']}",
+        "",
+        "|  | " + " | ".join(columns) + " |",
+        "| --- |" + " ---: |" * len(columns),
+    ]
+    for organ in next(iter(columns.values())):
+        cells = []
+        for column, scores in columns.items():
+            p = table["tests"].get(column, {}).get(organ)
+            tested = "" if p is None else f" ({p:.2g})"
+            cells.append(f"{100 * scores[organ]['mean']:.2f} ± {100 * scores[organ]['std']:.2f}{tested}")
+        lines.append(f"| {organ} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = tyro.cli(AblateArgs, args=argv, description=__doc__)
+    try:
+        ablate(args)
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+        print(f"aftersam.ablate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

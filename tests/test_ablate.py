@@ -1,0 +1,59 @@
+"""Ablation tables: the same split for every row, finished rows kept, means and tests as said."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from aftersam.ablate import TABLES, main, markdown, summarise
+from aftersam.config import preset
+from aftersam.data.phantom import write_dataset
+from aftersam.model.build import build_aftersam
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_row_builds(table):
+    for change in TABLES[table].values():
+        build_aftersam(dataclasses.replace(preset("tiny").model, image_size=48, **change), 4)
+
+
+def test_means_deviations_and_the_paired_test():
+    def scores(*rows):
+        return {f"case {i}": {"heart": row, "lung": row + 0.1} for i, row in enumerate(rows)}
+
+    base = [0.5, 0.6, 0.7, 0.8, 0.4, 0.3]
+    better = [scores(*(b + 0.1 + 0.01 * i for i, b in enumerate(base))), scores(*(b + 0.1 for b in base))]
+    table = summarise({"2D": [scores(*base), scores(*base)], "ours": better})
+    assert table["against"] == "ours"
+    assert table["columns"]["2D"]["heart"] == {
+        "mean": pytest.approx(0.55),
+        "std": pytest.approx(0.0, abs=1e-12),
+    }
+    ours = table["columns"]["ours"]["heart"]
+    assert ours["mean"] == pytest.approx(0.55 + 0.1 + 0.0125)
+    assert ours["std"] == pytest.approx(0.025 / math.sqrt(2))
+    assert table["columns"]["ours"]["Average"]["mean"] == pytest.approx(ours["mean"] + 0.05)
+    assert table["tests"]["2D"]["heart"] == pytest.approx(2 / 2**6)  # all six signs alike, exact two-sided
+    assert "| heart | 55.00 ± 0.00 (0.031) | 66.25 ± 1.77 |" in markdown("fusion", table)
+
+
+@pytest.mark.slow
+def test_a_table_on_phantoms_is_resumed_row_by_row(tmp_path, capsys):
+    write_dataset(tmp_path / "scans", cases=3, seed=0)
+    asked = ["--data", str(tmp_path / "scans"), "--output", str(tmp_path / "out"), "--table", "4", "--preset", "tiny",
+             "--max-steps", "2", "--seeds", "0", "1", "--device", "cpu"]  # fmt: skip
+    assert main(asked) == 0
+    printed = capsys.readouterr().out
+    assert "LoRA" in printed
+    assert "Finetune" in printed
+    splits = {path.read_text() for path in (tmp_path / "out").glob("*/run/splits_final.json")}
+    assert len(splits) == 1
+    table = json.loads((tmp_path / "out" / "tables.json").read_text())["4"]
+    assert table["seeds"] == 2
+    (tmp_path / "out" / "base-seed-1" / "metrics.json").unlink()  # as if it had been killed there
+    kept = tmp_path / "out" / "base-seed-0" / "run" / "last.safetensors"
+    before = kept.stat().st_mtime_ns
+    assert main(asked) == 0
+    assert kept.stat().st_mtime_ns == before
+    assert json.loads((tmp_path / "out" / "tables.json").read_text())["4"] == table

@@ -1,0 +1,106 @@
+"""What the ops cost, counted exactly: launches, bytes that a launch touches, FLOPs, bytes kept for the backward."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from axial_fusion import AttentionWeights, LoRA, axial_attention, axial_fusion_attention
+from benchmarks.bench_fusion import Shape, providers
+from benchmarks.bench_fusion import inputs as fusion_inputs
+
+interpreter = pytest.importorskip("triton.runtime.interpreter", reason="triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """(kernel, bytes of its tensors) of every launch, as they happen."""
+    if DEVICE == "cuda":
+        from triton.runtime.jit import JITFunction as Kernel
+    else:
+        Kernel = interpreter.InterpretedFunction
+    seen, run = [], Kernel.run
+
+    def record(self, *args, **keywords):
+        touched = {t.data_ptr(): t.numel() * t.element_size() for t in args if isinstance(t, torch.Tensor)}
+        seen.append((self.fn.__name__, sum(touched.values())))
+        return run(self, *args, **keywords)
+
+    monkeypatch.setattr(Kernel, "run", record)
+    return seen
+
+
+def saved_bytes(function, known):
+    """Bytes that autograd keeps beyond the storages of `known`, and the result."""
+    ours, kept = {t.untyped_storage().data_ptr() for t in known}, {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in ours:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = function()
+    return sum(kept.values()), y
+
+
+def test_axial_attention(launches):
+    """Forward reads q, k, v and writes y; backward reads these and dy and writes dq, dk, dv; nothing is saved."""
+    shape = (1, 9, 20, 2, 32)
+    q, k, v = (torch.randn(shape, device=DEVICE, requires_grad=True) for _ in range(3))
+    size = q.numel() * q.element_size()
+    with FlopCounterMode(display=False) as counter:
+        kept, y = saved_bytes(lambda: axial_attention(q, k, v, backend="triton"), (q, k, v))
+        forward = counter.get_total_flops()
+        y.sum().backward()
+    assert kept == 0
+    assert [name for name, _ in launches] == ["_axial_attention_fwd_kernel", "_axial_attention_bwd_kernel"]
+    assert [touched for _, touched in launches] == [4 * size, 7 * size]
+    assert forward == 2 * (2 * 9 * 9 * 32) * 20 * 2
+    assert counter.get_total_flops() == forward + 5 * (2 * 9 * 9 * 32) * 20 * 2
+
+
+def test_axial_half(launches):
+    """Three launches forward; backward two of its own and library products; x and the weights alone are saved."""
+    slices, positions, c, rank = 9, 20, 64, 4
+
+    def draw(*shape):
+        return torch.randn(shape, device=DEVICE, requires_grad=True)
+
+    lora_q, lora_v = (LoRA(draw(rank, c), draw(c, rank)) for _ in "qv")
+    w = AttentionWeights(draw(3 * c, c), draw(3 * c), draw(c, c), draw(c), draw(c), draw(c), lora_q, lora_v)
+    x = draw(1, slices, positions, c)
+    flat = [x, *w[:6], *lora_q[:2], *lora_v[:2]]
+    with FlopCounterMode(display=False) as counter:
+        kept, y = saved_bytes(lambda: axial_fusion_attention(x, w, None, num_heads=2, backend="triton"), flat)
+    assert kept == 0
+    assert [name for name, _ in launches] == ["_row_stats_kernel", "_axial_half_fwd_kernel", "_output_kernel"]
+    rows = slices * positions
+    size, matrix, vector, thin = (4 * n for n in (rows * c, c * c, c, rank * c))
+    statistics, low_rank = 2 * 4 * rows, 4 * rows * 2 * 16  # the rank is padded to a matrix unit's 16
+    assert launches[0][1] == size + 2 * vector + 2 * thin + statistics + low_rank
+    assert launches[1][1] == 2 * size + 3 * matrix + (3 + 2) * vector + 2 * thin + statistics + low_rank
+    assert launches[2][1] == 3 * size + matrix + vector
+    assert counter.get_total_flops() == 2 * rows * (4 * c * c + 2 * 2 * c * rank + 2 * slices * c)
+    launches.clear()
+    y.sum().backward()
+    assert [name for name, _ in launches] == ["_row_stats_kernel", "_axial_half_bwd_kernel"]
+
+
+@pytest.mark.parametrize("slices", [5, 9])
+def test_naive_3d_attention_needs_the_flops_that_the_paper_says(slices):
+    """Beyond the projections: N·P comparisons a token against N + P."""
+    shape = Shape(1, slices, 8, 64, 2)
+    x, *weights = fusion_inputs(shape, torch.float32, torch.device("cpu"))
+    counted = {}
+    for name in ("naive 3D", "axial_fusion"):
+        provider = providers(shape)[name]
+        with FlopCounterMode(display=False) as counter:
+            provider.call(x, *weights)
+        counted[name] = counter.get_total_flops()
+        assert counted[name] == provider.flops
+    tokens, positions = slices * 64, 64
+    projections = 8 * tokens * 64**2
+    assert counted["naive 3D"] - projections == 4 * tokens * slices * positions * 64
+    assert counted["axial_fusion"] - 2 * projections == 4 * tokens * (slices + positions) * 64
