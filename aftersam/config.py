@@ -111,7 +111,9 @@ class TrainConfig:
     max_minutes: float | None = None
     """Stop after this many minutes of training; schedules follow progress."""
     batch_size: int = 1
-    """Groups a process and step."""
+    """Groups a process computes at once."""
+    accumulate: int = 1
+    """Batches whose gradients make one optimiser step: a larger batch in the memory of a small one."""
     optimizer: Literal["adam", "adamw"] = "adam"
     learning_rate: float = 1e-4
     weight_decay: float = 1e-4
@@ -139,6 +141,9 @@ class TrainConfig:
     """Every random draw is a function of (seed, epoch, case)."""
     num_workers: int = 0
     """Worker processes that load groups; 0 loads in the training process."""
+    tracker: str = "tensorboard"
+    """Where curves go: tensorboard, or any tracker that accelerate knows by name and that is installed, such as
+    wandb, mlflow or clearml. The run's folder has them as PNG and history.jsonl in any case."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +213,7 @@ def validate(config: Config) -> Config:
         "num_slices": model.num_slices,
         "slice_stride": model.slice_stride,
         "batch_size": train.batch_size,
+        "accumulate": train.accumulate,
         "epochs": train.epochs,
         "checkpoint_steps": train.checkpoint_steps,
         "learning_rate": train.learning_rate,

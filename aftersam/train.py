@@ -5,6 +5,7 @@ and last.safetensors, history.jsonl, curves and overlays as PNG, TensorBoard log
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -21,6 +22,7 @@ from aftersam.config import Config, TrainConfig, from_dict, preset, to_dict, val
 
 if TYPE_CHECKING:
     from aftersam.data.slice_group import CachedCase
+    from aftersam.losses import Loss
     from aftersam.model.aftersam import AfterSAM
 
 
@@ -79,21 +81,23 @@ def learning_rate(config: TrainConfig, progress: float) -> float:
 
 
 def batches(
-    seed: int, cases: int, batch_size: int, *, rank: int, world: int, start: int
+    seed: int, cases: int, batch_size: int, *, rank: int, world: int, start: int, accumulate: int = 1
 ) -> Iterator[list[tuple[int, int]]]:
-    """Endless (epoch, case) lists for one process from optimiser step `start` on.
+    """Endless (epoch, case) lists for one process from optimiser step `start` on, `accumulate` of them a step.
 
-    An epoch is a seeded permutation of the cases, so that any process at any step knows its groups."""
+    An epoch is a seeded permutation of the cases, so that any process at any step knows its groups. A step takes the
+    same groups however they are spread over processes and batches."""
     import numpy as np
 
-    share = batch_size * world
+    share = batch_size * world * accumulate
     steps = steps_in_epoch(cases, share)
     step = start
     while True:
         epoch, index = divmod(step, steps)
         order = np.random.default_rng((seed, epoch)).permutation(cases)
         picked = [int(order[(index * share + i) % cases]) for i in range(share)]
-        yield [(epoch, case) for case in picked[rank * batch_size : (rank + 1) * batch_size]]
+        for first in range(rank * batch_size, share, world * batch_size):
+            yield [(epoch, case) for case in picked[first : first + batch_size]]
         step += 1
 
 
@@ -149,7 +153,7 @@ class _Run:
         self.accelerator = Accelerator(
             mixed_precision={"fp32": "no"}.get(precision, precision),
             cpu=args.device == "cpu",
-            log_with="tensorboard",
+            log_with=config.train.tracker,
             project_dir=str(args.output),
         )
         self.device = self.accelerator.device
@@ -199,7 +203,8 @@ class _Run:
             self.progress = Progress(**facts["progress"])
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         world = self.accelerator.num_processes
-        self.steps_per_epoch = steps_in_epoch(len(self.training), config.train.batch_size * world)
+        share = config.train.batch_size * config.train.accumulate * world
+        self.steps_per_epoch = steps_in_epoch(len(self.training), share)
         if self.accelerator.is_main_process:
             self._trim_history()
             if not args.resume:
@@ -207,7 +212,7 @@ class _Run:
                 write_json(
                     args.output / "run.json", self._facts(args, dataset.name, sam.sha256 if sam else None)
                 )
-        self.accelerator.init_trackers("tensorboard")
+        self.accelerator.init_trackers("aftersam" if config.train.tracker != "tensorboard" else "tensorboard")
         count = sum(p.numel() for p in trainable)
         total = sum(p.numel() for p in model.parameters())
         self._say(
@@ -232,6 +237,7 @@ class _Run:
                 rank=self.accelerator.process_index,
                 world=self.accelerator.num_processes,
                 start=progress.step,
+                accumulate=config.accumulate,
             ),
             num_workers=config.num_workers,
             persistent_workers=config.num_workers > 0,
@@ -254,7 +260,7 @@ class _Run:
                 rate = learning_rate(config, fraction)
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
-                record = self._step(next(source))
+                record = self._step([next(source) for _ in range(config.accumulate)])
                 progress.step += 1
                 progress.seconds = time.monotonic() - began
                 record |= {"step": progress.step, "minutes": round(progress.seconds / 60, 4), "lr": rate}
@@ -282,33 +288,28 @@ class _Run:
             self._save_best()
         self.accelerator.end_training()
 
-    def _step(self, batch: dict[str, Any]) -> dict[str, float]:
-        """One optimiser step on a batch of groups: {"loss", "dice", "ce"}."""
+    def _step(self, parts: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """One optimiser step on batches of groups: {"loss", "dice", "ce"}, their means over batches and processes."""
         import torch
 
-        from aftersam.losses import segmentation_loss
-
         config = self.config.train
-        hu, labels = batch["hu"].to(self.device), batch["labels"].to(self.device)
-        centre = (self.config.model.num_slices // 2,)
-        query_index = centre if config.supervision == "centre" else None
         self.model.train()
+        self.optimizer.zero_grad()
+        losses = []
         try:
-            logits = self.model(hu, query_index=query_index, labels=labels)
-            loss = segmentation_loss(
-                logits,
-                labels if query_index is None else labels[:, list(centre)],
-                dice=config.dice,
-                ce_foreground_weight=config.ce_foreground_weight,
-            )
-            self.optimizer.zero_grad()
-            self.accelerator.backward(loss.total)
+            for i, batch in enumerate(parts):
+                waits = i + 1 < len(parts)  # processes exchange gradients once a step
+                with self.accelerator.no_sync(self.model) if waits else contextlib.nullcontext():
+                    loss = self._loss(batch)
+                    self.accelerator.backward(loss.total / len(parts))
+                losses.append(torch.stack([loss.total, loss.dice, loss.ce]).detach())
             if config.clip_norm:
                 self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm)
-            total = float(loss.total.detach())
-            if not math.isfinite(total):
+            mean = self.accelerator.reduce(torch.stack(losses).mean(0), "mean").tolist()
+            if not math.isfinite(mean[0]):
+                cases = [case for batch in parts for case in batch["case"]]
                 raise FloatingPointError(
-                    f"the loss is {total} at step {self.progress.step + 1} on {', '.join(batch['case'])}; "
+                    f"the loss is {mean[0]} at step {self.progress.step + 1} on {', '.join(cases)}; "
                     f"last.safetensors keeps the last good state; a lower --learning-rate or --precision fp32 may help"
                 )
             self.optimizer.step()
@@ -317,7 +318,23 @@ class _Run:
                 "the device ran out of memory; use --activation-checkpointing, or a smaller --batch-size, "
                 f"--image-size or --num-slices ({str(error).splitlines()[0]})"
             ) from None
-        return {"loss": total, "dice": float(loss.dice.detach()), "ce": float(loss.ce.detach())}
+        return dict(zip(("loss", "dice", "ce"), mean, strict=True))
+
+    def _loss(self, batch: dict[str, Any]) -> Loss:
+        """The loss of one batch of groups."""
+        from aftersam.losses import segmentation_loss
+
+        config = self.config.train
+        hu, labels = batch["hu"].to(self.device), batch["labels"].to(self.device)
+        centre = (self.config.model.num_slices // 2,)
+        query_index = centre if config.supervision == "centre" else None
+        logits = self.model(hu, query_index=query_index, labels=labels)
+        return segmentation_loss(
+            logits,
+            labels if query_index is None else labels[:, list(centre)],
+            dice=config.dice,
+            ce_foreground_weight=config.ce_foreground_weight,
+        )
 
     def _validate(self) -> dict[str, Any]:
         """Predict the validation scans at the model's spacing, keep the best weights, draw the first scan."""
@@ -391,6 +408,7 @@ class _Run:
             "dataset": dataset,
             "fold": args.fold,
             "sam_sha256": sam_sha256,
+            "commit": source_commit(),
             "versions": {
                 "torch": torch.__version__,
                 "monai": monai.__version__,
@@ -400,6 +418,23 @@ class _Run:
 
     def _say(self, text: str) -> None:
         self.accelerator.print(text)
+
+
+def source_commit() -> str | None:
+    """The git commit of this source tree, with "+" where it has local changes; None for an installed package."""
+    import subprocess
+
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        found = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=20, check=True
+        )
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def _mean(values: Sequence[float]) -> float | None:

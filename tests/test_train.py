@@ -57,6 +57,9 @@ def test_an_epoch_visits_every_case_and_processes_share_it():
         epoch = [next(alone) for _ in range(steps_in_epoch(10, 4))]
         assert {case for batch in epoch for _, case in batch} == set(range(10))
         assert epoch == [next(pair[0]) + next(pair[1]) for _ in epoch]
+    parts = batches(3, 10, 1, rank=0, world=1, start=0, accumulate=4)
+    for whole in (next(batches(3, 10, 4, rank=0, world=1, start=s)) for s in range(4)):
+        assert whole == [group for _ in range(4) for group in next(parts)]
     late = batches(3, 10, 4, rank=0, world=1, start=6)
     assert next(late) == next(alone)
 
@@ -105,8 +108,13 @@ def test_a_run_leaves_what_its_docstring_says(phantoms, tmp_path):
     assert main(arguments(phantoms, run, "--max-steps", "4")) == 2  # never overwritten
 
 
-def run_command(phantoms, run, *more):
-    command = [sys.executable, "-m", "aftersam.train", *arguments(phantoms, run, *more)]
+def run_command(phantoms, run, *more, processes=1):
+    launcher = (
+        ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+        if processes > 1
+        else []
+    )
+    command = [sys.executable, "-m", *launcher, "aftersam.train", *arguments(phantoms, run, *more)]
     root = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'kernels'}"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -143,13 +151,33 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(phantoms, tmp_path):
     assert len(losses("killed")) == 12
 
 
+@pytest.mark.slow
+def test_processes_and_accumulation_equal_one_large_batch(phantoms, tmp_path):
+    """Two groups a step as one batch of two, as two batches of one, and on two processes: the same losses."""
+    steps = ["--max-steps", "4", "--validations", "1"]
+    losses = {}
+    for name, size, processes in (
+        ("batch", ["--batch-size", "2"], 1),
+        ("accumulate", ["--batch-size", "1", "--accumulate", "2"], 1),
+        ("processes", ["--batch-size", "1"], 2),
+    ):
+        process = run_command(phantoms, tmp_path / name, *steps, *size, processes=processes)
+        error = process.communicate(timeout=300)[1].decode()
+        assert process.returncode == 0, error
+        lines = (tmp_path / name / "history.jsonl").read_text().splitlines()
+        losses[name] = [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+        assert len(losses[name]) == 4
+    assert losses["accumulate"] == pytest.approx(losses["batch"], rel=1e-5)
+    assert losses["processes"] == pytest.approx(losses["batch"], rel=1e-5)
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(phantoms, tmp_path, monkeypatch, capsys):
     step = training._Run._step
 
-    def broken(self, batch):
+    def broken(self, parts):
         if self.progress.step == 2:
-            batch["hu"].fill_(float("nan"))
-        return step(self, batch)
+            parts[0]["hu"].fill_(float("nan"))
+        return step(self, parts)
 
     monkeypatch.setattr(training._Run, "_step", broken)
     run = tmp_path / "run"
