@@ -5,10 +5,11 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench figure check format clean
+.PHONY: help setup demo test test-triton36 bench figure check format clean
 
 DEMO ?= demo-run
 TESTS ?=
+KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,axial_attention axial_half lora_linear rel_pos_attention compile))
 
 ifdef PYTHON
 PY := $(PYTHON)
@@ -20,7 +21,7 @@ READY := .venv/installed
 endif
 
 help: ## list these targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
 	@echo "  PYTHON=python3 uses that environment instead of .venv and installs nothing"
 
 setup: $(READY) ## make .venv with everything the other targets need
@@ -30,6 +31,9 @@ demo: $(READY) ## synthetic CT scans: train, segment, score, report in demo-run/
 
 test: $(READY) ## run the tests; TESTS="tests/test_config.py -x" passes on to pytest
 	$(PY) -m pytest -q $(TESTS)
+
+test-triton36: .venv-triton36/installed ## the kernels under Triton 3.6, which GPU images in the field have
+	PYTHONPATH=kernels .venv-triton36/bin/python -m pytest -q -p no:cacheprovider $(KERNEL_TESTS)
 
 bench: $(READY) ## time the op against its rivals on this machine, into benchmarks/results/
 	$(PY) -m benchmarks.bench_fusion
@@ -48,10 +52,18 @@ format: $(READY) ## let ruff fix and format the code
 
 clean: ## remove caches, builds and demo-run; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(DEMO)
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
 
 .venv/installed: setup.py constraints.txt
 	@echo "making .venv: about 2 GB, some minutes, once"
 	python3 -m venv .venv
 	.venv/bin/python -m pip install -q -c constraints.txt -e '.[test,dev]'
+	touch $@
+
+# torch's CUDA build asks for one Triton alone, hence --no-deps; Triton 3.6's interpreter needs numpy below 2.4.
+.venv-triton36/installed: constraints.txt
+	python3 -m venv .venv-triton36
+	.venv-triton36/bin/python -m pip install -q -c constraints.txt torch pytest pytest-timeout
+	.venv-triton36/bin/python -m pip install -q 'numpy<2.4'
+	.venv-triton36/bin/python -m pip install -q --no-deps triton==3.6.0
 	touch $@
