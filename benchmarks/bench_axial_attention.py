@@ -65,8 +65,8 @@ def batched_matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     batch, slices, positions, heads, dim = q.shape
-    rows = (t.permute(0, 2, 3, 1, 4).reshape(batch * positions, heads, slices, dim) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(*rows)
+    q, k, v = (t.permute(0, 2, 3, 1, 4).reshape(batch * positions, heads, slices, dim) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v)
     return y.unflatten(0, (batch, positions)).permute(0, 3, 1, 2, 4).contiguous()
 
 

@@ -25,6 +25,9 @@ from axial_fusion import AttentionWeights, LoRA
 from axial_fusion import axial_half as half
 from axial_fusion.axial_attention import _launch_backward, _launch_forward
 
+lora, qkv = (
+    sys.modules[f"axial_fusion.{name}"] for name in ("lora_linear", "lora_qkv")
+)  # named like their ops
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
 }  # fmt: skip
@@ -79,6 +82,25 @@ def axial_half(
     half._launch_backward(draw(1, queries[2], positions, channels), x, weights, heads, queries, 1e-6, True)
 
 
+def lora_linear(dtype: torch.dtype, rows: int, k: int, n: int, rank: int, *, dropout: bool = False) -> None:
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    x, dy, weight, bias = draw(rows, k), draw(rows, n), draw(n, k), draw(n)
+    a, b = (draw(rank, k), draw(n, rank)) if rank else (None, None)
+    seed = torch.tensor(1) if dropout else None
+    lora._launch_forward(x, weight, bias, a, b, seed, 0.5, 0.1)
+    lora._launch_dx(dy, weight, a, b, seed, 0.5, 0.1)
+    if rank:
+        lora._launch_thin(draw(rows, rank), x, seed, 0.1)
+
+
+def lora_qkv(dtype: torch.dtype, rows: int, channels: int, rank: int) -> None:
+    x, a = torch.zeros(rows, channels, dtype=dtype), torch.zeros(2 * rank, channels, dtype=dtype)
+    gamma, beta = torch.zeros(2, channels).unbind()
+    qkv._normalised(x, gamma, beta, a if rank else None, 1e-6, dtype, "triton")
+
+
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     "axial, N 9, D 32": lambda dtype: axial_attention(dtype, 9, 9, 4096, 8, 32),
     "axial, N 9, D 32, packed": lambda dtype: axial_attention(dtype, 9, 9, 4096, 8, 32, packed=True),
@@ -86,6 +108,12 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "axial, N 16, D 24, P 7": lambda dtype: axial_attention(dtype, 16, 16, 7, 3, 24),
     "half, N 9, D 32, C 256, r 4": lambda dtype: axial_half(dtype, 9, 4096, 256, 8, 4),
     "half, N 9, D 64, C 768, no LoRA": lambda dtype: axial_half(dtype, 9, 4096, 768, 12, 0),
+    "lora, 768 to 2304, r 4": lambda dtype: lora_linear(dtype, 36_864, 768, 2304, 4),
+    "lora, 768 to 768, r 64, dropout": lambda dtype: lora_linear(dtype, 4096, 768, 768, 64, dropout=True),
+    "lora, 37 to 53, r 3, 7 rows": lambda dtype: lora_linear(dtype, 7, 37, 53, 3),
+    "lora, 256 to 768, no LoRA": lambda dtype: lora_linear(dtype, 4096, 256, 768, 0),
+    "qkv, C 256, r 4": lambda dtype: lora_qkv(dtype, 36_864, 256, 4),
+    "qkv, C 1280, r 16": lambda dtype: lora_qkv(dtype, 4096, 1280, 16),
     "half, centre of 9, D 24, C 72, P 7": lambda dtype: axial_half(dtype, 9, 7, 72, 3, 4, centre=True),
 }
 

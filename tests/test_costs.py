@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from axial_fusion import AttentionWeights, LoRA, axial_attention, axial_fusion_attention
@@ -75,17 +76,17 @@ def test_axial_half(launches):
     with FlopCounterMode(display=False) as counter:
         kept, y = saved_bytes(lambda: axial_fusion_attention(x, w, None, num_heads=2, backend="triton"), flat)
     assert kept == 0
-    assert [name for name, _ in launches] == ["_row_stats_kernel", "_axial_half_fwd_kernel", "_output_kernel"]
+    assert [name for name, _ in launches] == ["rows_kernel", "_axial_half_fwd_kernel", "_output_kernel"]
     rows = slices * positions
     size, matrix, vector, thin = (4 * n for n in (rows * c, c * c, c, rank * c))
-    statistics, low_rank = 2 * 4 * rows, 4 * rows * 2 * 16  # the rank is padded to a matrix unit's 16
+    statistics, low_rank = 2 * 4 * rows, 4 * rows * 2 * rank
     assert launches[0][1] == size + 2 * vector + 2 * thin + statistics + low_rank
     assert launches[1][1] == 2 * size + 3 * matrix + (3 + 2) * vector + 2 * thin + statistics + low_rank
     assert launches[2][1] == 3 * size + matrix + vector
     assert counter.get_total_flops() == 2 * rows * (4 * c * c + 2 * 2 * c * rank + 2 * slices * c)
     launches.clear()
     y.sum().backward()
-    assert [name for name, _ in launches] == ["_row_stats_kernel", "_axial_half_bwd_kernel"]
+    assert [name for name, _ in launches] == ["rows_kernel", "_axial_half_bwd_kernel"]
 
 
 @pytest.mark.parametrize("slices", [5, 9])
@@ -96,7 +97,8 @@ def test_naive_3d_attention_needs_the_flops_that_the_paper_says(slices):
     counted = {}
     for name in ("naive 3D", "axial_fusion"):
         provider = providers(shape)[name]
-        with FlopCounterMode(display=False) as counter:
+        # torch's counter knows no formula for the CPU's flash attention; its products are the math backend's
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             provider.call(x, *weights)
         counted[name] = counter.get_total_flops()
         assert counted[name] == provider.flops

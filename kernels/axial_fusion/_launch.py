@@ -20,6 +20,7 @@ Op = Literal[
     "rel_pos_attention",
     "window_attention",
     "lora_linear",
+    "lora_qkv",
     "axial_fusion_attention",
 ]
 BACKENDS: dict[str, tuple[str, ...]] = {
@@ -27,13 +28,15 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "slice_attention": ("sdpa", "flash", "xformers", "flex", "torch"),
     "rel_pos_attention": ("torch",),
     "window_attention": ("torch",),
-    "lora_linear": ("torch",),
+    "lora_linear": ("augmented", "triton", "torch"),
+    "lora_qkv": ("augmented", "triton"),
     "axial_fusion_attention": ("composed", "triton", "torch"),
 }
 INSTALLED = {name: find_spec(name) is not None for name in ("triton", "flash_attn", "xformers")}
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")  # Triton reads it once, as we do
 MAX_TRITON_SLICES = 64  # one tile holds every slice of a position
 MAX_TRITON_HEAD_DIM = 128
+MAX_TRITON_RANK = 64
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -80,16 +83,27 @@ def _fastest(op: str, tensors: tuple[Tensor, ...]) -> Choice:
                 "torch", "half precision and at most 512 positions on a CPU: plain matmuls are faster"
             )
         return Choice("sdpa", "torch picks the fastest fused attention for the device")
-    return Choice("torch", f"{op} has this backend alone")
+    if (
+        op == "lora_linear"
+        and first.device.type == "cuda"
+        and len(tensors) > 2
+        and not under_transform(tensors)
+    ):
+        return Choice(
+            "augmented", "one product of K + r writes y once; not measured yet, and the plan to beat"
+        )
+    return Choice("torch", "library products, nothing to fuse with them here")
 
 
 def _obstacle(op: str, backend: str, tensors: tuple[Tensor, ...]) -> str | None:
     """Why `backend` cannot run `op` on these tensors, or None."""
     first = tensors[0]
     if backend in ("torch", "sdpa", "composed"):
-        return None
+        return None  # these have every derivative
     if under_transform(tensors):
         return "it has no forward-mode derivative and no torch.func transform; the torch backend has both"
+    if backend == "augmented":
+        return None
     if backend == "triton":
         return _triton_obstacle(op, tensors)
     if backend == "flex":
@@ -113,6 +127,9 @@ def _triton_obstacle(op: str, tensors: tuple[Tensor, ...]) -> str | None:
         return f"it needs CUDA tensors, found {first.device.type}"
     if first.dtype not in (torch.float32, *HALF):
         return f"it needs float32, float16 or bfloat16, found {dtype_name(first.dtype)}"
+    if op in ("lora_linear", "lora_qkv"):
+        rank = tensors[2].shape[0] if len(tensors) > 2 else 1
+        return f"rank {rank} is above {MAX_TRITON_RANK}" if rank > MAX_TRITON_RANK else None
     slices = max(t.shape[1] for t in tensors)
     if slices > MAX_TRITON_SLICES:
         return f"{slices} slices are above {MAX_TRITON_SLICES}"

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from axial_fusion._launch import no_second_derivative, softmax_scale
+from axial_fusion._rows import normalised, rows_kernel, transposed
 from axial_fusion._tiles import block, tiles
 from axial_fusion.axial_attention import _jit, _on, _probabilities, _rows, _store, _visible
 from axial_fusion.reference import AttentionWeights, LoRA
@@ -36,83 +37,6 @@ except ImportError:  # the kernels below then stay plain functions that nothing 
 
 
 @_jit
-def _row_stats_kernel(
-    x_ptr, gamma_ptr, beta_ptr, a_q_ptr, a_v_ptr, mean_ptr, rstd_ptr, xa_ptr,
-    eps, N, P, rows, stride_xb, stride_xn, stride_xp,
-    C: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, NORM: tl.constexpr, BETA: tl.constexpr,
-    LORA_Q: tl.constexpr, LORA_V: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Mean and 1 / deviation of each row of x, and z A_Qᵀ and z A_Vᵀ as xa (rows, 2, RANK)."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    mask = row < rows
-    offs = (row // P // N) * stride_xb + (row // P % N) * stride_xn + (row % P) * stride_xp
-    mean = tl.zeros([BLOCK_T], tl.float32)
-    rstd = tl.full([BLOCK_T], 1.0, tl.float32)
-    if NORM:
-        for c in range(0, C, BLOCK_C):
-            mean += tl.sum(_raw(x_ptr, offs, mask, c, C, BLOCK_C), 1)
-        mean = mean / C
-        square = tl.zeros([BLOCK_T], tl.float32)
-        for c in range(0, C, BLOCK_C):
-            x = _raw(x_ptr, offs, mask, c, C, BLOCK_C) - mean[:, None]
-            square += tl.sum(tl.where((c + tl.arange(0, BLOCK_C) < C)[None, :], x * x, 0.0), 1)
-        rstd = 1.0 / tl.sqrt(square / C + eps)
-        tl.store(mean_ptr + row, mean, mask=mask)
-        tl.store(rstd_ptr + row, rstd, mask=mask)
-    at = row[:, None] * (2 * RANK) + tl.arange(0, RANK)[None, :]
-    if LORA_Q:
-        acc = tl.zeros([BLOCK_T, RANK], tl.float32)
-        for c in range(0, C, BLOCK_C):
-            a = _transposed(a_q_ptr, 0, c, R, C, RANK, BLOCK_C)  # [BLOCK_C, RANK]
-            z = _normalised(
-                x_ptr, offs, mask, mean, rstd, gamma_ptr, beta_ptr, c, C, NORM, BETA, BLOCK_C, a.dtype
-            )
-            acc = tl.dot(z, a, acc=acc, input_precision="ieee")
-        tl.store(xa_ptr + at, acc.to(xa_ptr.dtype.element_ty), mask=mask[:, None])
-    if LORA_V:
-        acc = tl.zeros([BLOCK_T, RANK], tl.float32)
-        for c in range(0, C, BLOCK_C):
-            a = _transposed(a_v_ptr, 0, c, R, C, RANK, BLOCK_C)
-            z = _normalised(
-                x_ptr, offs, mask, mean, rstd, gamma_ptr, beta_ptr, c, C, NORM, BETA, BLOCK_C, a.dtype
-            )
-            acc = tl.dot(z, a, acc=acc, input_precision="ieee")
-        tl.store(xa_ptr + RANK + at, acc.to(xa_ptr.dtype.element_ty), mask=mask[:, None])
-
-
-@_jit
-def _raw(x_ptr, offs, mask, c, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Columns c .. c + BLOCK_C − 1 of the rows at `offs`, in fp32, 0 past C."""
-    offs_c = c + tl.arange(0, BLOCK_C)
-    ptrs = x_ptr + offs[:, None] + offs_c[None, :]
-    return tl.load(ptrs, mask=mask[:, None] & (offs_c < C)[None, :], other=0.0).to(tl.float32)
-
-
-@_jit
-def _normalised(x_ptr, offs, mask, mean, rstd, gamma_ptr, beta_ptr, c, C: tl.constexpr,
-                NORM: tl.constexpr, BETA: tl.constexpr, BLOCK_C: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
-    """The same columns of z = LN(x), rounded to `dtype` as a LayerNorm of its own would round them."""
-    z = _raw(x_ptr, offs, mask, c, C, BLOCK_C)
-    if NORM:
-        offs_c = c + tl.arange(0, BLOCK_C)
-        gamma = tl.load(gamma_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
-        z = (z - mean[:, None]) * rstd[:, None] * gamma[None, :]
-        if BETA:
-            z += tl.load(beta_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
-    return z.to(dtype)
-
-
-@_jit
-def _transposed(
-    w_ptr, row, c, ROWS: tl.constexpr, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """W[row : row + ROWS, c : c + BLOCK_C]ᵀ of a contiguous W (..., C), zeros past its ends.  # [BLOCK_C, BLOCK_R]"""
-    offs_r, offs_c = tl.arange(0, BLOCK_R), c + tl.arange(0, BLOCK_C)
-    mask = (offs_c < C)[:, None] & (offs_r < ROWS)[None, :]
-    return tl.load(w_ptr + (row + offs_r)[None, :] * C + offs_c[:, None], mask=mask, other=0.0)
-
-
-@_jit
 def _completed(acc, bias_ptr, row, xa_ptr, t, mask, b_ptr, b_row, scaling, PART: tl.constexpr, D: tl.constexpr,
                R: tl.constexpr, RANK: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr,
                LORA: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
@@ -120,9 +44,8 @@ def _completed(acc, bias_ptr, row, xa_ptr, t, mask, b_ptr, b_row, scaling, PART:
     offs_d = tl.arange(0, BLOCK_D)
     if LORA:
         offs_r = tl.arange(0, RANK)
-        xa = tl.load(
-            xa_ptr + t[:, None] * (2 * RANK) + PART * RANK + offs_r[None, :], mask=mask[:, None], other=0.0
-        )
+        at = t[:, None] * (2 * R) + PART * R + offs_r[None, :]
+        xa = tl.load(xa_ptr + at, mask=mask[:, None] & (offs_r < R)[None, :], other=0.0)
         inside = (offs_r < R)[:, None] & (offs_d < D)[None, :]
         b = tl.load(b_ptr + (b_row + offs_d)[None, :] * R + offs_r[:, None], mask=inside, other=0.0)
         acc += scaling * tl.dot(xa, b, input_precision="ieee")
@@ -154,14 +77,12 @@ def _qkv(x_ptr, mean_ptr, rstd_ptr, xa_ptr, gamma_ptr, beta_ptr, w_ptr, bias_ptr
     v = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     row = head * D
     for c in range(0, C, BLOCK_C):
-        z = _normalised(
-            x_ptr, offs, mask_k, mean, rstd, gamma_ptr, beta_ptr, c, C, NORM, BETA, BLOCK_C, dtype
-        )
+        z = normalised(x_ptr, offs, mask_k, mean, rstd, gamma_ptr, beta_ptr, c, C, NORM, BETA, BLOCK_C, dtype)
         if SAME:
-            q = tl.dot(z, _transposed(w_ptr, row, c, D, C, BLOCK_D, BLOCK_C), acc=q, input_precision="ieee")
-        k = tl.dot(z, _transposed(w_ptr, C + row, c, D, C, BLOCK_D, BLOCK_C), acc=k, input_precision="ieee")
+            q = tl.dot(z, transposed(w_ptr, row, c, D, C, BLOCK_D, BLOCK_C), acc=q, input_precision="ieee")
+        k = tl.dot(z, transposed(w_ptr, C + row, c, D, C, BLOCK_D, BLOCK_C), acc=k, input_precision="ieee")
         v = tl.dot(
-            z, _transposed(w_ptr, 2 * C + row, c, D, C, BLOCK_D, BLOCK_C), acc=v, input_precision="ieee"
+            z, transposed(w_ptr, 2 * C + row, c, D, C, BLOCK_D, BLOCK_C), acc=v, input_precision="ieee"
         )
     t_q = t
     mask_q = mask_k
@@ -178,10 +99,10 @@ def _qkv(x_ptr, mean_ptr, rstd_ptr, xa_ptr, gamma_ptr, beta_ptr, w_ptr, bias_ptr
             mean = tl.load(mean_ptr + t_q, mask=mask_q, other=0.0)
             rstd = tl.load(rstd_ptr + t_q, mask=mask_q, other=0.0)
         for c in range(0, C, BLOCK_C):
-            z = _normalised(
+            z = normalised(
                 x_ptr, offs, mask_q, mean, rstd, gamma_ptr, beta_ptr, c, C, NORM, BETA, BLOCK_C, dtype
             )
-            q = tl.dot(z, _transposed(w_ptr, row, c, D, C, BLOCK_D, BLOCK_C), acc=q, input_precision="ieee")
+            q = tl.dot(z, transposed(w_ptr, row, c, D, C, BLOCK_D, BLOCK_C), acc=q, input_precision="ieee")
     q = _completed(q, bias_ptr, row, xa_ptr, t_q, mask_q, b_q_ptr, row, scaling_q,
                    0, D, R, RANK, BLOCK_D, BIAS, LORA_Q, dtype)  # fmt: skip
     k = _completed(k, bias_ptr, C + row, xa_ptr, t, mask_k, b_q_ptr, row, scaling_q,
@@ -319,10 +240,9 @@ class _Call:
         batch, slices, positions, channels = x.shape
         dim = channels // heads
         dtype = w.qkv_weight.dtype
-        loras = [None if lora is None else (lora.a.to(dtype).contiguous(), lora.b.to(dtype).contiguous())
-                 for lora in (w.lora_q, w.lora_v)]  # fmt: skip
-        rank = next((lora[0].shape[0] for lora in loras if lora is not None), 1)
-        (self.a_q, self.b_q), (self.a_v, self.b_v) = (lora or (None, None) for lora in loras)
+        self.a_q, self.b_q = _thin(w.lora_q, dtype)
+        self.a_v, self.b_v = _thin(w.lora_v, dtype)
+        rank = next((a.shape[0] for a in (self.a_q, self.a_v) if a is not None), 1)
         self.config = tiles(op, w.qkv_weight, self.num_queries, slices, dim, channels)
         self.tiles = -(-positions // self.config["GROUP"])
         self.grid = (batch * self.tiles * heads,)
@@ -341,12 +261,12 @@ class _Call:
         if w.norm_weight is not None:
             self.mean, self.rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
         if w.lora_q is not None or w.lora_v is not None:
-            self.xa = x.new_empty(rows, 2, block(rank), dtype=dtype)
+            self.xa = x.new_empty(rows, 2, rank, dtype=dtype)
         if self.mean is not None or self.xa is not None:
-            _row_stats_kernel[(-(-rows // 32),)](
-                x, w.norm_weight, w.norm_bias, self.a_q, self.a_v, self.mean, self.rstd, self.xa,
-                eps, slices, positions, rows, x.stride(0), x.stride(1), x.stride(2),
-                **flags, BLOCK_T=32, BLOCK_C=block_c, num_warps=4, num_stages=2,
+            rows_kernel[(-(-rows // 32),)](
+                x, w.norm_weight, w.norm_bias, self.a_q, self.a_v, self.mean, self.rstd, None, self.xa,
+                eps, slices, positions, rows, x.stride(0), x.stride(1), x.stride(2), 0, 2 * rank, rank,
+                **flags, WRITE_Z=False, BLOCK_T=32, BLOCK_C=block_c, num_warps=4, num_stages=2,
             )  # fmt: skip
         self.scalars = (
             w.lora_q.scaling if w.lora_q else 0.0, w.lora_v.scaling if w.lora_v else 0.0, softmax_scale(None, dim),
@@ -357,6 +277,11 @@ class _Call:
         w = self.w
         return (self.x, self.mean, self.rstd, self.xa, w.norm_weight, w.norm_bias, w.qkv_weight, w.qkv_bias,
                 self.b_q, self.b_v)  # fmt: skip
+
+
+def _thin(lora: LoRA | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """A and B in the dtype that products are computed in."""
+    return (None, None) if lora is None else (lora.a.to(dtype).contiguous(), lora.b.to(dtype).contiguous())
 
 
 def _launch_forward(
@@ -511,9 +436,9 @@ def _backward_op(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
         dx, dnorm, dbeta = torch.ops.aten.native_layer_norm_backward(
             dz.to(wide), x.to(wide), [channels], mean, rstd, norm, beta, mask
         )
-        if need["norm_weight"]:
+        if need["norm_weight"] and w.norm_weight is not None:
             grads["norm_weight"] = dnorm.to(w.norm_weight.dtype)
-        if need["norm_bias"]:
+        if need["norm_bias"] and w.norm_bias is not None:
             grads["norm_bias"] = dbeta.to(w.norm_bias.dtype)
     if need["x"]:
         dx = dx.to(x.dtype)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from axial_fusion._launch import MAX_TRITON_HEAD_DIM, autocast_dtype, select_backend
+from axial_fusion._launch import MAX_TRITON_HEAD_DIM, autocast_dtype, plain_on, select_backend
 from axial_fusion.axial_attention import axial_attention
 from axial_fusion.axial_half import axial_half
 from axial_fusion.lora_linear import lora_linear
+from axial_fusion.lora_qkv import lora_qkv
 from axial_fusion.reference import AttentionWeights, LoRA
 from axial_fusion.slice_attention import slice_attention
 
@@ -80,15 +81,14 @@ def axial_fusion_attention(
             residual=residual or intra is not None, eps=eps,
         )  # fmt: skip
     elif inter is not None:
-        z = _norm(x, inter, eps)
-        q, k, v = _projections(z, inter, num_heads, dropout_p, query_index)
+        q, k, v = _normed_projections(x, inter, num_heads, dropout_p, eps, chosen, query_index)
         o = axial_attention(q, k, v, backend="torch" if chosen == "torch" else "auto")
         kept = _pick(x, query_index) if residual or intra is not None else None
         x = _project(o, inter, kept, dtype=x.dtype)
     else:
         x = _pick(x, query_index)
     if intra is not None:
-        q, k, v = _projections(_norm(x, intra, eps), intra, num_heads, dropout_p)
+        q, k, v = _normed_projections(x, intra, num_heads, dropout_p, eps, chosen)
         o = slice_attention(q, k, v, backend="torch" if backend == "torch" else "auto")
         x = _project(o, intra, x if residual else None, dtype=x.dtype)
     return x if len(grid) == 1 else x.unflatten(2, grid)
@@ -123,8 +123,30 @@ def _progression(index: list[int] | None, slices: int) -> tuple[int, int, int]:
 def _in_one_dtype(w: AttentionWeights, x: Tensor) -> AttentionWeights:
     """The projections in the dtype that products are computed in: autocast's, or x's."""
     dtype = autocast_dtype(x) or x.dtype
-    four = (None if t is None else t.to(dtype) for t in w[:4])
-    return AttentionWeights(*four, *w[4:])  # type: ignore[arg-type]  # the weights are not None
+    return w._replace(
+        qkv_weight=w.qkv_weight.to(dtype),
+        qkv_bias=None if w.qkv_bias is None else w.qkv_bias.to(dtype),
+        out_weight=w.out_weight.to(dtype),
+        out_bias=None if w.out_bias is None else w.out_bias.to(dtype),
+    )
+
+
+def _normed_projections(
+    x: Tensor,
+    w: AttentionWeights,
+    num_heads: int,
+    dropout_p: float,
+    eps: float,
+    backend: str,
+    query_index: list[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, Nq, P, M, D), k and v (B, N, P, M, D) of LN(x): one op with LoRA on q and v where that fits."""
+    ranks = {None if lora is None else lora.a.shape[0] for lora in (w.lora_q, w.lora_v)}
+    apart = query_index is not None or w.norm_weight is None or ranks == {None} or len(ranks) > 1 or dropout_p
+    if apart or backend == "torch" or plain_on(x):
+        return _projections(_norm(x, w, eps), w, num_heads, dropout_p, query_index)
+    qkv = lora_qkv(x, w.norm_weight, w.norm_bias, w.qkv_weight, w.qkv_bias, w.lora_q, w.lora_v, eps=eps)  # type: ignore[arg-type]
+    return qkv.unflatten(-1, (3, num_heads, -1)).unbind(3)  # type: ignore[return-value]  # views
 
 
 def _norm(x: Tensor, w: AttentionWeights, eps: float) -> Tensor:

@@ -109,9 +109,13 @@ class _Problem:
         if self.op == "axial_attention":
             y = axial_attention(*self.inputs, backend="triton")
         else:
-            x, *rest = self.inputs
+            x, *weights = self.inputs
             y = axial_fusion_attention(
-                x, AttentionWeights(*rest), None, num_heads=self.heads, backend="triton"
+                x,
+                AttentionWeights._make([*weights, None, None]),
+                None,
+                num_heads=self.heads,
+                backend="triton",
             )
         return self._with_gradients(y, self.inputs)
 
@@ -120,8 +124,9 @@ class _Problem:
         if self.op == "axial_attention":
             y = reference.axial_attention(wide[0], wide[1], wide[2])
         else:
-            x, *rest = wide
-            y = reference.axial_fusion_attention(x, AttentionWeights(*rest), None, num_heads=self.heads)
+            x, *weights = wide
+            inter = AttentionWeights._make([*weights, None, None])
+            y = reference.axial_fusion_attention(x, inter, None, num_heads=self.heads)
         return self._with_gradients(y, wide)
 
     def _with_gradients(self, y: Tensor, inputs: list[Tensor]) -> list[Tensor]:

@@ -1,0 +1,238 @@
+"""LayerNorm, then q, k and v with LoRA on q and v, as one op and one large product.
+
+    z = LN(x);   [q k v] = z Wᵀ + b + s_q (z A_Qᵀ) B_Qᵀ in q's columns + s_v (z A_Vᵀ) B_Vᵀ in v's
+                         = [z | z A_Qᵀ | z A_Vᵀ] [W | s_q B_Q in q's rows | s_v B_V in v's rows]ᵀ + b
+
+The kernel that normalises a row writes the thin products into the row's tail, so that the augmented product of
+K + 2r costs no copy. Row statistics are fp32. x alone is saved; z and its tail are made again. In the backward, with
+d the gradient, one product d [W | ...] gives dz's base and the gradients of both thin products, D (T, 2r):
+
+    dz = d W + D [A_Q; A_V]     [dA_Q; dA_V] = Dᵀ z     dB = s dᵀ (z Aᵀ)     dW = dᵀ z     dx = LN'(dz)"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from axial_fusion._launch import autocast_dtype, check_shapes, no_second_derivative, select_backend
+from axial_fusion._rows import rows_kernel
+from axial_fusion._tiles import block
+from axial_fusion.axial_attention import _on
+from axial_fusion.reference import LoRA
+
+ALIGN = 8  # columns: the library's fast products want rows of a multiple of 16 bytes
+
+
+def _normalised(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor | None,
+    a: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (T, C), a = [A_Q; A_V] (2r, C) -> [z | z aᵀ | 0] (T, C + tail) in `dtype`, mean and rstd (T,)."""
+    rows, channels = x.shape
+    thin = 0 if a is None else a.shape[0]
+    tail = -(-thin // ALIGN) * ALIGN
+    if backend == "triton" and x.numel():
+        out = x.new_empty(rows, channels + tail, dtype=dtype)
+        out[:, channels + thin :] = 0
+        mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+        rank = max(1, thin // 2)
+        a_q, a_v = (None, None) if a is None else a.chunk(2)
+        with _on(x.device):
+            rows_kernel[(-(-rows // 32),)](
+                x, gamma, beta, a_q, a_v, mean, rstd, out, out[:, channels:] if thin else None,
+                eps, 1, rows, rows, 0, 0, x.stride(0), out.stride(0), out.stride(0), rank,
+                C=channels, R=rank, RANK=block(rank), NORM=True, BETA=beta is not None,
+                LORA_Q=a is not None, LORA_V=a is not None, WRITE_Z=True, BLOCK_T=32,
+                BLOCK_C=32 if dtype == torch.float32 else 64, num_warps=4, num_stages=2,
+            )  # fmt: skip
+        return out, mean, rstd
+    wide = torch.promote_types(x.dtype, torch.float32)
+    bias = None if beta is None else beta.to(wide)
+    z, mean, rstd = torch.native_layer_norm(x.to(wide), [channels], gamma.to(wide), bias, eps)
+    z = z.to(dtype)
+    if a is not None:
+        z = torch.cat([z, z @ a.t(), z.new_zeros(rows, tail - thin)], 1)
+    return z, mean, rstd
+
+
+def _augmented(
+    weight: Tensor, b_q: Tensor | None, b_v: Tensor | None, scaling: tuple[float, float]
+) -> Tensor:
+    """[W | s_q B_Q in q's rows | s_v B_V in v's rows | 0], (3C, C + tail)."""
+    if b_q is None or b_v is None:
+        return weight
+    rank = b_q.shape[1]
+    tail = -(-2 * rank // ALIGN) * ALIGN
+    out = F.pad(weight, (0, tail))
+    channels = b_q.shape[0]
+    out[:channels, weight.shape[1] : weight.shape[1] + rank] = scaling[0] * b_q
+    out[2 * channels :, weight.shape[1] + rank : weight.shape[1] + 2 * rank] = scaling[1] * b_v
+    return out
+
+
+_OP = "axial_fusion::lora_qkv"
+_INPUTS = (
+    "Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias, Tensor? a_q, Tensor? b_q,"
+    " Tensor? a_v, Tensor? b_v, float scaling_q, float scaling_v, float eps, str backend"
+)
+torch.library.define(_OP, f"({_INPUTS}) -> Tensor")
+torch.library.define(f"{_OP}_backward", f"(Tensor grad, {_INPUTS}, bool[] needs) -> Tensor[]")
+
+
+def _stacked(a_q: Tensor | None, a_v: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if a_q is None or a_v is None else torch.cat([a_q, a_v]).to(dtype)
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+@torch.library.impl(_OP, "CompositeExplicitAutograd")
+def _forward(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None,
+    a_q: Tensor | None, b_q: Tensor | None, a_v: Tensor | None, b_v: Tensor | None,
+    scaling_q: float, scaling_v: float, eps: float, backend: str,
+) -> Tensor:  # fmt: skip
+    a = _stacked(a_q, a_v, weight.dtype)
+    z, _, _ = _normalised(_rows_of(x), norm_weight, norm_bias, a, eps, weight.dtype, backend)
+    y = F.linear(z, _augmented(weight, b_q, b_v, (scaling_q, scaling_v)), bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake(_OP)
+def _(x, norm_weight, norm_bias, weight, bias, *_):
+    return weight.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd")
+def _backward_op(
+    grad: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None,
+    a_q: Tensor | None, b_q: Tensor | None, a_v: Tensor | None, b_v: Tensor | None,
+    scaling_q: float, scaling_v: float, eps: float, backend: str, needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of the nine tensors, an empty one for each that is not needed."""
+    inputs = (x, norm_weight, norm_bias, weight, bias, a_q, b_q, a_v, b_v)
+    grads = [x.new_empty(0) for _ in inputs]
+    rows, dtype, channels = _rows_of(x), weight.dtype, x.shape[-1]
+    d = _rows_of(grad.to(dtype))  # (T, 3C)
+    a = _stacked(a_q, a_v, dtype)
+    z, mean, rstd = _normalised(rows, norm_weight, norm_bias, a, eps, dtype, backend)
+    if needs[3]:
+        grads[3] = d.t() @ z[:, :channels]
+    if needs[4]:
+        grads[4] = d.sum(0)
+    both = d @ _augmented(weight, b_q, b_v, (scaling_q, scaling_v))  # (T, C + tail)
+    dz = both[:, :channels]
+    if a is not None and a_q is not None and b_q is not None and a_v is not None and b_v is not None:
+        rank, third = a_q.shape[0], weight.shape[0] // 3
+        thin = both[:, channels : channels + 2 * rank]
+        if needs[5] or needs[7]:
+            da = thin.t() @ z[:, :channels]
+            grads[5], grads[7] = da[:rank].to(a_q.dtype), da[rank:].to(a_v.dtype)
+        for i, b, part, scaling in ((6, b_q, 0, scaling_q), (8, b_v, 1, scaling_v)):
+            if needs[i]:
+                seen = z[:, channels + part * rank : channels + (part + 1) * rank]
+                grads[i] = (scaling * (d[:, 2 * part * third : (2 * part + 1) * third].t() @ seen)).to(
+                    b.dtype
+                )
+        dz = torch.addmm(dz, thin, a)
+    if any(needs[:3]):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        beta = None if norm_bias is None else norm_bias.to(wide)
+        statistics = (mean.view(-1, 1).to(wide), rstd.view(-1, 1).to(wide))
+        dx, dgamma, dbeta = torch.ops.aten.native_layer_norm_backward(
+            dz.to(wide), rows.to(wide), [channels], *statistics, norm_weight.to(wide), beta, needs[:3]
+        )
+        if needs[0]:
+            grads[0] = dx.to(x.dtype).view(x.shape)
+        if needs[1]:
+            grads[1] = dgamma.to(norm_weight.dtype)
+        if needs[2] and norm_bias is not None:
+            grads[2] = dbeta.to(norm_bias.dtype)
+    return [g if need else x.new_empty(0) for g, need in zip(grads, needs, strict=True)]
+
+
+@torch.library.register_fake(f"{_OP}_backward")
+def _(grad, x, *rest):
+    needs = rest[12]
+    return [
+        t.new_empty(t.shape) if need else x.new_empty(0)
+        for t, need in zip((x, *rest[:8]), needs, strict=True)
+    ]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:9])
+    ctx.options = inputs[9:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:9])
+    grads = torch.ops.axial_fusion.lora_qkv_backward(grad, *ctx.saved_tensors, *ctx.options, needs)
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 4)
+
+
+torch.library.register_autograd(_OP, _backward, setup_context=_save)
+torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("lora_qkv"))
+
+
+def lora_qkv(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    lora_q: LoRA | None = None,
+    lora_v: LoRA | None = None,
+    *,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> Tensor:
+    """x (..., C), norm_weight (C,), weight (3C, C) with rows q, k, v -> (..., 3C), LoRA a (r, C), b (C, r) on q and v.
+
+    Both LoRA pairs or none, of one rank. The result has the weight's dtype, or autocast's; the norm's and LoRA's
+    weights may stay fp32. `backend` auto, augmented (library calls alone) or triton.
+    Raises ValueError on a shape, rank or backend mismatch."""
+    expected = {"weight": (weight, "E C"), "norm_weight": (norm_weight, "C")}
+    if norm_bias is not None:
+        expected["norm_bias"] = (norm_bias, "C")
+    if bias is not None:
+        expected["bias"] = (bias, "E")
+    sizes = check_shapes("lora_qkv", expected)
+    if sizes["E"] != 3 * sizes["C"] or x.dim() < 1 or x.shape[-1] != sizes["C"]:
+        raise ValueError(
+            f"lora_qkv: x must be (..., C) and weight (3C, C), found shapes {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if (lora_q is None) != (lora_v is None):
+        raise ValueError("lora_qkv: lora_q and lora_v come together; one of them is None")
+    flat: list[Tensor | None] = [None] * 4
+    scaling = (1.0, 1.0)
+    if lora_q is not None and lora_v is not None:
+        c = sizes["C"]
+        for name, lora in (("lora_q", lora_q), ("lora_v", lora_v)):
+            if lora.a.shape != (lora_q.a.shape[0], c) or lora.b.shape != (c, lora_q.a.shape[0]):
+                raise ValueError(
+                    f"lora_qkv: {name} must be a (r, C) and b (C, r) with r = {lora_q.a.shape[0]} and C = {c}, "
+                    f"found {tuple(lora.a.shape)} and {tuple(lora.b.shape)}"
+                )
+        flat, scaling = (
+            [lora_q.a, lora_q.b, lora_v.a, lora_v.b],
+            (float(lora_q.scaling), float(lora_v.scaling)),
+        )
+    chosen = select_backend(
+        "lora_qkv", x, weight, *(() if lora_q is None else (lora_q.a,)), backend=backend
+    ).backend
+    dtype = autocast_dtype(x) or x.dtype
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    return torch.ops.axial_fusion.lora_qkv(
+        x, norm_weight, norm_bias, weight, bias, *flat, *scaling, eps, chosen
+    )

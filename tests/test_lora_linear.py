@@ -1,0 +1,388 @@
+"""LoRA linear and LoRA QKV: every engine against the reference in fp64, and what LoRA promises.
+
+The error may be at most 2× (gradients 3×) that of plain torch in the same dtype, with a floor of one rounding."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from axial_fusion import LoRA, LoRALinear, lora_linear, lora_qkv, reference, select_backend
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16]
+if DEVICE == "cuda":
+    DTYPES.append(torch.bfloat16)  # the interpreter's bf16 dot is broken
+FLOOR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+ENGINES = ["torch", "augmented", "triton"]
+
+pytestmark = pytest.mark.usefixtures("nan_memory")
+
+# leading shape of x, K, N, rank, bias
+SHAPES = {
+    "one row": ((1,), 16, 16, 1, True),
+    "odd everything": ((3, 7), 37, 53, 3, True),
+    "no bias": ((2, 5), 48, 40, 4, False),
+    "more rows than a tile": ((150,), 24, 150, 16, True),
+    "rank 33": ((9,), 40, 24, 33, True),
+    "no LoRA": ((4, 3), 20, 28, 0, True),
+}
+
+
+def draw(*shape, dtype=torch.float32, scale=1.0):
+    return (scale * torch.randn(*shape, device=DEVICE)).to(dtype).requires_grad_()
+
+
+def layer(lead, k, n, rank, bias, dtype):
+    tensors = [draw(*lead, k, dtype=dtype), draw(n, k, dtype=dtype, scale=k**-0.5)]
+    tensors.append(draw(n, dtype=dtype) if bias else None)
+    tensors += (
+        [draw(rank, k, dtype=dtype, scale=k**-0.5), draw(n, rank, dtype=dtype)] if rank else [None, None]
+    )
+    return tensors
+
+
+def error(value, exact):
+    return ((value.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+def doubled(tensors):
+    return [None if t is None else t.detach().double().requires_grad_() for t in tensors]
+
+
+def results(function, tensors, grad):
+    y = function(*tensors)
+    wanted = [t for t in tensors if t is not None and t.requires_grad]
+    return [y, *torch.autograd.grad(y, wanted, grad.to(y.dtype))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("backend", ENGINES)
+def test_matches_the_reference(backend, shape, dtype):
+    torch.manual_seed(0)
+    tensors = layer(*shape, dtype)
+    grad = torch.randn(*shape[0], shape[2], device=DEVICE).to(dtype)
+    exact = results(lambda *t: reference.lora_linear(*t, scaling=0.7), doubled(tensors), grad.double())
+    ours, plain = (
+        results(lambda *t, b=b: lora_linear(*t, scaling=0.7, backend=b), tensors, grad)
+        for b in (backend, "torch")
+    )
+    for i, (mine, theirs, truth) in enumerate(zip(ours, plain, exact, strict=True)):
+        assert mine.dtype == dtype
+        assert error(mine, truth) <= max((3 if i else 2) * error(theirs, truth), FLOOR[dtype]), f"result {i}"
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_strided_x_and_a_gradient_of_foreign_strides(backend):
+    torch.manual_seed(0)
+    _, w, bias, a, b = layer((1,), 20, 24, 4, True, torch.float32)
+    x = torch.randn(6, 5, 40, device=DEVICE)[::2, :, ::2].transpose(0, 1).detach().requires_grad_()
+    found = []
+    for engine in (backend, "torch"):
+        y = lora_linear(x, w, bias, a, b, backend=engine)
+        total = (torch.cat([y, y], -1) * torch.arange(48.0, device=DEVICE)).square().sum()
+        found.append([y, *torch.autograd.grad(total, [x, w, bias, a, b])])
+    for mine, theirs in zip(*found, strict=True):
+        assert error(mine, theirs.double()) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_zero_b_is_the_base_layer_to_the_bit(backend):
+    torch.manual_seed(0)
+    x, w, bias, a, b = layer((9,), 32, 24, 4, True, torch.float32)
+    zero = torch.zeros_like(b)
+    if backend != "augmented":  # another K sums in another order
+        assert torch.equal(
+            lora_linear(x, w, bias, a, zero, backend=backend), lora_linear(x, w, bias, backend=backend)
+        )
+    torch.testing.assert_close(lora_linear(x, w, bias, a, zero, backend=backend), lora_linear(x, w, bias))
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_only_what_is_asked_for_is_computed(backend):
+    torch.manual_seed(0)
+    x, w, bias, a, b = layer((9,), 32, 24, 4, True, torch.float32)
+    for frozen in (w, bias):
+        frozen.requires_grad_(False)
+    lora_linear(x, w, bias, a, b, backend=backend).sum().backward()
+    assert w.grad is None
+    assert bias.grad is None
+    assert all(t.grad is not None for t in (x, a, b))
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_dropout_is_a_function_of_its_seed_and_right_on_average(backend):
+    x, w = torch.ones(500, 16, device=DEVICE), torch.zeros(16, 16, device=DEVICE)
+    a = b = torch.eye(16, device=DEVICE)
+    seed = torch.tensor(7, device=DEVICE)
+
+    def run(seed):
+        return lora_linear(x, w, None, a, b, dropout_p=0.25, seed=seed, backend=backend)
+
+    one = run(seed)
+    assert torch.equal(one, run(seed))
+    assert not torch.equal(one, run(seed + 1))
+    assert torch.equal(one != 0, reference.dropout_mask(x.shape, 0.25, seed))
+    assert one.mean().item() == pytest.approx(1, abs=0.03)
+    torch.testing.assert_close(one.unique(), torch.tensor([0.0, 4 / 3], device=DEVICE))
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_dropout_in_the_gradients_and_under_checkpointing(backend):
+    torch.manual_seed(0)
+    tensors = layer((11,), 20, 24, 4, True, torch.float32)
+    seed, grad = torch.tensor(3, device=DEVICE), torch.randn(11, 24, device=DEVICE)
+
+    def run(*t):
+        return lora_linear(*t, scaling=0.5, dropout_p=0.3, seed=seed, backend=backend)
+
+    exact = results(
+        lambda *t: reference.lora_linear(*t, scaling=0.5, dropout_p=0.3, seed=seed),
+        doubled(tensors),
+        grad.double(),
+    )
+    for found in (
+        results(run, tensors, grad), results(lambda *t: checkpoint(run, *t, use_reentrant=False), tensors, grad)
+    ):  # fmt: skip
+        for mine, truth in zip(found, exact, strict=True):
+            assert error(mine, truth) < 2e-6
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_autocast_with_fp32_lora_weights(backend):
+    """The normal case of training: half-precision products beside fp32 A and B; y is not cast up."""
+    torch.manual_seed(0)
+    tensors = layer((9,), 32, 24, 4, True, torch.float32)
+    with torch.autocast(DEVICE, dtype=torch.float16):
+        y = lora_linear(*tensors, backend=backend)
+    assert y.dtype == torch.float16
+    grads = torch.autograd.grad(y.float().square().sum(), tensors)
+    assert all(g.dtype == torch.float32 for g in grads)
+    exact = reference.lora_linear(*doubled(tensors))
+    assert error(y, exact) < 3e-3
+
+
+@pytest.mark.parametrize("backend", ["augmented", "triton"])
+def test_opcheck_and_one_graph_for_any_size(backend):
+    torch.manual_seed(0)
+    x, w, bias, a, b = layer((2, 3), 20, 24, 4, True, torch.float32)
+    arguments = (x, w, bias, a, b, None, 0.5, 0.0, backend)
+    torch.library.opcheck(torch.ops.axial_fusion.lora_linear.default, arguments)
+    op = torch.compile(
+        lambda x: lora_linear(x, w, bias, a, b, backend=backend),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
+    for rows in (3, 8):
+        x = torch.randn(rows, 20, device=DEVICE)
+        torch.testing.assert_close(op(x), lora_linear(x, w, bias, a, b), rtol=1e-4, atol=1e-5)
+
+
+def test_a_small_update_survives_bf16_where_merging_rounds_it_away():
+    """An update of 2⁻¹⁰ of W: our error is below half of what W + s B A, rounded to bf16, gives."""
+    torch.manual_seed(0)
+    k, n, rank = 512, 384, 4
+    w = torch.randn(n, k).bfloat16()
+    a, b = torch.randn(rank, k), torch.randn(n, rank)
+    update = b @ a
+    b = b * (2**-10 * w.float().norm() / update.norm())
+    x = torch.randn(64, k).bfloat16()
+    base = x.double() @ w.double().T
+    change = (x.double() @ a.bfloat16().double().T) @ b.bfloat16().double().T  # what LoRA adds
+    merged = (w.float() + b @ a).bfloat16()
+    merged_change = x.double() @ merged.double().T - base
+    for backend in ("torch", "augmented"):
+        ours = (
+            lora_linear(x.float(), w.float(), None, a, b, backend=backend).double() - base
+        )  # before y's own rounding
+        assert error(ours, change) < 0.5 * error(merged_change, change)
+    exact = base + change
+    ours = lora_linear(x, w, None, a, b)
+    assert error(ours, exact) < 1.05 * error((x.double() @ merged.double().T).bfloat16(), exact)
+
+
+def test_a_peft_checkpoint_comes_and_goes():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+
+    class Projections(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.v = nn.Linear(24, 24), nn.Linear(24, 24)
+
+        def forward(self, x):
+            return self.q(x) * self.v(x)
+
+    torch.manual_seed(0)
+    base = Projections()
+    weights = {name: value.clone() for name, value in base.state_dict().items()}
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q", "v"]))
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    state = peft.get_peft_model_state_dict(theirs)
+
+    ours = Projections()
+    ours.load_state_dict(weights)
+    for name in ("q", "v"):
+        setattr(ours, name, LoRALinear.from_linear(getattr(ours, name), rank=4, alpha=8))
+        prefix = f"base_model.model.{name}"
+        adapter = {f"lora_{x.lower()}": state[f"{prefix}.lora_{x}.weight"] for x in "AB"}
+        missing = getattr(ours, name).load_state_dict(adapter, strict=False)
+        assert not missing.unexpected_keys
+    x = torch.randn(5, 24)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+    back = {
+        f"base_model.model.{name}.lora_{key[-1].upper()}.weight": value
+        for name in ("q", "v") for key, value in getattr(ours, name).lora_state_dict().items()
+    }  # fmt: skip
+    for parameter in theirs.parameters():
+        parameter.data.zero_() if parameter.requires_grad else None
+    peft.set_peft_model_state_dict(theirs, back)
+    torch.testing.assert_close(theirs(x), ours(x))
+
+
+DDP = """
+import sys, torch, torch.distributed as dist
+from axial_fusion import LoRALinear
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+layer = LoRALinear(12, 8, rank=2)
+torch.nn.init.normal_(layer.lora_b)
+layer.weight.requires_grad_(False)
+layer.bias.requires_grad_(False)
+x = torch.randn(4, 12)
+model = torch.nn.parallel.DistributedDataParallel(layer)
+model(x[2 * dist.get_rank() : 2 * dist.get_rank() + 2]).square().mean().backward()
+found = layer.lora_a.grad.clone()
+layer.zero_grad()
+layer(x).square().mean().backward()
+torch.testing.assert_close(found, layer.lora_a.grad)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_average_the_adapters_gradients(tmp_path):
+    script = tmp_path / "ddp.py"
+    script.write_text(DDP)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "kernels")}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def qkv_parts(channels, rank, dtype, beta=True):
+    tensors = [draw(channels), draw(channels, scale=0.1) if beta else None]
+    tensors += [
+        draw(3 * channels, channels, dtype=dtype, scale=channels**-0.5),
+        draw(3 * channels, dtype=dtype),
+    ]
+    if rank:
+        for _ in "qv":
+            tensors += [draw(rank, channels, scale=channels**-0.5), draw(channels, rank)]
+    return tensors
+
+
+def qkv_reference(x, gamma, beta, weight, bias, *lora):
+    z = reference.layer_norm(x, gamma, beta, 1e-6)
+    c = x.shape[-1]
+    pairs = (lora[:2], (), lora[2:]) if lora else ((), (), ())
+    parts = zip(weight.split(c), bias.split(c), pairs, strict=True)
+    return torch.cat([reference.lora_linear(z, w, v, *ab, scaling=0.5) for w, v, ab in parts], -1)
+
+
+@pytest.mark.parametrize("backend", ["augmented", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("lead", "channels", "rank"), [((5,), 16, 1), ((2, 7), 37, 3), ((70,), 48, 16), ((3,), 32, 0)]
+)
+def test_qkv_matches_the_reference(lead, channels, rank, dtype, backend):
+    torch.manual_seed(0)
+    x, parts = draw(*lead, channels, dtype=dtype), qkv_parts(channels, rank, dtype)
+
+    def ours(x, gamma, beta, weight, bias, *lora):
+        pairs = [LoRA(*lora[:2], 0.5), LoRA(*lora[2:], 0.5)] if lora else [None, None]
+        return lora_qkv(x, gamma, beta, weight, bias, *pairs, backend=backend)
+
+    def plain(x, gamma, beta, weight, bias, *lora):
+        z = nn.functional.layer_norm(x.float(), x.shape[-1:], gamma, beta, 1e-6).to(dtype)
+        y = nn.functional.linear(z, weight, bias)
+        if not lora:
+            return y
+        a_q, b_q, a_v, b_v = (t.to(dtype) for t in lora)
+        zero = y.new_zeros(*y.shape[:-1], channels)
+        return y + 0.5 * torch.cat([z @ a_q.T @ b_q.T, zero, z @ a_v.T @ b_v.T], -1)
+
+    grad = torch.randn(*lead, 3 * channels, device=DEVICE).to(dtype)
+    tensors = [x, *parts]
+    exact = results(qkv_reference, doubled(tensors), grad.double())
+    for i, (mine, theirs, truth) in enumerate(
+        zip(results(ours, tensors, grad), results(plain, tensors, grad), exact, strict=True)
+    ):
+        assert error(mine, truth) <= max((3 if i else 2) * error(theirs, truth), FLOOR[dtype]), f"result {i}"
+
+
+@pytest.mark.parametrize("backend", ["augmented", "triton"])
+def test_qkv_opcheck_large_means_and_what_is_saved(backend):
+    torch.manual_seed(0)
+    parts = qkv_parts(32, 4, torch.float32)
+    x = (200 + torch.randn(9, 32, device=DEVICE)).requires_grad_()
+    lora = (LoRA(*parts[4:6], 0.5), LoRA(*parts[6:], 0.5))
+    known = {t.data_ptr() for t in [x, *parts]}
+    foreign = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: foreign.append(t.shape) if t.data_ptr() not in known else None or t, lambda t: t
+    ):
+        y = lora_qkv(x, *parts[:4], *lora, backend=backend)
+    assert not foreign
+    assert (
+        error(y, qkv_reference(*doubled([x, *parts]))) < 1e-4
+    )  # x itself carries 200 · 2⁻²⁴ of its deviation
+    torch.library.opcheck(
+        torch.ops.axial_fusion.lora_qkv.default, (x, *parts[:4], *parts[4:], 0.5, 0.5, 1e-6, backend),
+        rtol=1e-3, atol=1e-3,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backend": "fused"}, "backend is 'fused'"),
+        ({"dropout_p": 1.0}, "dropout_p"),
+        ({"lora_b": None}, "come together"),
+        ({"lora_b": torch.zeros(24, 3)}, "lora_b must be"),
+        ({"x": torch.zeros(3, 33)}, "x must be"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_named(change, message):
+    x, weight, a, b = (torch.zeros(size) for size in ((3, 32), (24, 32), (4, 32), (24, 4)))
+    arguments = {"x": x, "weight": weight, "lora_a": a, "lora_b": b}
+    with pytest.raises(ValueError, match=message):
+        lora_linear(**(arguments | change))
+    alone = LoRA(torch.zeros(1, 8), torch.zeros(8, 1))
+    with pytest.raises(ValueError, match="come together"):
+        lora_qkv(torch.zeros(3, 8), torch.ones(8), None, torch.zeros(24, 8), None, alone)
+
+
+def test_the_choice_of_engine_is_told():
+    x = torch.zeros(3, 32)
+    choice = select_backend("lora_linear", x, torch.zeros(24, 32), torch.zeros(4, 32))
+    assert choice.backend == "torch"
+    assert choice.reason
+    with pytest.raises(ValueError, match="rank 65"):
+        select_backend("lora_linear", x, torch.zeros(24, 32), torch.zeros(65, 32), backend="triton")
