@@ -98,7 +98,7 @@ def evaluate(
         if max(spacing) > nsd_tolerance_mm and not warned and not quiet:
             warned = True
             console.print(
-                f"the NSD tolerance of {nsd_tolerance_mm:g} mm is below the slice spacing of {max(spacing):g} mm: "
+                f"the NSD tolerance of {nsd_tolerance_mm:g} mm is below the voxel spacing of {max(spacing):g} mm: "
                 "a shift of one slice then counts as a miss"
             )
     if not scores:

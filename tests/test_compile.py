@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,22 +14,33 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 ROOT = Path(__file__).parents[1]
 SHARED_MEMORY = {80: 163, 90: 227, 100: 227, 120: 99}  # KiB a block may have
+DTYPES = ["bfloat16", "float16", "float32"]
+SHIPPED = ("N 9, D 32", "768 to", "256 to 768")  # cases whose products must run asynchronously on sm_90
+THIN = (
+    "rows_kernel",
+    "_thin_product_kernel",
+)  # a rank of 4 fills no 64-row product: the older instruction serves
+
+
+def _built(arch: int, dtype: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'kernels'}"
+    command = [sys.executable, ROOT / "tests" / "kernel_builds.py", str(arch), dtype]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580, check=False)
+
+
+@pytest.fixture(scope="module")
+def builds():
+    """A compiler is one thread: as many run side by side as there are cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {key: pool.submit(_built, *key) for key in product(SHARED_MEMORY, DTYPES)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
-def test_every_kernel_builds(arch, dtype):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'kernels'}"
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "kernel_builds.py", str(arch), dtype],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+def test_every_kernel_builds(arch, dtype, builds):
+    done = builds[arch, dtype].result()
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])
     assert rows
@@ -38,5 +51,10 @@ def test_every_kernel_builds(arch, dtype):
             continue  # exact products run on the FMA units, where a spill costs less than another tile would
         assert built["spills"] == 0, built
         assert built["mma"] > 0, built
-        if arch == 90 and "N 9, D 32" in built["case"]:
+        if (
+            arch == 90
+            and any(shipped in built["case"] for shipped in SHIPPED)
+            and built["kernel"] not in THIN
+        ):
             assert built["hgmma"] > 0, built
+            assert built["waits"] <= 2 or built["waits"] < built["hgmma"], f"every product waits: {built}"

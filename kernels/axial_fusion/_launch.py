@@ -156,6 +156,12 @@ def under_transform(tensors: tuple[Tensor, ...]) -> bool:
     return ad._current_level >= 0 and any(ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
+def no_derivative(*tensors: Tensor) -> bool:
+    """Whether nobody will differentiate what is computed from these tensors, by autograd or by a transform."""
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return not wanted and not under_transform(tensors)
+
+
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for on this tensor's device; None where it is off or the tensor is fp64."""
     kind = tensor.device.type

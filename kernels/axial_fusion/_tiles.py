@@ -38,7 +38,7 @@ def default(op: str, head_dim: int) -> Tile:
     """The tile of a key that nobody has measured."""
     if op == "axial_attention":
         return Tile()
-    return Tile(num_warps=8 if op == "axial_half_backward" and head_dim > 32 else 4, num_stages=2)
+    return Tile(num_warps=4 if head_dim in (16, 32) else 8, num_stages=2)
 
 
 def tiles(

@@ -174,11 +174,18 @@ def _thin_product_kernel(
     tl.store(out_ptrs, acc, mask=mask_r[:, None] & mask_c[None, :])
 
 
-def _config(dtype: torch.dtype, rank: int) -> dict[str, int]:
-    """Tile of the two large products; fp32 is exact on the FMA units and takes a smaller one."""
-    if dtype == torch.float32:
+def _config(weight: Tensor, rank: int) -> dict[str, int]:
+    """Tile of the two large products with W (N, K): what builds without spills for every architecture.
+
+    fp32 is exact on the FMA units and takes a smaller one. Rows that are no multiple of 16 bytes are
+    loaded an element at a time, and their pointers fill the registers."""
+    if weight.dtype == torch.float32:
         return {"BLOCK_T": 64, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_T": 128, "num_warps": 8, "num_stages": 3 if rank <= 16 else 2}
+    if weight.shape[0] % 8 or weight.shape[1] % 8:
+        return {"BLOCK_T": 64, "num_warps": 8, "num_stages": 2}
+    if rank > 16:
+        return {"BLOCK_T": 64, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_T": 128, "num_warps": 8, "num_stages": 3 if rank else 2}
 
 
 def _drop(seed: Tensor | None, p: float) -> tuple[float, int]:
@@ -194,7 +201,7 @@ def _launch_forward(
     rows, wide, rank = x.shape[0], x.shape[1], 1 if a is None else a.shape[0]
     y = x.new_empty(rows, weight.shape[0])
     xa = x.new_empty((0,) if a is None else (rows, rank))
-    config = _config(x.dtype, block(rank))
+    config = _config(weight, 0 if a is None else rank)
     block_n = 64 if x.dtype == torch.float32 else 128
     grid = (-(-rows // config["BLOCK_T"]) * -(-weight.shape[0] // block_n),)
     with _on(x.device):
@@ -219,7 +226,7 @@ def _launch_dx(
     """dy (T, N) with contiguous rows -> dX (T, K) and d = scaling · dY B (T, r)."""
     rows, wide, rank = dy.shape[0], weight.shape[1], 1 if a is None else a.shape[0]
     dx, d = dy.new_empty(rows, wide), dy.new_empty((0,) if a is None else (rows, rank))
-    config = _config(dy.dtype, block(rank))
+    config = _config(weight, 0 if a is None else rank)
     block_k = 64 if dy.dtype == torch.float32 else 128
     grid = (-(-rows // config["BLOCK_T"]) * -(-wide // block_k),)
     with _on(dy.device):
