@@ -106,7 +106,7 @@ def flex(shape: Shape, device: torch.device) -> Callable[[Tensor, Tensor, Tensor
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     n, tokens = shape.slices, shape.slices * shape.positions
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled = torch.compile(flex_attention, dynamic=False) if device.type == "cuda" else flex_attention
 
     @cache
     def documents() -> Any:
@@ -152,7 +152,9 @@ def providers(shape: Shape, device: torch.device) -> dict[str, Provider]:
     if gpu:
         torch.compiler.reset()  # else a few shapes later torch.compile goes eager in silence
     late = "" if shape.positions == 4096 and shape.slices == 9 else "compiled at N 9, P 4096 alone"
-    found["multiply-sum, compiled"] = rival(torch.compile(multiply_sum, dynamic=False), no_gpu or late)
+    found["multiply-sum, compiled"] = rival(
+        torch.compile(multiply_sum, dynamic=False) if gpu else multiply_sum, no_gpu or late
+    )
     found["FlexAttention"] = rival(flex(shape, device), (no_gpu and "no gradient on a CPU") or late)
     found["varlen"] = rival(varlen, harness.absent("flash_attn") or no_gpu)
     found["xformers"] = rival(block_diagonal, harness.absent("xformers") or no_gpu)

@@ -56,7 +56,7 @@ def measure(
 
     `inputs` that require a gradient get one, and where none does the forward alone is measured; `budget_s` bounds
     the seconds of timing for the whole case."""
-    gate = _Gate(inputs)
+    gate = Gate(inputs)
     records, right = [], {}
     for name, provider in providers.items():
         record: dict[str, Any] = {
@@ -70,13 +70,13 @@ def measure(
         try:
             record |= gate.check(provider.call, expected)
             if record["status"] == "ok":
-                right[name] = _runners(provider.call, inputs)
+                right[name] = runners(provider.call, inputs)
                 record["peak_bytes"] = {kind: peak_bytes(call) for kind, call in right[name].items()}
         except Exception as error:  # whatever a rival raises is its result, not the end of the run
             record |= _failure(error)
             right.pop(name, None)
     for kind in ("forward", "forward_backward"):
-        calls = {name: runners[kind] for name, runners in right.items() if kind in runners}
+        calls = {name: of[kind] for name, of in right.items() if kind in of}
         share = budget_s / 3 if kind == "forward" else budget_s * 2 / 3
         times = interleave(calls, budget_s=share)
         for record in records:
@@ -87,7 +87,7 @@ def measure(
     return records
 
 
-class _Gate:
+class Gate:
     """Compares providers with fp64 references, each of which is computed once a case."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
@@ -135,7 +135,7 @@ def _relative_error(found: Tensor | None, expected: Tensor | None) -> float:
     return (found.double() - expected).norm().item() / (scale if scale > 0 else 1.0)
 
 
-def _runners(call: Callable[..., Tensor], inputs: Sequence[Tensor]) -> dict[str, Callable[[], object]]:
+def runners(call: Callable[..., Tensor], inputs: Sequence[Tensor]) -> dict[str, Callable[[], object]]:
     """Forward without a graph, and forward with backward to every input that wants a gradient, if one does."""
     wanted = [t for t in inputs if t.requires_grad]
 
