@@ -71,8 +71,8 @@ def peft_layer(
         return None, f"peft cannot be imported: {error}"
 
     base = torch.nn.Linear(shape.k, shape.n, device=device, dtype=dtype)
-    config = LoraConfig(r=shape.rank, lora_alpha=SCALING * shape.rank)
-    layer = Linear(base, "default", config=config, r=shape.rank, lora_alpha=SCALING * shape.rank).to(
+    config = LoraConfig(r=shape.rank, lora_alpha=int(SCALING * shape.rank))
+    layer = Linear(base, "default", config=config, r=shape.rank, lora_alpha=int(SCALING * shape.rank)).to(
         device, dtype
     )
     names = ("base_layer.weight", "base_layer.bias", "lora_A.default.weight", "lora_B.default.weight")

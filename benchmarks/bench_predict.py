@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import sys
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,15 @@ from benchmarks import harness
 from benchmarks.harness import Case, Provider
 
 OURS = "stream_logits"
-SHAPES = [("tiny, 48 px", {"preset": "tiny", "depth": 16, "slices": 5, "image_size": 48})]
+
+
+class Shape(NamedTuple):
+    depth: int
+    slices: int
+    image_size: int
+
+
+SHAPES = [("tiny, 48 px", Shape(16, 5, 48))]
 
 
 @torch.no_grad()
@@ -42,16 +51,16 @@ def loop(model: AfterSAM, config: ModelConfig, hu: Tensor) -> Tensor:
 
 def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Iterator[Case]:
     """In fp32 whatever `dtype` is: precision is autocast's business in prediction, and the loop has none."""
-    for name, facts in SHAPES:
-        depth, side = int(facts["depth"]), int(facts["image_size"])
+    for name, shape in SHAPES:
+        depth, slices, side = shape
         config = dataclasses.replace(
-            preset(str(facts["preset"])).model, image_size=side, num_slices=int(facts["slices"]), fusion_init="xavier"
+            preset("tiny").model, image_size=side, num_slices=slices, fusion_init="xavier"
         )  # fmt: skip
         torch.manual_seed(0)
         model = build_aftersam(config, num_classes=4).to(device).eval()
         wide = copy.deepcopy(model).double()
         # segment_anything makes its position features in fp32 whatever the model is in.
-        wide.decoder._positions = lambda *grid, model=model: model.decoder._positions(*grid).double()
+        wide.decoder._positions = lambda *grid, model=model: model.decoder._positions(*grid).double()  # type: ignore[method-assign]
         hu = 300 * torch.randn(depth, side, side, generator=torch.Generator().manual_seed(1)).to(device)
 
         def ours(
@@ -69,7 +78,11 @@ def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Itera
             "re-encoding": Provider(again, exact, 0),
             OURS: Provider(ours, exact, 0, role="ours"),
         }
-        yield {"subject": "predict", "name": name, **facts, "items": depth, "unit": "slices"}, [hu], found
+        yield (
+            {"subject": "predict", "name": name, **shape._asdict(), "items": depth, "unit": "slices"},
+            [hu],
+            found,
+        )
 
 
 if __name__ == "__main__":

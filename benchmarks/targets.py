@@ -81,7 +81,7 @@ def images_per_s(side: int) -> Value:
 
 
 STEP = "forward_backward"
-LORA = {"rows": 36_864, "k": 768, "n": 2304, "rank": 4}
+LORA: dict[str, Any] = {"rows": 36_864, "k": 768, "n": 2304, "rank": 4}
 TARGETS: list[tuple[str, str, str, Value]] = [
     ("T1", "axial attention, B 4: part of copy bandwidth, forward", "≥ 0.85", copy_share(4, backward=False)),
     ("T1", "axial attention, B 4: part of copy bandwidth, backward", "≥ 0.75", copy_share(4, backward=True)),

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def case(subject: str, index: int) -> tuple[harness.Case, harness.Gate]:
     return found, harness.Gate(found[1])
 
 
-def listed() -> list[object]:
+def listed() -> list[Any]:
     parameters = []
     for subject, cases in SUBJECTS.items():
         for index, (facts, _, providers) in enumerate(cases(DEVICE, DTYPE)):
