@@ -106,7 +106,9 @@ def flex(shape: Shape, device: torch.device) -> Callable[[Tensor, Tensor, Tensor
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     n, tokens = shape.slices, shape.slices * shape.positions
-    compiled = torch.compile(flex_attention, dynamic=False) if device.type == "cuda" else flex_attention
+    compiled: Any = flex_attention
+    if device.type == "cuda":
+        compiled = torch.compile(compiled, dynamic=False)
 
     @cache
     def documents() -> Any:
