@@ -5,10 +5,11 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-triton36 bench figure check format clean
+.PHONY: help setup demo test test-triton36 bench bench-compare first-contact figure check format clean
 
 DEMO ?= demo-run
 TESTS ?=
+BENCH ?= quick
 KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,axial_attention axial_half lora_linear rel_pos_attention compile))
 
 ifdef PYTHON
@@ -35,8 +36,14 @@ test: $(READY) ## run the tests; TESTS="tests/test_config.py -x" passes on to py
 test-triton36: .venv-triton36/installed ## the kernels under Triton 3.6, which GPU images in the field have
 	PYTHONPATH=kernels .venv-triton36/bin/python -m pytest -q -p no:cacheprovider $(KERNEL_TESTS)
 
-bench: $(READY) ## time the op against its rivals on this machine, into benchmarks/results/
-	$(PY) -m benchmarks.bench_fusion
+bench: $(READY) ## time every op against its rivals, into benchmarks/results/; BENCH=quick, full or a subject
+	$(PY) -m benchmarks $(BENCH)
+
+bench-compare: $(READY) ## ratio of two results, A=old.json B=new.json, and whether it exceeds the spread
+	$(PY) -m benchmarks.compare $(A) $(B)
+
+first-contact: $(READY) ## new hardware: sanitizer, GPU tests, tile sweep, quick benchmark; ten minutes, logs kept
+	$(PY) -m benchmarks.first_contact
 
 figure: $(READY) ## redraw docs/bench-*.png and the README table from the newest results
 	$(PY) -m benchmarks.figure

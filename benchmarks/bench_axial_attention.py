@@ -4,7 +4,10 @@
     multiply-sum      products and sums that broadcast, no matrix product; compiled on a GPU
     batched matmul    (B·P·M) products of (N, D) by (D, N), with the copies that the layout costs
     SDPA              scaled_dot_product_attention on (B·P, M, N, D), with the copies that it makes itself
+    SDPA, flash       and efficient, cudnn, math: the same held to one backend, on a GPU
+    FlexAttention     over all N·P tokens with a mask of documents of N, compiled, on a GPU
     varlen            FlashAttention over all positions as sequences of N, where flash-attn is installed
+    xformers          memory_efficient_attention with a block-diagonal mask, where xformers is installed
     axial_attention   ours
 
 On (B, N, P, M, D), as the projections leave it. Bytes counted: q, k, v read and y written, and their gradients."""
@@ -12,13 +15,15 @@ On (B, N, P, M, D), as the projections leave it. Bytes counted: q, k, v read and
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from importlib.util import find_spec
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from axial_fusion import axial_attention, reference
 from benchmarks import harness
@@ -41,7 +46,13 @@ CPU_SHAPES = [
     ("D 96", Shape(1, 9, 256, 4, 96)),
 ]
 GPU_SHAPES = [
-    (f"B {b}, D {d}", Shape(b, 9, 4096, 256 // d if d == 32 else 8, d)) for b in (1, 4, 16) for d in (32, 96)
+    (f"B {b}, N {n}, P {p}, D {d}", Shape(b, n, p, 8, d))
+    for n, p in sorted(product((5, 8, 9, 16), (256, 1024, 4096)), key=lambda s: (s[0] != 9, -s[1]))
+    for d in (32, 96, 64)
+    for b in (4, 1)
+]
+GPU_QUICK = [
+    (name, s) for name, s in GPU_SHAPES if s.slices == 9 and s.positions == 4096 and s.head_dim != 64
 ]
 
 
@@ -80,52 +91,89 @@ def varlen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return y.view(batch, positions, slices, heads, dim).transpose(1, 2).contiguous()
 
 
-def providers(shape: Shape, *, gpu: bool) -> dict[str, Provider]:
+def sdpa_by(backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """SDPA held to one backend: FLASH_ATTENTION, EFFICIENT_ATTENTION, CUDNN_ATTENTION or MATH."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return sdpa(q, k, v)
+
+    return call
+
+
+def flex(shape: Shape, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """FlexAttention over all N·P tokens, position by position, with a mask of documents of N tokens."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    n, tokens = shape.slices, shape.slices * shape.positions
+    compiled: Any = flex_attention
+    if device.type == "cuda":
+        compiled = torch.compile(compiled, dynamic=False)
+
+    @cache
+    def documents() -> Any:
+        return create_block_mask(
+            lambda b, h, i, j: i // n == j // n, None, None, tokens, tokens, device=str(device)
+        )
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = (t.transpose(1, 2).flatten(1, 2).transpose(1, 2) for t in (q, k, v))  # (B, M, P·N, D)
+        y: Tensor = compiled(*rows, block_mask=documents())
+        return y.transpose(1, 2).unflatten(1, (-1, n)).transpose(1, 2).contiguous()
+
+    return call
+
+
+def block_diagonal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    batch, slices, positions, heads, dim = q.shape
+    mask = BlockDiagonalMask.from_seqlens([slices] * (batch * positions), device=q.device)
+    rows = (t.transpose(1, 2).reshape(1, -1, heads, dim) for t in (q, k, v))
+    y: Tensor = memory_efficient_attention(*rows, attn_bias=mask)
+    return y.view(batch, positions, slices, heads, dim).transpose(1, 2).contiguous()
+
+
+def providers(shape: Shape, device: torch.device) -> dict[str, Provider]:
     flops = 4 * shape.batch * shape.positions * shape.heads * shape.slices**2 * shape.head_dim
+    gpu = device.type == "cuda"
+
+    def rival(call: Callable[..., Tensor], missing: str = "") -> Provider:
+        return Provider(None if missing else call, reference.axial_attention, flops, missing)
+
     found = {
-        "einsum": Provider(einsum, reference.axial_attention, flops),
-        "multiply-sum": Provider(multiply_sum, reference.axial_attention, flops),
-        "batched matmul": Provider(batched_matmul, reference.axial_attention, flops),
-        "SDPA": Provider(sdpa, reference.axial_attention, flops),
+        "einsum": rival(einsum),
+        "multiply-sum": rival(multiply_sum),
+        "batched matmul": rival(batched_matmul),
+        "SDPA": rival(sdpa),
     }
+    no_gpu = "" if gpu else "it needs a GPU"
+    for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH") if gpu else ():
+        found[f"SDPA, {name.split('_')[0].lower()}"] = rival(sdpa_by(name))
     if gpu:
         torch.compiler.reset()  # else a few shapes later torch.compile goes eager in silence
-        found["multiply-sum, compiled"] = Provider(
-            torch.compile(multiply_sum, dynamic=False), reference.axial_attention, flops
-        )
-        installed = find_spec("flash_attn") is not None
-        found["varlen"] = Provider(
-            varlen if installed else None,
-            reference.axial_attention,
-            flops,
-            "" if installed else "flash-attn is absent",
-        )
-    return {**found, OURS: Provider(axial_attention, reference.axial_attention, flops)}
+    late = "" if shape.positions == 4096 and shape.slices == 9 else "compiled at N 9, P 4096 alone"
+    found["multiply-sum, compiled"] = rival(
+        torch.compile(multiply_sum, dynamic=False) if gpu else multiply_sum, no_gpu or late
+    )
+    found["FlexAttention"] = rival(flex(shape, device), (no_gpu and "no gradient on a CPU") or late)
+    found["varlen"] = rival(varlen, harness.absent("flash_attn") or no_gpu)
+    found["xformers"] = rival(block_diagonal, harness.absent("xformers") or no_gpu)
+    return {**found, OURS: Provider(axial_attention, reference.axial_attention, flops, role="ours")}
 
 
-def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Iterator[Case]:
     gpu = device.type == "cuda"
-    for name, shape in GPU_SHAPES if gpu else CPU_SHAPES:
+    for name, shape in (GPU_SHAPES if full else GPU_QUICK) if gpu else CPU_SHAPES:
         generator = torch.Generator().manual_seed(0)
         b, n, p, m, d = shape
         packed = torch.randn(b, n, p, 3, m, d, generator=generator).to(device, dtype)
         inputs = [t.requires_grad_() for t in packed.unbind(3)]  # views, as a fused projection gives them
-        moved = 4 * packed.numel() // 3 * packed.element_size()
-        yield (
-            {"subject": "axial", "name": name, "bytes": moved, **shape._asdict()},
-            inputs,
-            providers(shape, gpu=gpu),
-        )
-
-
-def main() -> int:
-    """Measure and leave the JSON; 1 where ours was not right."""
-    device = harness.default_device()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    result = harness.run(cases(device, dtype), dtype=dtype, budget_s=3.0)
-    print(harness.write(result))
-    return int(any(r["provider"] == OURS and r["status"] != "ok" for r in result["records"]))
+        one = packed.numel() // 3 * packed.element_size()
+        facts = {"subject": "axial", "name": name, "bytes": 4 * one, "bytes_backward": 7 * one}
+        yield facts | shape._asdict(), inputs, providers(shape, device)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(harness.main(cases))

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from axial_fusion import AttentionWeights, axial_fusion_attention
 from benchmarks import harness
-from benchmarks.harness import Provider
+from benchmarks.harness import Case, Provider
 
 OURS = "axial_fusion"
 
@@ -47,7 +47,7 @@ CPU_SHAPES = [
     ("small, 128 px", Shape(1, 5, 16, 128, 4)),
     ("SAM, 256 px", Shape(1, 9, 16, 256, 8)),
 ]
-CPU_CURVE = [Shape(1, n, 16, 256, 8) for n in (1, 3, 5, 17)]
+CPU_CURVE = [Shape(1, n, 16, 256, 8) for n in (1, 3, 5, 17, 33)]
 GPU_SHAPES = [(f"SAM, {px} px", Shape(1, 9, px // 16, 256, 8)) for px in (256, 512, 1024)]
 GPU_CURVE = [Shape(1, n, 64, 256, 8) for n in (1, 3, 5, 17, 33)]
 
@@ -69,7 +69,7 @@ def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0
     return weights
 
 
-def providers(shape: Shape, *, compiled: bool = False) -> dict[str, Provider]:
+def providers(shape: Shape, *, itemsize: int = 4, compiled: bool = False) -> dict[str, Provider]:
     b, n, side, c, m = shape
     tokens, positions = b * n * side**2, side**2
     projections = 8 * tokens * c * c  # q, k, v and output
@@ -77,10 +77,16 @@ def providers(shape: Shape, *, compiled: bool = False) -> dict[str, Provider]:
     factorised = 2 * projections + 4 * tokens * (n + positions) * c
     exact, exact_joint = partial(reference_factorised, heads=m), partial(reference_joint, heads=m)
     library = partial(sdpa_factorised, heads=m)
+    scores = 4 * b * m * (n * positions) ** 2 * itemsize  # scores and probabilities, and their gradients
     found = {
-        "naive 3D": Provider(partial(joint_attention, heads=m, attend=materialised), exact_joint, joint),
+        "naive 3D": Provider(
+            partial(joint_attention, heads=m, attend=materialised), exact_joint, joint, role="other"
+        ),
         "SDPA 3D": Provider(
-            partial(joint_attention, heads=m, attend=F.scaled_dot_product_attention), exact_joint, joint
+            partial(joint_attention, heads=m, attend=F.scaled_dot_product_attention),
+            exact_joint,
+            joint,
+            role="other",
         ),
         "SDPA factorised": Provider(library, exact, factorised),
     }
@@ -89,7 +95,10 @@ def providers(shape: Shape, *, compiled: bool = False) -> dict[str, Provider]:
         found["SDPA factorised, compiled"] = Provider(
             torch.compile(library, dynamic=False), exact, factorised
         )
-    return {**found, OURS: Provider(partial(ours, heads=m), exact, factorised)}
+    if scores > harness.free_bytes():
+        missing = f"its scores need {scores / 2**30:.0f} GiB, {harness.free_bytes() / 2**30:.0f} are free"
+        found["naive 3D"] = Provider(None, exact_joint, joint, missing, role="other")
+    return {**found, OURS: Provider(partial(ours, heads=m), exact, factorised, role="ours")}
 
 
 def ours(x: Tensor, *weights: Tensor, heads: int) -> Tensor:
@@ -128,16 +137,16 @@ def sdpa_factorised(x: Tensor, *weights: Tensor, heads: int) -> Tensor:
 
 
 def reference_joint(x: Tensor, *weights: Tensor, heads: int) -> Tensor:
-    return _equations(x.flatten(1, 2), weights[:6], heads).view_as(x)
+    return equations(x.flatten(1, 2), weights[:6], heads).view_as(x)
 
 
 def reference_factorised(x: Tensor, *weights: Tensor, heads: int) -> Tensor:
     b, n, p, c = x.shape
-    z = torch.stack([_equations(x[i].transpose(0, 1), weights[:6], heads).transpose(0, 1) for i in range(b)])
-    return _equations(z.reshape(b * n, p, c), weights[6:], heads).view_as(x)
+    z = torch.stack([equations(x[i].transpose(0, 1), weights[:6], heads).transpose(0, 1) for i in range(b)])
+    return equations(z.reshape(b * n, p, c), weights[6:], heads).view_as(x)
 
 
-def _equations(x: Tensor, weights: Sequence[Tensor], heads: int) -> Tensor:
+def equations(x: Tensor, weights: Sequence[Tensor], heads: int) -> Tensor:
     """x + FC(softmax(q kᵀ / √D) v) on (G, T, C), written out, a gigabyte of scores at a time."""
     qkv_weight, qkv_bias, out_weight, out_bias, gain, shift = weights
     variance, mean = torch.var_mean(x, dim=-1, unbiased=False, keepdim=True)
@@ -158,39 +167,23 @@ def _equations(x: Tensor, weights: Sequence[Tensor], heads: int) -> Tensor:
     return x + torch.cat(parts, dim=1).flatten(2) @ out_weight.T + out_bias
 
 
-def run(
-    shapes: Sequence[tuple[str, Shape]], curve: Sequence[Shape], *, dtype: torch.dtype, budget_s: float
-) -> dict[str, Any]:
-    """Measure named shapes and a curve over N, `budget_s` seconds of timing each; a result ready for JSON."""
-    device = harness.default_device()
-    ceiling = harness.ceilings(dtype)
-    where, name_of_dtype = harness.environment(), str(dtype).removeprefix("torch.")
-    copy, matmul = ceiling["copy_bytes_per_s"], ceiling["matmul_flops_per_s"]
-    print(
-        f"{where['device']}, {name_of_dtype}: copy {copy / 1e9:.1f} GB/s, matmul {matmul / 1e12:.2f} TFLOP/s"
-    )
-    records: list[dict[str, Any]] = []
+def case(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> Case:
+    facts = {"subject": "fusion", "name": name, **shape._asdict()}
+    found = providers(shape, itemsize=dtype.itemsize, compiled=device.type == "cuda")
+    return facts, inputs(shape, dtype, device), found
+
+
+def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Iterator[Case]:
+    """Named shapes, the image size among them, then the curve over N; the largest in full runs alone."""
+    gpu = device.type == "cuda"
+    shapes, curve = (GPU_SHAPES, GPU_CURVE) if gpu else (CPU_SHAPES, CPU_CURVE)
+    if not gpu and not full:
+        curve = [shape for shape in curve if shape.slices <= 17]
+    elif not gpu:
+        shapes = [*shapes, ("SAM, 512 px", Shape(1, 9, 32, 256, 8))]
     for name, shape in [*shapes, *(("", shape) for shape in curve)]:
-        b, n, side, c, m = shape
-        print(f"{name or 'curve'}: B {b}, N {n}, P {side}², C {c}, M {m}")
-        tensors = inputs(shape, dtype, device)
-        found = providers(shape, compiled=device.type == "cuda")
-        case = {"subject": "fusion", "name": name, **shape._asdict()}
-        for record in harness.measure(case, tensors, found, budget_s=budget_s):
-            print(harness.line(record, matmul), flush=True)
-            records.append(record)
-    return {"environment": where, "dtype": name_of_dtype, "ceilings": ceiling, "records": records}
-
-
-def main() -> int:
-    """Measure everything this machine can and leave the JSON; 1 where ours was not right."""
-    if harness.default_device().type == "cuda":
-        result = run(GPU_SHAPES, GPU_CURVE, dtype=torch.bfloat16, budget_s=6.0)
-    else:
-        result = run(CPU_SHAPES, CPU_CURVE, dtype=torch.float32, budget_s=5.0)
-    print(harness.write(result))
-    return int(any(r["provider"] == OURS and r["status"] != "ok" for r in result["records"]))
+        yield case(name, shape, device, dtype)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(harness.main(cases, budget_s=5.0))

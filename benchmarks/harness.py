@@ -4,11 +4,12 @@ Each provider of a case is compared with an fp64 reference, output and gradients
 one that is wrong is reported as wrong and not timed. The others are timed in turns, so that a machine that
 slows down slows all of them, and reported as median and 20 % and 80 % quantiles. Peak memory is what torch
 allocates above the inputs. FLOPs are counted from shapes: two for each multiply-add of a matrix product,
-nothing for recomputation."""
+nothing for recomputation. Bytes, where a case counts them, are what any implementation must read and write."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -19,8 +20,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -42,6 +44,9 @@ class Provider:
     """Of one forward."""
     missing: str = ""
     """Why `call` is None on this machine."""
+    role: Literal["ours", "rival", "other"] = "rival"
+    """The public call, another way to the same function, or what is only to be seen beside them: another
+    function, or a named backend of ours."""
 
 
 def measure(
@@ -49,11 +54,14 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One record for each provider: its errors, and its times and memory where the errors allow.
 
-    `inputs` that require a gradient get one; `budget_s` bounds the seconds of timing for the whole case."""
-    gate = _Gate(inputs)
+    `inputs` that require a gradient get one, and where none does the forward alone is measured; `budget_s` bounds
+    the seconds of timing for the whole case."""
+    gate = Gate(inputs)
     records, right = [], {}
     for name, provider in providers.items():
-        record: dict[str, Any] = {**case, "provider": name, "flops": provider.flops}
+        record: dict[str, Any] = {
+            **case, "provider": name, "role": provider.role, "flops": provider.flops
+        }  # fmt: skip
         records.append(record)
         if provider.call is None:
             record |= {"status": "missing", "reason": provider.missing}
@@ -62,22 +70,24 @@ def measure(
         try:
             record |= gate.check(provider.call, expected)
             if record["status"] == "ok":
-                forward, step = _runners(provider.call, inputs)
-                record["peak_bytes"] = {"forward": peak_bytes(forward), "forward_backward": peak_bytes(step)}
-                right[name] = (forward, step)
+                right[name] = runners(provider.call, inputs)
+                record["peak_bytes"] = {kind: peak_bytes(call) for kind, call in right[name].items()}
         except Exception as error:  # whatever a rival raises is its result, not the end of the run
             record |= _failure(error)
-    for i, kind in enumerate(("forward", "forward_backward")):
-        times = interleave(
-            {name: runners[i] for name, runners in right.items()}, budget_s=budget_s * (1 + i) / 3
-        )
+            right.pop(name, None)
+    for kind in ("forward", "forward_backward"):
+        calls = {name: of[kind] for name, of in right.items() if kind in of}
+        share = budget_s / 3 if kind == "forward" else budget_s * 2 / 3
+        times = interleave(calls, budget_s=share)
         for record in records:
             if record["provider"] in times:
                 record.setdefault("ms", {})[kind] = summary(times[record["provider"]])
+                if torch.cuda.is_available() and kind == "forward" and record["ms"][kind]["median"] < 1:
+                    record["ms"]["forward_warm"] = summary(warm_times(calls[record["provider"]]))
     return records
 
 
-class _Gate:
+class Gate:
     """Compares providers with fp64 references, each of which is computed once a case."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
@@ -109,6 +119,8 @@ class _Gate:
             generator = torch.Generator().manual_seed(1)
             self.grad_output = torch.randn(y.shape, generator=generator).to(self.inputs[0])
         wanted = [t for t in inputs if t.requires_grad]
+        if not wanted:
+            return [y.detach()]
         grad_output = self.grad_output.to(y)
         return [y.detach(), *torch.autograd.grad(y, wanted, grad_output, allow_unused=True)]
 
@@ -123,21 +135,22 @@ def _relative_error(found: Tensor | None, expected: Tensor | None) -> float:
     return (found.double() - expected).norm().item() / (scale if scale > 0 else 1.0)
 
 
-def _runners(
-    call: Callable[..., Tensor], inputs: Sequence[Tensor]
-) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Forward without a graph, and forward with backward to every input that wants a gradient."""
+def runners(call: Callable[..., Tensor], inputs: Sequence[Tensor]) -> dict[str, Callable[[], object]]:
+    """Forward without a graph, and forward with backward to every input that wants a gradient, if one does."""
     wanted = [t for t in inputs if t.requires_grad]
-    grad_output = torch.randn_like(call(*inputs))
 
     def forward() -> object:
         with torch.no_grad():
             return call(*inputs)
 
+    if not wanted:
+        return {"forward": forward}
+    grad_output = torch.randn_like(call(*inputs))
+
     def step() -> object:
         return torch.autograd.grad(call(*inputs), wanted, grad_output, allow_unused=True)
 
-    return forward, step
+    return {"forward": forward, "forward_backward": step}
 
 
 def _failure(error: BaseException) -> dict[str, str]:
@@ -173,6 +186,20 @@ def interleave(calls: Mapping[str, Callable[[], object]], *, budget_s: float) ->
             began = time.perf_counter()
             call()
             times[name].append(1e3 * (time.perf_counter() - began))
+    return times
+
+
+def warm_times(call: Callable[[], object], *, calls: int = 20, rounds: int = 5) -> list[float]:
+    """GPU milliseconds of a call among calls queued back to back: caches stay filled and launches overlap."""
+    times = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / calls)
     return times
 
 
@@ -222,26 +249,111 @@ def ceilings(dtype: torch.dtype) -> dict[str, float]:
 
 
 Case = tuple[Mapping[str, Any], Sequence[Tensor], Mapping[str, Provider]]
-"""What is measured: facts for the record (subject, name, sizes), inputs, and the ways to compute it."""
+"""What is measured: facts for the record, inputs, and the ways to compute it.
+
+Facts are subject, name (empty for a point of a curve), sizes, and where they mean something `bytes` (of a forward),
+`bytes_backward` and `items` with `unit` (what is counted a second, such as images)."""
+Cases = Callable[..., Iterable[Case]]
+"""cases(device, dtype, full=False), cheap to iterate: what is large is made when a provider is first called."""
 
 
-def run(cases: Iterable[Case], *, dtype: torch.dtype, budget_s: float) -> dict[str, Any]:
-    """Measure cases one after the other, `budget_s` seconds of timing each, printing as it goes; ready for JSON."""
+TIMING = {
+    "gpu": "cold: triton.testing.do_bench, L2 emptied before each call; forward_warm: 20 calls queued back to back",
+    "cpu": "wall clock, providers in turns; caches are as the call before left them",
+}
+
+
+def run(
+    cases: Iterable[Case] | Mapping[str, Iterable[Case]],
+    *,
+    dtype: torch.dtype,
+    budget_s: float,
+    total_s: float = math.inf,
+) -> dict[str, Any]:
+    """Measure cases one after the other, `budget_s` seconds of timing each, printing as it goes; ready for JSON.
+
+    Several subjects come as a mapping and share `total_s` seconds, checks and references included: each has an
+    equal part of what is left when its turn comes, and begins no further case once that is spent. What was not
+    begun is named under `skipped`."""
+    end = time.perf_counter() + total_s
     ceiling, where, name = ceilings(dtype), environment(), str(dtype).removeprefix("torch.")
     copy, matmul = ceiling["copy_bytes_per_s"], ceiling["matmul_flops_per_s"]
     print(f"{where['device']}, {name}: copy {copy / 1e9:.1f} GB/s, matmul {matmul / 1e12:.2f} TFLOP/s")
+    subjects = cases if isinstance(cases, Mapping) else {"": cases}
     records: list[dict[str, Any]] = []
-    for case, inputs, providers in cases:
-        sizes = ", ".join(f"{k} {v}" for k, v in case.items() if k not in ("subject", "name"))
-        print(f"{case['subject']}, {case['name'] or 'curve'}: {sizes}")
-        for record in measure(case, inputs, providers, budget_s=budget_s):
-            print(line(record, matmul), flush=True)
-            records.append(record)
-    return {"environment": where, "dtype": name, "ceilings": ceiling, "records": records}
+    skipped: list[dict[str, str]] = []
+    for i, (subject, of_subject) in enumerate(subjects.items()):
+        now = time.perf_counter()
+        until = now + max(end - now, 0.0) / (len(subjects) - i)
+        try:
+            for done, (case, inputs, providers) in enumerate(of_subject):
+                if done and time.perf_counter() >= until:
+                    reason = f"its {until - now:.0f} s were spent after {done} cases"
+                    skipped.append({"subject": subject, "from": case["name"] or "curve", "reason": reason})
+                    break
+                records += _measured(case, inputs, providers, ceiling, budget_s)
+        except Exception as error:  # a subject that cannot be set up is a result, not the end of the others
+            if len(subjects) == 1:
+                raise
+            skipped.append({"subject": subject, "from": "", **_failure(error)})
+    for line_of in skipped:
+        print(f"{line_of['subject']}: not measured from {line_of['from'] or 'here'} on: {line_of['reason']}")
+    return {
+        "environment": where, "dtype": name, "timing": TIMING[where["kind"]], "ceilings": ceiling,
+        "records": records, "skipped": skipped,
+    }  # fmt: skip
+
+
+def _measured(
+    case: Mapping[str, Any],
+    inputs: Sequence[Tensor],
+    providers: Mapping[str, Provider],
+    ceiling: Mapping[str, float],
+    budget_s: float,
+) -> list[dict[str, Any]]:
+    """The records of one case, each printed."""
+    hidden = ("subject", "name", "bytes", "bytes_backward", "items", "unit")
+    sizes = ", ".join(f"{k} {v}" for k, v in case.items() if k not in hidden)
+    print(f"{case['subject']}, {case['name'] or 'curve'}: {sizes}")
+    records = measure(case, inputs, providers, budget_s=budget_s)
+    for record in records:
+        print(line(record, ceiling), flush=True)
+    return records
+
+
+def main(cases: Cases, *, budget_s: float = 3.0) -> int:
+    """Measure one subject in full and leave the JSON; 1 where ours was not right."""
+    device = default_device()
+    dtype = default_dtype(device)
+    result = run(cases(device, dtype, full=True), dtype=dtype, budget_s=budget_s)
+    print(write(result))
+    return failed(result)
+
+
+def failed(result: Mapping[str, Any]) -> int:
+    """1 where a record of ours is not right, else 0."""
+    return int(any(r["role"] == "ours" and r["status"] != "ok" for r in result["records"]))
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def absent(package: str) -> str:
+    """Why `package` cannot be used, empty where it is installed."""
+    return "" if find_spec(package) is not None else f"{package.replace('_', '-')} is not installed"
+
+
+def free_bytes() -> int:
+    """Memory that a case may take on the default device."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"))
+    return int(found.group(1)) * 1024 if found else 4 * 2**30
 
 
 def environment() -> dict[str, Any]:
@@ -279,11 +391,16 @@ def environment() -> dict[str, Any]:
 
 
 def cpu_model() -> str:
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
+    found = re.search(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo"))
     return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def _read(path: str) -> str:
+    """Text of a file, empty where there is none."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
 
 
 def _output(*command: str) -> str:
@@ -301,9 +418,12 @@ def slug(text: str) -> str:
 
 
 def write(result: Mapping[str, Any], folder: Path = RESULTS) -> Path:
-    """Write a result to <device>-<date>.json in `folder`, whole or not at all."""
+    """Write a result to <device>-<date>.json in `folder`, <device>-<date>-<subject>.json where it has only one,
+    whole or not at all."""
     where = result["environment"]
-    path = folder / f"{slug(where['device'])}-{where['date'][:10]}.json"
+    subjects = {r["subject"] for r in result["records"]}
+    ending = f"-{slug(subjects.pop())}" if len(subjects) == 1 else ""
+    path = folder / f"{slug(where['device'])}-{where['date'][:10]}{ending}.json"
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".tmp")
     partial.write_text(json.dumps(result, indent=1) + "\n")
@@ -311,16 +431,30 @@ def write(result: Mapping[str, Any], folder: Path = RESULTS) -> Path:
     return path
 
 
-def line(record: Mapping[str, Any], matmul_flops_per_s: float) -> str:
+def line(record: Mapping[str, Any], ceiling: Mapping[str, float]) -> str:
     """One provider of a case, for the terminal."""
     name = f"  {record['provider']:<28}"
     if "ms" not in record:
         reason = record.get("reason") or f"relative error {record['error']}"
         return f"{name} {record['status']}: {reason}"
-    forward, step = record["ms"]["forward"], record["ms"]["forward_backward"]
-    share = record["flops"] / (forward["median"] / 1e3) / matmul_flops_per_s
-    return (
-        f"{name} forward {forward['median']:9.2f} ms ({forward['q20']:.2f}…{forward['q80']:.2f}, "
-        f"{share:.0%} of matmul)   with backward {step['median']:9.2f} ms   "
-        f"peak {record['peak_bytes']['forward_backward'] / 2**20:8.1f} MiB"
-    )
+    forward, step = record["ms"]["forward"], record["ms"].get("forward_backward")
+    notes = [f"{forward['q20']:.2f}…{forward['q80']:.2f}"]
+    shared = share(record, ceiling)
+    if shared is not None:
+        notes.append(f"{shared:.0%} of {'copy' if 'bytes' in record else 'matmul'}")
+    if "forward_warm" in record["ms"]:
+        notes.append(f"warm {record['ms']['forward_warm']['median']:.3f}")
+    if "items" in record:
+        notes.append(f"{1e3 * record['items'] / forward['median']:.3g} {record['unit']}/s")
+    text = f"{name} forward {forward['median']:9.2f} ms ({', '.join(notes)})"
+    if step is not None:
+        text += f"   with backward {step['median']:9.2f} ms"
+    return f"{text}   peak {max(record['peak_bytes'].values()) / 2**20:8.1f} MiB"
+
+
+def share(record: Mapping[str, Any], ceiling: Mapping[str, float]) -> float | None:
+    """Part of a ceiling of the same run that a forward reaches: copy where bytes are counted, else matmul."""
+    seconds = record["ms"]["forward"]["median"] / 1e3
+    if "bytes" in record:
+        return float(record["bytes"] / seconds / ceiling["copy_bytes_per_s"])
+    return float(record["flops"] / seconds / ceiling["matmul_flops_per_s"]) if record["flops"] else None

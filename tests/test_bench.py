@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_fusion, figure, harness
+from benchmarks import bench_axial_attention, bench_fusion, compare, figure, first_contact, harness
+from benchmarks.__main__ import SUBJECTS
 from benchmarks.bench_fusion import OURS, Shape
 from benchmarks.harness import Provider, measure
+from benchmarks.targets import TARGETS, targets
 
 SMALL = Shape(2, 3, 3, 16, 2)
+CEILING = {"copy_bytes_per_s": 1e10, "matmul_flops_per_s": 1e11}
 SQUARE = {"subject": "square", "name": "x²", "size": 8}
 
 
@@ -91,7 +95,7 @@ def test_what_cannot_run_is_named_and_the_others_are_measured():
     assert records["absent"]["reason"] == "xformers is not installed"
     assert records["broken"]["reason"] == "no kernel for this"
     assert [name for name, r in records.items() if "ms" in r] == ["right"]
-    lines = [harness.line(r, 1e12) for r in records.values()]
+    lines = [harness.line(r, CEILING) for r in records.values()]
     assert "missing: xformers is not installed" in lines[0]
 
 
@@ -123,7 +127,7 @@ def test_environment_says_what_a_number_needs():
 
 def test_every_provider_of_the_fusion_is_right():
     tensors = bench_fusion.inputs(SMALL, torch.float32, torch.device("cpu"))
-    records = measure({}, tensors, bench_fusion.providers(SMALL), budget_s=0.01)
+    records = measure(SQUARE, tensors, bench_fusion.providers(SMALL), budget_s=0.01)
     assert [(r["provider"], r["status"]) for r in records] == [
         (name, "ok") for name in ("naive 3D", "SDPA 3D", "SDPA factorised", OURS)
     ]
@@ -154,11 +158,11 @@ def test_flops_are_those_that_torch_counts(name):
 @pytest.fixture
 def result(monkeypatch):
     """A real result of the fusion benchmark at a size that takes no time."""
-    monkeypatch.setattr(
-        harness, "ceilings", lambda dtype: {"copy_bytes_per_s": 1e10, "matmul_flops_per_s": 1e11}
-    )
-    shapes = [("small", SMALL)]
-    return bench_fusion.run(shapes, [SMALL._replace(slices=1)], dtype=torch.float32, budget_s=0.01)
+    monkeypatch.setattr(harness, "ceilings", lambda dtype: CEILING)
+    cpu, dtype = torch.device("cpu"), torch.float32
+    shapes = [("small", SMALL), ("", SMALL._replace(slices=1))]
+    cases = [bench_fusion.case(name, shape, cpu, dtype) for name, shape in shapes]
+    return harness.run(cases, dtype=dtype, budget_s=0.01)
 
 
 def test_the_newest_result_of_a_device_becomes_figure_and_table(result, tmp_path):
@@ -200,3 +204,128 @@ def test_the_readme_changes_between_its_markers_alone(tmp_path):
 def test_no_result_is_an_error_that_says_what_to_run(tmp_path):
     with pytest.raises(ValueError, match="make bench"):
         figure.newest(tmp_path)
+
+
+def test_rivals_that_are_absent_are_named():
+    shape = bench_axial_attention.Shape(1, 2, 3, 1, 16)
+    found = bench_axial_attention.providers(shape, torch.device("cpu"))
+    absent = {name: p.missing for name, p in found.items() if p.call is None}
+    assert absent["FlexAttention"] == "no gradient on a CPU"
+    assert {"varlen", "xformers"} <= absent.keys()
+    assert harness.absent("no_such_package") == "no-such-package is not installed"
+
+
+def test_every_subject_has_one_provider_of_ours_and_a_rival():
+    for name, cases in SUBJECTS.items():
+        facts, _, providers = next(iter(cases(torch.device("cpu"), torch.float32)))
+        roles = [p.role for p in providers.values()]
+        assert facts["subject"].replace(" ", "_") == name
+        assert roles.count("ours") == 1, name
+        assert "rival" in roles, name
+
+
+def test_without_a_gradient_the_forward_alone_is_timed():
+    found = {"ours": Provider(square, square, 8, role="ours")}
+    facts = {**SQUARE, "items": 2, "unit": "images", "bytes": 64}
+    (record,) = measure(facts, [torch.ones(8)], found, budget_s=0.01)
+    assert set(record["ms"]) == {"forward"}
+    text = harness.line(record, CEILING)
+    assert "of copy" in text
+    assert "images/s" in text
+    assert "backward" not in text
+
+
+def test_a_spent_budget_is_named(monkeypatch):
+    monkeypatch.setattr(harness, "ceilings", lambda dtype: CEILING)
+    case = (SQUARE, [torch.ones(8)], {"ours": Provider(square, square, 8, role="ours")})
+
+    def broken():
+        raise ValueError("no such model")
+        yield
+
+    found = harness.run(
+        {"square": [case] * 3, "broken": broken(), "cube": [case]}, dtype=torch.float32, budget_s=0.01, total_s=0
+    )  # fmt: skip
+    assert len(found["records"]) == 2
+    assert [s["subject"] for s in found["skipped"]] == ["square", "broken"]
+    assert "spent after 1 cases" in found["skipped"][0]["reason"]
+    assert found["skipped"][1]["reason"] == "no such model"
+
+
+def times(*ms):
+    return {"median": ms[1], "q20": ms[0], "q80": ms[2], "n": 5}
+
+
+def a_result(provider_ms):
+    """A result of one case, forward times by provider; the first one is ours."""
+    records = [
+        {"subject": "square", "name": "x²", "provider": name, "role": "rival" if i else "ours", "status": "ok",
+         "flops": 8, "bytes": 4, "ms": {"forward": ms}, "peak_bytes": {"forward": 4}}
+        for i, (name, ms) in enumerate(provider_ms.items())
+    ]  # fmt: skip
+    where = {
+        "device": "d",
+        "kind": "cpu",
+        "torch": "2",
+        "triton": None,
+        "commit": "c",
+        "dirty": False,
+        "date": "2026",
+    }
+    return {"environment": where, "dtype": "float32", "ceilings": CEILING, "records": records}
+
+
+def test_compare_says_what_exceeds_the_spread(tmp_path, capsys):
+    a = a_result({"mine": times(1, 2, 3), "theirs": times(1, 2, 3), "third": times(4, 5, 6)})
+    b = a_result({"mine": times(3.5, 4, 5), "theirs": times(2, 3, 4), "third": times(1, 2, 3)})
+    changes = compare.compare(a, b)
+    assert [(c.ratio, c.verdict) for c in changes] == [
+        (2.0, "slower"),
+        (1.5, "within the spread"),
+        (0.4, "faster"),
+    ]
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, result in zip(paths, (a, b), strict=True):
+        path.write_text(json.dumps(result))
+    assert compare.main([str(p) for p in paths]) == 1
+    assert "2.00×  slower" in capsys.readouterr().out
+    assert compare.main([str(paths[0])] * 2) == 0
+    assert compare.main([str(tmp_path / "absent.json"), str(paths[0])]) == 2
+
+
+def test_a_loss_to_a_rival_is_shown(tmp_path):
+    result = a_result({"mine": times(1, 2, 3), "theirs": times(0.5, 1, 2), "slow": times(8, 8, 8)})
+    sections = figure.readme_sections(result, tmp_path / "bench.png")
+    assert sections[1].splitlines()[-1] == "| square, x² | theirs, 1 ms | 2 ms | 0.50× |"
+    assert (tmp_path / "bench-roofline.png").exists()
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{figure.BEGIN}\n{figure.END}\n")
+    figure.write_readme(readme, sections)
+    assert "0.50×" in readme.read_text().split(figure.END)[0]
+
+
+def test_a_stage_ends_at_its_limit_and_keeps_what_it_said(tmp_path):
+    code = "import time; print('half', flush=True); time.sleep(60)"
+    slow = first_contact.run(first_contact.Stage("slow", [sys.executable, "-c", code], 2.0), tmp_path)
+    assert slow.status == "out of time"
+    assert slow.seconds < 20
+    assert (tmp_path / "slow.log").read_text() == "half\n"
+    failed = first_contact.run(
+        first_contact.Stage("f", [sys.executable, "-c", "raise SystemExit(3)"], 20), tmp_path
+    )
+    assert failed.status == "failed"
+    absent = first_contact.run(first_contact.Stage("a", ["x"], 1.0, "not installed"), tmp_path)
+    assert (absent.status, absent.note) == ("skipped", "not installed")
+
+
+def test_stages_without_a_gpu_say_so_and_all_end_within_ten_minutes():
+    stages = first_contact.stages()
+    assert [bool(s.missing) for s in stages] == [True, True, True, False]
+    assert sum(s.limit_s for s in stages) <= 600
+
+
+def test_targets_have_a_value_or_a_reason(result):
+    listed = targets(result)
+    assert all(t["value"] is not None or t["reason"] for t in listed)
+    assert {t["number"] for t in listed} == {f"T{i}" for i in range(1, 11)}
+    assert all(t["value"] is None for t in listed[: len(TARGETS)])  # they are a GPU's

@@ -1,0 +1,74 @@
+"""Every subject that this machine can measure, into one JSON.    python -m benchmarks [quick|full|<subject>]
+
+quick keeps to ten minutes on two cores, full measures every shape; one subject by its name is measured in full.
+The subjects share the seconds of --budget: what does not fit is named in the result as skipped."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from benchmarks import (
+    bench_axial_attention,
+    bench_axial_half,
+    bench_fusion,
+    bench_image_encoder,
+    bench_lora_linear,
+    bench_predict,
+    bench_rel_pos,
+    bench_slice_attention,
+    bench_transformer,
+    harness,
+)
+from benchmarks.harness import Cases
+from benchmarks.targets import targets
+
+SUBJECTS: dict[str, Cases] = {
+    "axial": bench_axial_attention.cases,
+    "axial_half": bench_axial_half.cases,
+    "lora": bench_lora_linear.cases,
+    "slice": bench_slice_attention.cases,
+    "rel_pos": bench_rel_pos.cases,
+    "window": bench_rel_pos.window_cases,
+    "encoder": bench_image_encoder.cases,
+    "predict": bench_predict.cases,
+    "transformer": bench_transformer.cases,
+    "fusion": bench_fusion.cases,  # last: it has what the others leave
+}
+TOTAL_S = {"quick": 480.0, "full": 3600.0}
+
+
+def run(what: str = "quick", *, total_s: float | None = None, case_s: float | None = None) -> dict[str, Any]:
+    """The result of `what` (quick, full or a subject) within `total_s` seconds, `case_s` of timing a case."""
+    device = harness.default_device()
+    dtype = harness.default_dtype(device)
+    names = list(SUBJECTS) if what in TOTAL_S else [what]
+    chosen = {name: SUBJECTS[name](device, dtype, full=what != "quick") for name in names}
+    torch.manual_seed(0)
+    result = harness.run(
+        chosen,
+        dtype=dtype,
+        budget_s=case_s if case_s is not None else 2.0 if what == "quick" else 4.0,
+        total_s=total_s if total_s is not None else TOTAL_S.get(what, TOTAL_S["full"]),
+    )
+    return {"scope": what, **result, "targets": targets(result)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and leave the JSON; 1 where ours was not right."""
+    parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
+    parser.add_argument("what", nargs="?", default="quick", choices=[*TOTAL_S, *SUBJECTS])
+    parser.add_argument("--budget", type=float, help="seconds in all; 480 for quick, 3600 otherwise")
+    parser.add_argument("--case", type=float, help="seconds of timing a case; 2 for quick, 4 otherwise")
+    args = parser.parse_args(argv)
+    result = run(args.what, total_s=args.budget, case_s=args.case)
+    print(harness.write(result))
+    return harness.failed(result)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

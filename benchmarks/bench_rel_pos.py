@@ -1,0 +1,130 @@
+"""SAM's attention with relative positions, global and windowed.    python -m benchmarks.bench_rel_pos
+
+Global, over one grid (H', W'):
+
+    segment-anything    scores, bias and probabilities in memory, as its Attention computes them
+    SDPA, bias          scaled_dot_product_attention with the bias (B, M, P, P) as its mask
+    one-hot             SDPA on Q' = [q, rel_h, rel_w] and K' = [k, one-hot row, one-hot column]: the bias as a product
+    rel_pos_attention   ours
+
+Windowed, on a grid that is not a whole number of windows: segment-anything's form pads the grid after the norm and
+attends for padded queries too; window_attention, ours, computes the real ones alone.
+
+q, k and v are given, and so are rel_h and rel_w: the products that make them are the same for all."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from axial_fusion import reference, rel_pos_attention, window_attention
+from benchmarks import harness
+from benchmarks.harness import Case, Provider
+
+OURS, OURS_WINDOWED = "rel_pos_attention", "window_attention"
+
+
+class Shape(NamedTuple):
+    batch: int
+    side: int
+    heads: int
+    head_dim: int
+    window: int = 0
+
+
+CPU_SHAPES = [("ViT-B, 256 px", Shape(4, 16, 12, 64)), ("ViT-B, 512 px", Shape(1, 32, 12, 64))]
+CPU_WINDOWS = [("ViT-B, 256 px", Shape(4, 16, 12, 64, 14)), ("ViT-B, 512 px", Shape(1, 32, 12, 64, 14))]
+GPU_SHAPES = [("ViT-B, 1024 px", Shape(4, 64, 12, 64)), ("ViT-B, 512 px", Shape(8, 32, 12, 64))]
+GPU_WINDOWS = [("ViT-B, 1024 px", Shape(4, 64, 12, 64, 14)), ("ViT-B, 512 px", Shape(8, 32, 12, 64, 14))]
+
+
+def _bias(rel_h: Tensor, rel_w: Tensor) -> Tensor:
+    """rel_h (B, M, H', P) and rel_w (B, M, P, W') -> (B, M, P, H'·W')."""
+    return (rel_h.transpose(-1, -2).unsqueeze(-1) + rel_w.unsqueeze(-2)).flatten(-2)
+
+
+def materialised(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, M, P, D)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + _bias(rel_h, rel_w)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def sdpa_bias(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=_bias(rel_h, rel_w)).transpose(1, 2)
+
+
+def one_hot(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    side = rel_w.shape[-1]
+    axis = torch.eye(side, dtype=q.dtype, device=q.device)
+    places = torch.cat([axis.repeat_interleave(side, 0), axis.repeat(side, 1)], 1)  # (P, H' + W')
+    query = torch.cat([q * q.shape[-1] ** -0.5, rel_h.transpose(-1, -2), rel_w], -1)
+    key = torch.cat([k, places.expand(*k.shape[:2], *places.shape)], -1)
+    value = F.pad(v, (0, query.shape[-1] - v.shape[-1]))  # fused kernels want one head size
+    return F.scaled_dot_product_attention(query, key, value, scale=1.0)[..., : v.shape[-1]].transpose(1, 2)
+
+
+def padded(qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor, window: int) -> Tensor:
+    """qkv (B, H', W', 3, M, D) -> (B, H', W', M, D) by whole windows of a padded grid."""
+    b, height, width, _, m, d = qkv.shape
+    down, right = -height % window, -width % window
+    fill = qkv_bias.view(3, m, d)
+    qkv = torch.cat([qkv, fill.expand(b, height, right, 3, m, d)], 2)
+    qkv = torch.cat([qkv, fill.expand(b, down, width + right, 3, m, d)], 1)
+    rel_h, rel_w = (F.pad(t, (0, 0, 0, 0, 0, right, 0, down)) for t in (rel_h, rel_w))
+
+    def windows(t: Tensor) -> Tensor:  # (B, Hp, Wp, ...) -> (windows, window², ...)
+        t = t.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3)
+        return t.flatten(3, 4).flatten(0, 2)
+
+    q, k, v = windows(qkv).unbind(2)
+    bias_h, bias_w = (windows(t).transpose(1, 2) for t in (rel_h, rel_w))  # (windows, M, window², window)
+    y = materialised(q, k, v, bias_h.transpose(-1, -2), bias_w)
+    y = y.unflatten(1, (window, window)).unflatten(0, (b, (height + down) // window, -1))
+    return y.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width].contiguous()
+
+
+def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Iterator[Case]:
+    """The global attention; `window_cases` has the windowed one."""
+    for name, shape in GPU_SHAPES if device.type == "cuda" else CPU_SHAPES:
+        b, side, m, d, _ = shape
+        p = side**2
+        generator = torch.Generator().manual_seed(0)
+        sizes = [(b, p, m, d)] * 3 + [(b, m, side, p), (b, m, p, side)]
+        inputs = [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in sizes]
+        flops = 4 * b * m * p * p * d
+        exact = partial(reference.rel_pos_attention, grid=(side, side))
+        ours = partial(rel_pos_attention, grid=(side, side))
+        found = {
+            "segment-anything": Provider(materialised, exact, flops),
+            "SDPA, bias": Provider(sdpa_bias, exact, flops),
+            "one-hot": Provider(one_hot, exact, flops),
+            OURS: Provider(ours, exact, flops, role="ours"),
+        }
+        yield {"subject": "rel_pos", "name": name, **shape._asdict()}, inputs, found
+
+
+def window_cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Iterator[Case]:
+    for name, shape in GPU_WINDOWS if device.type == "cuda" else CPU_WINDOWS:
+        b, side, m, d, window = shape
+        generator = torch.Generator().manual_seed(0)
+        sizes = [(b, side, side, 3, m, d), (3 * m * d,), *[(b, side, side, m, window)] * 2]
+        inputs = [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in sizes]
+        flops = 4 * b * m * side**2 * window**2 * d
+        exact = partial(reference.window_attention, window=window)
+        found = {
+            "segment-anything": Provider(partial(padded, window=window), exact, flops),
+            OURS_WINDOWED: Provider(partial(window_attention, window=window), exact, flops, role="ours"),
+        }
+        yield {"subject": "window", "name": name, **shape._asdict()}, inputs, found
+
+
+if __name__ == "__main__":
+    sys.exit(harness.main(cases) or harness.main(window_cases))

@@ -1,0 +1,128 @@
+"""Six fusion blocks, MLPs included.    python -m benchmarks.bench_transformer
+
+    naive 3D          each block attends over all N·P tokens, scores in memory
+    SDPA 3D           the same through scaled_dot_product_attention
+    SDPA factorised   the blocks' own function, composed of torch's parts
+    compiled          the line above through torch.compile (on a GPU)
+    transformer       ours: AxialFusionTransformer
+
+On features (B, N, C, h, w), every parameter trained; the 3D forms are another function with the axial half's weights.
+The 3D reference is the naive form in fp64, so a case holds it only where fp64 scores fit."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from aftersam.model.axial_fusion import AxialFusionTransformer
+from axial_fusion import AttentionWeights, AxialFusionAttention, reference
+from benchmarks import bench_fusion, harness
+from benchmarks.harness import Case, Provider
+
+OURS = "transformer"
+
+
+class Shape(NamedTuple):
+    batch: int
+    slices: int
+    side: int
+    channels: int
+    heads: int
+    blocks: int = 6
+
+
+CPU_SHAPES = [("tiny, 96 px", Shape(1, 3, 12, 128, 4))]
+GPU_SHAPES = [(f"SAM, {px} px", Shape(1, 9, px // 16, 256, 8)) for px in (512, 1024)]
+Attention = Callable[[Tensor, AxialFusionAttention], Tensor]
+
+
+class _Attention(nn.Module):
+    """Stands in a block for its attention, with the same weights under the same names."""
+
+    def __init__(self, known: AxialFusionAttention, attend: Attention) -> None:
+        super().__init__()
+        self.inter, self.intra, self.num_heads = known.inter, known.intra, known.num_heads
+        self.attend = attend
+
+    def forward(self, x: Tensor, query_index: None = None) -> Tensor:
+        return self.attend(x, self)  # type: ignore[arg-type]
+
+
+def _weights(attention: AxialFusionAttention) -> list[Tensor]:
+    return [t for half in (attention.inter, attention.intra) for t in half.weights()[:6]]  # type: ignore[union-attr, misc]
+
+
+def joint(x: Tensor, attention: AxialFusionAttention, attend: bench_fusion.Attend) -> Tensor:
+    return bench_fusion.joint_attention(x, *_weights(attention), heads=attention.num_heads, attend=attend)
+
+
+def library(x: Tensor, attention: AxialFusionAttention) -> Tensor:
+    return bench_fusion.sdpa_factorised(x, *_weights(attention), heads=attention.num_heads)
+
+
+def equations(x: Tensor, attention: AxialFusionAttention) -> Tensor:
+    w = _weights(attention)
+    inter, intra = (AttentionWeights._make([*w[i : i + 6], None, None]) for i in (0, 6))
+    return reference.axial_fusion_attention(x, inter, intra, num_heads=attention.num_heads)
+
+
+def form(model: AxialFusionTransformer, attend: Attention | None) -> Callable[..., Tensor]:
+    """A function of the features and of every parameter of `model`, its attention computed by `attend`."""
+    model = copy.deepcopy(model)
+    names = [name for name, _ in model.named_parameters()]
+    for block in model.blocks:
+        if attend is not None:
+            block.attention = _Attention(block.attention, attend)  # type: ignore[arg-type]
+
+    def call(x: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), (x,))  # type: ignore[no-any-return]
+
+    return call
+
+
+def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Iterator[Case]:
+    gpu = device.type == "cuda"
+    for name, shape in GPU_SHAPES if gpu else CPU_SHAPES:
+        b, n, side, c, m, blocks = shape
+        torch.manual_seed(0)
+        model = AxialFusionTransformer(
+            c, m, blocks, grid=(side, side), num_slices=n, fusion_init="xavier"
+        ).to(device, dtype)
+        x = torch.randn(b, n, c, side, side, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+        inputs = [x.requires_grad_(), *model.parameters()]
+        tokens, positions = b * n * side**2, side**2
+        rest = 16 * tokens * c * c  # the MLP
+        whole = blocks * (rest + 8 * tokens * c * c + 4 * tokens * n * positions * c)
+        ours = blocks * (rest + 16 * tokens * c * c + 4 * tokens * (n + positions) * c)
+        exact = form(model, equations)
+        naive = partial(joint, attend=bench_fusion.materialised)
+        exact_joint = form(model, naive)
+        scores = 4 * blocks * b * m * (n * positions) ** 2 * 8
+        missing = ""
+        if scores > harness.free_bytes():
+            missing = f"fp64 scores of its reference need {scores / 2**30:.0f} GiB"
+        flash = form(model, partial(joint, attend=F.scaled_dot_product_attention))
+        composed = form(model, library)
+        found = {
+            "naive 3D": Provider(
+                None if missing else form(model, naive), exact_joint, whole, missing, "other"
+            ),
+            "SDPA 3D": Provider(None if missing else flash, exact_joint, whole, missing, "other"),
+            "SDPA factorised": Provider(composed, exact, ours),
+        }
+        if gpu:
+            torch.compiler.reset()
+            found["SDPA factorised, compiled"] = Provider(torch.compile(composed, dynamic=False), exact, ours)
+        found[OURS] = Provider(form(model, None), exact, ours, role="ours")
+        yield {"subject": "transformer", "name": name, **shape._asdict()}, inputs, found
+
+
+if __name__ == "__main__":
+    sys.exit(harness.main(cases))

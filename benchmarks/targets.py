@@ -1,0 +1,132 @@
+"""What the library sets out to reach on one H200 in bf16, beside what a result holds.
+
+A target has a value where the records allow it, and otherwise the reason why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Record = Mapping[str, Any]
+Value = Callable[[Mapping[str, Any]], float | None]
+
+
+def ours_and_best(
+    records: Sequence[Record],
+    subject: str,
+    *,
+    kind: str = "forward",
+    against: str | None = None,
+    **facts: Any,
+) -> tuple[float, float] | None:
+    """Least ms of ours and of its best rival (or of the provider `against`), at the case where ours gains least."""
+    pairs = []
+    chosen = [
+        r for r in records
+        if r["subject"] == subject and kind in r.get("ms", {}) and all(r.get(k) == v for k, v in facts.items())
+    ]  # fmt: skip
+    for ours in (r for r in chosen if r["role"] == "ours"):
+        same = [r for r in chosen if _place(r) == _place(ours)]
+        rivals = [r for r in same if (r["role"] == "rival" if against is None else r["provider"] == against)]
+        if rivals:
+            best = min(r["ms"][kind]["median"] for r in rivals)
+            pairs.append((ours["ms"][kind]["median"], best))
+    return min(pairs, key=lambda pair: pair[1] / pair[0], default=None)
+
+
+def _place(record: Record) -> list[tuple[str, Any]]:
+    """What names a case: its facts that are not results."""
+    results = ("provider", "role", "status", "flops", "error", "ms", "peak_bytes", "reason")
+    return [(k, v) for k, v in record.items() if k not in results]
+
+
+def gain(subject: str, kind: str = "forward", against: str | None = None, **facts: Any) -> Value:
+    """How many times faster ours is, at the case where that is least."""
+
+    def value(result: Mapping[str, Any]) -> float | None:
+        pair = ours_and_best(result["records"], subject, kind=kind, against=against, **facts)
+        return None if pair is None else pair[1] / pair[0]
+
+    return value
+
+
+def copy_share(batch: int, *, backward: bool) -> Value:
+    """Least part of the measured copy bandwidth that axial attention at N 9, P 4096 reaches."""
+
+    def value(result: Mapping[str, Any]) -> float | None:
+        found = []
+        for r in result["records"]:
+            if r["subject"] != "axial" or r["role"] != "ours" or "ms" not in r:
+                continue
+            if (r["slices"], r["positions"], r["batch"]) == (9, 4096, batch):
+                forward, step = (r["ms"][kind]["median"] for kind in ("forward", "forward_backward"))
+                ms, moved = (step - forward, r["bytes_backward"]) if backward else (forward, r["bytes"])
+                found.append(1e3 * moved / ms / result["ceilings"]["copy_bytes_per_s"])
+        return min(found, default=None)
+
+    return value
+
+
+def images_per_s(side: int) -> Value:
+    def value(result: Mapping[str, Any]) -> float | None:
+        found = [
+            r for r in result["records"] if r["subject"] == "encoder" and r["role"] == "ours" and "ms" in r
+        ]
+        return max(
+            (1e3 * r["items"] / r["ms"]["forward"]["median"] for r in found if r["image_size"] == side),
+            default=None,
+        )
+
+    return value
+
+
+STEP = "forward_backward"
+LORA: dict[str, Any] = {"rows": 36_864, "k": 768, "n": 2304, "rank": 4}
+TARGETS: list[tuple[str, str, str, Value]] = [
+    ("T1", "axial attention, B 4: part of copy bandwidth, forward", "≥ 0.85", copy_share(4, backward=False)),
+    ("T1", "axial attention, B 4: part of copy bandwidth, backward", "≥ 0.75", copy_share(4, backward=True)),
+    ("T1", "axial attention, B 1: part of copy bandwidth, forward", "≥ 0.70", copy_share(1, backward=False)),
+    ("T1", "axial attention, B 1: part of copy bandwidth, backward", "≥ 0.65", copy_share(1, backward=True)),
+    ("T1", "axial attention: times faster than SDPA", "≥ 3", gain("axial", against="SDPA", positions=4096)),
+    ("T1", "axial attention: times faster than compiled multiply-sum", "≥ 1.5",
+     gain("axial", against="multiply-sum, compiled")),
+    ("T2", "axial half, C 256: times faster than the best library form, forward", "≥ 2",
+     gain("axial half", channels=256)),
+    ("T2", "axial half, C 256: the same, with backward", "≥ 1.5", gain("axial half", STEP, channels=256)),
+    ("T3", "LoRA linear 768 to 2304: the frozen linear over ours, forward", "≥ 0.96",
+     gain("lora", against="frozen", **LORA)),
+    ("T3", "LoRA linear 768 to 2304: times faster than PEFT eager, with backward", "≥ 1.5",
+     gain("lora", STEP, against="PEFT form", **LORA)),
+    ("T4", "slice attention: the best library over auto", "≥ 0.97", gain("slice")),
+    ("T5", "relative positions, global: times faster than the best rival, forward", "≥ 1.3", gain("rel_pos")),
+    ("T5", "relative positions, global: the same, with backward", "≥ 1.2", gain("rel_pos", STEP)),
+    ("T5", "relative positions, windowed: times faster than the best rival, forward", "≥ 1.3", gain("window")),
+    ("T6", "SAM ViT-B encoder, 1024 px: images a second", "≥ 400", images_per_s(1024)),
+    ("T7", "six blocks, 1024 px: times faster than naive 3D", "≥ 30",
+     gain("transformer", STEP, "naive 3D", side=64)),
+    ("T7", "six blocks, 1024 px: times faster than SDPA 3D", "≥ 6", gain("transformer", STEP, "SDPA 3D", side=64)),
+    ("T7", "six blocks, 1024 px: times faster than the best library form", "≥ 1.2",
+     gain("transformer", STEP, side=64)),
+    ("T8", "prediction: times faster than the re-encoding loop", "≥ 3", gain("predict")),
+    ("T9", "training, the paper's schedule on 30 scans at 1024 px: minutes", "≤ 30", lambda result: None),
+]  # fmt: skip
+CPU_TARGETS: list[tuple[str, str, str, Value]] = [
+    ("T10", "encoder, 256 px: times faster than segment_anything", "≥ 1.4", gain("encoder", image_size=256)),
+    ("T10", "encoder, 512 px: times faster than segment_anything", "≥ 1.15", gain("encoder", image_size=512)),
+    ("T10", "fusion at N 9: times faster than naive 3D, forward", "≥ 0.7 of the FLOP ratio",
+     gain("fusion", against="naive 3D", slices=9, side=16)),
+    ("T10", "prediction: times faster than the re-encoding loop", "≥ 0.8 of the FLOP ratio", gain("predict")),
+]  # fmt: skip
+
+
+def targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every target with its value in this result, or None and why."""
+    gpu = result["environment"]["kind"] == "gpu"
+    listed = []
+    for rows, here in ((TARGETS, gpu), (CPU_TARGETS, not gpu)):
+        for number, what, target, value in rows:
+            found = value(result) if here else None
+            reason = "not measured in this run" if here else f"it is for a {'CPU' if gpu else 'GPU'}"
+            entry = {"number": number, "what": what, "target": target, "value": found}
+            listed.append(entry if found is not None else entry | {"reason": reason})
+    return listed
