@@ -18,6 +18,7 @@ from aftersam.data.slice_group import crop, slice_group
 from aftersam.data.transforms import AIR_HU
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.image_encoder import SliceFeatures
+from aftersam.timings import Timings
 
 OUTSIDE = 30.0  # background's lead, in logits, where no window looked
 Box = tuple[int, int, int, int]  # top, bottom, left, right in pixels, ends excluded
@@ -34,18 +35,28 @@ def predict_labels(
     precision: torch.dtype = torch.float32,
     prompt_labels: np.ndarray | None = None,
     progress: Callable[[int], None] | None = None,
+    timings: Timings | None = None,
 ) -> np.ndarray:
     """Segment a volume: hu (D, H, W) at the model's spacing -> labels (D', H', W') uint8 on `output_shape`.
 
     Both grids cover the same extent. Logits are interpolated to the output grid slice by slice, then argmax.
     `box` bounds the body in the plane; `progress` is called with the number of output slices just finished;
     `prompt_labels` (D, H, W) are where a model with prompts draws them from."""
+    timings = timings or Timings()
     labels = np.empty(output_shape, dtype=np.uint8)
     logits = stream_logits(
-        model, hu, config, box=box, batch_size=batch_size, precision=precision, prompt_labels=prompt_labels
+        model,
+        hu,
+        config,
+        box=box,
+        batch_size=batch_size,
+        precision=precision,
+        prompt_labels=prompt_labels,
+        timings=timings,
     )
-    for z, plane in enumerate(resample_stream(logits, hu.shape[0], output_shape)):
-        labels[z] = plane.argmax(0).to(torch.uint8).cpu().numpy()
+    for z, plane in enumerate(resample_stream(logits, hu.shape[0], output_shape, timings)):
+        with timings.stage("upsample"):
+            labels[z] = plane.argmax(0).to(torch.uint8).cpu().numpy()
         if progress is not None:
             progress(1)
     return labels
@@ -61,12 +72,14 @@ def stream_logits(
     batch_size: int = 8,
     precision: torch.dtype = torch.float32,
     prompt_labels: np.ndarray | None = None,
+    timings: Timings | None = None,
 ) -> Iterator[Tensor]:
     """Yield the logits (K+1, H, W) of every slice of hu (D, H, W) in order, on the model's device.
 
     A group about slice d is the one of `slice_group`: neighbours beyond the ends repeat the nearest slice."""
     if config.prompts == "none":
         prompt_labels = None
+    timings = timings or Timings()
     depth, height, width = hu.shape
     device = next(model.parameters()).device
     size, centre = config.image_size, config.num_slices // 2
@@ -86,33 +99,46 @@ def stream_logits(
             del ring[d]
         new = [d for d in needed if d not in ring]
         with _autocast(device, precision):
-            for start in range(0, len(new), batch_size):
-                some = new[start : start + batch_size]
-                features = model.encode(_windowed(hu, some, windows, size, AIR_HU).to(device).float())
-                for i, d in enumerate(some):
-                    part = slice(i * len(windows), (i + 1) * len(windows))
-                    ring[d] = SliceFeatures(features.embedding[part], tuple(s[part] for s in features.skips))
-            # (groups, windows, N, C, h, w), a window beside a group being one more group
-            embedding = torch.stack(
-                [torch.stack([ring[d].embedding for d in group], dim=1) for group in groups]
-            ).flatten(0, 1)
-            fused = model.fuse(embedding, query_index=(centre,)).squeeze(1)
-            skips = tuple(torch.cat(level) for level in zip(*(ring[d].skips for d in targets), strict=True))
-            labels = None
-            if prompt_labels is not None:
-                labels = _windowed(prompt_labels, targets, windows, size, 0).to(device)
-            logits = model.decode(fused, skips, labels).float()
-        logits = F.interpolate(logits, size=(size, size), mode="bilinear", align_corners=False)
+            with timings.stage("encode"):
+                for start in range(0, len(new), batch_size):
+                    some = new[start : start + batch_size]
+                    features = model.encode(_windowed(hu, some, windows, size, AIR_HU).to(device).float())
+                    for i, d in enumerate(some):
+                        part = slice(i * len(windows), (i + 1) * len(windows))
+                        ring[d] = SliceFeatures(
+                            features.embedding[part], tuple(s[part] for s in features.skips)
+                        )
+            with timings.stage("fuse"):
+                # (groups, windows, N, C, h, w), a window beside a group being one more group
+                embedding = torch.stack(
+                    [torch.stack([ring[d].embedding for d in group], dim=1) for group in groups]
+                ).flatten(0, 1)
+                fused = model.fuse(embedding, query_index=(centre,)).squeeze(1)
+            with timings.stage("decode"):
+                skips = tuple(
+                    torch.cat(level) for level in zip(*(ring[d].skips for d in targets), strict=True)
+                )
+                labels = None
+                if prompt_labels is not None:
+                    labels = _windowed(prompt_labels, targets, windows, size, 0).to(device)
+                logits = model.decode(fused, skips, labels).float()
         for planes in logits.unflatten(0, (len(targets), len(windows))):
-            yield _assemble(planes, windows, weights, (height, width))
+            with timings.stage("upsample"):
+                planes = F.interpolate(planes, size=(size, size), mode="bilinear", align_corners=False)
+                plane = _assemble(planes, windows, weights, (height, width))
+            yield plane
 
 
 def resample_stream(
-    logits: Iterator[Tensor], depth: int, output_shape: tuple[int, int, int]
+    logits: Iterator[Tensor],
+    depth: int,
+    output_shape: tuple[int, int, int],
+    timings: Timings | None = None,
 ) -> Iterator[Tensor]:
     """Trilinear interpolation of a stream of `depth` planes (K+1, H, W) to `output_shape` (D', H', W').
 
     The same numbers as F.interpolate on the whole volume with align_corners=False, two planes at a time."""
+    timings = timings or Timings()
     out_depth, *plane_shape = output_shape
     below, above, index = None, next(logits), 0  # planes index-1 and index
     for z in range(out_depth):
@@ -120,9 +146,10 @@ def resample_stream(
         while index < min(int(at) + 1, depth - 1):
             below, above, index = above, next(logits), index + 1
         fraction = at - (index - 1)  # of the way from below to above
-        plane = above if below is None or fraction >= 1 else torch.lerp(below, above, fraction)
-        if list(plane.shape[-2:]) != plane_shape:
-            plane = F.interpolate(plane[None], size=plane_shape, mode="bilinear", align_corners=False)[0]
+        with timings.stage("upsample"):
+            plane = above if below is None or fraction >= 1 else torch.lerp(below, above, fraction)
+            if list(plane.shape[-2:]) != plane_shape:
+                plane = F.interpolate(plane[None], size=plane_shape, mode="bilinear", align_corners=False)[0]
         yield plane
 
 

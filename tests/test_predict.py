@@ -1,6 +1,10 @@
 """Prediction: the input's own grid comes back, folders survive a bad scan, every refusal is one line."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import nibabel as nib
 import numpy as np
@@ -161,6 +165,79 @@ def test_a_folder_with_a_bad_scan_gives_the_other_masks(run, tmp_path, capsys):
     assert main(command) == 0  # finished masks are kept, the mended scan is done
     assert (masks / "a.nii.gz").stat().st_mtime_ns == before
     assert (masks / "b.nii.gz").exists()
+
+
+def test_one_truncated_scan_of_five_costs_one_line(run, tmp_path, capsys):
+    scans, masks = tmp_path / "scans", tmp_path / "masks"
+    scans.mkdir()
+    for name in "abcde":
+        whole = scan(scans / f"{name}.nii.gz").read_bytes()
+    (scans / "b.nii.gz").write_bytes(whole[: len(whole) // 2])
+    command = ["-i", str(scans), "-o", str(masks), "-m", str(run), "--device", "cpu", "--no-preview"]
+    assert main(command) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [p.name for p in sorted(masks.glob("*.nii.gz"))] == [f"{n}.nii.gz" for n in "acde"]
+    errors = [line for line in lines if line.startswith("aftersam.predict: ")]
+    assert len(errors) == 1
+    assert "b.nii.gz is truncated" in errors[0]
+    alone = tmp_path / "alone.nii.gz"  # a scan computed beside others gets the mask that it gets alone
+    single = ["-i", str(scans / "d.nii.gz"), "-o", str(alone), "-m", str(run), "--device", "cpu"]
+    assert main([*single, "--no-preview"]) == 0
+    assert np.array_equal(
+        np.asarray(nib.load(alone).dataobj), np.asarray(nib.load(masks / "d.nii.gz").dataobj)
+    )
+
+
+def test_a_killed_run_is_finished_by_the_next(run, tmp_path):
+    scans, masks = tmp_path / "scans", tmp_path / "masks"
+    scans.mkdir()
+    for name in "abc":
+        scan(scans / f"{name}.nii.gz")
+    command = ["-i", str(scans), "-o", str(masks), "-m", str(run), "--device", "cpu", "--no-preview"]
+    killed = f"""
+import os, signal
+import nibabel as nib
+from aftersam.predict import main
+whole = nib.Nifti1Image.to_filename
+def half(image, name, **options):
+    if "b.nii.gz" not in str(name):
+        return whole(image, name, **options)
+    open(name, "wb").write(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+nib.Nifti1Image.to_filename = half
+main({command!r})
+"""
+    died = subprocess.run([sys.executable, "-c", killed], capture_output=True, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    assert [p.name for p in masks.glob("*.nii.gz") if not p.name.startswith(".")] == ["a.nii.gz"]
+    assert [p for p in masks.iterdir() if p.name.startswith(".")]
+    before = (masks / "a.nii.gz").stat().st_mtime_ns
+    assert main(command) == 0
+    assert (masks / "a.nii.gz").stat().st_mtime_ns == before
+    names = {p.name for p in masks.iterdir()}
+    assert names == {f"{n}{ending}" for n in "abc" for ending in (".nii.gz", ".json")}
+
+
+def test_timings_are_printed_and_left_beside_the_mask(run, tmp_path, capsys):
+    source = scan(tmp_path / "scan.nii.gz")
+    command = ["-i", str(source), "-o", str(tmp_path / "mask.nii.gz"), "-m", str(run), "--device", "cpu"]
+    assert main([*command, "--timings"]) == 0
+    facts = json.loads((tmp_path / "mask.timings.json").read_text())
+    assert all(seconds > 0 for seconds in facts["seconds"].values()), facts
+    assert facts["slices"] == 6
+    assert "encode" in capsys.readouterr().err
+
+
+def test_help_waits_for_no_heavy_import():
+    code = "import sys, aftersam.predict; print(*sys.modules)"
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "aftersam.predict", "--help"], capture_output=True, check=True
+    )
+    assert time.monotonic() - began < 10  # a tenth of it on an idle machine
+    assert b"--timings" in done.stdout
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert not {"torch", "monai", "nibabel", "matplotlib"} & set(done.stdout.decode().split())
 
 
 def test_nan_voxels_become_air_with_a_warning(run, tmp_path):

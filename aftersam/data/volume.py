@@ -7,6 +7,7 @@ the very grid that its scan came with. World coordinates are NIfTI's: mm, RAS.""
 from __future__ import annotations
 
 import contextlib
+import glob
 import gzip
 import json
 import os
@@ -151,12 +152,12 @@ def write_labels(
     if not path.name.endswith(NIFTI):
         raise ValueError(f"{path} must end in .nii or .nii.gz to be written")
     image = to_nifti(labels, like, names)
-    with renamed(path) as temporary:
-        image.to_filename(temporary)
-    if names is not None:
+    if names is not None:  # the mask last: where it is, all is there
         with renamed(path.with_name(case_name(path) + ".json")) as temporary:
             about = {**_names_json(names), **(facts or {})}
             temporary.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    with renamed(path) as temporary:
+        image.to_filename(temporary)
 
 
 def read_grid(path: Path | str) -> tuple[tuple[int, int, int], tuple[float, float, float]]:
@@ -189,6 +190,13 @@ def renamed(path: Path) -> Iterator[Path]:
         raise OSError(f"{path} could not be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what a killed process left of `path` and of its companions (same case name) under temporary names."""
+    for left in path.parent.glob(f".*.{glob.escape(case_name(path))}.*"):
+        if left.name.split(".")[1].isdigit():
+            left.unlink(missing_ok=True)
 
 
 def _open(path: Path) -> nib.Nifti1Image:
