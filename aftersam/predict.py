@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from aftersam.segmenter import Prepared, Segmenter
+    from aftersam.streaming import Sliding
 
 NIFTI = (".nii.gz", ".nii")
 
@@ -46,6 +47,16 @@ class PredictArgs:
     """Leave a PNG of the mask over the scan beside each mask."""
     batch_size: int = 8
     """Slices and groups computed at once; less needs less memory."""
+    keep: int = 1
+    """Middle slices kept of each group: K needs about 1/K of the fusion, with less context on one side."""
+    overlap: Literal["none", "average"] = "none"
+    """average: the mean logits of all groups that saw a slice; every slice is decoded once for each."""
+    tta: Literal["none", "mirror"] = "none"
+    """mirror: the mean with the scan's mirror image, left and right labels swapped; twice the work."""
+    save_probabilities: bool = False
+    """Leave CASE.probabilities.npy beside each mask: float16 (classes, background first, x, y, z)."""
+    statistics: bool = False
+    """Leave each organ's volume in ml and mean HU as CASE.statistics.json beside each mask."""
     timings: bool = False
     """Print each stage's seconds, slices a second and peak memory, and leave them as JSON beside each mask."""
 
@@ -63,6 +74,7 @@ def predict_files(args: PredictArgs) -> int:
     jobs, folder = _jobs(args)
     segmenter = load(args.model, checkpoint=args.checkpoint, device=args.device)
     names = _kept_labels(args.labels, segmenter.labels)
+    sliding = _sliding(args, segmenter)
     console = Console(stderr=True)
     failed = 0
 
@@ -96,9 +108,14 @@ def predict_files(args: PredictArgs) -> int:
             with reported():
                 job = reading.result()
                 task = bar.add_task(scan.name, total=job.prepared.volume.array.shape[0])
-                labels = segmenter.segment(
-                    job.prepared, batch_size=args.batch_size, progress=functools.partial(bar.advance, task)
-                )
+                with _probabilities(job, mask, segmenter, args) as probabilities:
+                    labels = segmenter.segment(
+                        job.prepared,
+                        sliding=sliding,
+                        batch_size=args.batch_size,
+                        probabilities=probabilities,
+                        progress=functools.partial(bar.advance, task),
+                    )
                 bar.remove_task(task)
                 with reported():
                     for written in writing:
@@ -136,6 +153,34 @@ def _read(segmenter: Segmenter, args: PredictArgs, scan: Path) -> _Job:
     return _Job(scan, segmenter.prepare(volume, prompt_labels=prompts, timings=timings), facts, began)
 
 
+def _sliding(args: PredictArgs, segmenter: Segmenter) -> Sliding:
+    """How groups slide, as `args` ask. Raises ValueError on a keep that no group has, or an organ of one side alone."""
+    from aftersam.data.dataset import mirror_pairs
+    from aftersam.streaming import Sliding
+
+    most = segmenter.config.model.num_slices
+    if not 1 <= args.keep <= most:
+        raise ValueError(f"--keep is {args.keep}, but the model's groups have 1 to {most} slices to keep")
+    swap = mirror_pairs(segmenter.labels) if args.tta == "mirror" else None
+    return Sliding(args.keep, args.overlap == "average", swap)
+
+
+@contextlib.contextmanager
+def _probabilities(
+    job: _Job, mask: Path, segmenter: Segmenter, args: PredictArgs
+) -> Iterator[np.ndarray | None]:
+    """The file that the scan's probabilities go to as they come, if they are wanted."""
+    if not args.save_probabilities:
+        yield None
+        return
+    from aftersam.data.volume import open_probabilities
+
+    mask.parent.mkdir(parents=True, exist_ok=True)
+    path = _beside(mask, ".probabilities.npy")
+    with open_probabilities(path, job.prepared.volume, len(segmenter.labels) + 1) as array:
+        yield array
+
+
 def _write(job: _Job, labels: np.ndarray, mask: Path, names: dict[int, str], args: PredictArgs) -> str:
     """Write one mask, after all that lies beside it: a mask under its name is a scan that is finished.
 
@@ -144,6 +189,7 @@ def _write(job: _Job, labels: np.ndarray, mask: Path, names: dict[int, str], arg
 
     from aftersam.checkpoint import write_json
     from aftersam.data.volume import remove_leftovers, write_labels
+    from aftersam.metrics import organ_statistics
 
     volume, timings = job.prepared.volume, job.prepared.timings
     mask.parent.mkdir(parents=True, exist_ok=True)
@@ -156,6 +202,10 @@ def _write(job: _Job, labels: np.ndarray, mask: Path, names: dict[int, str], arg
             overlay_png(
                 _beside(mask, ".png"), volume.array, labels, volume.spacing_mm, names, title=job.scan.name
             )
+        if args.statistics:
+            voxel_mm3 = abs(float(np.linalg.det(volume.affine[:3, :3])))
+            organs = organ_statistics(labels, volume.array, names, voxel_mm3=voxel_mm3)
+            write_json(_beside(mask, ".statistics.json"), organs)
         write_labels(mask, labels, volume, names, job.facts)
     found = ", ".join(names[v] for v in sorted(set(np.unique(labels)) & set(names))) or "nothing"
     line = f"{mask}: {found}; {volume.array.shape[0]} slices in {time.monotonic() - job.began:.1f} s"

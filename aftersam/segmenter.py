@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from aftersam.data.volume import Volume
     from aftersam.model.aftersam import AfterSAM
+    from aftersam.streaming import Sliding
     from aftersam.timings import Timings
 
 
@@ -103,9 +104,17 @@ class Segmenter:
         return Prepared(volume, ready.array, ready.box, prompts, timings)
 
     def segment(
-        self, scan: Prepared, *, batch_size: int = 8, progress: Callable[[int], None] | None = None
+        self,
+        scan: Prepared,
+        *,
+        sliding: Sliding | None = None,
+        batch_size: int = 8,
+        probabilities: np.ndarray | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> np.ndarray:
-        """Labels (D, H, W) uint8 in the canonical axes of the scan's volume."""
+        """Labels (D, H, W) uint8 in the canonical axes of the scan's volume.
+
+        `probabilities` (K+1, D, H, W), where given, is filled with each class's."""
         from aftersam.streaming import predict_labels
 
         return predict_labels(
@@ -114,9 +123,11 @@ class Segmenter:
             self.config.model,
             box=scan.box,
             output_shape=scan.volume.array.shape,
+            sliding=sliding,
             batch_size=batch_size,
             precision=self.precision,
             prompt_labels=scan.prompt_labels,
+            probabilities=probabilities,
             progress=progress,
             timings=scan.timings,
         )

@@ -1,6 +1,7 @@
 """Prediction: the input's own grid comes back, folders survive a bad scan, every refusal is one line."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,6 +227,56 @@ def test_timings_are_printed_and_left_beside_the_mask(run, tmp_path, capsys):
     assert all(seconds > 0 for seconds in facts["seconds"].values()), facts
     assert facts["slices"] == 6
     assert "encode" in capsys.readouterr().err
+
+
+def test_options_leave_their_files_and_default_to_the_exact_mask(run, tmp_path):
+    source = scan(tmp_path / "scan.nii.gz", *GRIDS["oblique"])
+    command = ["-i", str(source), "-m", str(run), "--device", "cpu", "--no-preview"]
+    assert main([*command, "-o", str(tmp_path / "plain.nii.gz")]) == 0
+    extra = ["--keep", "1", "--overlap", "none", "--tta", "none", "--save-probabilities", "--statistics"]
+    assert main([*command, "-o", str(tmp_path / "mask.nii.gz"), *extra]) == 0
+    mask = np.asarray(nib.load(tmp_path / "mask.nii.gz").dataobj)
+    assert np.array_equal(mask, np.asarray(nib.load(tmp_path / "plain.nii.gz").dataobj))
+    probabilities = np.load(tmp_path / "mask.probabilities.npy")
+    assert probabilities.shape == (7, *mask.shape)
+    assert probabilities.dtype == np.float16
+    assert (probabilities.argmax(0) == mask).mean() > 0.99  # float16 has ties
+    statistics = json.loads((tmp_path / "mask.statistics.json").read_text())
+    names = json.loads((tmp_path / "mask.json").read_text())["labels"]
+    image = nib.load(source)
+    for name, facts in statistics.items():
+        inside = mask == names[name]
+        volume = inside.sum() * abs(np.linalg.det(image.affine[:3, :3])) / 1000
+        assert facts["volume_ml"] == pytest.approx(volume, abs=1e-3)
+        if inside.any():
+            assert facts["mean_hu"] == pytest.approx(image.get_fdata()[inside].mean(), abs=0.01)
+        else:
+            assert facts["mean_hu"] is None
+
+
+@pytest.mark.parametrize(
+    "option", [["--keep", "2"], ["--overlap", "average"], ["--tta", "mirror"]], ids=" ".join
+)
+def test_options_run_from_the_command_line(run, tmp_path, option):
+    source = scan(tmp_path / "scan.nii.gz")
+    command = ["-i", str(source), "-m", str(run), "--device", "cpu", "--no-preview", *option]
+    assert main([*command, "-o", str(tmp_path / "mask.nii.gz")]) == 0
+    assert nib.load(tmp_path / "mask.nii.gz").shape == (40, 36, 6)
+
+
+def test_options_that_the_model_cannot_have_are_refused(run, tmp_path, capsys):
+    source = scan(tmp_path / "scan.nii.gz")
+    onesided = tmp_path / "run"
+    shutil.copytree(run, onesided)
+    text = (onesided / "run.json").read_text()
+    (onesided / "run.json").write_text(text.replace("heart", "kidney_left"))
+    output = tmp_path / "mask.nii.gz"
+    command = ["-i", str(source), "-o", str(output), "--device", "cpu"]
+    assert main([*command, "-m", str(onesided), "--tta", "mirror"]) == 2
+    assert "'kidney_left' has no counterpart" in capsys.readouterr().err
+    assert main([*command, "-m", str(run), "--keep", "0"]) == 2
+    assert "--keep is 0" in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_help_waits_for_no_heavy_import():

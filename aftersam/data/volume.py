@@ -160,6 +160,24 @@ def write_labels(
         image.to_filename(temporary)
 
 
+@contextlib.contextmanager
+def open_probabilities(path: Path, like: Volume, num_classes: int) -> Iterator[np.ndarray]:
+    """A float16 array (num_classes, D, H, W) in canonical axes to fill: the file `path`, never whole in memory.
+
+    numpy.load gives (num_classes, x, y, z) in the voxel order of the file that `like` came from. It appears under
+    its name only when complete. Raises OSError where it cannot be written."""
+    import nibabel as nib
+
+    with renamed(path) as temporary:
+        shape = (num_classes, *like.grid.shape[:3])
+        array = np.lib.format.open_memmap(
+            temporary, mode="w+", dtype=np.float16, shape=shape, fortran_order=True
+        )
+        change = nib.orientations.ornt_transform(like.grid.orientation, _canonical_orientation())
+        yield np.moveaxis(nib.orientations.apply_orientation(np.moveaxis(array, 0, -1), change), -1, 0)
+        array.flush()
+
+
 def read_grid(path: Path | str) -> tuple[tuple[int, int, int], tuple[float, float, float]]:
     """Shape (D, H, W) and spacing_mm (d, h, w) of a NIfTI file from its header alone. Raises ValueError."""
     path = Path(path)
@@ -195,7 +213,8 @@ def renamed(path: Path) -> Iterator[Path]:
 def remove_leftovers(path: Path) -> None:
     """Delete what a killed process left of `path` and of its companions (same case name) under temporary names."""
     for left in path.parent.glob(f".*.{glob.escape(case_name(path))}.*"):
-        if left.name.split(".")[1].isdigit():
+        process = left.name.split(".")[1]
+        if process.isdigit() and process != str(os.getpid()):
             left.unlink(missing_ok=True)
 
 
