@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from aftersam.streaming import Sliding
 
 NIFTI = (".nii.gz", ".nii")
+DICOM = ".dcm"
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class PredictArgs:
     input: Annotated[Path, tyro.conf.arg(aliases=["-i"])]
     """A NIfTI file, a folder of them, or a folder that holds one DICOM series."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """The mask's file name, or a folder for a folder of scans."""
+    """The mask's file name (.nii.gz, .nii, or .dcm for a DICOM series), or a folder for a folder of scans."""
     model: Annotated[Path, tyro.conf.arg(aliases=["-m"])]
     """Folder of a training run."""
     checkpoint: Literal["best", "last"] = "best"
@@ -188,12 +189,12 @@ def _write(job: _Job, labels: np.ndarray, mask: Path, names: dict[int, str], arg
     import numpy as np
 
     from aftersam.checkpoint import write_json
-    from aftersam.data.volume import remove_leftovers, write_labels
+    from aftersam.data.volume import remove_leftovers, renamed, to_nifti, write_labels
     from aftersam.metrics import organ_statistics
 
     volume, timings = job.prepared.volume, job.prepared.timings
     mask.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(mask)
+    remove_leftovers(mask.parent, _case(mask))
     with timings.stage("write"):
         labels[~np.isin(labels, list(names))] = 0
         if args.preview:
@@ -206,7 +207,14 @@ def _write(job: _Job, labels: np.ndarray, mask: Path, names: dict[int, str], arg
             voxel_mm3 = abs(float(np.linalg.det(volume.affine[:3, :3])))
             organs = organ_statistics(labels, volume.array, names, voxel_mm3=voxel_mm3)
             write_json(_beside(mask, ".statistics.json"), organs)
-        write_labels(mask, labels, volume, names, job.facts)
+        if mask.suffix == DICOM:
+            from aftersam.data.dicom import write_segmentation
+
+            with renamed(mask) as temporary:
+                on_grid = np.asarray(to_nifti(labels, volume).dataobj)
+                write_segmentation(temporary, on_grid, job.scan, names)
+        else:
+            write_labels(mask, labels, volume, names, job.facts)
     found = ", ".join(names[v] for v in sorted(set(np.unique(labels)) & set(names))) or "nothing"
     line = f"{mask}: {found}; {volume.array.shape[0]} slices in {time.monotonic() - job.began:.1f} s"
     if args.timings:
@@ -223,11 +231,15 @@ def _jobs(args: PredictArgs) -> tuple[list[tuple[Path, Path]], bool]:
     if args.input.is_dir():
         scans = sorted(p for p in args.input.iterdir() if p.name.endswith(NIFTI))
     if scans:
-        if args.output.name.endswith(NIFTI) or args.output.is_file():
+        if args.output.name.endswith((*NIFTI, DICOM)) or args.output.is_file():
             raise ValueError(f"{args.input} is a folder of {len(scans)} scans, so --output must be a folder")
         return [(scan, args.output / f"{_case(scan)}.nii.gz") for scan in scans], True
     mask = args.output
-    if not mask.name.endswith(NIFTI):
+    if mask.suffix == DICOM and not args.input.is_dir():
+        raise ValueError(
+            f"{mask} would be a DICOM segmentation, but {args.input} is no folder of a DICOM series"
+        )
+    if not mask.name.endswith((*NIFTI, DICOM)):
         mask = mask / f"{_case(args.input)}.nii.gz"
     if mask.exists() and not args.overwrite:
         raise ValueError(f"{mask} exists; --overwrite replaces it")
@@ -247,7 +259,7 @@ def _prompt_file(labels: Path, scan: Path) -> Path:
 def _case(scan: Path) -> str:
     """The case's name: without the file ending and nnU-Net's channel number."""
     name = scan.name
-    for ending in NIFTI:
+    for ending in (*NIFTI, DICOM):
         name = name.removesuffix(ending)
     return name.removesuffix("_0000")
 

@@ -279,6 +279,26 @@ def test_options_that_the_model_cannot_have_are_refused(run, tmp_path, capsys):
     assert not output.exists()
 
 
+def test_a_dicom_series_gets_a_dicom_segmentation(run, tmp_path, capsys):
+    pytest.importorskip("highdicom", reason="the extra dicom is not installed")
+    from test_dicom import read_segmentation, write_series
+
+    series = tmp_path / "ct"
+    write_series(series, np.random.default_rng(0).integers(-1000, 1000, (6, 36, 40)).astype(np.int16))
+    command = ["-i", str(series), "-m", str(run), "--device", "cpu", "--no-preview"]
+    assert main([*command, "-o", str(tmp_path / "mask.nii.gz")]) == 0
+    mask = np.asarray(nib.load(tmp_path / "mask.nii.gz").dataobj)
+    names = json.loads((tmp_path / "mask.json").read_text())["labels"]
+    output = tmp_path / "seg.dcm"
+    assert main([*command, "-o", str(output)]) == (0 if mask.any() else 2)
+    if mask.any():
+        for name, found in read_segmentation(output, series, mask.shape).items():
+            assert np.array_equal(found, mask == names[name])
+    source = scan(tmp_path / "scan.nii.gz")
+    assert main(["-i", str(source), "-m", str(run), "-o", str(tmp_path / "x.dcm"), "--device", "cpu"]) == 2
+    assert "no folder of a DICOM series" in capsys.readouterr().err
+
+
 def test_help_waits_for_no_heavy_import():
     code = "import sys, aftersam.predict; print(*sys.modules)"
     began = time.monotonic()

@@ -210,9 +210,9 @@ def renamed(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(path: Path) -> None:
-    """Delete what a killed process left of `path` and of its companions (same case name) under temporary names."""
-    for left in path.parent.glob(f".*.{glob.escape(case_name(path))}.*"):
+def remove_leftovers(folder: Path, case: str) -> None:
+    """Delete what a killed process left of the files of `case` in `folder` under temporary names."""
+    for left in folder.glob(f".*.{glob.escape(case)}.*"):
         process = left.name.split(".")[1]
         if process.isdigit() and process != str(os.getpid()):
             left.unlink(missing_ok=True)
