@@ -9,9 +9,9 @@ __all__ = ["AfterSAM", "Segmenter", "build_aftersam", "load", "predict_labels"]
 
 _HOME = {
     "AfterSAM": "aftersam.model.aftersam",
-    "Segmenter": "aftersam.predict",
+    "Segmenter": "aftersam.segmenter",
     "build_aftersam": "aftersam.model.build",
-    "load": "aftersam.predict",
+    "load": "aftersam.segmenter",
     "predict_labels": "aftersam.streaming",
 }
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -147,3 +147,20 @@ def _surface(
         warnings.simplefilter("ignore")  # MONAI announces changes of its defaults; we pass every choice
         value = compute(*pair, include_background=True, spacing=[float(s) for s in spacing_mm], **options)  # type: ignore[operator]
     return float(value)
+
+
+def organ_statistics(
+    labels: np.ndarray, hu: np.ndarray, names: Mapping[int, str], *, voxel_mm3: float
+) -> dict[str, dict[str, float | None]]:
+    """{organ: its volume_ml and mean_hu} of labels (D, H, W) over the scan hu (D, H, W); mean_hu None where empty."""
+    count, total = np.zeros(256), np.zeros(256)
+    for plane, values in zip(labels, hu, strict=True):  # no float64 copy of the scan
+        count += np.bincount(plane.ravel(), minlength=256)
+        total += np.bincount(plane.ravel(), weights=values.ravel(), minlength=256)
+    return {
+        name: {
+            "volume_ml": round(count[value] * voxel_mm3 / 1000, 4),
+            "mean_hu": round(total[value] / count[value], 2) if count[value] else None,
+        }
+        for value, name in names.items()
+    }

@@ -4,26 +4,26 @@ Any NIfTI grid in, the mask on the very same grid and affine out; a folder in, a
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from aftersam.config import Config, from_dict, validate
-
 if TYPE_CHECKING:
-    import nibabel as nib
     import numpy as np
-    import torch
 
-    from aftersam.data.volume import Volume
-    from aftersam.model.aftersam import AfterSAM
+    from aftersam.segmenter import Prepared, Segmenter
+    from aftersam.streaming import Sliding
 
 NIFTI = (".nii.gz", ".nii")
+DICOM = ".dcm"
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class PredictArgs:
     input: Annotated[Path, tyro.conf.arg(aliases=["-i"])]
     """A NIfTI file, a folder of them, or a folder that holds one DICOM series."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """The mask's file name, or a folder for a folder of scans."""
+    """The mask's file name (.nii.gz, .nii, or .dcm for a DICOM series), or a folder for a folder of scans."""
     model: Annotated[Path, tyro.conf.arg(aliases=["-m"])]
     """Folder of a training run."""
     checkpoint: Literal["best", "last"] = "best"
@@ -48,167 +48,179 @@ class PredictArgs:
     """Leave a PNG of the mask over the scan beside each mask."""
     batch_size: int = 8
     """Slices and groups computed at once; less needs less memory."""
-
-
-@dataclass(frozen=True)
-class Segmenter:
-    """A trained model with the preprocessing and the label names of its run."""
-
-    model: AfterSAM
-    config: Config
-    labels: dict[int, str]
-    spacing_mm: tuple[float, float, float] | None  # None: the model works at each scan's own spacing
-    precision: torch.dtype
-
-    def predict(
-        self,
-        image: nib.spatialimages.SpatialImage | np.ndarray,
-        affine: np.ndarray | None = None,
-        *,
-        prompt_labels: nib.spatialimages.SpatialImage | None = None,
-    ) -> nib.Nifti1Image:
-        """Segment a nibabel image, or an array in NIfTI's (x, y, z) order with its affine (voxel to RAS mm).
-
-        Returns integer labels on the same grid, names in a header extension. `prompt_labels`, labels on the image's
-        grid, are for a model with prompts. Raises ValueError on a bad grid, or where such a model gets none."""
-        from aftersam.data.volume import from_nifti, labels_from_nifti, to_nifti
-
-        if not hasattr(image, "affine"):
-            import nibabel as nib
-
-            if affine is None:
-                raise ValueError("an array needs its affine: predict(array, affine)")
-            image = nib.Nifti1Image(image, affine)
-        volume = from_nifti(image)  # type: ignore[arg-type]  # an image by now
-        prompts = None if prompt_labels is None else labels_from_nifti(prompt_labels, like=volume)
-        return to_nifti(self.predict_volume(volume, prompt_labels=prompts), volume, self.labels)
-
-    def predict_volume(
-        self,
-        volume: Volume,
-        *,
-        prompt_labels: Volume | None = None,
-        batch_size: int = 8,
-        progress: Callable[[int], None] | None = None,
-    ) -> np.ndarray:
-        """Segment a Volume: labels (D, H, W) uint8 in the volume's canonical axes."""
-        from aftersam.data.transforms import preprocess, resample
-        from aftersam.streaming import predict_labels
-
-        ready = preprocess(volume, self.spacing_mm)
-        prompts = None
-        if self.config.model.prompts != "none":
-            if prompt_labels is None:
-                raise ValueError(
-                    f"the model was trained with prompts={self.config.model.prompts}, so {volume.name} needs labels "
-                    "to draw them from (--prompt-labels)"
-                )
-            prompts = resample(prompt_labels.array, volume.spacing_mm, ready.spacing_mm, labels=True)
-        return predict_labels(
-            self.model,
-            ready.array,
-            self.config.model,
-            box=ready.box,
-            output_shape=volume.array.shape,
-            batch_size=batch_size,
-            precision=self.precision,
-            prompt_labels=prompts,
-            progress=progress,
-        )
-
-
-def load(run: Path | str, *, checkpoint: Literal["best", "last"] = "best", device: str = "auto") -> Segmenter:
-    """Load the model that `aftersam.train` left in the folder `run`, LoRA merged, ready to predict.
-
-    Raises ValueError on a missing, truncated or foreign file."""
-    import torch
-
-    from aftersam.checkpoint import load_weights, read_json
-    from aftersam.model.build import build_aftersam, merge_lora
-    from aftersam.train import precision_for
-
-    run = Path(run)
-    if not (run / "config.json").is_file():
-        raise ValueError(f"{run} is not a training run: it has no config.json")
-    config = validate(from_dict(Config, read_json(run / "config.json"), where=str(run / "config.json")))
-    facts = read_json(run / "run.json")
-    labels = {int(value): name for value, name in facts["labels"].items()}
-    model = build_aftersam(config.model, num_classes=len(labels) + 1)
-    load_weights(run / f"{checkpoint}.safetensors", model)
-    merge_lora(model)
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    spacing = facts["spacing_mm"]
-    return Segmenter(
-        model.to(where).eval(),
-        config,
-        labels,
-        None if spacing is None else tuple(spacing),
-        {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
-            precision_for(config.train.precision, where.type), torch.float32
-        ),
-    )
+    keep: int = 1
+    """Middle slices kept of each group: K needs about 1/K of the fusion, with less context on one side."""
+    overlap: Literal["none", "average"] = "none"
+    """average: the mean logits of all groups that saw a slice; every slice is decoded once for each."""
+    tta: Literal["none", "mirror"] = "none"
+    """mirror: the mean with the scan's mirror image, left and right labels swapped; twice the work."""
+    save_probabilities: bool = False
+    """Leave CASE.probabilities.npy beside each mask: float16 (classes, background first, x, y, z)."""
+    statistics: bool = False
+    """Leave each organ's volume in ml and mean HU as CASE.statistics.json beside each mask."""
+    timings: bool = False
+    """Print each stage's seconds, slices a second and peak memory, and leave them as JSON beside each mask."""
 
 
 def predict_files(args: PredictArgs) -> int:
     """Segment every scan that `args` name. Returns 0, or 1 when a scan of a folder failed and was reported.
 
+    While one scan is computed the next is read and the last is written, so three are in memory at most.
     Raises ValueError where nothing can be done: no scans, a bad run, an output that exists."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from aftersam.segmenter import load
+
     jobs, folder = _jobs(args)
     segmenter = load(args.model, checkpoint=args.checkpoint, device=args.device)
-    keep = _kept_labels(args.labels, segmenter.labels)
-    failed = 0
+    names = _kept_labels(args.labels, segmenter.labels)
+    sliding = _sliding(args, segmenter)
     console = Console(stderr=True)
+    failed = 0
+
+    @contextlib.contextmanager
+    def reported() -> Iterator[None]:
+        """One bad scan of a folder costs a line, not the others."""
+        nonlocal failed
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            if not folder:
+                raise
+            failed += 1
+            console.print(f"aftersam.predict: {error}", soft_wrap=True, markup=False, highlight=False)
+
+    for _, mask in (done := [job for job in jobs if job[1].exists() and not args.overwrite]):
+        console.print(f"{mask} exists and is kept; --overwrite replaces it", soft_wrap=True)
+    jobs = [job for job in jobs if job not in done]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        for scan, mask in jobs:
-            if mask.exists() and not args.overwrite:
-                console.print(f"{mask} exists and is kept; --overwrite replaces it", soft_wrap=True)
-                continue
-            try:
-                _predict_file(segmenter, scan, mask, keep, args, bar)
-            except (ValueError, OSError) as error:
-                if not folder:
-                    raise
-                failed += 1
-                console.print(f"aftersam.predict: {error}", soft_wrap=True, markup=False, highlight=False)
+    with (
+        Progress(*columns, console=console, transient=True) as bar,
+        ThreadPoolExecutor(1) as reader,
+        ThreadPoolExecutor(1) as writer,
+    ):
+        read = functools.partial(_read, segmenter, args)
+        upcoming = [reader.submit(read, scan) for scan, _ in jobs[:1]]
+        writing: list[Future[str]] = []
+        for index, (scan, mask) in enumerate(jobs):
+            reading = upcoming.pop()
+            upcoming = [reader.submit(read, later) for later, _ in jobs[index + 1 : index + 2]]
+            with reported():
+                job = reading.result()
+                task = bar.add_task(scan.name, total=job.prepared.volume.array.shape[0])
+                with _probabilities(job, mask, segmenter, args) as probabilities:
+                    labels = segmenter.segment(
+                        job.prepared,
+                        sliding=sliding,
+                        batch_size=args.batch_size,
+                        probabilities=probabilities,
+                        progress=functools.partial(bar.advance, task),
+                    )
+                bar.remove_task(task)
+                with reported():
+                    for written in writing:
+                        console.print(written.result(), soft_wrap=True)
+                writing = [writer.submit(_write, job, labels, mask, names, args)]
+        with reported():
+            for written in writing:
+                console.print(written.result(), soft_wrap=True)
     return 1 if failed else 0
 
 
-def _predict_file(
-    segmenter: Segmenter, scan: Path, mask: Path, keep: set[int] | None, args: PredictArgs, bar: Any
-) -> None:
-    """Read, segment and write one scan, with its preview."""
-    import numpy as np
+@dataclass(frozen=True)
+class _Job:
+    """A scan between reading and writing."""
 
-    from aftersam.data.volume import read_image, read_labels, write_labels
+    scan: Path
+    prepared: Prepared
+    facts: dict[str, str]  # for the JSON beside the mask
+    began: float
+
+
+def _read(segmenter: Segmenter, args: PredictArgs, scan: Path) -> _Job:
+    """Read one scan, and its prompts, and bring them to the model's spacing."""
+    from aftersam.data.volume import read_image, read_labels
+    from aftersam.timings import Timings
 
     began = time.monotonic()
-    volume = read_image(scan)
+    timings = Timings(segmenter.device if args.timings else None)
     prompts, facts = None, dict[str, str]()
-    if args.prompt_labels is not None and segmenter.config.model.prompts != "none":
-        prompts = read_labels(_prompt_file(args.prompt_labels, scan), like=volume)
-        facts = {"prompted": segmenter.config.model.prompts}  # who scores this mask must know
-    task = bar.add_task(scan.name, total=volume.array.shape[0])
-    labels = segmenter.predict_volume(
-        volume, prompt_labels=prompts, batch_size=args.batch_size, progress=lambda n: bar.advance(task, n)
-    )
-    if keep is not None:
-        labels[~np.isin(labels, list(keep))] = 0
-    names = {v: n for v, n in segmenter.labels.items() if keep is None or v in keep}
-    mask.parent.mkdir(parents=True, exist_ok=True)
-    write_labels(mask, labels, volume, names, facts)
-    if args.preview:
-        from aftersam.figures import overlay_png
+    with timings.stage("read"):
+        volume = read_image(scan)
+        if args.prompt_labels is not None and segmenter.config.model.prompts != "none":
+            prompts = read_labels(_prompt_file(args.prompt_labels, scan), like=volume)
+            facts = {"prompted": segmenter.config.model.prompts}  # who scores this mask must know
+    return _Job(scan, segmenter.prepare(volume, prompt_labels=prompts, timings=timings), facts, began)
 
-        overlay_png(_stem(mask, ".png"), volume.array, labels, volume.spacing_mm, names, title=scan.name)
-    bar.remove_task(task)
+
+def _sliding(args: PredictArgs, segmenter: Segmenter) -> Sliding:
+    """How groups slide, as `args` ask. Raises ValueError on a keep that no group has, or an organ of one side alone."""
+    from aftersam.data.dataset import mirror_pairs
+    from aftersam.streaming import Sliding
+
+    most = segmenter.config.model.num_slices
+    if not 1 <= args.keep <= most:
+        raise ValueError(f"--keep is {args.keep}, but the model's groups have 1 to {most} slices to keep")
+    swap = mirror_pairs(segmenter.labels) if args.tta == "mirror" else None
+    return Sliding(args.keep, args.overlap == "average", swap)
+
+
+@contextlib.contextmanager
+def _probabilities(
+    job: _Job, mask: Path, segmenter: Segmenter, args: PredictArgs
+) -> Iterator[np.ndarray | None]:
+    """The file that the scan's probabilities go to as they come, if they are wanted."""
+    if not args.save_probabilities:
+        yield None
+        return
+    from aftersam.data.volume import open_probabilities
+
+    mask.parent.mkdir(parents=True, exist_ok=True)
+    path = _beside(mask, ".probabilities.npy")
+    with open_probabilities(path, job.prepared.volume, len(segmenter.labels) + 1) as array:
+        yield array
+
+
+def _write(job: _Job, labels: np.ndarray, mask: Path, names: dict[int, str], args: PredictArgs) -> str:
+    """Write one mask, after all that lies beside it: a mask under its name is a scan that is finished.
+
+    Returns what to tell the user. Raises OSError where a file cannot be written."""
+    import numpy as np
+
+    from aftersam.checkpoint import write_json
+    from aftersam.data.volume import remove_leftovers, renamed, to_nifti, write_labels
+    from aftersam.metrics import organ_statistics
+
+    volume, timings = job.prepared.volume, job.prepared.timings
+    mask.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(mask.parent, _case(mask))
+    with timings.stage("write"):
+        labels[~np.isin(labels, list(names))] = 0
+        if args.preview:
+            from aftersam.figures import overlay_png
+
+            overlay_png(
+                _beside(mask, ".png"), volume.array, labels, volume.spacing_mm, names, title=job.scan.name
+            )
+        if args.statistics:
+            voxel_mm3 = abs(float(np.linalg.det(volume.affine[:3, :3])))
+            organs = organ_statistics(labels, volume.array, names, voxel_mm3=voxel_mm3)
+            write_json(_beside(mask, ".statistics.json"), organs)
+        if mask.suffix == DICOM:
+            from aftersam.data.dicom import write_segmentation
+
+            with renamed(mask) as temporary:
+                on_grid = np.asarray(to_nifti(labels, volume).dataobj)
+                write_segmentation(temporary, on_grid, job.scan, names)
+        else:
+            write_labels(mask, labels, volume, names, job.facts)
     found = ", ".join(names[v] for v in sorted(set(np.unique(labels)) & set(names))) or "nothing"
-    bar.console.print(
-        f"{mask}: {found}; {volume.array.shape[0]} slices in {time.monotonic() - began:.1f} s", soft_wrap=True
-    )
+    line = f"{mask}: {found}; {volume.array.shape[0]} slices in {time.monotonic() - job.began:.1f} s"
+    if args.timings:
+        write_json(_beside(mask, ".timings.json"), timings.summary())
+        line += f"\n{timings.line()}"
+    return line
 
 
 def _jobs(args: PredictArgs) -> tuple[list[tuple[Path, Path]], bool]:
@@ -219,11 +231,15 @@ def _jobs(args: PredictArgs) -> tuple[list[tuple[Path, Path]], bool]:
     if args.input.is_dir():
         scans = sorted(p for p in args.input.iterdir() if p.name.endswith(NIFTI))
     if scans:
-        if args.output.name.endswith(NIFTI) or args.output.is_file():
+        if args.output.name.endswith((*NIFTI, DICOM)) or args.output.is_file():
             raise ValueError(f"{args.input} is a folder of {len(scans)} scans, so --output must be a folder")
         return [(scan, args.output / f"{_case(scan)}.nii.gz") for scan in scans], True
     mask = args.output
-    if not mask.name.endswith(NIFTI):
+    if mask.suffix == DICOM and not args.input.is_dir():
+        raise ValueError(
+            f"{mask} would be a DICOM segmentation, but {args.input} is no folder of a DICOM series"
+        )
+    if not mask.name.endswith((*NIFTI, DICOM)):
         mask = mask / f"{_case(args.input)}.nii.gz"
     if mask.exists() and not args.overwrite:
         raise ValueError(f"{mask} exists; --overwrite replaces it")
@@ -243,28 +259,29 @@ def _prompt_file(labels: Path, scan: Path) -> Path:
 def _case(scan: Path) -> str:
     """The case's name: without the file ending and nnU-Net's channel number."""
     name = scan.name
-    for ending in NIFTI:
+    for ending in (*NIFTI, DICOM):
         name = name.removesuffix(ending)
     return name.removesuffix("_0000")
 
 
-def _stem(mask: Path, ending: str) -> Path:
+def _beside(mask: Path, ending: str) -> Path:
     return mask.with_name(_case(mask) + ending)
 
 
-def _kept_labels(wanted: str | None, labels: dict[int, str]) -> set[int] | None:
+def _kept_labels(wanted: str | None, labels: dict[int, str]) -> dict[int, str]:
+    """The labels by value that the comma-separated `wanted` names; all of them for None."""
     if wanted is None:
-        return None
+        return labels
     import difflib
 
     values = {name: value for value, name in labels.items()}
-    kept = set()
+    kept = {}
     for name in (part.strip() for part in wanted.split(",")):
         if name not in values:
             close = difflib.get_close_matches(name, values, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"the model has no label {name!r}{hint} It has {', '.join(values)}")
-        kept.add(values[name])
+        kept[values[name]] = name
     return kept
 
 

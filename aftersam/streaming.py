@@ -6,7 +6,10 @@ group still needs them; each group then fuses N of them and decodes its centre. 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +18,25 @@ from torch.nn import functional as F
 
 from aftersam.config import ModelConfig
 from aftersam.data.slice_group import crop, slice_group
-from aftersam.data.transforms import AIR_HU
+from aftersam.data.transforms import AIR_HU, swap_labels
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.image_encoder import SliceFeatures
+from aftersam.timings import Timings
 
 OUTSIDE = 30.0  # background's lead, in logits, where no window looked
 Box = tuple[int, int, int, int]  # top, bottom, left, right in pixels, ends excluded
+
+
+@dataclass(frozen=True)
+class Sliding:
+    """How groups slide over a scan. The default is the paper's: a group about every slice, its centre kept."""
+
+    keep: int = 1
+    """Groups are this many slices apart, and as many of their middle slices are kept."""
+    average: bool = False
+    """Keep every slice of a group: a slice's logits are the mean over all groups that saw it."""
+    label_swap: dict[int, int] | None = None
+    """Where given, the mean with the mirrored scan's logits is taken, these labels being each other's other side."""
 
 
 def predict_labels(
@@ -30,22 +46,38 @@ def predict_labels(
     *,
     box: Box,
     output_shape: tuple[int, int, int],
+    sliding: Sliding | None = None,
     batch_size: int = 8,
     precision: torch.dtype = torch.float32,
     prompt_labels: np.ndarray | None = None,
+    probabilities: np.ndarray | None = None,
     progress: Callable[[int], None] | None = None,
+    timings: Timings | None = None,
 ) -> np.ndarray:
     """Segment a volume: hu (D, H, W) at the model's spacing -> labels (D', H', W') uint8 on `output_shape`.
 
     Both grids cover the same extent. Logits are interpolated to the output grid slice by slice, then argmax.
     `box` bounds the body in the plane; `progress` is called with the number of output slices just finished;
-    `prompt_labels` (D, H, W) are where a model with prompts draws them from."""
+    `prompt_labels` (D, H, W) are where a model with prompts draws them from. Each class's probability is written
+    into `probabilities` (K+1, D', H', W') of any float type, which may be a file's memory map."""
+    timings = timings or Timings()
     labels = np.empty(output_shape, dtype=np.uint8)
     logits = stream_logits(
-        model, hu, config, box=box, batch_size=batch_size, precision=precision, prompt_labels=prompt_labels
+        model,
+        hu,
+        config,
+        box=box,
+        sliding=sliding,
+        batch_size=batch_size,
+        precision=precision,
+        prompt_labels=prompt_labels,
+        timings=timings,
     )
-    for z, plane in enumerate(resample_stream(logits, hu.shape[0], output_shape)):
-        labels[z] = plane.argmax(0).to(torch.uint8).cpu().numpy()
+    for z, plane in enumerate(resample_stream(logits, hu.shape[0], output_shape, timings)):
+        with timings.stage("upsample"):
+            labels[z] = plane.max(0).indices.to(torch.uint8).cpu().numpy()  # on CPUs twice as fast as argmax
+            if probabilities is not None:
+                probabilities[:, z] = plane.softmax(0).cpu().numpy()
         if progress is not None:
             progress(1)
     return labels
@@ -58,61 +90,159 @@ def stream_logits(
     config: ModelConfig,
     *,
     box: Box,
+    sliding: Sliding | None = None,
     batch_size: int = 8,
     precision: torch.dtype = torch.float32,
     prompt_labels: np.ndarray | None = None,
+    timings: Timings | None = None,
 ) -> Iterator[Tensor]:
     """Yield the logits (K+1, H, W) of every slice of hu (D, H, W) in order, on the model's device.
 
-    A group about slice d is the one of `slice_group`: neighbours beyond the ends repeat the nearest slice."""
+    A group about slice d is the one of `slice_group`: neighbours beyond the ends repeat the nearest slice, and
+    such repeats are never kept. Raises ValueError where `sliding` keeps fewer slices than 1 or more than a group has.
+    """
+    sliding = sliding or Sliding()
+    if not 1 <= sliding.keep <= config.num_slices:
+        raise ValueError(f"keep is {sliding.keep}, but a group has 1 to {config.num_slices} slices to keep")
+    if sliding.label_swap is not None:
+        yield from _mirror_mean(
+            model,
+            hu,
+            config,
+            box=box,
+            sliding=sliding,
+            batch_size=batch_size,
+            precision=precision,
+            prompt_labels=prompt_labels,
+            timings=timings,
+        )
+        return
     if config.prompts == "none":
         prompt_labels = None
+    timings = timings or Timings()
     depth, height, width = hu.shape
     device = next(model.parameters()).device
-    size, centre = config.image_size, config.num_slices // 2
+    size = config.image_size
     windows = [
         (top, left)
         for top in window_starts(height, box[0], box[1], size)
         for left in window_starts(width, box[2], box[3], size)
     ]
     weights = [_blend_weight(window, windows, size, device) for window in windows]
+    centres, positions = group_plan(depth, config, sliding)
+    batch = max(1, batch_size // len(positions))  # of groups: no more slices are decoded at once than encoded
+    reach = (config.num_slices // 2 - positions[0]) * config.slice_stride  # of a group below its centre
     ring: dict[int, SliceFeatures] = {}  # slice -> features of its windows
+    kept: dict[int, tuple[Tensor, int]] = {}  # slice -> the sum of its logits so far, and of how many groups
+    done = 0  # slices handed out
     model.eval()
-    for first in range(0, depth, batch_size):
-        targets = range(first, min(first + batch_size, depth))
-        groups = [slice_group(d, depth, config.num_slices, config.slice_stride).tolist() for d in targets]
+    for first in range(0, len(centres), batch):
+        some_centres = centres[first : first + batch]
+        groups = [
+            slice_group(c, depth, config.num_slices, config.slice_stride).tolist() for c in some_centres
+        ]
         needed = sorted({d for group in groups for d in group})
         for d in [d for d in ring if d < needed[0]]:
             del ring[d]
         new = [d for d in needed if d not in ring]
+        targets = [group[p] for group in groups for p in positions]
         with _autocast(device, precision):
-            for start in range(0, len(new), batch_size):
-                some = new[start : start + batch_size]
-                features = model.encode(_windowed(hu, some, windows, size, AIR_HU).to(device).float())
-                for i, d in enumerate(some):
-                    part = slice(i * len(windows), (i + 1) * len(windows))
-                    ring[d] = SliceFeatures(features.embedding[part], tuple(s[part] for s in features.skips))
-            # (groups, windows, N, C, h, w), a window beside a group being one more group
-            embedding = torch.stack(
-                [torch.stack([ring[d].embedding for d in group], dim=1) for group in groups]
-            ).flatten(0, 1)
-            fused = model.fuse(embedding, query_index=(centre,)).squeeze(1)
-            skips = tuple(torch.cat(level) for level in zip(*(ring[d].skips for d in targets), strict=True))
-            labels = None
-            if prompt_labels is not None:
-                labels = _windowed(prompt_labels, targets, windows, size, 0).to(device)
-            logits = model.decode(fused, skips, labels).float()
-        logits = F.interpolate(logits, size=(size, size), mode="bilinear", align_corners=False)
-        for planes in logits.unflatten(0, (len(targets), len(windows))):
-            yield _assemble(planes, windows, weights, (height, width))
+            with timings.stage("encode"):
+                for start in range(0, len(new), batch_size):
+                    some = new[start : start + batch_size]
+                    features = model.encode(_windowed(hu, some, windows, size, AIR_HU).to(device).float())
+                    for i, d in enumerate(some):
+                        part = slice(i * len(windows), (i + 1) * len(windows))
+                        ring[d] = SliceFeatures(
+                            features.embedding[part], tuple(s[part] for s in features.skips)
+                        )
+            with timings.stage("fuse"):
+                # (groups, windows, N, C, h, w), a window beside a group being one more group
+                embedding = torch.stack(
+                    [torch.stack([ring[d].embedding for d in group], dim=1) for group in groups]
+                ).flatten(0, 1)
+                fused = model.fuse(embedding, query_index=positions).unflatten(0, (len(groups), len(windows)))
+                fused = fused.transpose(1, 2).flatten(0, 2)  # (groups · kept · windows, C, h, w)
+            with timings.stage("decode"):
+                skips = tuple(
+                    torch.cat(level) for level in zip(*(ring[d].skips for d in targets), strict=True)
+                )
+                labels = None
+                if prompt_labels is not None:
+                    labels = _windowed(prompt_labels, targets, windows, size, 0).to(device)
+                logits = (
+                    model.decode(fused, skips, labels).float().unflatten(0, (len(groups), -1, len(windows)))
+                )
+        for centre, group_logits in zip(some_centres, logits, strict=True):
+            for position, planes in zip(positions, group_logits, strict=True):
+                d = centre + (position - config.num_slices // 2) * config.slice_stride
+                if 0 <= d < depth:  # a slice of its own, no repeat
+                    total, count = kept.get(d, (torch.zeros_like(planes), 0))
+                    kept[d] = total + planes, count + 1
+        next_centre = centres[first + batch] if first + batch < len(centres) else depth + reach
+        while done < min(next_centre - reach, depth):  # no later group keeps these
+            total, count = kept.pop(done)
+            with timings.stage("upsample"):
+                planes = F.interpolate(total / count, size=(size, size), mode="bilinear", align_corners=False)
+                plane = _assemble(planes, windows, weights, (height, width))
+            yield plane
+            done += 1
+
+
+def group_plan(depth: int, config: ModelConfig, sliding: Sliding) -> tuple[list[int], tuple[int, ...]]:
+    """The groups' centres in rising order, and the positions in a group whose slices are kept.
+
+    Every slice is kept of one group at least. With a stride, slices that far apart form a scan of their own."""
+    stride, keep, centre = config.slice_stride, sliding.keep, config.num_slices // 2
+    centres = set()
+    for start in range(min(stride, depth)):
+        last = (depth - 1 - start) // stride
+        centres |= {start + min(i + keep // 2, last) * stride for i in range(0, last + 1, keep)}
+    first = centre - keep // 2
+    positions = range(config.num_slices) if sliding.average else range(first, first + keep)
+    return sorted(centres), tuple(positions)
+
+
+def _mirror_mean(
+    model: AfterSAM,
+    hu: np.ndarray,
+    config: ModelConfig,
+    *,
+    box: Box,
+    sliding: Sliding,
+    prompt_labels: np.ndarray | None,
+    **options: Any,
+) -> Iterator[Tensor]:
+    """`stream_logits` of the scan and of its mirror image, turned back, averaged plane by plane."""
+    swap = sliding.label_swap or {}
+    once = dataclasses.replace(sliding, label_swap=None)
+    width = hu.shape[2]
+    turned_box = (box[0], box[1], width - box[3], width - box[2])
+    turned_labels = None if prompt_labels is None else swap_labels(prompt_labels[..., ::-1], swap)
+    straight = stream_logits(model, hu, config, box=box, sliding=once, prompt_labels=prompt_labels, **options)
+    turned = stream_logits(
+        model, hu[..., ::-1], config, box=turned_box, sliding=once, prompt_labels=turned_labels, **options
+    )
+    for one, other in zip(straight, turned, strict=True):
+        yield (one + mirror_logits(other, swap)) / 2
+
+
+def mirror_logits(logits: Tensor, label_swap: dict[int, int]) -> Tensor:
+    """Logits (K+1, H, W) of a plane -> of its mirror image: left and right, and the classes of the two sides."""
+    order = [label_swap.get(k, k) for k in range(len(logits))]
+    return logits[order].flip(-1)
 
 
 def resample_stream(
-    logits: Iterator[Tensor], depth: int, output_shape: tuple[int, int, int]
+    logits: Iterator[Tensor],
+    depth: int,
+    output_shape: tuple[int, int, int],
+    timings: Timings | None = None,
 ) -> Iterator[Tensor]:
     """Trilinear interpolation of a stream of `depth` planes (K+1, H, W) to `output_shape` (D', H', W').
 
     The same numbers as F.interpolate on the whole volume with align_corners=False, two planes at a time."""
+    timings = timings or Timings()
     out_depth, *plane_shape = output_shape
     below, above, index = None, next(logits), 0  # planes index-1 and index
     for z in range(out_depth):
@@ -120,9 +250,13 @@ def resample_stream(
         while index < min(int(at) + 1, depth - 1):
             below, above, index = above, next(logits), index + 1
         fraction = at - (index - 1)  # of the way from below to above
-        plane = above if below is None or fraction >= 1 else torch.lerp(below, above, fraction)
-        if list(plane.shape[-2:]) != plane_shape:
-            plane = F.interpolate(plane[None], size=plane_shape, mode="bilinear", align_corners=False)[0]
+        with timings.stage("upsample"):
+            if below is None or fraction >= 1:
+                plane = above
+            else:
+                plane = below if fraction == 0 else torch.lerp(below, above, fraction)
+            if list(plane.shape[-2:]) != plane_shape:
+                plane = F.interpolate(plane[None], size=plane_shape, mode="bilinear", align_corners=False)[0]
         yield plane
 
 

@@ -25,11 +25,11 @@ PRODUCT = sorted(p for folder in ("aftersam", "kernels", "benchmarks") for p in 
 
 # Imports point down these floors or stay on one; kernels, below them all, has a test of its own.
 FLOORS = [
-    {"__init__", "config", "metrics", "losses", "figures"},
+    {"__init__", "config", "metrics", "losses", "figures", "timings"},
     {"model", "data", "checkpoint"},
     {"streaming", "evaluate", "report"},
-    {"check", "train", "predict"},
-    {"demo"},
+    {"check", "train", "segmenter", "predict"},
+    {"demo", "ablate"},
     {"__main__"},
 ]
 HEAVY = ("torch", "monai", "nibabel", "matplotlib", "accelerate", "scipy")

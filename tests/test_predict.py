@@ -1,6 +1,11 @@
 """Prediction: the input's own grid comes back, folders survive a bad scan, every refusal is one line."""
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import nibabel as nib
 import numpy as np
@@ -161,6 +166,149 @@ def test_a_folder_with_a_bad_scan_gives_the_other_masks(run, tmp_path, capsys):
     assert main(command) == 0  # finished masks are kept, the mended scan is done
     assert (masks / "a.nii.gz").stat().st_mtime_ns == before
     assert (masks / "b.nii.gz").exists()
+
+
+def test_one_truncated_scan_of_five_costs_one_line(run, tmp_path, capsys):
+    scans, masks = tmp_path / "scans", tmp_path / "masks"
+    scans.mkdir()
+    for name in "abcde":
+        whole = scan(scans / f"{name}.nii.gz").read_bytes()
+    (scans / "b.nii.gz").write_bytes(whole[: len(whole) // 2])
+    command = ["-i", str(scans), "-o", str(masks), "-m", str(run), "--device", "cpu", "--no-preview"]
+    assert main(command) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [p.name for p in sorted(masks.glob("*.nii.gz"))] == [f"{n}.nii.gz" for n in "acde"]
+    errors = [line for line in lines if line.startswith("aftersam.predict: ")]
+    assert len(errors) == 1
+    assert "b.nii.gz is truncated" in errors[0]
+    alone = tmp_path / "alone.nii.gz"  # a scan computed beside others gets the mask that it gets alone
+    single = ["-i", str(scans / "d.nii.gz"), "-o", str(alone), "-m", str(run), "--device", "cpu"]
+    assert main([*single, "--no-preview"]) == 0
+    assert np.array_equal(
+        np.asarray(nib.load(alone).dataobj), np.asarray(nib.load(masks / "d.nii.gz").dataobj)
+    )
+
+
+def test_a_killed_run_is_finished_by_the_next(run, tmp_path):
+    scans, masks = tmp_path / "scans", tmp_path / "masks"
+    scans.mkdir()
+    for name in "abc":
+        scan(scans / f"{name}.nii.gz")
+    command = ["-i", str(scans), "-o", str(masks), "-m", str(run), "--device", "cpu", "--no-preview"]
+    killed = f"""
+import os, signal
+import nibabel as nib
+from aftersam.predict import main
+whole = nib.Nifti1Image.to_filename
+def half(image, name, **options):
+    if "b.nii.gz" not in str(name):
+        return whole(image, name, **options)
+    open(name, "wb").write(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+nib.Nifti1Image.to_filename = half
+main({command!r})
+"""
+    died = subprocess.run([sys.executable, "-c", killed], capture_output=True, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    assert [p.name for p in masks.glob("*.nii.gz") if not p.name.startswith(".")] == ["a.nii.gz"]
+    assert [p for p in masks.iterdir() if p.name.startswith(".")]
+    before = (masks / "a.nii.gz").stat().st_mtime_ns
+    assert main(command) == 0
+    assert (masks / "a.nii.gz").stat().st_mtime_ns == before
+    names = {p.name for p in masks.iterdir()}
+    assert names == {f"{n}{ending}" for n in "abc" for ending in (".nii.gz", ".json")}
+
+
+def test_timings_are_printed_and_left_beside_the_mask(run, tmp_path, capsys):
+    source = scan(tmp_path / "scan.nii.gz")
+    command = ["-i", str(source), "-o", str(tmp_path / "mask.nii.gz"), "-m", str(run), "--device", "cpu"]
+    assert main([*command, "--timings"]) == 0
+    facts = json.loads((tmp_path / "mask.timings.json").read_text())
+    assert all(seconds > 0 for seconds in facts["seconds"].values()), facts
+    assert facts["slices"] == 6
+    assert "encode" in capsys.readouterr().err
+
+
+def test_options_leave_their_files_and_default_to_the_exact_mask(run, tmp_path):
+    source = scan(tmp_path / "scan.nii.gz", *GRIDS["oblique"])
+    command = ["-i", str(source), "-m", str(run), "--device", "cpu", "--no-preview"]
+    assert main([*command, "-o", str(tmp_path / "plain.nii.gz")]) == 0
+    extra = ["--keep", "1", "--overlap", "none", "--tta", "none", "--save-probabilities", "--statistics"]
+    assert main([*command, "-o", str(tmp_path / "mask.nii.gz"), *extra]) == 0
+    mask = np.asarray(nib.load(tmp_path / "mask.nii.gz").dataobj)
+    assert np.array_equal(mask, np.asarray(nib.load(tmp_path / "plain.nii.gz").dataobj))
+    probabilities = np.load(tmp_path / "mask.probabilities.npy")
+    assert probabilities.shape == (7, *mask.shape)
+    assert probabilities.dtype == np.float16
+    assert (probabilities.argmax(0) == mask).mean() > 0.99  # float16 has ties
+    statistics = json.loads((tmp_path / "mask.statistics.json").read_text())
+    names = json.loads((tmp_path / "mask.json").read_text())["labels"]
+    image = nib.load(source)
+    for name, facts in statistics.items():
+        inside = mask == names[name]
+        volume = inside.sum() * abs(np.linalg.det(image.affine[:3, :3])) / 1000
+        assert facts["volume_ml"] == pytest.approx(volume, abs=1e-3)
+        if inside.any():
+            assert facts["mean_hu"] == pytest.approx(image.get_fdata()[inside].mean(), abs=0.01)
+        else:
+            assert facts["mean_hu"] is None
+
+
+@pytest.mark.parametrize(
+    "option", [["--keep", "2"], ["--overlap", "average"], ["--tta", "mirror"]], ids=" ".join
+)
+def test_options_run_from_the_command_line(run, tmp_path, option):
+    source = scan(tmp_path / "scan.nii.gz")
+    command = ["-i", str(source), "-m", str(run), "--device", "cpu", "--no-preview", *option]
+    assert main([*command, "-o", str(tmp_path / "mask.nii.gz")]) == 0
+    assert nib.load(tmp_path / "mask.nii.gz").shape == (40, 36, 6)
+
+
+def test_options_that_the_model_cannot_have_are_refused(run, tmp_path, capsys):
+    source = scan(tmp_path / "scan.nii.gz")
+    onesided = tmp_path / "run"
+    shutil.copytree(run, onesided)
+    text = (onesided / "run.json").read_text()
+    (onesided / "run.json").write_text(text.replace("heart", "kidney_left"))
+    output = tmp_path / "mask.nii.gz"
+    command = ["-i", str(source), "-o", str(output), "--device", "cpu"]
+    assert main([*command, "-m", str(onesided), "--tta", "mirror"]) == 2
+    assert "'kidney_left' has no counterpart" in capsys.readouterr().err
+    assert main([*command, "-m", str(run), "--keep", "0"]) == 2
+    assert "--keep is 0" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_dicom_series_gets_a_dicom_segmentation(run, tmp_path, capsys):
+    pytest.importorskip("highdicom", reason="the extra dicom is not installed")
+    from test_dicom import read_segmentation, write_series
+
+    series = tmp_path / "ct"
+    write_series(series, np.random.default_rng(0).integers(-1000, 1000, (6, 36, 40)).astype(np.int16))
+    command = ["-i", str(series), "-m", str(run), "--device", "cpu", "--no-preview"]
+    assert main([*command, "-o", str(tmp_path / "mask.nii.gz")]) == 0
+    mask = np.asarray(nib.load(tmp_path / "mask.nii.gz").dataobj)
+    names = json.loads((tmp_path / "mask.json").read_text())["labels"]
+    output = tmp_path / "seg.dcm"
+    assert main([*command, "-o", str(output)]) == (0 if mask.any() else 2)
+    if mask.any():
+        for name, found in read_segmentation(output, series, mask.shape).items():
+            assert np.array_equal(found, mask == names[name])
+    source = scan(tmp_path / "scan.nii.gz")
+    assert main(["-i", str(source), "-m", str(run), "-o", str(tmp_path / "x.dcm"), "--device", "cpu"]) == 2
+    assert "no folder of a DICOM series" in capsys.readouterr().err
+
+
+def test_help_waits_for_no_heavy_import():
+    code = "import sys, aftersam.predict; print(*sys.modules)"
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "aftersam.predict", "--help"], capture_output=True, check=True
+    )
+    assert time.monotonic() - began < 10  # a tenth of it on an idle machine
+    assert b"--timings" in done.stdout
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert not {"torch", "monai", "nibabel", "matplotlib"} & set(done.stdout.decode().split())
 
 
 def test_nan_voxels_become_air_with_a_warning(run, tmp_path):

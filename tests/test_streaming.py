@@ -2,6 +2,9 @@
 
 import dataclasses
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +16,15 @@ from torch.nn import functional as F
 from aftersam.config import preset
 from aftersam.data.slice_group import crop, slice_group
 from aftersam.model.build import build_aftersam
-from aftersam.streaming import predict_labels, resample_stream, stream_logits, window_starts
+from aftersam.streaming import (
+    Sliding,
+    group_plan,
+    mirror_logits,
+    predict_labels,
+    resample_stream,
+    stream_logits,
+    window_starts,
+)
 
 
 def tiny_model(**changes):
@@ -116,3 +127,138 @@ def test_outside_the_body_window_is_background():
     assert labels.dtype == np.uint8
     assert (labels[:, 48:] == 0).all()
     assert (labels[:, :, 48:] == 0).all()
+
+
+@torch.no_grad()
+def naive_sliding(model, hu, config, centres, positions):
+    """Logits of the named groups on their own, summed into the volume (D, K+1, S, S), and divided by their count."""
+    depth = len(hu)
+    total, count = torch.zeros(depth, 4, *hu.shape[1:]), torch.zeros(depth)
+    for centre in centres:
+        group = hu[slice_group(centre, depth, config.num_slices, config.slice_stride)]
+        logits = model(torch.from_numpy(group)[None].float())[0]
+        logits = F.interpolate(logits, size=hu.shape[1:], mode="bilinear", align_corners=False)
+        for p in positions:
+            d = centre + (p - config.num_slices // 2) * config.slice_stride
+            if 0 <= d < depth:
+                total[d] += logits[p]
+                count[d] += 1
+    assert (count > 0).all()
+    return total / count[:, None, None, None]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize(
+    ("sliding", "changes", "depth", "centres", "positions"),
+    [
+        (Sliding(keep=3), {"num_slices": 5}, 9, [1, 4, 7], (1, 2, 3)),
+        (Sliding(keep=3), {"num_slices": 5}, 7, [1, 4, 6], (1, 2, 3)),
+        (Sliding(keep=4), {"num_slices": 4}, 9, [2, 6, 8], (0, 1, 2, 3)),
+        (Sliding(keep=2), {"num_slices": 3, "slice_stride": 2}, 8, [2, 3, 6, 7], (0, 1)),
+        (Sliding(average=True), {"num_slices": 5}, 8, range(8), range(5)),
+        (Sliding(average=True), {"num_slices": 3, "slice_stride": 2}, 6, range(6), range(3)),
+        (Sliding(average=True, keep=2), {"num_slices": 5}, 6, [1, 3, 5], range(5)),
+        (Sliding(average=True), {"num_slices": 5}, 1, [0], range(5)),
+    ],
+    ids=str,
+)
+def test_kept_and_averaged_slices_equal_the_plain_loop(
+    sliding, changes, depth, centres, positions, batch_size
+):
+    model, config = tiny_model(**changes)
+    hu = np.random.default_rng(0).integers(-1000, 1000, (depth, 48, 48)).astype(np.int16)
+    options = {"box": (0, 48, 0, 48), "batch_size": batch_size}
+    ours = torch.stack(list(stream_logits(model, hu, config, sliding=sliding, **options)))
+    assert group_plan(depth, config, sliding) == (list(centres), tuple(positions))
+    plain = naive_sliding(model, hu, config, centres, positions)
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+@settings(deadline=None)
+@given(depth=st.integers(1, 40), size=st.integers(1, 9), stride=st.integers(1, 3), data=st.data())
+def test_every_slice_is_kept(depth, size, stride, data):
+    config = dataclasses.replace(preset("tiny").model, num_slices=size, slice_stride=stride)
+    sliding = Sliding(keep=data.draw(st.integers(1, size)), average=data.draw(st.booleans()))
+    centres, positions = group_plan(depth, config, sliding)
+    kept = {c + (p - size // 2) * stride for c in centres for p in positions}
+    assert set(range(depth)) <= kept
+    assert centres == sorted(set(centres))
+    assert 0 <= centres[0] <= centres[-1] < depth
+
+
+@pytest.mark.parametrize("keep", [0, 4])
+def test_refuses_to_keep_what_a_group_has_not(keep):
+    model, config = tiny_model()
+    with pytest.raises(ValueError, match=f"keep is {keep}"):
+        next(
+            stream_logits(
+                model, np.zeros((3, 48, 48), np.int16), config, box=(0, 48, 0, 48), sliding=Sliding(keep)
+            )
+        )
+
+
+def test_mirroring_is_the_mean_with_the_mirrored_scan():
+    model, config = tiny_model()
+    hu = np.random.default_rng(2).integers(-1000, 1000, (3, 60, 72)).astype(np.int16)
+    swap = {1: 2, 2: 1}
+    straight = torch.stack(list(stream_logits(model, hu, config, box=(4, 50, 0, 60))))
+    turned = np.ascontiguousarray(hu[..., ::-1])
+    turned = torch.stack(list(stream_logits(model, turned, config, box=(4, 50, 12, 72))))
+    expected = (straight + turned[:, [0, 2, 1, 3]].flip(-1)) / 2
+    both = stream_logits(model, hu, config, box=(4, 50, 0, 60), sliding=Sliding(label_swap=swap))
+    torch.testing.assert_close(torch.stack(list(both)), expected)
+    plane = straight[0]
+    assert torch.equal(mirror_logits(mirror_logits(plane, swap), swap), plane)
+    assert not torch.equal(mirror_logits(plane, swap), plane.flip(-1))
+
+
+def test_probabilities_belong_to_the_labels():
+    model, config = tiny_model()
+    hu = np.random.default_rng(3).integers(-1000, 1000, (3, 48, 48)).astype(np.int16)
+    probabilities = np.zeros((4, 5, 30, 40), np.float32)
+    labels = predict_labels(
+        model, hu, config, box=(0, 48, 0, 48), output_shape=(5, 30, 40), probabilities=probabilities
+    )
+    np.testing.assert_allclose(probabilities.sum(0), 1, rtol=1e-5)
+    assert np.array_equal(probabilities.argmax(0), labels)
+
+
+PEAK = """
+import dataclasses, sys
+import numpy as np, torch
+from aftersam.config import preset
+from aftersam.model.build import build_aftersam
+from aftersam.streaming import predict_labels
+
+def private_mib():  # what a memory-mapped scan does not count in
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return int(line.split()[1]) / 1024
+
+depth, classes = int(sys.argv[2]), int(sys.argv[3])
+config = dataclasses.replace(preset("tiny").model, image_size=48, num_slices=3, num_blocks=1)
+model = build_aftersam(config, num_classes=classes).eval()
+hu = np.memmap(sys.argv[1], np.int16, "w+", shape=(depth, 512, 512))
+before, peak = private_mib(), 0
+def look(done):
+    global peak
+    peak = max(peak, private_mib())
+labels = predict_labels(
+    model, hu, config, box=(200, 248, 200, 248), output_shape=hu.shape, batch_size=4, progress=look
+)
+print(peak - before - labels.nbytes / 2**20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of private memory")
+def test_memory_does_not_grow_with_depth(tmp_path):
+    """Beside the labels: 512 × 512 × 1000 voxels of 20 classes, whose logits are 20 GiB, in a few planes of them."""
+    peak = {}
+    for depth in (50, 1000):
+        command = [sys.executable, "-c", PEAK, str(tmp_path / "scan"), str(depth), "20"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        peak[depth] = float(done.stdout)
+    plane_mib = 20 * 512 * 512 * 4 / 2**20
+    assert peak[1000] < 12 * plane_mib, peak
+    assert peak[1000] < peak[50] + 2 * plane_mib, peak

@@ -104,7 +104,7 @@ def mirror_pairs(labels: dict[int, str]) -> dict[int, int]:
             continue
         if other not in values:
             raise ValueError(
-                f"mirror augmentation needs both sides of every organ, but the label {name!r} has no counterpart"
+                f"mirroring needs both sides of every organ, but the label {name!r} has no counterpart"
             )
         pairs[value] = values[other]
     return pairs

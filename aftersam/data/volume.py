@@ -7,6 +7,7 @@ the very grid that its scan came with. World coordinates are NIfTI's: mm, RAS.""
 from __future__ import annotations
 
 import contextlib
+import glob
 import gzip
 import json
 import os
@@ -151,12 +152,30 @@ def write_labels(
     if not path.name.endswith(NIFTI):
         raise ValueError(f"{path} must end in .nii or .nii.gz to be written")
     image = to_nifti(labels, like, names)
-    with renamed(path) as temporary:
-        image.to_filename(temporary)
-    if names is not None:
+    if names is not None:  # the mask last: where it is, all is there
         with renamed(path.with_name(case_name(path) + ".json")) as temporary:
             about = {**_names_json(names), **(facts or {})}
             temporary.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    with renamed(path) as temporary:
+        image.to_filename(temporary)
+
+
+@contextlib.contextmanager
+def open_probabilities(path: Path, like: Volume, num_classes: int) -> Iterator[np.ndarray]:
+    """A float16 array (num_classes, D, H, W) in canonical axes to fill: the file `path`, never whole in memory.
+
+    numpy.load gives (num_classes, x, y, z) in the voxel order of the file that `like` came from. It appears under
+    its name only when complete. Raises OSError where it cannot be written."""
+    import nibabel as nib
+
+    with renamed(path) as temporary:
+        shape = (num_classes, *like.grid.shape[:3])
+        array = np.lib.format.open_memmap(
+            temporary, mode="w+", dtype=np.float16, shape=shape, fortran_order=True
+        )
+        change = nib.orientations.ornt_transform(like.grid.orientation, _canonical_orientation())
+        yield np.moveaxis(nib.orientations.apply_orientation(np.moveaxis(array, 0, -1), change), -1, 0)
+        array.flush()
 
 
 def read_grid(path: Path | str) -> tuple[tuple[int, int, int], tuple[float, float, float]]:
@@ -189,6 +208,14 @@ def renamed(path: Path) -> Iterator[Path]:
         raise OSError(f"{path} could not be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, case: str) -> None:
+    """Delete what a killed process left of the files of `case` in `folder` under temporary names."""
+    for left in folder.glob(f".*.{glob.escape(case)}.*"):
+        process = left.name.split(".")[1]
+        if process.isdigit() and process != str(os.getpid()):
+            left.unlink(missing_ok=True)
 
 
 def _open(path: Path) -> nib.Nifti1Image:

@@ -1,0 +1,165 @@
+"""A trained run, ready to predict:    aftersam.load("run").predict(nib.load("scan.nii.gz"))"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from aftersam.config import Config, from_dict, validate
+
+if TYPE_CHECKING:
+    import nibabel as nib
+    import numpy as np
+    import torch
+
+    from aftersam.data.volume import Volume
+    from aftersam.model.aftersam import AfterSAM
+    from aftersam.streaming import Sliding
+    from aftersam.timings import Timings
+
+
+class Prepared(NamedTuple):
+    """A scan as it was read, and as the model takes it."""
+
+    volume: Volume
+    hu: np.ndarray  # (D', H', W') int16 at the model's spacing
+    box: tuple[int, int, int, int]  # of the body in the plane of `hu`
+    prompt_labels: np.ndarray | None  # on hu's grid
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Segmenter:
+    """A trained model with the preprocessing and the label names of its run."""
+
+    model: AfterSAM
+    config: Config
+    labels: dict[int, str]
+    spacing_mm: tuple[float, float, float] | None  # None: the model works at each scan's own spacing
+    precision: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def predict(
+        self,
+        image: nib.spatialimages.SpatialImage | np.ndarray,
+        affine: np.ndarray | None = None,
+        *,
+        prompt_labels: nib.spatialimages.SpatialImage | None = None,
+    ) -> nib.Nifti1Image:
+        """Segment a nibabel image, or an array in NIfTI's (x, y, z) order with its affine (voxel to RAS mm).
+
+        Returns integer labels on the same grid, names in a header extension. `prompt_labels`, labels on the image's
+        grid, are for a model with prompts. Raises ValueError on a bad grid, or where such a model gets none."""
+        from aftersam.data.volume import from_nifti, labels_from_nifti, to_nifti
+
+        if not hasattr(image, "affine"):
+            import nibabel as nib
+
+            if affine is None:
+                raise ValueError("an array needs its affine: predict(array, affine)")
+            image = nib.Nifti1Image(image, affine)
+        volume = from_nifti(image)  # type: ignore[arg-type]  # an image by now
+        prompts = None if prompt_labels is None else labels_from_nifti(prompt_labels, like=volume)
+        return to_nifti(self.predict_volume(volume, prompt_labels=prompts), volume, self.labels)
+
+    def predict_volume(
+        self,
+        volume: Volume,
+        *,
+        prompt_labels: Volume | None = None,
+        batch_size: int = 8,
+        progress: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Segment a Volume: labels (D, H, W) uint8 in the volume's canonical axes."""
+        scan = self.prepare(volume, prompt_labels=prompt_labels)
+        return self.segment(scan, batch_size=batch_size, progress=progress)
+
+    def prepare(
+        self, volume: Volume, *, prompt_labels: Volume | None = None, timings: Timings | None = None
+    ) -> Prepared:
+        """Bring a scan, and the labels that prompts are drawn from, to the model's spacing. Needs no GPU.
+
+        Raises ValueError where a model with prompts gets no labels."""
+        from aftersam.data.transforms import preprocess, resample
+        from aftersam.timings import Timings
+
+        timings = timings or Timings()
+        timings.slices = volume.array.shape[0]
+        with timings.stage("resample"):
+            ready = preprocess(volume, self.spacing_mm)
+            prompts = None
+            if self.config.model.prompts != "none":
+                if prompt_labels is None:
+                    raise ValueError(
+                        f"the model was trained with prompts={self.config.model.prompts}, so {volume.name} needs "
+                        "labels to draw them from (--prompt-labels)"
+                    )
+                prompts = resample(prompt_labels.array, volume.spacing_mm, ready.spacing_mm, labels=True)
+        return Prepared(volume, ready.array, ready.box, prompts, timings)
+
+    def segment(
+        self,
+        scan: Prepared,
+        *,
+        sliding: Sliding | None = None,
+        batch_size: int = 8,
+        probabilities: np.ndarray | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Labels (D, H, W) uint8 in the canonical axes of the scan's volume.
+
+        `probabilities` (K+1, D, H, W), where given, is filled with each class's."""
+        from aftersam.streaming import predict_labels
+
+        return predict_labels(
+            self.model,
+            scan.hu,
+            self.config.model,
+            box=scan.box,
+            output_shape=scan.volume.array.shape,
+            sliding=sliding,
+            batch_size=batch_size,
+            precision=self.precision,
+            prompt_labels=scan.prompt_labels,
+            probabilities=probabilities,
+            progress=progress,
+            timings=scan.timings,
+        )
+
+
+def load(run: Path | str, *, checkpoint: Literal["best", "last"] = "best", device: str = "auto") -> Segmenter:
+    """Load the model that `aftersam.train` left in the folder `run`, LoRA merged, ready to predict.
+
+    Raises ValueError on a missing, truncated or foreign file."""
+    import torch
+
+    from aftersam.checkpoint import load_weights, read_json
+    from aftersam.model.build import build_aftersam, merge_lora
+    from aftersam.train import precision_for
+
+    run = Path(run)
+    if not (run / "config.json").is_file():
+        raise ValueError(f"{run} is not a training run: it has no config.json")
+    config = validate(from_dict(Config, read_json(run / "config.json"), where=str(run / "config.json")))
+    facts = read_json(run / "run.json")
+    labels = {int(value): name for value, name in facts["labels"].items()}
+    model = build_aftersam(config.model, num_classes=len(labels) + 1)
+    load_weights(run / f"{checkpoint}.safetensors", model)
+    merge_lora(model)
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    spacing = facts["spacing_mm"]
+    return Segmenter(
+        model.to(where).eval(),
+        config,
+        labels,
+        None if spacing is None else tuple(spacing),
+        {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+            precision_for(config.train.precision, where.type), torch.float32
+        ),
+    )
