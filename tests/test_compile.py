@@ -36,7 +36,13 @@ def test_every_kernel_builds(arch, dtype):
         assert built["shared"] <= SHARED_MEMORY[arch] * 1024, built
         if dtype == "float32":
             continue  # exact products run on the FMA units, where a spill costs less than another tile would
-        assert built["spills"] == 0, built
+        relative = built["kernel"].startswith("rel_pos")
+        few = (
+            built["lines"] // 50 if relative and arch in (80, 120) else 0
+        )  # no warp groups to share the rows
+        assert built["spills"] <= few, built
         assert built["mma"] > 0, built
-        if arch == 90 and "N 9, D 32" in built["case"]:
+        if arch == 90 and (relative or "N 9, D 32" in built["case"]):
             assert built["hgmma"] > 0, built
+        if arch == 90 and relative:
+            assert built["waits"] < built["hgmma"], "the products are serialised"
