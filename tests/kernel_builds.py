@@ -21,7 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from axial_fusion import AttentionWeights, LoRA
+from axial_fusion import AttentionWeights, LoRA, _tiles
+from axial_fusion import _rel_pos_kernels as rel_pos
 from axial_fusion import axial_half as half
 from axial_fusion.axial_attention import _launch_backward, _launch_forward
 
@@ -101,6 +102,25 @@ def lora_qkv(dtype: torch.dtype, rows: int, channels: int, rank: int) -> None:
     qkv._normalised(x, gamma, beta, a if rank else None, 1e-6, dtype, "triton")
 
 
+def rel_pos_attention(dtype: torch.dtype, heads: int, dim: int, height: int, width: int) -> None:
+    tokens = height * width
+    q, k, v = torch.zeros(1, tokens, 3, heads, dim, dtype=dtype).unbind(2)
+    rel_h = torch.zeros(1, heads, height, tokens, dtype=dtype)
+    rel_w = torch.zeros(1, heads, tokens, width, dtype=dtype)
+    y, lse = rel_pos.launch_forward(q, k, v, rel_h, rel_w, dim**-0.5)
+    rel_pos.launch_backward(y, q, k, v, rel_h, rel_w, y, lse, dim**-0.5)
+
+
+def window_attention(dtype: torch.dtype, heads: int, dim: int, height: int, width: int, window: int) -> None:
+    qkv, bias = (
+        torch.zeros(1, height, width, 3, heads, dim, dtype=dtype),
+        torch.zeros(3 * heads * dim, dtype=dtype),
+    )
+    rel = torch.zeros(1, height, width, heads, window, dtype=dtype)
+    y, lse = rel_pos.launch_window_forward(qkv, bias, rel, rel, window, dim**-0.5)
+    rel_pos.launch_window_backward(y, qkv, bias, rel, rel, y, lse, window, dim**-0.5)
+
+
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     "axial, N 9, D 32": lambda dtype: axial_attention(dtype, 9, 9, 4096, 8, 32),
     "axial, N 9, D 32, packed": lambda dtype: axial_attention(dtype, 9, 9, 4096, 8, 32, packed=True),
@@ -114,6 +134,12 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "lora, 256 to 768, no LoRA": lambda dtype: lora_linear(dtype, 4096, 256, 768, 0),
     "qkv, C 256, r 4": lambda dtype: lora_qkv(dtype, 36_864, 256, 4),
     "qkv, C 1280, r 16": lambda dtype: lora_qkv(dtype, 4096, 1280, 16),
+    "rel-pos, 64 by 64, D 32": lambda dtype: rel_pos_attention(dtype, 8, 32, 64, 64),
+    "rel-pos, 64 by 64, D 64": lambda dtype: rel_pos_attention(dtype, 12, 64, 64, 64),
+    "rel-pos, 64 by 64, D 80": lambda dtype: rel_pos_attention(dtype, 16, 80, 64, 64),
+    "rel-pos, 20 by 20, D 64": lambda dtype: rel_pos_attention(dtype, 12, 64, 20, 20),
+    "windows of 14, 64 by 64, D 64": lambda dtype: window_attention(dtype, 12, 64, 64, 64, 14),
+    "windows of 14, 64 by 64, D 80": lambda dtype: window_attention(dtype, 16, 80, 64, 64, 14),
     "half, centre of 9, D 24, C 72, P 7": lambda dtype: axial_half(dtype, 9, 7, 72, 3, 4, centre=True),
 }
 
@@ -180,6 +206,7 @@ def build(kernel: JITFunction, args: tuple, keywords: dict, arch: int) -> dict[s
 
 
 def main(arch: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    _tiles.arch = lambda device: arch  # launchers choose tiles as they would there
     rows, seen = [], set()
     for name, case in CASES.items():
         for kernel, args, keywords in recorded(case, dtype):

@@ -229,8 +229,21 @@ def test_opcheck(name):
             False,
             "torch",
         ),
-        "rel_pos_attention": (*(draw(1, 6, 2, 4) for _ in "qkv"), draw(1, 2, 2, 6), draw(1, 2, 6, 3), 0.5),
-        "window_attention": (draw(1, 5, 4, 3, 2, 4), draw(24), *(draw(1, 5, 4, 2, 3) for _ in "hw"), 3, 0.5),
+        "rel_pos_attention": (
+            *(draw(1, 6, 2, 4) for _ in "qkv"),
+            draw(1, 2, 2, 6),
+            draw(1, 2, 6, 3),
+            0.5,
+            "torch",
+        ),
+        "window_attention": (
+            draw(1, 5, 4, 3, 2, 4),
+            draw(24),
+            *(draw(1, 5, 4, 2, 3) for _ in "hw"),
+            3,
+            0.5,
+            "torch",
+        ),
     }[name]
     op = getattr(torch.ops.axial_fusion, name)
     torch.library.opcheck(op.default, arguments)
@@ -248,7 +261,7 @@ def test_rel_pos_attention_equals_the_reference(grid):
     ours = rel_pos_attention(*inputs, grid=grid)
     theirs = reference.rel_pos_attention(*inputs, grid=grid)
     torch.testing.assert_close(ours, theirs)
-    op = torch.ops.axial_fusion.rel_pos_attention(*inputs, 8**-0.5)
+    op = torch.ops.axial_fusion.rel_pos_attention(*inputs, 8**-0.5, "torch")[0]
     grad = torch.randn_like(ours)
     expected = torch.autograd.grad(theirs, inputs, grad)
     for result in (ours, op):
@@ -265,7 +278,7 @@ def test_window_attention_equals_the_reference_with_padded_keys(size):
     inputs = [qkv, bias, rel_h, rel_w]
     ours, theirs = window_attention(*inputs, window=3), reference.window_attention(*inputs, window=3)
     torch.testing.assert_close(ours, theirs)
-    op = torch.ops.axial_fusion.window_attention(*inputs, 3, 0.5)
+    op = torch.ops.axial_fusion.window_attention(*inputs, 3, 0.5, "torch")[0]
     grad = torch.randn_like(ours)
     expected = torch.autograd.grad(theirs, inputs, grad, allow_unused=True, materialize_grads=True)
     for result in (ours, op):

@@ -26,8 +26,8 @@ Op = Literal[
 BACKENDS: dict[str, tuple[str, ...]] = {
     "axial_attention": ("triton", "torch"),
     "slice_attention": ("sdpa", "flash", "xformers", "flex", "torch"),
-    "rel_pos_attention": ("torch",),
-    "window_attention": ("torch",),
+    "rel_pos_attention": ("triton", "torch"),
+    "window_attention": ("triton", "torch"),
     "lora_linear": ("augmented", "triton", "torch"),
     "lora_qkv": ("augmented", "triton"),
     "axial_fusion_attention": ("composed", "triton", "torch"),
@@ -37,6 +37,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")  # Triton
 MAX_TRITON_SLICES = 64  # one tile holds every slice of a position
 MAX_TRITON_HEAD_DIM = 128
 MAX_TRITON_RANK = 64
+MAX_TRITON_COLUMNS = 128  # one tile holds a row of keys
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -67,7 +68,7 @@ def select_backend(op: Op, *tensors: Tensor, backend: str = "auto") -> Choice:
 
 def _fastest(op: str, tensors: tuple[Tensor, ...]) -> Choice:
     first = tensors[0]
-    if op in ("axial_attention", "axial_fusion_attention"):
+    if op in ("axial_attention", "rel_pos_attention", "window_attention", "axial_fusion_attention"):
         if first.device.type == "cpu":
             return Choice("torch", "a CPU tensor: library matmuls are fastest there")
         obstacle = _obstacle(op, "triton", tensors)
@@ -75,7 +76,7 @@ def _fastest(op: str, tensors: tuple[Tensor, ...]) -> Choice:
             return Choice("torch", obstacle)
         if op == "axial_fusion_attention":
             return Choice("composed", "the axial half as one op has not been measured to be faster yet")
-        return Choice("triton", "q, k and v are read once and no score leaves the chip")
+        return Choice("triton", "no score leaves the chip")
     if op == "slice_attention":
         # On a CPU, oneDNN's bf16 matmuls outrun the flash kernel until the scores leave the cache.
         if first.device.type == "cpu" and first.dtype in HALF and first.shape[2] <= 512:
@@ -130,12 +131,13 @@ def _triton_obstacle(op: str, tensors: tuple[Tensor, ...]) -> str | None:
     if op in ("lora_linear", "lora_qkv"):
         rank = tensors[2].shape[0] if len(tensors) > 2 else 1
         return f"rank {rank} is above {MAX_TRITON_RANK}" if rank > MAX_TRITON_RANK else None
-    slices = max(t.shape[1] for t in tensors)
-    if slices > MAX_TRITON_SLICES:
-        return f"{slices} slices are above {MAX_TRITON_SLICES}"
-    if op == "axial_attention" and first.shape[-1] > MAX_TRITON_HEAD_DIM:
+    if op != "axial_fusion_attention" and first.shape[-1] > MAX_TRITON_HEAD_DIM:
         return f"head dim {first.shape[-1]} is above {MAX_TRITON_HEAD_DIM}"
-    return None
+    if op in ("rel_pos_attention", "window_attention"):
+        columns = tensors[-1].shape[-1]  # of rel_w
+        return f"{columns} columns are above {MAX_TRITON_COLUMNS}" if columns > MAX_TRITON_COLUMNS else None
+    slices = max(t.shape[1] for t in tensors)
+    return f"{slices} slices are above {MAX_TRITON_SLICES}" if slices > MAX_TRITON_SLICES else None
 
 
 def plain_on(tensor: Tensor) -> bool:

@@ -45,7 +45,7 @@ def tiles(
     op: str, x: Tensor, num_queries: int, num_keys: int, head_dim: int, channels: int = 0
 ) -> dict[str, int]:
     """Kernel arguments for `op` on x's device and dtype: positions a tile, its rows, warps and stages."""
-    key = Key(op, _arch(x.device), x.dtype, max(num_queries, num_keys), head_dim, channels)
+    key = Key(op, arch(x.device), x.dtype, max(num_queries, num_keys), head_dim, channels)
     tile = MEASURED.get(key) or default(op, head_dim)
     group = max(1, tile.rows // key.slices)
     return {
@@ -70,7 +70,8 @@ def split(head_dim: int) -> dict[str, int]:
 
 
 @cache
-def _arch(device: torch.device) -> int:
+def arch(device: torch.device) -> int:
+    """90 for sm_90; 0 where kernels are interpreted."""
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)

@@ -1,8 +1,10 @@
 """SAM's attention with decomposed relative position: over a whole grid, and in windows without padding.
 
 The bias of a query against the key in row h and column w is rel_h[h] + rel_w[w], two small tables a query. It is
-never held for all queries at once: above `_SAVED` scores the ops walk over blocks of queries, forward and backward,
-and save their inputs alone. Below that, on a CPU, autograd keeps the softmax, which saves computing it again.
+never held for all queries at once. The Triton kernels (_rel_pos_kernels.py) never hold a score outside the chip, and
+save the inputs, y and one number a query. The torch backend walks over blocks of queries above `_SAVED` scores,
+forward and backward, and saves its inputs alone; below that, on a CPU, autograd keeps the softmax, which saves
+computing it again.
 
 SAM pads its grid to whole windows after the norm, so that a padded token is a key and value that holds the qkv
 bias alone. Here those keys are made from the bias, and padded queries do not exist: equal to SAM in exact
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from axial_fusion import _rel_pos_kernels as kernels
 from axial_fusion._launch import (
     autocast,
     check_alike,
@@ -107,31 +110,46 @@ def _choose(q: Tensor, keys: int, *others: Tensor) -> Attend | None:
 # One grid.
 
 _OP = "axial_fusion::rel_pos_attention"
-torch.library.define(_OP, "(Tensor q, Tensor k, Tensor v, Tensor rel_h, Tensor rel_w, float scale) -> Tensor")
+torch.library.define(
+    _OP,
+    "(Tensor q, Tensor k, Tensor v, Tensor rel_h, Tensor rel_w, float scale, str backend) -> (Tensor, Tensor)",
+)
 torch.library.define(
     f"{_OP}_backward",
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor rel_h, Tensor rel_w, float scale)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor rel_h, Tensor rel_w, Tensor? y, Tensor? lse, float scale,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @torch.library.impl(_OP, "CompositeExplicitAutograd")
-def _forward(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, scale: float) -> Tensor:
-    return _attend_blocks(q, k, v, rel_h.transpose(-1, -2), rel_w, scale)
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """y, and what the Triton backward needs of the softmax; empty on the torch backend."""
+    if backend == "triton":
+        return kernels.launch_forward(q, k, v, rel_h, rel_w, scale)
+    y = _attend_blocks(q, k, v, rel_h.transpose(-1, -2), rel_w, scale)
+    return y, _lse(q, (0,))
 
 
 @torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd")
 def _backward_op(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor,
+    y: Tensor | None, lse: Tensor | None, scale: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if backend == "triton":
+        assert y is not None
+        assert lse is not None
+        return kernels.launch_backward(grad, q, k, v, rel_h, rel_w, y, lse, scale)
     grads = _attend_backward(grad, q, k, v, rel_h.transpose(-1, -2), rel_w, scale)
     dq, dk, dv, dbias_h, dbias_w = (t.contiguous() for t in grads)
     return dq, dk, dv, dbias_h.transpose(-1, -2).contiguous(), dbias_w
 
 
 @torch.library.register_fake(_OP)
-def _(q, k, v, rel_h, rel_w, scale):
-    return q.new_empty(q.shape)
+def _(q, k, v, rel_h, rel_w, scale, backend):
+    batch, positions, heads, _ = q.shape
+    return q.new_empty(q.shape), _lse(q, (batch, heads, positions) if backend == "triton" else (0,))
 
 
 @torch.library.register_fake(f"{_OP}_backward")
@@ -139,13 +157,21 @@ def _(grad, *inputs):
     return tuple(t.new_empty(t.shape) for t in inputs[:5])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
+def _lse(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*torch.ops.axial_fusion.rel_pos_attention_backward(grad, *ctx.saved_tensors, ctx.scale), None)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """For both ops: the inputs, and on the Triton backend the outputs."""
+    tensors = [t for t in inputs if isinstance(t, Tensor)]
+    ctx.options = inputs[len(tensors) :]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *(output if inputs[-1] == "triton" else (None, None)))
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.axial_fusion.rel_pos_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return (*grads, None, None)
 
 
 torch.library.register_autograd(_OP, _backward, setup_context=_save)
@@ -179,11 +205,11 @@ def rel_pos_attention(
     check_shapes("rel_pos_attention", expected | tables)
     q, k, v, rel_h, rel_w = autocast(q, k, v, rel_h, rel_w)
     check_alike("rel_pos_attention", q=q, k=k, v=v, rel_h=rel_h, rel_w=rel_w)
-    select_backend("rel_pos_attention", q, k, v, backend=backend)
+    chosen = select_backend("rel_pos_attention", q, k, v, rel_h, rel_w, backend=backend).backend
     scale = softmax_scale(scale, q.shape[-1])
-    attend = _choose(q, tokens, k, v, rel_h, rel_w)
+    attend = None if chosen == "triton" else _choose(q, tokens, k, v, rel_h, rel_w)
     if attend is None:
-        return torch.ops.axial_fusion.rel_pos_attention(q, k, v, rel_h, rel_w, scale)
+        return torch.ops.axial_fusion.rel_pos_attention(q, k, v, rel_h, rel_w, scale, chosen)[0]
     return attend(q, k, v, rel_h.transpose(-1, -2), rel_w, scale)
 
 
@@ -191,12 +217,14 @@ def rel_pos_attention(
 
 _WINDOW_OP = "axial_fusion::window_attention"
 torch.library.define(
-    _WINDOW_OP, "(Tensor qkv, Tensor qkv_bias, Tensor rel_h, Tensor rel_w, int window, float scale) -> Tensor"
+    _WINDOW_OP,
+    "(Tensor qkv, Tensor qkv_bias, Tensor rel_h, Tensor rel_w, int window, float scale, str backend)"
+    " -> (Tensor, Tensor)",
 )
 torch.library.define(
     f"{_WINDOW_OP}_backward",
-    "(Tensor grad, Tensor qkv, Tensor qkv_bias, Tensor rel_h, Tensor rel_w, int window, float scale)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor qkv, Tensor qkv_bias, Tensor rel_h, Tensor rel_w, Tensor? y, Tensor? lse, int window,"
+    " float scale, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -252,13 +280,28 @@ def _window(
 
 @torch.library.impl(_WINDOW_OP, "CompositeExplicitAutograd")
 def _window_forward(
-    qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor, window: int, scale: float
-) -> Tensor:
-    return _window(qkv, qkv_bias, rel_h, rel_w, window, scale, _attend_blocks)
+    qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor, window: int, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        return kernels.launch_window_forward(qkv, qkv_bias, rel_h, rel_w, window, scale)
+    if qkv.numel() == 0:
+        return qkv.new_empty((*qkv.shape[:3], *qkv.shape[4:])), _lse(qkv, (0,))
+    return _window(qkv, qkv_bias, rel_h, rel_w, window, scale, _attend_blocks), _lse(qkv, (0,))
 
 
 @torch.library.impl(f"{_WINDOW_OP}_backward", "CompositeExplicitAutograd")
 def _window_backward_op(
+    grad: Tensor, qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor,
+    y: Tensor | None, lse: Tensor | None, window: int, scale: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if backend == "triton":
+        assert y is not None
+        assert lse is not None
+        return kernels.launch_window_backward(grad, qkv, qkv_bias, rel_h, rel_w, y, lse, window, scale)
+    return _window_backward_blocks(grad, qkv, qkv_bias, rel_h, rel_w, window, scale)
+
+
+def _window_backward_blocks(
     grad: Tensor, qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor, window: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch = qkv.shape[0]
@@ -291,8 +334,10 @@ def _window_backward_op(
 
 
 @torch.library.register_fake(_WINDOW_OP)
-def _(qkv, qkv_bias, rel_h, rel_w, window, scale):
-    return qkv.new_empty((*qkv.shape[:3], *qkv.shape[4:]))
+def _(qkv, qkv_bias, rel_h, rel_w, window, scale, backend):
+    batch, height, width, _, heads, dim = qkv.shape
+    y = qkv.new_empty((batch, height, width, heads, dim))
+    return y, _lse(qkv, (batch, heads, height * width) if backend == "triton" else (0,))
 
 
 @torch.library.register_fake(f"{_WINDOW_OP}_backward")
@@ -300,17 +345,12 @@ def _(grad, *inputs):
     return tuple(t.new_empty(t.shape) for t in inputs[:4])
 
 
-def _window_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.window, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
+def _window_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.axial_fusion.window_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return (*grads, None, None, None)
 
 
-def _window_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.axial_fusion.window_attention_backward(grad, *ctx.saved_tensors, ctx.window, ctx.scale)
-    return (*grads, None, None)
-
-
-torch.library.register_autograd(_WINDOW_OP, _window_backward, setup_context=_window_save)
+torch.library.register_autograd(_WINDOW_OP, _window_backward, setup_context=_save)
 torch.library.register_autograd(f"{_WINDOW_OP}_backward", no_second_derivative("window_attention"))
 
 
@@ -342,9 +382,11 @@ def window_attention(
         )
     qkv, qkv_bias, rel_h, rel_w = autocast(qkv, qkv_bias, rel_h, rel_w)
     check_alike("window_attention", qkv=qkv, qkv_bias=qkv_bias, rel_h=rel_h, rel_w=rel_w)
-    select_backend("window_attention", qkv, backend=backend)
+    chosen = select_backend("window_attention", qkv, qkv_bias, rel_h, rel_w, backend=backend).backend
     scale = softmax_scale(scale, qkv.shape[-1])
-    attend = _choose(qkv[..., 0, :, :].flatten(1, 2), window * window, qkv, qkv_bias, rel_h, rel_w)
-    if attend is None or qkv.numel() == 0:
-        return torch.ops.axial_fusion.window_attention(qkv, qkv_bias, rel_h, rel_w, window, scale)
+    attend = None
+    if chosen == "torch" and qkv.numel():
+        attend = _choose(qkv[..., 0, :, :].flatten(1, 2), window * window, qkv, qkv_bias, rel_h, rel_w)
+    if attend is None:
+        return torch.ops.axial_fusion.window_attention(qkv, qkv_bias, rel_h, rel_w, window, scale, chosen)[0]
     return _window(qkv, qkv_bias, rel_h, rel_w, window, scale, attend)

@@ -64,7 +64,7 @@ def tune(
     small, large = (
         _Problem(op, slices, head_dim, heads, p, dtype, device) for p in (min(positions, 19), positions)
     )
-    key = Key(op, _tiles._arch(small.inputs[0].device), dtype, slices, head_dim, channels)
+    key = Key(op, _tiles.arch(small.inputs[0].device), dtype, slices, head_dim, channels)
     exact = small.exact()
     measure = timer or _timer(device)
     results = []
