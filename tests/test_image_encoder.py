@@ -197,6 +197,22 @@ def test_checkpointing_changes_no_gradient(mini):
         torch.testing.assert_close(gradients[1][name], plain, msg=name)
 
 
+@pytest.mark.parametrize("name", ["mini", "tiny"])
+def test_compiles_without_a_graph_break(name, mini):
+    torch.manual_seed(0)
+    encoder = build_image_encoder(name, image_size=48)
+    images = torch.randn(2, 3, 48, 48)
+    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images).embedding, encoder(images).embedding, rtol=1e-4, atol=1e-5)
+    compiled(images).embedding.square().sum().backward()
+    learned = [p.grad.clone() for p in encoder.parameters() if p.grad is not None]
+    encoder.zero_grad()
+    encoder(images).embedding.square().sum().backward()
+    expected = [p.grad for p in encoder.parameters() if p.grad is not None]
+    for mine, theirs in zip(learned, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
 def lora_encoder():
     encoder = randomised(build_image_encoder("mini", image_size=20)).double()
     before = {key: value.clone() for key, value in encoder.state_dict().items()}

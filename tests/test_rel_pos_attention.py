@@ -20,7 +20,7 @@ GRIDS = {  # B, M, D, (H', W')
     "5 by 7": (2, 2, 32, (5, 7)),
     "16 by 16": (1, 1, 64, (16, 16)),
     "20 by 20": (1, 1, 32, (20, 20)),
-    "wide": (1, 2, 24, (2, 65)),
+    "wide": (1, 2, 24, (2, 33)),
     "tall": (1, 1, 128, (33, 3)),
 }
 WINDOWS = {  # B, M, D, (H', W'), window
@@ -84,6 +84,11 @@ def check(op, truth, tensors, **options):
 def test_a_grid_matches_the_reference(shape, dtype):
     tensors = grid_inputs(*shape, dtype)
     check(rel_pos_attention, reference.rel_pos_attention, tensors, grid=shape[-1])
+
+
+def test_a_row_of_keys_fills_a_tile():
+    tensors = grid_inputs(1, 1, 16, (2, 65), torch.float16)
+    check(rel_pos_attention, reference.rel_pos_attention, tensors, grid=(2, 65))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

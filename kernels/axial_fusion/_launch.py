@@ -37,7 +37,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")  # Triton
 MAX_TRITON_SLICES = 64  # one tile holds every slice of a position
 MAX_TRITON_HEAD_DIM = 128
 MAX_TRITON_RANK = 64
-MAX_TRITON_COLUMNS = 128  # one tile holds a row of keys
+MAX_TRITON_COLUMNS = 128  # one tile holds a row of keys; half as many in fp32
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -135,7 +135,8 @@ def _triton_obstacle(op: str, tensors: tuple[Tensor, ...]) -> str | None:
         return f"head dim {first.shape[-1]} is above {MAX_TRITON_HEAD_DIM}"
     if op in ("rel_pos_attention", "window_attention"):
         columns = tensors[-1].shape[-1]  # of rel_w
-        return f"{columns} columns are above {MAX_TRITON_COLUMNS}" if columns > MAX_TRITON_COLUMNS else None
+        most = MAX_TRITON_COLUMNS if first.dtype in HALF else MAX_TRITON_COLUMNS // 2
+        return f"{columns} columns are above {most}" if columns > most else None
     slices = max(t.shape[1] for t in tensors)
     return f"{slices} slices are above {MAX_TRITON_SLICES}" if slices > MAX_TRITON_SLICES else None
 

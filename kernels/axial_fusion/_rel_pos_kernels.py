@@ -346,13 +346,15 @@ def _config(kernel: str, q: Tensor, window: tuple[int, int], *, padded: bool) ->
     keys = max(64, columns)
     rows, warps, stages = 128, 8, 1
     if q.dtype == torch.float32:
-        rows = 32
+        rows = 32 if q.shape[-1] <= 96 else 16
     elif _tiles.arch(q.device) in (0, 90, 100, 103):
         stages = 2 if kernel == "forward" else 1
         if kernel == "dkv" or (kernel == "dq" and padded and q.shape[-1] > 64):
             rows = 64
     else:
         rows, warps = 32 if kernel == "dkv" else 64, 4
+    if columns > 64:
+        rows //= 2
     config = {"BLOCK_M": rows, "num_warps": warps, "num_stages": stages, "COLUMNS": columns, "BLOCK_N": keys}
     if kernel != "dkv":
         config["EVEN"] = columns == width and height % (keys // columns) == 0
