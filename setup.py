@@ -36,6 +36,7 @@ setup(
         "xformers": ["xformers>=0.0.35"],
         "dicom": ["pydicom>=3", "highdicom>=0.26"],
         "test": [
+            "highdicom>=0.26",  # DICOM segmentations are read back
             "hypothesis>=6.100",
             "pydicom>=3",
             "pytest>=8.2",
