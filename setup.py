@@ -36,7 +36,7 @@ setup(
         "xformers": ["xformers>=0.0.35"],
         "dicom": ["pydicom>=3", "highdicom>=0.26"],
         "test": [
-            "highdicom>=0.26",
+            "highdicom>=0.26",  # DICOM segmentations are read back
             "hypothesis>=6.100",
             "peft>=0.17",  # adapters that come from it and go back are tested against it
             "pydicom>=3",

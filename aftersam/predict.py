@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -65,7 +66,8 @@ class PredictArgs:
 def predict_files(args: PredictArgs) -> int:
     """Segment every scan that `args` name. Returns 0, or 1 when a scan of a folder failed and was reported.
 
-    While one scan is computed the next is read and the last is written, so three are in memory at most.
+    While one scan is computed the next is read and the last is written, so three are in memory at most. Under
+    torchrun each process takes its share of a folder, on a GPU of its own with the device "auto".
     Raises ValueError where nothing can be done: no scans, a bad run, an output that exists."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -73,6 +75,7 @@ def predict_files(args: PredictArgs) -> int:
     from aftersam.segmenter import load
 
     jobs, folder = _jobs(args)
+    jobs = jobs[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]  # torchrun's
     segmenter = load(args.model, checkpoint=args.checkpoint, device=args.device)
     names = _kept_labels(args.labels, segmenter.labels)
     sliding = _sliding(args, segmenter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +153,9 @@ def load(run: Path | str, *, checkpoint: Literal["best", "last"] = "best", devic
     model = build_aftersam(config.model, num_classes=len(labels) + 1)
     load_weights(run / f"{checkpoint}.safetensors", model)
     merge_lora(model)
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if device == "auto":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    where = torch.device(device)
     spacing = facts["spacing_mm"]
     return Segmenter(
         model.to(where).eval(),

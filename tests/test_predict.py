@@ -219,6 +219,19 @@ main({command!r})
     assert names == {f"{n}{ending}" for n in "abc" for ending in (".nii.gz", ".json")}
 
 
+def test_processes_share_a_folder(run, tmp_path, monkeypatch):
+    scans, masks = tmp_path / "scans", tmp_path / "masks"
+    scans.mkdir()
+    for name in "abc":
+        scan(scans / f"{name}.nii.gz")
+    command = ["-i", str(scans), "-o", str(masks), "-m", str(run), "--device", "cpu", "--no-preview"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, expected in (("1", ["b"]), ("0", ["a", "b", "c"])):
+        monkeypatch.setenv("RANK", rank)
+        assert main(command) == 0
+        assert sorted(p.name for p in masks.glob("*.nii.gz")) == [f"{n}.nii.gz" for n in expected]
+
+
 def test_timings_are_printed_and_left_beside_the_mask(run, tmp_path, capsys):
     source = scan(tmp_path / "scan.nii.gz")
     command = ["-i", str(source), "-o", str(tmp_path / "mask.nii.gz"), "-m", str(run), "--device", "cpu"]

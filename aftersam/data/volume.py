@@ -157,7 +157,7 @@ def write_labels(
             about = {**_names_json(names), **(facts or {})}
             temporary.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     with renamed(path) as temporary:
-        image.to_filename(temporary)
+        image.to_filename(temporary)  # gz at nibabel's level 1: 9 takes 18 times as long
 
 
 @contextlib.contextmanager
