@@ -31,7 +31,7 @@ demo: $(READY) ## synthetic CT scans: train, segment, score, report in demo-run/
 	$(PY) -m aftersam.demo -o $(DEMO)
 
 test: $(READY) ## run the tests; TESTS="tests/test_config.py -x" passes on to pytest
-	$(PY) -m pytest -q $(TESTS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile -p no:benchmark $(TESTS)
 
 test-triton36: .venv-triton36/installed ## the kernels under Triton 3.6, which GPU images in the field have
 	PYTHONPATH=kernels .venv-triton36/bin/python -m pytest -q -p no:cacheprovider $(KERNEL_TESTS)

@@ -43,6 +43,7 @@ setup(
             "pytest>=8.2",
             "pytest-benchmark>=4",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",  # one worker a core
             "setuptools>=77",
         ],
         "dev": ["mypy>=1.15", "ruff>=0.12"],

@@ -29,7 +29,8 @@ def segmentation_loss(
     Logits are upsampled to the labels' size; labels are never downsampled, since small organs vanish there.
     Dice takes each group as one 3D sample and averages over its organs: those present in it, or all of
     them (an absent organ then costs about 1 without a gradient). A group without organs has no Dice term.
-    Cross-entropy is the mean over voxels weighted by class, organs `ce_foreground_weight` : 1 background.
+    Cross-entropy is a group's mean over voxels weighted by class, organs `ce_foreground_weight` : 1 background.
+    Both are means over groups, so that a batch may be spread over processes or accumulated.
 
     Raises ValueError where the shapes do not fit."""
     if logits.dim() != 5 or labels.shape != (*logits.shape[:2], *labels.shape[-2:]):
@@ -45,7 +46,8 @@ def segmentation_loss(
 
     weight = torch.full((classes,), ce_foreground_weight, device=logits.device)
     weight[0] = 1.0
-    ce = F.nll_loss(log_probabilities, flat, weight=weight)
+    voxels = F.nll_loss(log_probabilities, flat, weight=weight, reduction="none")  # (B·N, H, W)
+    ce = voxels.view(groups, -1).sum(1) / weight[labels].flatten(1).sum(1)  # (B,)
 
     organs = log_probabilities[:, 1:].exp().unflatten(0, (groups, slices))  # (B, N, K, H, W)
     truth = F.one_hot(labels, classes)[..., 1:].movedim(-1, 2).to(organs.dtype)
@@ -53,5 +55,5 @@ def segmentation_loss(
     reference = truth.sum((1, 3, 4))
     score = 2 * overlap / (organs.sum((1, 3, 4)) + reference).clamp_min(1e-5)
     counted = (reference > 0) if dice == "present" else torch.ones_like(reference, dtype=torch.bool)
-    dice_loss = ((1 - score) * counted).sum() / counted.sum().clamp_min(1)
-    return Loss((dice_loss + ce) / 2, dice_loss, ce)
+    dice_loss = ((1 - score) * counted).sum(1) / counted.sum(1).clamp_min(1)  # (B,)
+    return Loss((dice_loss + ce).mean() / 2, dice_loss.mean(), ce.mean())

@@ -121,6 +121,7 @@ class _Run:
     def __init__(self, args: TrainArgs) -> None:
         import torch
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
         from accelerate.utils import set_seed
 
         from aftersam.checkpoint import load_training, read_json, write_json
@@ -150,6 +151,7 @@ class _Run:
         self.config = config = validate(config)
 
         precision = precision_for(config.train.precision, args.device)
+        AcceleratorState._reset_state()  # a run before this one in the same process may have had another precision
         self.accelerator = Accelerator(
             mixed_precision={"fp32": "no"}.get(precision, precision),
             cpu=args.device == "cpu",

@@ -266,7 +266,7 @@ class _Call:
             rows_kernel[(-(-rows // 32),)](
                 x, w.norm_weight, w.norm_bias, self.a_q, self.a_v, self.mean, self.rstd, None, self.xa,
                 eps, slices, positions, rows, x.stride(0), x.stride(1), x.stride(2), 0, 2 * rank, rank,
-                **flags, WRITE_Z=False, BLOCK_T=32, BLOCK_C=block_c, num_warps=8 if channels % 8 else 4, num_stages=2,
+                **flags, WRITE_Z=False, BLOCK_T=32, BLOCK_C=block_c, num_warps=8 if channels % 64 else 4, num_stages=2,
             )  # fmt: skip
         self.scalars = (
             w.lora_q.scaling if w.lora_q else 0.0, w.lora_v.scaling if w.lora_v else 0.0, softmax_scale(None, dim),

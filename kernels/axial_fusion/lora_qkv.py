@@ -51,7 +51,7 @@ def _normalised(
                 eps, 1, rows, rows, 0, 0, x.stride(0), out.stride(0), out.stride(0), rank,
                 C=channels, R=rank, RANK=block(rank), NORM=True, BETA=beta is not None,
                 LORA_Q=a is not None, LORA_V=a is not None, WRITE_Z=True, BLOCK_T=32,
-                BLOCK_C=32 if dtype == torch.float32 else 64, num_warps=8 if channels % 8 else 4, num_stages=2,
+                BLOCK_C=32 if dtype == torch.float32 else 64, num_warps=8 if channels % 64 else 4, num_stages=2,
             )  # fmt: skip
         return out, mean, rstd
     wide = torch.promote_types(x.dtype, torch.float32)
