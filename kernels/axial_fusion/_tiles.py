@@ -34,11 +34,11 @@ class Key(NamedTuple):
 MEASURED: dict[Key, Tile] = {}  # empty until a GPU has measured; `default` is what compiles without spills
 
 
-def default(op: str, head_dim: int) -> Tile:
-    """The tile of a key that nobody has measured."""
-    if op == "axial_attention":
+def default(key: Key) -> Tile:
+    """The tile of a key that nobody has measured: one that builds without spills."""
+    if key.op == "axial_attention":
         return Tile()
-    return Tile(num_warps=4 if head_dim in (16, 32) else 8, num_stages=2)
+    return Tile(num_warps=4 if key.head_dim in (16, 32) and key.arch < 100 else 8, num_stages=2)
 
 
 def tiles(
@@ -46,7 +46,7 @@ def tiles(
 ) -> dict[str, int]:
     """Kernel arguments for `op` on x's device and dtype: positions a tile, its rows, warps and stages."""
     key = Key(op, arch(x.device), x.dtype, max(num_queries, num_keys), head_dim, channels)
-    tile = MEASURED.get(key) or default(op, head_dim)
+    tile = MEASURED.get(key) or default(key)
     group = max(1, tile.rows // key.slices)
     return {
         "GROUP": group,

@@ -246,7 +246,7 @@ class _Call:
         self.config = tiles(op, w.qkv_weight, self.num_queries, slices, dim, channels)
         self.tiles = -(-positions // self.config["GROUP"])
         self.grid = (batch * self.tiles * heads,)
-        block_c = 32 if dtype == torch.float32 or dim > 32 else 64  # what builds without spills
+        block_c = 64 if dtype != torch.float32 and dim in (16, 32) else 32  # what builds without spills
         flags = {
             "C": channels, "R": rank, "RANK": block(rank), "NORM": w.norm_weight is not None,
             "BETA": w.norm_bias is not None, "LORA_Q": w.lora_q is not None, "LORA_V": w.lora_v is not None,
