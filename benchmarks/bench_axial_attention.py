@@ -58,7 +58,7 @@ GPU_QUICK = [
 
 def einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = torch.einsum("bnpmd,bkpmd->bpmnk", q * q.shape[-1] ** -0.5, k)
-    return torch.einsum("bpmnk,bkpmd->bnpmd", scores.softmax(-1), v)
+    return torch.einsum("bpmnk,bkpmd->bnpmd", scores.softmax(-1), v).contiguous()  # as all others give it
 
 
 def multiply_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
