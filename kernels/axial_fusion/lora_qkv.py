@@ -21,6 +21,7 @@ from axial_fusion._launch import autocast_dtype, check_shapes, no_second_derivat
 from axial_fusion._rows import rows_kernel
 from axial_fusion._tiles import block
 from axial_fusion.axial_attention import _on
+from axial_fusion.lora_linear import _rows_of
 from axial_fusion.reference import LoRA
 
 ALIGN = 8  # columns: the library's fast products want rows of a multiple of 16 bytes
@@ -89,11 +90,6 @@ torch.library.define(f"{_OP}_backward", f"(Tensor grad, {_INPUTS}, bool[] needs)
 
 def _stacked(a_q: Tensor | None, a_v: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if a_q is None or a_v is None else torch.cat([a_q, a_v]).to(dtype)
-
-
-def _rows_of(x: Tensor) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 @torch.library.impl(_OP, "CompositeExplicitAutograd")
