@@ -31,19 +31,17 @@ from axial_fusion._launch import (
     select_backend,
     softmax_scale,
 )
+from axial_fusion._rows import jit
 from axial_fusion._tiles import split, tiles
 from axial_fusion.reference import axial_mask
 
 try:
-    import triton
     import triton.language as tl
 except ImportError:  # the kernels below then stay plain functions that nothing calls
-    triton = tl = None
-
-_jit = (lambda function: function) if triton is None else triton.jit
+    tl = None
 
 
-@_jit
+@jit
 def _rows(tile, batch, head, P, stride_b, stride_n, stride_p, stride_m,
           SLICES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Rows of a tile, position by position and slice by slice: offset, slice, position in the tile, mask."""
@@ -57,7 +55,7 @@ def _rows(tile, batch, head, P, stride_b, stride_n, stride_p, stride_m,
     return offs, index, local, mask
 
 
-@_jit
+@jit
 def _tile(ptr, offs, mask, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
     """Pointers and mask of columns START .. START + WIDTH − 1 of the rows at `offs`; columns past D are masked."""
     offs_d = START + tl.arange(0, WIDTH)
@@ -65,19 +63,19 @@ def _tile(ptr, offs, mask, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.const
     return ptr + offs[:, None] + offs_d[None, :], mask_d
 
 
-@_jit
+@jit
 def _load(ptr, offs, mask, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
     ptrs, mask_d = _tile(ptr, offs, mask, START, WIDTH, D)
     return tl.load(ptrs, mask=mask_d, other=0.0)
 
 
-@_jit
+@jit
 def _store(ptr, offs, mask, x, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
     ptrs, mask_d = _tile(ptr, offs, mask, START, WIDTH, D)
     tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=mask_d)
 
 
-@_jit
+@jit
 def _visible(local_q, index_q, mask_q, local_k, index_k, mask_k, lengths_ptr, batch,
              NQ: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr):  # fmt: skip
     """Scores that count: same position, real rows, and the causal and length rules.  # [BLOCK_Q, BLOCK_K]"""
@@ -89,7 +87,7 @@ def _visible(local_q, index_q, mask_q, local_k, index_k, mask_k, lengths_ptr, ba
     return visible
 
 
-@_jit
+@jit
 def _probabilities(s, visible, scale):
     """Softmax rows of scores s before their division: exp(scale · s − maximum), and 1 / its row sums."""
     s = tl.where(visible, s * (scale * 1.4426950408889634), -float("inf"))  # log2(e): hardware has exp2
@@ -99,7 +97,7 @@ def _probabilities(s, visible, scale):
     return p, 1.0 / tl.where(total == 0.0, 1.0, total)  # a query without keys gives 0
 
 
-@_jit
+@jit
 def _axial_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, lengths_ptr, y_ptr,
     scale, P, M, tiles,
@@ -148,7 +146,7 @@ def _axial_attention_fwd_kernel(
         _store(y_ptr, offs_y, mask_q, tl.dot(p, v1, input_precision="ieee") * share[:, None], D0, D1, D)
 
 
-@_jit
+@jit
 def _axial_attention_bwd_kernel(
     g_ptr, q_ptr, k_ptr, v_ptr, lengths_ptr, dq_ptr, dk_ptr, dv_ptr,
     scale, P, M, tiles,

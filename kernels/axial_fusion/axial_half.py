@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from axial_fusion._launch import no_second_derivative, softmax_scale
-from axial_fusion._rows import normalised, rows_kernel, transposed
+from axial_fusion._rows import jit, normalised, rows_kernel, transposed
 from axial_fusion._tiles import block, tiles
-from axial_fusion.axial_attention import _jit, _on, _probabilities, _rows, _store, _visible
+from axial_fusion.axial_attention import _on, _probabilities, _rows, _store, _visible
 from axial_fusion.reference import AttentionWeights, LoRA
 
 try:
@@ -36,7 +36,7 @@ except ImportError:  # the kernels below then stay plain functions that nothing 
     tl = None
 
 
-@_jit
+@jit
 def _completed(acc, bias_ptr, row, xa_ptr, t, mask, b_ptr, b_row, scaling, PART: tl.constexpr, D: tl.constexpr,
                R: tl.constexpr, RANK: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr,
                LORA: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
@@ -54,7 +54,7 @@ def _completed(acc, bias_ptr, row, xa_ptr, t, mask, b_ptr, b_row, scaling, PART:
     return acc.to(dtype)
 
 
-@_jit
+@jit
 def _qkv(x_ptr, mean_ptr, rstd_ptr, xa_ptr, gamma_ptr, beta_ptr, w_ptr, bias_ptr, b_q_ptr, b_v_ptr,
          scaling_q, scaling_v, tile, batch, head, P, first, step, stride_xb, stride_xn, stride_xp,
          NQ: tl.constexpr, N: tl.constexpr, C: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr,
@@ -112,7 +112,7 @@ def _qkv(x_ptr, mean_ptr, rstd_ptr, xa_ptr, gamma_ptr, beta_ptr, w_ptr, bias_ptr
     return q, k, v
 
 
-@_jit
+@jit
 def _axial_half_fwd_kernel(
     x_ptr, mean_ptr, rstd_ptr, xa_ptr, gamma_ptr, beta_ptr, w_ptr, bias_ptr, b_q_ptr, b_v_ptr, o_ptr,
     scaling_q, scaling_v, scale, P, M, tiles, first, step, stride_xb, stride_xn, stride_xp,
@@ -140,7 +140,7 @@ def _axial_half_fwd_kernel(
     _store(o_ptr, offs_o, mask_q, o, 0, BLOCK_D, D)
 
 
-@_jit
+@jit
 def _output_kernel(
     o_ptr, w_ptr, bias_ptr, x_ptr, y_ptr,
     P, rows, first, step, stride_xb, stride_xn, stride_xp,
@@ -176,7 +176,7 @@ def _output_kernel(
     tl.store(y_ptr + row[:, None] * C + offs_e[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask_y)
 
 
-@_jit
+@jit
 def _axial_half_bwd_kernel(
     g_ptr, w_o_ptr, x_ptr, mean_ptr, rstd_ptr, xa_ptr, gamma_ptr, beta_ptr, w_ptr, bias_ptr, b_q_ptr, b_v_ptr,
     dq_ptr, dk_ptr, dv_ptr, o_ptr,
