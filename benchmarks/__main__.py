@@ -22,6 +22,7 @@ from benchmarks import (
     bench_rel_pos,
     bench_slice_attention,
     bench_transformer,
+    bench_waterfall,
     harness,
 )
 from benchmarks.harness import Cases
@@ -37,6 +38,7 @@ SUBJECTS: dict[str, Cases] = {
     "encoder": bench_image_encoder.cases,
     "predict": bench_predict.cases,
     "transformer": bench_transformer.cases,
+    "waterfall": bench_waterfall.cases,
     "fusion": bench_fusion.cases,  # last: it has what the others leave
 }
 TOTAL_S = {"quick": 480.0, "full": 3600.0}

@@ -41,15 +41,15 @@ class Shape(NamedTuple):
     heads: int
 
 
-# (name, shape): the presets tiny and small, and SAM's 16-pixel patches at three image sizes.
+# (name, shape): the presets tiny and small, and SAM's 16-pixel patches. Shapes of a curve have no name.
 CPU_SHAPES = [
     ("tiny, 96 px", Shape(1, 3, 12, 128, 4)),
     ("small, 128 px", Shape(1, 5, 16, 128, 4)),
     ("SAM, 256 px", Shape(1, 9, 16, 256, 8)),
 ]
-CPU_CURVE = [Shape(1, n, 16, 256, 8) for n in (1, 3, 5, 17, 33)]
+CPU_CURVE = [Shape(1, n, 16, 256, 8) for n in (1, 3, 5, 17, 33)] + [Shape(1, 9, s, 256, 8) for s in (8, 24)]
 GPU_SHAPES = [(f"SAM, {px} px", Shape(1, 9, px // 16, 256, 8)) for px in (256, 512, 1024)]
-GPU_CURVE = [Shape(1, n, 64, 256, 8) for n in (1, 3, 5, 17, 33)]
+GPU_CURVE = [Shape(1, n, 64, 256, 8) for n in (1, 3, 5, 17, 33)] + [Shape(1, 9, 48, 256, 8)]
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> list[Tensor]:
@@ -174,7 +174,7 @@ def case(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> C
 
 
 def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Iterator[Case]:
-    """Named shapes, the image size among them, then the curve over N; the largest in full runs alone."""
+    """Named shapes, then the rest of the curves over N and over the image size; the largest in full runs alone."""
     gpu = device.type == "cuda"
     shapes, curve = (GPU_SHAPES, GPU_CURVE) if gpu else (CPU_SHAPES, CPU_CURVE)
     if not gpu and not full:

@@ -73,13 +73,18 @@ def equations(x: Tensor, attention: AxialFusionAttention) -> Tensor:
     return reference.axial_fusion_attention(x, inter, intra, num_heads=attention.num_heads)
 
 
+def with_attention(model: AxialFusionTransformer, attend: Attention) -> AxialFusionTransformer:
+    """A copy of `model` whose blocks compute their attention by `attend`."""
+    model = copy.deepcopy(model)
+    for block in model.blocks:
+        block.attention = _Attention(block.attention, attend)  # type: ignore[arg-type]
+    return model
+
+
 def form(model: AxialFusionTransformer, attend: Attention | None) -> Callable[..., Tensor]:
     """A function of the features and of every parameter of `model`, its attention computed by `attend`."""
-    model = copy.deepcopy(model)
+    model = model if attend is None else with_attention(model, attend)
     names = [name for name, _ in model.named_parameters()]
-    for block in model.blocks:
-        if attend is not None:
-            block.attention = _Attention(block.attention, attend)  # type: ignore[arg-type]
 
     def call(x: Tensor, *parameters: Tensor) -> Tensor:
         return torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), (x,))  # type: ignore[no-any-return]

@@ -1,8 +1,8 @@
 """Draw docs/bench-<device>*.png and write the README's tables.    python -m benchmarks.figure
 
 Takes the newest result of each device in benchmarks/results, one of several subjects before one of a single
-subject: time and memory against N, a roofline, and one row a case with ours beside its best rival. Of the README
-only what stands between its two markers changes."""
+subject: time and memory against N and image size, a waterfall of techniques, a roofline, and one row a case with ours
+beside its best rival. Of the README only what stands between its two markers changes."""
 
 from __future__ import annotations
 
@@ -45,31 +45,35 @@ def _rank(result: Result) -> tuple[bool, str]:
     return len({r["subject"] for r in result["records"]}) > 1, result["environment"]["date"]
 
 
-def curve(result: Result) -> dict[str, list[Result]]:
-    """Timed records of each provider against N, for the shape that was measured at most values of N."""
+def curve(result: Result, along: str = "slices") -> dict[str, list[Result]]:
+    """Timed fusion records of each provider in the order of `along` ("slices" is N, "side" the token grid's),
+    all else equal: at the shape that was measured at most of its values."""
+    shape = ("batch", "slices", "side", "channels", "heads")
     by_shape: dict[tuple[int, ...], dict[str, list[Result]]] = {}
     for record in of_subject(result, "fusion"):
-        shape = tuple(record[key] for key in ("batch", "side", "channels", "heads"))
-        of_shape = by_shape.setdefault(shape, {}).setdefault(record["provider"], [])
+        fixed = tuple(record[key] for key in shape if key != along)
+        of_shape = by_shape.setdefault(fixed, {}).setdefault(record["provider"], [])
         if "ms" in record:
             of_shape.append(record)
     if not by_shape:
         return {}
     widest = max(by_shape.values(), key=lambda lines: max(map(len, lines.values())))
-    return {name: sorted(line, key=lambda r: r["slices"]) for name, line in widest.items() if line}
+    return {name: sorted(line, key=lambda r: r[along]) for name, line in widest.items() if line}
 
 
 def of_subject(result: Result, subject: str) -> list[Result]:
     return [r for r in result["records"] if r["subject"] == subject]
 
 
-def draw_roofline(result: Result, path: Path) -> None:
-    """FLOPs a second of every forward whose bytes are counted against FLOPs a byte, below the two ceilings."""
+def draw_roofline(result: Result, path: Path) -> bool:
+    """FLOPs a second of every forward whose bytes are counted against FLOPs a byte, below the two ceilings.
+
+    False where there is none to draw."""
     from matplotlib.figure import Figure
 
     points = [r for r in result["records"] if "ms" in r and r.get("bytes") and r["flops"]]
     if not points:
-        return
+        return False
     ceiling = result["ceilings"]
     figure = Figure(figsize=(5.4, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -93,46 +97,70 @@ def draw_roofline(result: Result, path: Path) -> None:
     axes.legend(frameon=False, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+    return True
 
 
 def draw(result: Result, path: Path) -> None:
-    """Time and peak memory of a forward with backward against N, as a PNG."""
+    """Time and peak memory of a forward with backward, against N and against the image's side, as a PNG."""
     from matplotlib.figure import Figure
 
-    lines = curve(result)
-    one = next(iter(lines.values()))[0]
-    counts = sorted({r["slices"] for line in lines.values() for r in line})
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    time_axes, memory_axes = figure.subplots(1, 2)
-    for name, line in lines.items():
-        style = {"color": COLOURS.get(name, "black"), "marker": "o", "markersize": 4, "label": name}
-        style["linewidth"] = 2.2 if name == "axial_fusion" else 1.4
-        n = [r["slices"] for r in line]
-        times = [r["ms"]["forward_backward"] for r in line]
-        time_axes.plot(n, [t["median"] for t in times], **style)
-        time_axes.fill_between(
-            n,
-            [t["q20"] for t in times],
-            [t["q80"] for t in times],
-            color=style["color"],
-            alpha=0.2,
-            linewidth=0,
-        )
-        memory_axes.plot(n, [r["peak_bytes"]["forward_backward"] / 2**20 for r in line], **style)
-    for axes, title in ((time_axes, "forward + backward, ms"), (memory_axes, "peak memory, MiB")):
-        axes.set(xscale="log", yscale="log", xlabel="slices in a group, N", title=title)
-        axes.set_xticks(counts, map(str, counts))
-        axes.minorticks_off()
-        axes.grid(True, axis="y", linewidth=0.4, color="#d0d0d0")
-        axes.spines[["top", "right"]].set_visible(False)
-    time_axes.legend(frameon=False, fontsize="small")
-    figure.suptitle(
-        f"{result['environment']['device']} · {result['dtype']} · "
-        f"{one['side']}×{one['side']} tokens a slice, C {one['channels']}, {one['heads']} heads",
-        fontsize="medium",
-    )
+    rows = [(curve(result, "slices"), "slices", "slices in a group, N", 1)]
+    if len(next(iter(curve(result, "side").values()))) > 1:
+        rows.append((curve(result, "side"), "side", "side of the image in pixels of 16 a token", 16))
+    figure = Figure(figsize=(9, 3.4 * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), 2, squeeze=False)
+    for (lines, along, label, scale), (time_axes, memory_axes) in zip(rows, panels, strict=True):
+        for name, line in lines.items():
+            style = {"color": COLOURS.get(name, "black"), "marker": "o", "markersize": 4, "label": name}
+            style["linewidth"] = 2.2 if name == "axial_fusion" else 1.4
+            x = [scale * r[along] for r in line]
+            times = [r["ms"]["forward_backward"] for r in line]
+            time_axes.plot(x, [t["median"] for t in times], **style)
+            lower, upper = ([t[q] for t in times] for q in ("q20", "q80"))
+            time_axes.fill_between(x, lower, upper, color=style["color"], alpha=0.2, linewidth=0)
+            memory_axes.plot(x, [r["peak_bytes"]["forward_backward"] / 2**20 for r in line], **style)
+        one = next(iter(lines.values()))[0]
+        fixed = f"{one['side']}×{one['side']} tokens" if along == "slices" else f"N {one['slices']}"
+        for axes, what in ((time_axes, "forward + backward, ms"), (memory_axes, "peak memory, MiB")):
+            ticks = sorted({scale * r[along] for line in lines.values() for r in line})
+            axes.set(xscale="log", yscale="log", xlabel=label)
+            axes.set_title(f"{what}; {fixed}, C {one['channels']}, {one['heads']} heads", fontsize="medium")
+            axes.set_xticks(ticks, map(str, ticks))
+            axes.minorticks_off()
+            axes.grid(True, axis="y", linewidth=0.4, color="#d0d0d0")
+            axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].legend(frameon=False, fontsize="small")
+    figure.suptitle(f"{result['environment']['device']} · {result['dtype']}", fontsize="medium")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def draw_waterfall(result: Result, path: Path) -> bool:
+    """One bar a technique, each with those above it: seconds of a volume. False where there is none to draw."""
+    from matplotlib.figure import Figure
+
+    steps = [r for r in of_subject(result, "waterfall") if "ms" in r]
+    if not steps:
+        return False
+    seconds = [r["ms"]["forward"]["median"] / 1e3 for r in steps]
+    figure = Figure(figsize=(7, 0.4 * len(steps) + 1.1), layout="constrained")
+    axes = figure.subplots()
+    colours = [{"other": "#b0b0b0", "rival": "#8fa3b8", "ours": "#b3262e"}[r["role"]] for r in steps]
+    bars = axes.barh([r["provider"] for r in steps], seconds, color=colours, height=0.7)
+    axes.bar_label(bars, [f"{s:.3g} s   {seconds[0] / s:.2f}×" for s in seconds], padding=4, fontsize="small")
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.25 * max(seconds))
+    one = steps[0]
+    axes.set_title(
+        f"{one['name']}, {one['depth']} slices, N {one['slices']}, {one['blocks']} blocks · "
+        f"{result['environment']['device']} · {result['dtype']}",
+        fontsize="medium",
+    )
+    axes.set_xlabel("seconds of a volume; each row has what the rows above it have")
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return True
 
 
 def table(result: Result) -> str:
@@ -165,8 +193,8 @@ def rivals_table(result: Result) -> str:
     rows = []
     for (subject, name), group in groupby(result["records"], key=lambda r: (r["subject"], r["name"])):
         records = list(group)
-        if subject == "fusion" or not name:
-            continue
+        if subject in ("fusion", "waterfall") or not name:
+            continue  # they have a table and a picture of their own
         ours = next((r for r in records if r["role"] == "ours"), None)
         rivals = [r for r in records if r["role"] == "rival" and "ms" in r]
         if ours is None or "ms" not in ours:
@@ -210,18 +238,23 @@ def write_readme(readme: Path, sections: Sequence[str]) -> None:
 
 
 def readme_sections(result: Result, image: Path) -> list[str]:
-    """Draw what the result allows, `image` and <image>-roofline.png; the README's sections for it."""
+    """Draw what the result allows, `image` and <image>-waterfall.png, <image>-roofline.png; the README's sections."""
     device = result["environment"]["device"]
     sections = []
     if curve(result):
         draw(result, image)
-        link = f"![time and memory against N on {device}](docs/{image.name})"
-        sections += [table(result), link]
+        sections += [table(result), f"![time and memory on {device}](docs/{image.name})"]
     else:
         sections.append(f"**{caption(result)}**")
-    draw_roofline(result, image.with_name(f"{image.stem}-roofline.png"))
+    waterfall, roofline = (image.with_name(f"{image.stem}-{kind}.png") for kind in ("waterfall", "roofline"))
+    if draw_waterfall(result, waterfall):
+        sections.append(f"![what each technique gains on {device}](docs/{waterfall.name})")
     if any(r["subject"] != "fusion" for r in result["records"]):
         sections.append(rivals_table(result))
+    if draw_roofline(result, roofline):
+        sections.append(
+            f"Every forward with counted bytes below what the machine can: [roofline](docs/{roofline.name})."
+        )
     return sections
 
 

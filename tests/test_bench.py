@@ -12,11 +12,19 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_axial_attention, bench_fusion, compare, figure, first_contact, harness
+from benchmarks import (
+    bench_axial_attention,
+    bench_fusion,
+    bench_waterfall,
+    compare,
+    figure,
+    first_contact,
+    harness,
+)
 from benchmarks.__main__ import SUBJECTS
 from benchmarks.bench_fusion import OURS, Shape
 from benchmarks.harness import Provider, measure
-from benchmarks.targets import TARGETS, targets
+from benchmarks.targets import TARGETS, flop_share, targets
 
 SMALL = Shape(2, 3, 3, 16, 2)
 CEILING = {"copy_bytes_per_s": 1e10, "matmul_flops_per_s": 1e11}
@@ -178,6 +186,35 @@ def test_the_newest_result_of_a_device_becomes_figure_and_table(result, tmp_path
     assert row.startswith("| small: 3, 3×3, 16, 2 |")
     assert row.count(" MiB |") == 4
     assert [r["slices"] for r in figure.curve(result)[OURS]] == [1, 3]
+
+
+def test_curves_run_along_slices_and_image_size():
+    base = {"subject": "fusion", "provider": OURS, "ms": {}, "batch": 1, "channels": 8, "heads": 1}
+    points = [(1, 16), (9, 16), (9, 24), (9, 8), (5, 16)]
+    result = {"records": [base | {"slices": n, "side": side} for n, side in points]}
+    assert [r["slices"] for r in figure.curve(result, "slices")[OURS]] == [1, 5, 9]
+    assert [r["side"] for r in figure.curve(result, "side")[OURS]] == [8, 16, 24]
+
+
+def test_the_waterfall_has_a_bar_for_each_technique_and_needs_one(result, tmp_path, monkeypatch):
+    assert not figure.draw_waterfall(result, tmp_path / "none.png")
+    monkeypatch.setattr(bench_waterfall, "CPU_SHAPE", ("tiny", bench_waterfall.Shape(3, 3, 64, "small", 1)))
+    found = harness.run(
+        {"waterfall": bench_waterfall.cases(torch.device("cpu"), torch.float32)},
+        dtype=torch.float32,
+        budget_s=0.01,
+    )
+    assert [r["status"] for r in found["records"]] == ["ok"] * 6
+    sections = figure.readme_sections(found, tmp_path / "bench.png")
+    assert sections[1].endswith("(docs/bench-waterfall.png)")
+    assert (tmp_path / "bench-waterfall.png").exists()
+
+
+def test_speed_is_set_against_the_ratio_of_flops():
+    result = a_result({"mine": times(1, 2, 3), "theirs": times(6, 6, 6)})
+    result["records"][1]["flops"] = 4 * 8
+    assert flop_share("square", "theirs")(result) == pytest.approx(3 / 4)
+    assert flop_share("square", "nobody")(result) is None
 
 
 def test_the_table_shows_what_was_wrong(result):
