@@ -2,7 +2,7 @@
 
 W and B A are never merged, which in bf16 would round a small B A away. Three engines:
 
-torch       F.linear, then one thin product added to y: y is written, read and written again
+torch       F.linear, then one thin product added to y: y is written, read and written again, and rounded twice
 augmented   one library product [x | x Aᵀ] [W | s B]ᵀ of K + r: y is written once, x is copied for its tail
 triton      one product whose main loop multiplies each tile of x by A as well (_lora_kernels.py): y is written once,
             nothing is copied
@@ -34,6 +34,8 @@ from axial_fusion._launch import (
 )
 from axial_fusion.reference import dropout_mask
 
+ALIGN = 8  # columns of a tail: the library's fast products want rows of a multiple of 16 bytes
+
 
 def _plain_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, seed: Tensor | None,
@@ -53,7 +55,12 @@ def _augmented_forward(
     if a is None or b is None:
         return F.linear(x, weight, bias), x.new_empty(0)
     xa = F.linear(_masked(x, seed, p), a)
-    return F.linear(torch.cat([x, xa], 1), torch.cat([weight, scaling * b], 1), bias), xa
+    return F.linear(_joined(x, xa), _joined(weight, scaling * b), bias), xa
+
+
+def _joined(wide: Tensor, thin: Tensor) -> Tensor:
+    """[wide (T, K) | thin (T, r) | 0], the tail filled up to a multiple of ALIGN columns."""
+    return torch.cat([wide, F.pad(thin, (0, -thin.shape[1] % ALIGN))], 1)
 
 
 _FORWARD = {"torch": _plain_forward, "augmented": _augmented_forward, "triton": kernels.launch_forward}
@@ -113,8 +120,8 @@ def _backward_op(
         if needs[0] and fused:
             dx, d = kernels.launch_dx(dy, weight.contiguous(), a, b, seed, scaling, dropout_p)
         elif needs[0] and backend == "augmented":
-            both = dy @ torch.cat([weight, scaling * b], 1)  # (T, K + r)
-            dx, d = both[:, : x.shape[-1]], both[:, x.shape[-1] :]
+            both = dy @ _joined(weight, scaling * b)
+            dx, d = both[:, : x.shape[-1]], both[:, x.shape[-1] : x.shape[-1] + b.shape[1]]
         else:
             d = scaling * (dy @ b)
             dx = dy @ weight if needs[0] else empty
@@ -242,6 +249,10 @@ def _check(
         )
     if autocast_dtype(x) is None:
         check_alike("lora_linear", x=x, weight=weight, **({} if bias is None else {"bias": bias}))
+    others = {"weight": weight, "bias": bias, "lora_a": lora_a, "seed": seed}
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"lora_linear: {name} is on {tensor.device} but x is on {x.device}")
 
 
 def _rows_of(x: Tensor) -> Tensor:
