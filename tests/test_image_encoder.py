@@ -252,3 +252,20 @@ def test_lora_adds_to_q_and_v_alone_and_merges(mini):
     lora.unmerge()
     torch.testing.assert_close(base.weight, weight)
     torch.testing.assert_close(lora(x), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_weights_merge_in_fp32_and_round_once(dtype):
+    torch.manual_seed(0)
+    lora = LoRAQKV(torch.nn.Linear(32, 96, dtype=dtype), rank=3, alpha=2.0)
+    for part in (lora.lora_q_b, lora.lora_v_b):
+        torch.nn.init.normal_(part, std=1e-3)
+    before = lora.weight.detach().clone()
+    update = torch.zeros(96, 32)
+    update[:32] = lora.scaling * (lora.lora_q_b.float() @ lora.lora_q_a.float())
+    update[64:] = lora.scaling * (lora.lora_v_b.float() @ lora.lora_v_a.float())
+    lora.merge()
+    assert not torch.equal(lora.weight, before)
+    assert torch.equal(lora.weight, (before.float() + update).to(dtype))
+    lora.unmerge()
+    torch.testing.assert_close(lora.weight, before, rtol=torch.finfo(dtype).eps, atol=1e-5)
