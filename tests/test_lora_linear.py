@@ -394,6 +394,30 @@ def test_qkv_matches_the_reference(lead, channels, rank, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", ["augmented", "triton"])
+def test_qkv_takes_strided_rows_no_rows_and_autocast(backend):
+    torch.manual_seed(0)
+    parts = qkv_parts(20, 3, torch.float32)
+    lora = (LoRA(*parts[4:6], 0.5), LoRA(*parts[6:], 0.5))
+
+    def run(x):
+        return lora_qkv(x, *parts[:4], *lora, backend=backend)
+
+    base = torch.randn(6, 5, 40, device=DEVICE)
+    for x in (base[::2, :, ::2].transpose(0, 1), base[::2, 0, :20], base[:0, :, :20]):
+        x = x.detach().requires_grad_()
+        exact = results(qkv_reference, doubled([x, *parts]), torch.ones(*x.shape[:-1], 60, device=DEVICE))
+        found = results(lambda x, *_: run(x), [x, *parts], torch.ones(*x.shape[:-1], 60, device=DEVICE))
+        for mine, truth in zip(found, exact, strict=True):
+            torch.testing.assert_close(mine.double(), truth, rtol=1e-4, atol=1e-4)
+    x = base[0, :, :20].detach().requires_grad_()
+    with torch.autocast(DEVICE, torch.float16):
+        y = run(x)
+    assert y.dtype == torch.float16
+    assert error(y, qkv_reference(*doubled([x, *parts]))) < 3e-3
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(y.float().sum(), [x, *parts]))
+
+
+@pytest.mark.parametrize("backend", ["augmented", "triton"])
 def test_qkv_opcheck_large_means_and_what_is_saved(backend):
     torch.manual_seed(0)
     parts = qkv_parts(32, 4, torch.float32)
@@ -413,6 +437,11 @@ def test_qkv_opcheck_large_means_and_what_is_saved(backend):
         torch.ops.axial_fusion.lora_qkv.default, (x, *parts[:4], *parts[4:], 0.5, 0.5, 1e-6, backend),
         rtol=1e-3, atol=1e-3,
     )  # fmt: skip
+    op = torch.compile(
+        lambda x: lora_qkv(x, *parts[:4], *lora, backend=backend), fullgraph=True, dynamic=True, backend="aot_eager"
+    )  # fmt: skip
+    for rows in (3, 8):
+        torch.testing.assert_close(op(x.detach()[:rows]), y[:rows], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
