@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from axial_fusion import LoRA, LoRALinear, lora_linear, lora_qkv, reference, select_backend
+from axial_fusion import LoRA, LoRALinear, _lora_kernels, lora_linear, lora_qkv, reference, select_backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]
@@ -132,15 +132,32 @@ def test_zero_b_is_the_base_layer_to_the_bit(backend):
 
 
 @pytest.mark.parametrize("backend", ENGINES)
-def test_only_what_is_asked_for_is_computed(backend):
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (4,), (3, 4), (0, 3, 4)], ids=str)
+def test_only_what_is_asked_for_is_computed(backend, wanted):
+    """Any of x, weight, bias, lora_a, lora_b alone: the same gradient as among all, and none for the rest."""
     torch.manual_seed(0)
-    x, w, bias, a, b = layer((9,), 32, 24, 4, True, torch.float32)
-    for frozen in (w, bias):
-        frozen.requires_grad_(False)
-    lora_linear(x, w, bias, a, b, backend=backend).sum().backward()
-    assert w.grad is None
-    assert bias.grad is None
-    assert all(t.grad is not None for t in (x, a, b))
+    tensors = layer((9,), 32, 24, 4, True, torch.float32)
+    grad = torch.randn(9, 24, device=DEVICE)
+    everything = results(lambda *t: lora_linear(*t, backend=backend), tensors, grad)[1:]
+    for i, tensor in enumerate(tensors):
+        tensor.requires_grad_(i in wanted)
+    lora_linear(*tensors, backend=backend).backward(grad)
+    for i, (tensor, expected) in enumerate(zip(tensors, everything, strict=True)):
+        if i in wanted:
+            torch.testing.assert_close(tensor.grad, expected, rtol=1e-5, atol=1e-5)
+        else:
+            assert tensor.grad is None
+
+
+def test_gradients_of_many_slabs_of_rows_are_right_and_the_same_every_time(monkeypatch):
+    monkeypatch.setattr(_lora_kernels, "ROWS_OF_A_SLAB", 64)
+    torch.manual_seed(0)
+    tensors, grad = layer((150,), 24, 40, 3, True, torch.float32), torch.randn(150, 40, device=DEVICE)
+    exact = results(reference.lora_linear, doubled(tensors), grad.double())
+    found = [results(lambda *t: lora_linear(*t, backend="triton"), tensors, grad) for _ in range(2)]
+    for mine, again, truth in zip(*found, exact, strict=True):
+        assert error(mine, truth) < 1e-6
+        assert torch.equal(mine, again)
 
 
 @pytest.mark.parametrize("backend", ENGINES)
