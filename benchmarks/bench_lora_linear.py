@@ -1,17 +1,20 @@
 """The low-rank layer against the frozen one and the usual ways to adapt it.    python -m benchmarks.bench_lora_linear
 
     frozen            F.linear alone: what the layer costs without LoRA, another function than the rest
-    PEFT form         base(x) + scaling · B(A(x)), as PEFT's eager layer computes it; PEFT's own where it is installed
+    PEFT              its own layer, where it is installed; PEFT form is base(x) + scaling · B(A(x)), as it computes it
     addmm             the update added to y in place of a sum of its own
+    S, then fused     S = x Aᵀ by the library, then S Bᵀ, onto which the base product adds up in its epilogue
     merged each step  W + scaling · B A made anew, then one product; bf16 rounds a small update away
     torch, augmented, triton    ours, each engine, where it runs; lora_linear takes what `auto` chooses
 
-The error against fp64 stands beside each time: it is the reason why merging is no rival in half precision."""
+Cases with fp32 adapters have x and W in half precision and run under autocast, as training does. The error against
+fp64 stands beside each time: it is the reason why merging is no rival in half precision."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -35,12 +38,13 @@ class Shape(NamedTuple):
 
 
 GPU_QUICK = [Shape(36_864, 768, 2304, 4), Shape(36_864, 256, 768, 4)]
+MIXED_ROWS = 36_864
 CPU_SHAPES = [Shape(2304, 256, 768, 4), Shape(2304, 768, 2304, 4), Shape(2304, 768, 768, 16)]
 GPU_SHAPES = [
     Shape(rows, k, n, rank)
     for rows in (4096, 36_864, 147_456)
     for k, n in ((256, 768), (768, 2304), (768, 768), (1280, 3840))
-    for rank in ((4, 16, 64) if rows == 36_864 else (4,))
+    for rank in (4, 16, 64)
 ]
 
 
@@ -53,11 +57,30 @@ def peft_form(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> 
 
 
 def addmm(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return torch.addmm(F.linear(x, weight, bias), x @ a.t(), b.t(), alpha=SCALING)
+    y, s = F.linear(x, weight, bias), F.linear(x, a)
+    return y.addmm_(s, b.t().to(s.dtype), alpha=SCALING)  # autocast leaves what is in place alone
+
+
+def thin_first(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    s = F.linear(x, a)
+    return torch.addmm(bias, s, b.t().to(s.dtype), alpha=SCALING).addmm_(x, weight.t())
 
 
 def merged(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return F.linear(x, weight + SCALING * (b @ a), bias)
+
+
+def under_autocast(provider: Provider, device: torch.device, dtype: torch.dtype) -> Provider:
+    """The same way, called with autocast to `dtype`."""
+    call = provider.call
+    if call is None:
+        return provider
+
+    def within(*inputs: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype):
+            return call(*inputs)
+
+    return replace(provider, call=within)
 
 
 def peft_layer(
@@ -83,7 +106,10 @@ def peft_layer(
     return call, ""
 
 
-def providers(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Provider]:
+def providers(
+    shape: Shape, dtype: torch.dtype, device: torch.device, full: bool = False
+) -> dict[str, Provider]:
+    """Every way by its name; what has to be compiled on a CPU is left to a full run."""
     gpu = device.type == "cuda"
     exact = partial(reference.lora_linear, scaling=SCALING)
     base = 2 * shape.rows * shape.k * shape.n
@@ -94,10 +120,12 @@ def providers(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[st
         "PEFT": Provider(peft, exact, flops, absent),
         "PEFT form": Provider(peft_form, exact, flops),
         "addmm": Provider(addmm, exact, flops),
+        "S, then fused": Provider(thin_first, exact, flops),
         "merged each step": Provider(merged, exact, base + 2 * shape.rank * shape.k * shape.n),
     }
-    if gpu:
+    if gpu or full:
         torch.compiler.reset()
+        found["PEFT, compiled"] = Provider(peft and torch.compile(peft, dynamic=False), exact, flops, absent)
         found["PEFT form, compiled"] = Provider(torch.compile(peft_form, dynamic=False), exact, flops)
     for backend in ("torch", "augmented", "triton") if gpu else ("torch", "augmented"):
         found[f"ours, {backend}"] = Provider(
@@ -112,17 +140,32 @@ def reference_frozen(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tens
 
 def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Iterator[Case]:
     """W and the bias are frozen, as they are in training; x, A and B want gradients."""
-    for shape in (GPU_SHAPES if full else GPU_QUICK) if device.type == "cuda" else CPU_SHAPES:
-        generator = torch.Generator().manual_seed(0)
+    gpu = device.type == "cuda"
+    half = torch.bfloat16 if dtype == torch.float32 else dtype
+    shapes = CPU_SHAPES if not gpu else GPU_SHAPES if full else GPU_QUICK
+    yield from (_case(shape, device, dtype, full) for shape in shapes)
+    if gpu or full:
+        mixed = [s for s in shapes if (s.rows, s.rank) == (MIXED_ROWS, 4)] if gpu else CPU_SHAPES[:2]
+        yield from (_case(shape, device, half, full, mixed=True) for shape in mixed)
 
-        def draw(*size: int, scale: float = 1.0, generator: torch.Generator = generator) -> Tensor:
-            return (scale * torch.randn(size, generator=generator)).to(device, dtype)
 
-        rows, k, n, rank = shape
-        inputs = [draw(rows, k).requires_grad_(), draw(n, k, scale=k**-0.5), draw(n),
-                  draw(rank, k, scale=k**-0.5).requires_grad_(), draw(n, rank, scale=0.1).requires_grad_()]  # fmt: skip
-        name = f"{k} to {n}, r {rank}, {rows:,} rows"
-        yield {"subject": "lora", "name": name, **shape._asdict()}, inputs, providers(shape, dtype, device)
+def _case(shape: Shape, device: torch.device, dtype: torch.dtype, full: bool, *, mixed: bool = False) -> Case:
+    """One shape; `mixed` has A and B in fp32 beside x and W in `dtype`, under autocast."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+        return (scale * torch.randn(size, generator=generator)).to(device, dtype)
+
+    rows, k, n, rank = shape
+    thin = torch.float32 if mixed else dtype
+    inputs = [draw(rows, k).requires_grad_(), draw(n, k, scale=k**-0.5), draw(n),
+              draw(rank, k, scale=k**-0.5, dtype=thin).requires_grad_(),
+              draw(n, rank, scale=0.1, dtype=thin).requires_grad_()]  # fmt: skip
+    found = providers(shape, dtype, device, full)
+    if mixed:
+        found = {name: under_autocast(way, device, dtype) for name, way in found.items()}
+    name = f"{k} to {n}, r {rank}, {rows:,} rows" + (", fp32 adapters" if mixed else "")
+    return {"subject": "lora", "name": name, **shape._asdict()}, inputs, found
 
 
 if __name__ == "__main__":

@@ -449,7 +449,8 @@ def line(record: Mapping[str, Any], ceiling: Mapping[str, float]) -> str:
     text = f"{name} forward {forward['median']:9.2f} ms ({', '.join(notes)})"
     if step is not None:
         text += f"   with backward {step['median']:9.2f} ms"
-    return f"{text}   peak {max(record['peak_bytes'].values()) / 2**20:8.1f} MiB"
+    errors = f"{record['error']['forward']:.0e}" + (f", {record['error']['backward']:.0e}" if step else "")
+    return f"{text}   peak {max(record['peak_bytes'].values()) / 2**20:8.1f} MiB   error {errors}"
 
 
 def share(record: Mapping[str, Any], ceiling: Mapping[str, float]) -> float | None:

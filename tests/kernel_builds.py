@@ -22,13 +22,12 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from axial_fusion import AttentionWeights, LoRA, _tiles
+from axial_fusion import _axial_half_kernels as half
+from axial_fusion import _lora_kernels as lora
 from axial_fusion import _rel_pos_kernels as rel_pos
-from axial_fusion import axial_half as half
 from axial_fusion.axial_attention import _launch_backward, _launch_forward
 
-lora, qkv = (
-    sys.modules[f"axial_fusion.{name}"] for name in ("lora_linear", "lora_qkv")
-)  # named like their ops
+qkv = sys.modules["axial_fusion.lora_qkv"]  # named like its op
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
 }  # fmt: skip
@@ -79,8 +78,8 @@ def axial_half(
     )
     queries = (slices // 2, 1, 1) if centre else (0, 1, slices)
     x = draw(1, slices, positions, channels)
-    half._launch_forward(x, weights, heads, queries, True, 1e-6)
-    half._launch_backward(draw(1, queries[2], positions, channels), x, weights, heads, queries, 1e-6, True)
+    half.launch_forward(x, weights, heads, queries, True, 1e-6)
+    half.launch_backward(draw(1, queries[2], positions, channels), x, weights, heads, queries, 1e-6, True)
 
 
 def lora_linear(dtype: torch.dtype, rows: int, k: int, n: int, rank: int, *, dropout: bool = False) -> None:
@@ -90,10 +89,10 @@ def lora_linear(dtype: torch.dtype, rows: int, k: int, n: int, rank: int, *, dro
     x, dy, weight, bias = draw(rows, k), draw(rows, n), draw(n, k), draw(n)
     a, b = (draw(rank, k), draw(n, rank)) if rank else (None, None)
     seed = torch.tensor(1) if dropout else None
-    lora._launch_forward(x, weight, bias, a, b, seed, 0.5, 0.1)
-    lora._launch_dx(dy, weight, a, b, seed, 0.5, 0.1)
+    lora.launch_forward(x, weight, bias, a, b, seed, 0.5, 0.1)
+    lora.launch_dx(dy, weight, a, b, seed, 0.5, 0.1)
     if rank:
-        lora._launch_thin(draw(rows, rank), x, seed, 0.1)
+        lora.launch_thin(draw(rows, rank), x, seed, 0.1)
 
 
 def lora_qkv(dtype: torch.dtype, rows: int, channels: int, rank: int) -> None:

@@ -18,7 +18,7 @@ DTYPES = ["bfloat16", "float16", "float32"]
 SHIPPED = ("N 9, D 32", "768 to", "256 to 768")  # cases whose products must run asynchronously on sm_90
 THIN = (
     "rows_kernel",
-    "_thin_product_kernel",
+    "thin_product_kernel",
 )  # a rank of 4 fills no 64-row product: the older instruction serves
 
 

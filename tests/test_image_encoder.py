@@ -233,6 +233,26 @@ def test_lora_starts_as_the_base_and_keeps_its_names(mini):
     assert {name for name, p in encoder.named_parameters() if p.requires_grad} == added
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16 autocast"])
+def test_lora_compiles_without_a_graph_break(autocast, mini):
+    """Output and the gradients of the adapters, which stay fp32 under autocast, equal eager's."""
+    encoder = lora_encoder()[0].float()
+    for name, parameter in encoder.named_parameters():
+        if "lora" in name and name.endswith("_b"):
+            torch.nn.init.normal_(parameter, std=0.05)
+    adapters = [p for p in encoder.parameters() if p.requires_grad]
+    images = torch.randn(2, 3, 20, 20, generator=torch.Generator().manual_seed(2))
+    weight = torch.randn(2, 8, 5, 5, generator=torch.Generator().manual_seed(3))
+    found = []
+    for run in (encoder, torch.compile(encoder, fullgraph=True, backend="aot_eager")):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = run(images).embedding.float()
+        found.append([y, *torch.autograd.grad((y * weight).sum(), adapters)])
+    for mine, theirs in zip(*found, strict=True):
+        assert mine.dtype == torch.float32
+        assert relative_error(mine, theirs) < (0.03 if autocast else 1e-4)
+
+
 def test_lora_adds_to_q_and_v_alone_and_merges(mini):
     torch.manual_seed(0)
     base = torch.nn.Linear(6, 18, dtype=torch.float64)
@@ -252,3 +272,20 @@ def test_lora_adds_to_q_and_v_alone_and_merges(mini):
     lora.unmerge()
     torch.testing.assert_close(base.weight, weight)
     torch.testing.assert_close(lora(x), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_weights_merge_in_fp32_and_round_once(dtype):
+    torch.manual_seed(0)
+    lora = LoRAQKV(torch.nn.Linear(32, 96, dtype=dtype), rank=3, alpha=2.0)
+    for part in (lora.lora_q_b, lora.lora_v_b):
+        torch.nn.init.normal_(part, std=1e-3)
+    before = lora.weight.detach().clone()
+    update = torch.zeros(96, 32)
+    update[:32] = lora.scaling * (lora.lora_q_b.float() @ lora.lora_q_a.float())
+    update[64:] = lora.scaling * (lora.lora_v_b.float() @ lora.lora_v_a.float())
+    lora.merge()
+    assert not torch.equal(lora.weight, before)
+    assert torch.equal(lora.weight, (before.float() + update).to(dtype))
+    lora.unmerge()
+    torch.testing.assert_close(lora.weight, before, rtol=torch.finfo(dtype).eps, atol=1e-5)

@@ -135,6 +135,31 @@ def test_lora_linear_merges_and_its_adapter_travels():
     torch.testing.assert_close(one(x), before, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_weights_merge_in_fp32_and_round_once(dtype):
+    torch.manual_seed(0)
+    lora = LoRALinear(32, 24, rank=3, alpha=2, dtype=dtype)
+    half = AxialFusionAttention(32, 2, rank=3, alpha=2, attention="axial").inter.to(dtype)
+    for b in (lora.lora_b, half.lora_q_b, half.lora_v_b):
+        nn.init.normal_(b, std=1e-3)
+    weights = [
+        (lora, lora.weight, lora.lora_a, lora.lora_b),
+        (half, half.qkv.weight[:32], half.lora_q_a, half.lora_q_b),
+        (half, half.qkv.weight[64:], half.lora_v_a, half.lora_v_b),
+    ]
+    before = [w.detach().clone() for _, w, _, _ in weights]
+    for module in (lora, half):
+        module.merge()
+    for (_, w, a, b), old in zip(weights, before, strict=True):
+        expected = (old.float() + 2 / 3 * (b.float() @ a.float())).to(dtype)
+        assert not torch.equal(old, expected)
+        assert torch.equal(w, expected)
+    for module in (lora, half):
+        module.unmerge()
+    for (_, w, _, _), old in zip(weights, before, strict=True):
+        torch.testing.assert_close(w, old, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
 def test_lora_dropout_is_off_in_evaluation():
     lora = LoRALinear(8, 6, rank=2, dropout=0.5)
     nn.init.normal_(lora.lora_b)

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from aftersam.config import ENCODERS, EncoderSize
 from aftersam.model.sam import segment_anything_modeling
 from axial_fusion import lora_linear, rel_pos_attention, window_attention
+from axial_fusion.modules import merge_update
 
 PREFIX = "image_encoder."  # of the encoder's tensors in SAM's state dict
 
@@ -238,19 +239,21 @@ class LoRAQKV(nn.Linear):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Fold the update into the weight, for inference."""
-        if not self.merged:
-            a, b = self._stacked()
-            self.weight += self.scaling * (b @ a)
-            self.merged = True
+        """Fold the update into the weight, for inference: computed in fp32, rounded once."""
+        self._fold(1.0)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Undo `merge`, to within rounding."""
-        if self.merged:
-            a, b = self._stacked()
-            self.weight -= self.scaling * (b @ a)
-            self.merged = False
+        """Take the update out of the weight again, to within one rounding."""
+        self._fold(-1.0)
+
+    def _fold(self, sign: float) -> None:
+        if self.merged == (sign > 0):
+            return
+        q, _, v = self.weight.chunk(3)
+        merge_update(q, self.lora_q_a, self.lora_q_b, sign * self.scaling)
+        merge_update(v, self.lora_v_a, self.lora_v_b, sign * self.scaling)
+        self.merged = sign > 0
 
     def _stacked(self) -> tuple[Tensor, Tensor]:
         """Both pairs as one: A (2r, C), and B (3C, 2r) with B_Q and B_V on its diagonal, zeros for k."""

@@ -84,15 +84,15 @@ def _fastest(op: str, tensors: tuple[Tensor, ...]) -> Choice:
                 "torch", "half precision and at most 512 positions on a CPU: plain matmuls are faster"
             )
         return Choice("sdpa", "torch picks the fastest fused attention for the device")
-    if (
-        op == "lora_linear"
-        and first.device.type == "cuda"
-        and len(tensors) > 2
-        and not under_transform(tensors)
-    ):
-        return Choice(
-            "augmented", "one product of K + r writes y once; not measured yet, and the plan to beat"
-        )
+    if op == "lora_linear" and len(tensors) > 2 and not under_transform(tensors):
+        if first.device.type == "cuda":
+            return Choice(
+                "augmented", "one product of K + r writes y once; not measured yet, and the plan to beat"
+            )
+        if (autocast_dtype(first) or first.dtype) in HALF:
+            return Choice("augmented", "one product rounds y once; a small update added to it after is lost")
+    if op == "lora_qkv":
+        return Choice("augmented", "the library's one product of K + 2r; the kernel is not measured yet")
     return Choice("torch", "library products, nothing to fuse with them here")
 
 

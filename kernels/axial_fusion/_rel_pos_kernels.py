@@ -347,8 +347,9 @@ def _config(kernel: str, q: Tensor, window: tuple[int, int], *, padded: bool) ->
     rows, warps, stages = 128, 8, 1
     if q.dtype == torch.float32:
         rows = 32 if q.shape[-1] <= 96 else 16
-    elif _tiles.arch(q.device) in (0, 90, 100, 103):
-        stages = 2 if kernel == "forward" else 1
+    elif (arch := _tiles.arch(q.device)) in (0, 90, 100, 103):
+        wide = kernel == "dkv" and arch >= 100 and q.shape[-1] > 64  # one stage spills there under Triton 3.6
+        stages = 2 if kernel == "forward" or wide else 1
         if kernel == "dkv" or (kernel == "dq" and padded and q.shape[-1] > 64):
             rows = 64
     else:

@@ -21,10 +21,8 @@ from axial_fusion._launch import autocast_dtype, check_shapes, no_second_derivat
 from axial_fusion._rows import rows_kernel
 from axial_fusion._tiles import block
 from axial_fusion.axial_attention import _on
-from axial_fusion.lora_linear import _rows_of
+from axial_fusion.lora_linear import ALIGN, _rows_of
 from axial_fusion.reference import LoRA
-
-ALIGN = 8  # columns: the library's fast products want rows of a multiple of 16 bytes
 
 
 def _normalised(
