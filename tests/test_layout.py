@@ -26,9 +26,9 @@ PRODUCT = sorted(p for folder in ("aftersam", "kernels", "benchmarks") for p in 
 # Imports point down these floors or stay on one; kernels, below them all, has a test of its own.
 FLOORS = [
     {"__init__", "config", "metrics", "losses", "figures", "timings"},
-    {"model", "data", "checkpoint"},
+    {"model", "data", "checkpoint", "embeddings"},
     {"streaming", "evaluate", "report"},
-    {"check", "train", "segmenter", "predict"},
+    {"check", "train", "segmenter", "predict", "encode"},
     {"demo", "ablate"},
     {"__main__"},
 ]
