@@ -92,3 +92,30 @@ class AfterSAM(nn.Module):
     ) -> Tensor:
         """embedding (T, C, h, w), skips and, if prompted, labels of the same slices -> logits (T, K+1, H/s, W/s)."""
         return self.decoder(embedding, skips, labels)
+
+
+class SliceEncoder(nn.Module):
+    """The half of `model` before slices meet, with plain tensors at its ends, as export wants them."""
+
+    def __init__(self, model: AfterSAM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, hu: Tensor) -> tuple[Tensor, ...]:
+        """hu (T, S, S) in Hounsfield units -> embedding (T, C, h, w), and the skips."""
+        embedding, skips = self.model.encode(hu)
+        return embedding, *skips
+
+
+class GroupDecoder(nn.Module):
+    """The other half: fusion of groups, and the decoder on the slice at `centre` of each."""
+
+    def __init__(self, model: AfterSAM, centre: int) -> None:
+        super().__init__()
+        self.model = model
+        self.centre = centre
+
+    def forward(self, embedding: Tensor, *skips: Tensor) -> Tensor:
+        """embedding (B, N, C, h, w), skips of the centre slices (B, ...) -> their logits (B, K+1, S/s, S/s)."""
+        fused = self.model.fuse(embedding, query_index=(self.centre,))
+        return self.model.decode(fused.flatten(0, 1), skips)
