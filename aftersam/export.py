@@ -1,6 +1,6 @@
 """Write a trained model for other runtimes.    python -m aftersam.export -m RUN -o DIR
 
-Two graphs, in fp32 with LoRA merged, for any number of slices or groups at once, so that each slice is encoded once:
+Two graphs of contiguous fp32 tensors, LoRA merged, for any number of slices or groups, so that each slice is encoded once:
 
     encoder    hu (T, S, S) in Hounsfield units -> embedding (T, C, h, w), and skip_0, ... where the model has skips
     decoder    embedding (B, N, C, h, w) of groups, skip_0, ... of their centre slices -> logits (B, K+1, S/s, S/s)
@@ -104,8 +104,9 @@ def parts(segmenter: Segmenter) -> dict[str, Part]:
         hu = torch.zeros(
             2, config.image_size, config.image_size
         )  # two: torch takes a size of one for a constant
-        embedding, *skips = encoder(hu)
-        groups = torch.stack([embedding] * config.num_slices, dim=1)
+        # contiguous, as callers' will be: what torch compiles ahead of time trusts the strides of these
+        embedding, *skips = (level.contiguous() for level in encoder(hu))
+        groups = torch.stack([embedding] * config.num_slices, dim=1).contiguous()
         any_slices, any_groups = {0: Dim("slices")}, {0: Dim("groups")}
         encode = export(encoder, (hu,), dynamic_shapes=(any_slices,))
         decode = export(
