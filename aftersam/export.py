@@ -1,6 +1,6 @@
 """Write a trained model for other runtimes.    python -m aftersam.export -m RUN -o DIR
 
-Two graphs of contiguous fp32 tensors, LoRA merged, for any number of slices or groups, so that each slice is encoded once:
+Two graphs of contiguous fp32 tensors, LoRA merged, of any number of slices or groups: each slice is encoded once.
 
     encoder    hu (T, S, S) in Hounsfield units -> embedding (T, C, h, w), and skip_0, ... where the model has skips
     decoder    embedding (B, N, C, h, w) of groups, skip_0, ... of their centre slices -> logits (B, K+1, S/s, S/s)
