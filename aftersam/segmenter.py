@@ -119,10 +119,10 @@ class Segmenter:
         """Labels (D, H, W) uint8 in the canonical axes of the scan's volume.
 
         `probabilities` (K+1, D, H, W) and `confidence` (D, H, W) uint8 are filled where given, and `stored` features
-        of the scan are used, as `aftersam.streaming.predict_labels` says."""
-        from aftersam.streaming import predict_labels
+        of the scan are used, as `aftersam.streaming.predict_volume` says."""
+        from aftersam.streaming import predict_volume
 
-        return predict_labels(
+        return predict_volume(
             self.model,
             scan.hu,
             self.config.model,

@@ -46,7 +46,7 @@ class Sliding:
     """Decode every slice of a group, also where it is not kept, for one channel more: see `Votes.disagreement`."""
 
 
-def predict_labels(
+def predict_volume(
     model: AfterSAM,
     hu: np.ndarray,
     config: ModelConfig,

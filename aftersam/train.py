@@ -363,13 +363,13 @@ class _Run:
 
         from aftersam.figures import loss_figure, overlay_png
         from aftersam.metrics import dice
-        from aftersam.streaming import predict_labels
+        from aftersam.streaming import predict_volume
 
         model = self.accelerator.unwrap_model(self.model)
         scores: dict[str, list[float]] = {name: [] for name in self.labels.values()}
         for i, case in enumerate(self.validation):
             hu, truth = case.hu, case.labels
-            mask = predict_labels(
+            mask = predict_volume(
                 model, hu, self.config.model, box=case.box, output_shape=hu.shape, precision=self.dtype,
                 prompt_labels=truth, stored=self.stored.get(case.id),
             )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from aftersam.streaming import (
     Votes,
     group_plan,
     mirror_logits,
-    predict_labels,
+    predict_volume,
     resample_stream,
     stream_logits,
 )
@@ -122,7 +123,7 @@ def test_tiles_of_a_large_plane_agree_with_the_single_window_where_alone():
 
 def test_outside_the_body_window_is_background():
     model, config = tiny_model()
-    labels = predict_labels(
+    labels = predict_volume(
         model, np.zeros((2, 60, 90), np.int16), config, box=(0, 40, 0, 40), output_shape=(2, 60, 90)
     )
     assert labels.dtype == np.uint8
@@ -294,16 +295,19 @@ def test_confidence_comes_with_the_same_labels():
     hu = np.random.default_rng(6).integers(-1000, 1000, (4, 48, 48)).astype(np.int16)
     confidence = np.zeros((6, 30, 40), np.uint8)
     options = {"box": (0, 48, 0, 48), "output_shape": (6, 30, 40)}
-    labels = predict_labels(model, hu, config, confidence=confidence, **options)
-    assert np.array_equal(labels, predict_labels(model, hu, config, **options))
+    labels = predict_volume(model, hu, config, confidence=confidence, **options)
+    assert np.array_equal(labels, predict_volume(model, hu, config, **options))
     assert 200 < confidence.min() <= confidence.max() <= 255
 
 
-def test_compiled_steps_give_the_same_logits():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_steps_give_the_same_logits(backend):
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
     model, config = tiny_model(num_blocks=1)
     hu = np.random.default_rng(7).integers(-1000, 1000, (5, 48, 48)).astype(np.int16)
     plain = torch.stack(list(stream_logits(model, hu, config, box=(0, 48, 0, 48), batch_size=2)))
-    compile_steps(model, backend="aot_eager")
+    compile_steps(model, backend=backend)
     ours = torch.stack(list(stream_logits(model, hu, config, box=(0, 48, 0, 48), batch_size=2)))
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
 
@@ -312,7 +316,7 @@ def test_probabilities_belong_to_the_labels():
     model, config = tiny_model()
     hu = np.random.default_rng(3).integers(-1000, 1000, (3, 48, 48)).astype(np.int16)
     probabilities = np.zeros((4, 5, 30, 40), np.float32)
-    labels = predict_labels(
+    labels = predict_volume(
         model, hu, config, box=(0, 48, 0, 48), output_shape=(5, 30, 40), probabilities=probabilities
     )
     np.testing.assert_allclose(probabilities.sum(0), 1, rtol=1e-5)
@@ -324,7 +328,7 @@ import dataclasses, sys
 import numpy as np, torch
 from aftersam.config import preset
 from aftersam.model.build import build_aftersam
-from aftersam.streaming import predict_labels
+from aftersam.streaming import predict_volume
 
 def private_mib():  # what a memory-mapped scan does not count in
     line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
@@ -338,7 +342,7 @@ before, peak = private_mib(), 0
 def look(done):
     global peak
     peak = max(peak, private_mib())
-labels = predict_labels(
+labels = predict_volume(
     model, hu, config, box=(200, 248, 200, 248), output_shape=hu.shape, batch_size=4, progress=look
 )
 print(peak - before - labels.nbytes / 2**20)
