@@ -35,9 +35,12 @@ setup(
         "flash": ["flash-attn>=2.8; platform_system == 'Linux'"],
         "xformers": ["xformers>=0.0.35"],
         "dicom": ["pydicom>=3", "highdicom>=0.26"],
+        "export": ["onnxscript>=0.5"],  # torch writes ONNX through it
         "test": [
             "highdicom>=0.26",  # DICOM segmentations are read back
             "hypothesis>=6.100",
+            "onnxruntime>=1.23",  # what export writes is run by it and compared with torch
+            "onnxscript>=0.5",
             "peft>=0.17",  # adapters that come from it and go back are tested against it
             "pydicom>=3",
             "pytest>=8.2",

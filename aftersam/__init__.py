@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["AfterSAM", "Segmenter", "build_aftersam", "load", "predict_labels"]
+__all__ = ["AfterSAM", "Segmenter", "build_aftersam", "load", "predict_volume"]
 
 _HOME = {
     "AfterSAM": "aftersam.model.aftersam",
     "Segmenter": "aftersam.segmenter",
     "build_aftersam": "aftersam.model.build",
     "load": "aftersam.segmenter",
-    "predict_labels": "aftersam.streaming",
+    "predict_volume": "aftersam.streaming",
 }
 
 

@@ -19,6 +19,10 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("aftersam.train", "train a model on a CT data set"),
     "predict": Command("aftersam.predict", "segment CT volumes with a trained model"),
+    "encode": Command(
+        "aftersam.encode", "store what the image encoder makes of scans, for train and predict"
+    ),
+    "export": Command("aftersam.export", "write a trained model for torch.export and ONNX runtimes"),
     "evaluate": Command("aftersam.evaluate", "score masks against reference masks"),
     "report": Command("aftersam.report", "write one HTML page of curves, scores and overlays"),
     "ablate": Command("aftersam.ablate", "the paper's ablation tables on your data"),

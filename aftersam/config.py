@@ -98,6 +98,8 @@ class DataConfig:
     left and right labels and is refused where a side has no counterpart."""
     augmentation_probability: float = 0.2
     """Chance of each transform for a group."""
+    crops: Literal["random", "prediction"] = "random"
+    """Training windows: moved at random about the body, or exactly prediction's, which stored embeddings need."""
     foreground_sampling: float = 0.0
     """Share of groups drawn about a random foreground slice and class; the paper draws uniformly."""
 

@@ -9,7 +9,7 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import tyro
 if TYPE_CHECKING:
     import numpy as np
 
+    from aftersam.embeddings import Embeddings
     from aftersam.segmenter import Prepared, Segmenter
     from aftersam.streaming import Sliding
 
@@ -55,8 +56,17 @@ class PredictArgs:
     """average: the mean logits of all groups that saw a slice; every slice is decoded once for each."""
     tta: Literal["none", "mirror"] = "none"
     """mirror: the mean with the scan's mirror image, left and right labels swapped; twice the work."""
+    roi: Literal["scan", "body"] = "scan"
+    """body: slices of air before and after the body are background without being computed."""
+    embeddings: Path | None = None
+    """Folder for what the encoder makes of each slice: found there, or written for the next prediction."""
+    compile: bool = False
+    """Compile the model first, which takes a minute and pays back over many scans."""
     save_probabilities: bool = False
     """Leave CASE.probabilities.npy beside each mask: float16 (classes, background first, x, y, z)."""
+    confidence: bool = False
+    """Leave CASE.confidence.nii.gz beside each mask: 1 where all groups that saw a slice agree, 0 where none does.
+    Every slice is decoded once for each; the mask stays the same."""
     statistics: bool = False
     """Leave each organ's volume in ml and mean HU as CASE.statistics.json beside each mask."""
     timings: bool = False
@@ -76,9 +86,11 @@ def predict_files(args: PredictArgs) -> int:
 
     jobs, folder = _jobs(args)
     jobs = jobs[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]  # torchrun's
-    segmenter = load(args.model, checkpoint=args.checkpoint, device=args.device)
+    segmenter = load(args.model, checkpoint=args.checkpoint, device=args.device, compiled=args.compile)
     names = _kept_labels(args.labels, segmenter.labels)
-    sliding = _sliding(args, segmenter)
+    compute = functools.partial(
+        _compute, segmenter, args, _sliding(args, segmenter), _embeddings(args, segmenter)
+    )
     console = Console(stderr=True)
     failed = 0
 
@@ -112,19 +124,14 @@ def predict_files(args: PredictArgs) -> int:
             with reported():
                 job = reading.result()
                 task = bar.add_task(scan.name, total=job.prepared.volume.array.shape[0])
-                with _probabilities(job, mask, segmenter, args) as probabilities:
-                    labels = segmenter.segment(
-                        job.prepared,
-                        sliding=sliding,
-                        batch_size=args.batch_size,
-                        probabilities=probabilities,
-                        progress=functools.partial(bar.advance, task),
-                    )
-                bar.remove_task(task)
+                try:
+                    found = compute(job, mask, functools.partial(bar.advance, task))
+                finally:
+                    bar.remove_task(task)
                 with reported():
                     for written in writing:
                         console.print(written.result(), soft_wrap=True)
-                writing = [writer.submit(_write, job, labels, mask, names, args)]
+                writing = [writer.submit(_write, job, found, mask, names, args)]
         with reported():
             for written in writing:
                 console.print(written.result(), soft_wrap=True)
@@ -139,6 +146,14 @@ class _Job:
     prepared: Prepared
     facts: dict[str, str]  # for the JSON beside the mask
     began: float
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was computed of a scan, (D, H, W) uint8 each."""
+
+    labels: np.ndarray
+    confidence: np.ndarray | None
 
 
 def _read(segmenter: Segmenter, args: PredictArgs, scan: Path) -> _Job:
@@ -166,7 +181,54 @@ def _sliding(args: PredictArgs, segmenter: Segmenter) -> Sliding:
     if not 1 <= args.keep <= most:
         raise ValueError(f"--keep is {args.keep}, but the model's groups have 1 to {most} slices to keep")
     swap = mirror_pairs(segmenter.labels) if args.tta == "mirror" else None
-    return Sliding(args.keep, args.overlap == "average", swap)
+    return Sliding(args.keep, args.overlap == "average", swap, body=args.roi == "body")
+
+
+def _embeddings(args: PredictArgs, segmenter: Segmenter) -> Embeddings | None:
+    if args.embeddings is None:
+        return None
+    from aftersam.embeddings import Embeddings
+
+    size = segmenter.config.model.image_size
+    return Embeddings(args.embeddings, segmenter.model, image_size=size, precision=segmenter.precision)
+
+
+def _compute(
+    segmenter: Segmenter,
+    args: PredictArgs,
+    sliding: Sliding,
+    embeddings: Embeddings | None,
+    job: _Job,
+    mask: Path,
+    progress: Callable[[int], None],
+) -> _Found:
+    """Segment one scan. Raises ValueError where the memory does not suffice."""
+    import numpy as np
+    import torch
+
+    scan, batch = job.prepared, args.batch_size
+    confidence = np.empty(scan.volume.array.shape, np.uint8) if args.confidence else None
+    try:
+        stored = None
+        if embeddings is not None:
+            with scan.timings.stage("encode"):
+                stored = embeddings.of(scan.hu, scan.box, batch_size=batch)
+        with _probabilities(job, mask, segmenter, args) as probabilities:
+            labels = segmenter.segment(
+                scan,
+                sliding=sliding,
+                batch_size=batch,
+                probabilities=probabilities,
+                confidence=confidence,
+                stored=stored,
+                progress=progress,
+            )
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        detail = (str(error) or "no more is known").splitlines()[0]
+        raise ValueError(
+            f"{job.scan}: memory ran out; a --batch-size below {batch} needs less ({detail})"
+        ) from None
+    return _Found(labels, confidence)
 
 
 @contextlib.contextmanager
@@ -185,17 +247,17 @@ def _probabilities(
         yield array
 
 
-def _write(job: _Job, labels: np.ndarray, mask: Path, names: dict[int, str], args: PredictArgs) -> str:
+def _write(job: _Job, found: _Found, mask: Path, names: dict[int, str], args: PredictArgs) -> str:
     """Write one mask, after all that lies beside it: a mask under its name is a scan that is finished.
 
     Returns what to tell the user. Raises OSError where a file cannot be written."""
     import numpy as np
 
     from aftersam.checkpoint import write_json
-    from aftersam.data.volume import remove_leftovers, renamed, to_nifti, write_labels
+    from aftersam.data.volume import remove_leftovers, renamed, to_nifti, write_confidence, write_labels
     from aftersam.metrics import organ_statistics
 
-    volume, timings = job.prepared.volume, job.prepared.timings
+    labels, volume, timings = found.labels, job.prepared.volume, job.prepared.timings
     mask.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(mask.parent, _case(mask))
     with timings.stage("write"):
@@ -208,8 +270,10 @@ def _write(job: _Job, labels: np.ndarray, mask: Path, names: dict[int, str], arg
             )
         if args.statistics:
             voxel_mm3 = abs(float(np.linalg.det(volume.affine[:3, :3])))
-            organs = organ_statistics(labels, volume.array, names, voxel_mm3=voxel_mm3)
-            write_json(_beside(mask, ".statistics.json"), organs)
+            statistics = organ_statistics(labels, volume.array, names, voxel_mm3=voxel_mm3)
+            write_json(_beside(mask, ".statistics.json"), statistics)
+        if found.confidence is not None:
+            write_confidence(_beside(mask, ".confidence.nii.gz"), found.confidence, volume)
         if mask.suffix == DICOM:
             from aftersam.data.dicom import write_segmentation
 
@@ -218,8 +282,8 @@ def _write(job: _Job, labels: np.ndarray, mask: Path, names: dict[int, str], arg
                 write_segmentation(temporary, on_grid, job.scan, names)
         else:
             write_labels(mask, labels, volume, names, job.facts)
-    found = ", ".join(names[v] for v in sorted(set(np.unique(labels)) & set(names))) or "nothing"
-    line = f"{mask}: {found}; {volume.array.shape[0]} slices in {time.monotonic() - job.began:.1f} s"
+    organs = ", ".join(names[v] for v in sorted(set(np.unique(labels)) & set(names))) or "nothing"
+    line = f"{mask}: {organs}; {volume.array.shape[0]} slices in {time.monotonic() - job.began:.1f} s"
     if args.timings:
         write_json(_beside(mask, ".timings.json"), timings.summary())
         line += f"\n{timings.line()}"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from aftersam.data.volume import Volume
+    from aftersam.embeddings import StoredScan
     from aftersam.model.aftersam import AfterSAM
     from aftersam.streaming import Sliding
     from aftersam.timings import Timings
@@ -111,14 +112,17 @@ class Segmenter:
         sliding: Sliding | None = None,
         batch_size: int = 8,
         probabilities: np.ndarray | None = None,
+        confidence: np.ndarray | None = None,
+        stored: StoredScan | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> np.ndarray:
         """Labels (D, H, W) uint8 in the canonical axes of the scan's volume.
 
-        `probabilities` (K+1, D, H, W), where given, is filled with each class's."""
-        from aftersam.streaming import predict_labels
+        `probabilities` (K+1, D, H, W) and `confidence` (D, H, W) uint8 are filled where given, and `stored` features
+        of the scan are used, as `aftersam.streaming.predict_volume` says."""
+        from aftersam.streaming import predict_volume
 
-        return predict_labels(
+        return predict_volume(
             self.model,
             scan.hu,
             self.config.model,
@@ -129,19 +133,28 @@ class Segmenter:
             precision=self.precision,
             prompt_labels=scan.prompt_labels,
             probabilities=probabilities,
+            confidence=confidence,
+            stored=stored,
             progress=progress,
             timings=scan.timings,
         )
 
 
-def load(run: Path | str, *, checkpoint: Literal["best", "last"] = "best", device: str = "auto") -> Segmenter:
+def load(
+    run: Path | str,
+    *,
+    checkpoint: Literal["best", "last"] = "best",
+    device: str = "auto",
+    compiled: bool = False,
+) -> Segmenter:
     """Load the model that `aftersam.train` left in the folder `run`, LoRA merged, ready to predict.
 
+    `compiled` compiles each step at its first use: a minute that many scans pay back.
     Raises ValueError on a missing, truncated or foreign file."""
     import torch
 
     from aftersam.checkpoint import load_weights, read_json
-    from aftersam.model.build import build_aftersam, merge_lora
+    from aftersam.model.build import build_aftersam, compile_steps, merge_lora
     from aftersam.train import precision_for
 
     run = Path(run)
@@ -153,6 +166,8 @@ def load(run: Path | str, *, checkpoint: Literal["best", "last"] = "best", devic
     model = build_aftersam(config.model, num_classes=len(labels) + 1)
     load_weights(run / f"{checkpoint}.safetensors", model)
     merge_lora(model)
+    if compiled:
+        compile_steps(model)
     if device == "auto":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     where = torch.device(device)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aftersam.config import ModelConfig
-from aftersam.data.slice_group import crop, slice_group
-from aftersam.data.transforms import AIR_HU, swap_labels
+from aftersam.data.slice_group import plane_windows, slice_group, window_crops
+from aftersam.data.transforms import AIR_HU, body_slices, swap_labels
+from aftersam.embeddings import StoredScan
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.image_encoder import SliceFeatures
 from aftersam.timings import Timings
@@ -37,9 +40,13 @@ class Sliding:
     """Keep every slice of a group: a slice's logits are the mean over all groups that saw it."""
     label_swap: dict[int, int] | None = None
     """Where given, the mean with the mirrored scan's logits is taken, these labels being each other's other side."""
+    body: bool = False
+    """Leave out the slices at both ends that show no body: they are background."""
+    disagreement: bool = False
+    """Decode every slice of a group, also where it is not kept, for one channel more: see `Votes.disagreement`."""
 
 
-def predict_labels(
+def predict_volume(
     model: AfterSAM,
     hu: np.ndarray,
     config: ModelConfig,
@@ -51,6 +58,8 @@ def predict_labels(
     precision: torch.dtype = torch.float32,
     prompt_labels: np.ndarray | None = None,
     probabilities: np.ndarray | None = None,
+    confidence: np.ndarray | None = None,
+    stored: StoredScan | None = None,
     progress: Callable[[int], None] | None = None,
     timings: Timings | None = None,
 ) -> np.ndarray:
@@ -59,8 +68,11 @@ def predict_labels(
     Both grids cover the same extent. Logits are interpolated to the output grid slice by slice, then argmax.
     `box` bounds the body in the plane; `progress` is called with the number of output slices just finished;
     `prompt_labels` (D, H, W) are where a model with prompts draws them from. Each class's probability is written
-    into `probabilities` (K+1, D', H', W') of any float type, which may be a file's memory map."""
+    into `probabilities` (K+1, D', H', W') of any float type, which may be a file's memory map. `confidence`
+    (D', H', W') uint8 is filled with how far the groups that saw a slice agree, 0 to 255; each slice is then decoded
+    once for each. `stored` holds what the encoder makes of this very `hu`, which is then not encoded again."""
     timings = timings or Timings()
+    sliding = dataclasses.replace(sliding or Sliding(), disagreement=confidence is not None)
     labels = np.empty(output_shape, dtype=np.uint8)
     logits = stream_logits(
         model,
@@ -71,10 +83,14 @@ def predict_labels(
         batch_size=batch_size,
         precision=precision,
         prompt_labels=prompt_labels,
+        stored=stored,
         timings=timings,
     )
     for z, plane in enumerate(resample_stream(logits, hu.shape[0], output_shape, timings)):
         with timings.stage("upsample"):
+            if confidence is not None:
+                confidence[z] = (255 * (1 - plane[-1])).round().to(torch.uint8).cpu().numpy()
+                plane = plane[:-1]
             labels[z] = plane.max(0).indices.to(torch.uint8).cpu().numpy()  # on CPUs twice as fast as argmax
             if probabilities is not None:
                 probabilities[:, z] = plane.softmax(0).cpu().numpy()
@@ -94,13 +110,14 @@ def stream_logits(
     batch_size: int = 8,
     precision: torch.dtype = torch.float32,
     prompt_labels: np.ndarray | None = None,
+    stored: StoredScan | None = None,
     timings: Timings | None = None,
 ) -> Iterator[Tensor]:
     """Yield the logits (K+1, H, W) of every slice of hu (D, H, W) in order, on the model's device.
 
     A group about slice d is the one of `slice_group`: neighbours beyond the ends repeat the nearest slice, and
-    such repeats are never kept. Raises ValueError where `sliding` keeps fewer slices than 1 or more than a group has.
-    """
+    such repeats are never kept. With `sliding.disagreement` a last channel holds it. Raises ValueError where `sliding`
+    keeps fewer slices than 1 or more than a group has."""
     sliding = sliding or Sliding()
     if not 1 <= sliding.keep <= config.num_slices:
         raise ValueError(f"keep is {sliding.keep}, but a group has 1 to {config.num_slices} slices to keep")
@@ -114,6 +131,7 @@ def stream_logits(
             batch_size=batch_size,
             precision=precision,
             prompt_labels=prompt_labels,
+            stored=stored,
             timings=timings,
         )
         return
@@ -123,18 +141,32 @@ def stream_logits(
     depth, height, width = hu.shape
     device = next(model.parameters()).device
     size = config.image_size
-    windows = [
-        (top, left)
-        for top in window_starts(height, box[0], box[1], size)
-        for left in window_starts(width, box[2], box[3], size)
-    ]
+    windows = plane_windows((height, width), box, size)
     weights = [_blend_weight(window, windows, size, device) for window in windows]
-    centres, positions = group_plan(depth, config, sliding)
+    background = torch.zeros(model.decoder.num_classes + sliding.disagreement, height, width, device=device)
+    background[0] = OUTSIDE
+    centres, kept = group_plan(depth, config, sliding)
+    positions = tuple(range(config.num_slices)) if sliding.disagreement else kept
+    offsets = {p: (p - config.num_slices // 2) * config.slice_stride for p in positions}
+    body = range(*body_slices(hu)) if sliding.body else range(depth)
+    centres = [c for c in centres if any(c + offset in body for offset in offsets.values())]
     batch = max(1, batch_size // len(positions))  # of groups: no more slices are decoded at once than encoded
-    reach = (config.num_slices // 2 - positions[0]) * config.slice_stride  # of a group below its centre
     ring: dict[int, SliceFeatures] = {}  # slice -> features of its windows
-    kept: dict[int, tuple[Tensor, int]] = {}  # slice -> the sum of its logits so far, and of how many groups
+    votes: dict[int, Votes] = defaultdict(Votes)
     done = 0  # slices handed out
+
+    def finished(until: int) -> Iterator[Tensor]:
+        nonlocal done
+        while done < min(until, depth):
+            plane = background
+            if (found := votes.pop(done, None)) is not None and done in body:
+                with timings.stage("upsample"):
+                    channels = found.channels(with_disagreement=sliding.disagreement)
+                    planes = F.interpolate(channels, size=(size, size), mode="bilinear", align_corners=False)
+                    plane = _assemble(planes, windows, weights, (height, width))
+            yield plane
+            done += 1
+
     model.eval()
     for first in range(0, len(centres), batch):
         some_centres = centres[first : first + batch]
@@ -150,7 +182,8 @@ def stream_logits(
             with timings.stage("encode"):
                 for start in range(0, len(new), batch_size):
                     some = new[start : start + batch_size]
-                    features = model.encode(_windowed(hu, some, windows, size, AIR_HU).to(device).float())
+                    images = window_crops(hu, some, windows, size, AIR_HU).to(device).float()
+                    features = model.encode(images, None if stored is None else stored.read(some, device))
                     for i, d in enumerate(some):
                         part = slice(i * len(windows), (i + 1) * len(windows))
                         ring[d] = SliceFeatures(
@@ -169,24 +202,56 @@ def stream_logits(
                 )
                 labels = None
                 if prompt_labels is not None:
-                    labels = _windowed(prompt_labels, targets, windows, size, 0).to(device)
+                    labels = window_crops(prompt_labels, targets, windows, size, 0).to(device)
                 logits = (
                     model.decode(fused, skips, labels).float().unflatten(0, (len(groups), -1, len(windows)))
                 )
-        for centre, group_logits in zip(some_centres, logits, strict=True):
-            for position, planes in zip(positions, group_logits, strict=True):
-                d = centre + (position - config.num_slices // 2) * config.slice_stride
-                if 0 <= d < depth:  # a slice of its own, no repeat
-                    total, count = kept.get(d, (torch.zeros_like(planes), 0))
-                    kept[d] = total + planes, count + 1
-        next_centre = centres[first + batch] if first + batch < len(centres) else depth + reach
-        while done < min(next_centre - reach, depth):  # no later group keeps these
-            total, count = kept.pop(done)
-            with timings.stage("upsample"):
-                planes = F.interpolate(total / count, size=(size, size), mode="bilinear", align_corners=False)
-                plane = _assemble(planes, windows, weights, (height, width))
-            yield plane
-            done += 1
+                for centre, group_logits in zip(some_centres, logits, strict=True):
+                    for (position, offset), planes in zip(offsets.items(), group_logits, strict=True):
+                        if 0 <= centre + offset < depth:  # a slice of its own, no repeat
+                            votes[centre + offset].add(planes, position in kept, sliding.disagreement)
+        if first + batch < len(centres):
+            yield from finished(centres[first + batch] + offsets[positions[0]])  # no later group sees these
+    yield from finished(depth)
+
+
+@dataclass
+class Votes:
+    """What the groups that saw a slice have said of it so far."""
+
+    logits: Tensor | float = 0.0  # (windows, K+1, h, w), the sum over the groups that it is kept of
+    kept: int = 0
+    probabilities: Tensor | float = 0.0  # the sum over all groups that saw it
+    entropy: Tensor | float = 0.0  # (windows, 1, h, w), the sum of each group's
+    seen: int = 0
+
+    def add(self, logits: Tensor, keep: bool, compare: bool) -> None:
+        """One group's logits (windows, K+1, h, w): into the mean, into the comparison, or into both."""
+        if keep:
+            self.logits, self.kept = self.logits + logits, self.kept + 1
+        if compare:
+            probabilities = logits.softmax(1)
+            self.probabilities = self.probabilities + probabilities
+            self.entropy, self.seen = self.entropy + _entropy(probabilities), self.seen + 1
+
+    def channels(self, *, with_disagreement: bool) -> Tensor:
+        """The mean logits (windows, K+1, h, w), and one channel more where it is asked for."""
+        mean = torch.as_tensor(self.logits) / self.kept
+        return torch.cat([mean, self.disagreement()], dim=1) if with_disagreement else mean
+
+    def disagreement(self) -> Tensor:
+        """(windows, 1, h, w) in [0, 1]: the groups' Jensen–Shannon divergence as a share of the largest possible.
+
+        0 where all groups give the same probabilities, or one alone saw the slice; 1 where each is sure of a class
+        that no other names. It is the entropy of the mean less the mean entropy.  Source: Lin, IEEE TIT 37 (1991)."""
+        mean = torch.as_tensor(self.probabilities) / self.seen
+        divergence = _entropy(mean) - self.entropy / self.seen
+        return (divergence / math.log(max(2, min(self.seen, mean.shape[1])))).clamp(0, 1)
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    """(windows, K+1, h, w) -> (windows, 1, h, w), in nats."""
+    return torch.special.entr(probabilities).sum(1, keepdim=True)
 
 
 def group_plan(depth: int, config: ModelConfig, sliding: Sliding) -> tuple[list[int], tuple[int, ...]]:
@@ -211,6 +276,7 @@ def _mirror_mean(
     box: Box,
     sliding: Sliding,
     prompt_labels: np.ndarray | None,
+    stored: StoredScan | None,
     **options: Any,
 ) -> Iterator[Tensor]:
     """`stream_logits` of the scan and of its mirror image, turned back, averaged plane by plane."""
@@ -219,7 +285,9 @@ def _mirror_mean(
     width = hu.shape[2]
     turned_box = (box[0], box[1], width - box[3], width - box[2])
     turned_labels = None if prompt_labels is None else swap_labels(prompt_labels[..., ::-1], swap)
-    straight = stream_logits(model, hu, config, box=box, sliding=once, prompt_labels=prompt_labels, **options)
+    straight = stream_logits(
+        model, hu, config, box=box, sliding=once, prompt_labels=prompt_labels, stored=stored, **options
+    )
     turned = stream_logits(
         model, hu[..., ::-1], config, box=turned_box, sliding=once, prompt_labels=turned_labels, **options
     )
@@ -258,27 +326,6 @@ def resample_stream(
             if list(plane.shape[-2:]) != plane_shape:
                 plane = F.interpolate(plane[None], size=plane_shape, mode="bilinear", align_corners=False)[0]
         yield plane
-
-
-def window_starts(length: int, start: int, stop: int, size: int) -> list[int]:
-    """First pixels of the windows of `size` that cover [start, stop) of an axis of `length` pixels.
-
-    One window about the extent's centre where it fits, kept inside the image where that is possible and
-    padded where it is not; else evenly spaced windows that overlap by a quarter or more."""
-    extent = stop - start
-    if extent <= size:
-        first = (start + stop - size) // 2
-        return [min(max(first, 0), length - size) if length >= size else (length - size) // 2]
-    count = -(-(extent - size) * 4 // (3 * size)) + 1
-    return [start + round(i * (extent - size) / (count - 1)) for i in range(count)]
-
-
-def _windowed(
-    array: np.ndarray, slices: Sequence[int], windows: list[tuple[int, int]], size: int, fill: int
-) -> Tensor:
-    """array (D, H, W) -> (slices · windows, size, size), the windows of a slice side by side."""
-    crops = np.stack([crop(array, slices, window, size, fill) for window in windows], axis=1)
-    return torch.from_numpy(crops).flatten(0, 1)
 
 
 def _overlap(

@@ -47,6 +47,8 @@ class TrainArgs:
     """auto, cpu, cuda or cuda:1."""
     cache: Path | None = None
     """Folder of the preprocessed volumes; RUN/cache unless given."""
+    embeddings: Path | None = None
+    """Folder for what a frozen encoder makes of each slice: found there, or written for the next run."""
 
 
 @dataclass
@@ -127,6 +129,7 @@ class _Run:
         from aftersam.checkpoint import load_training, read_json, write_json
         from aftersam.data.dataset import find_dataset, mirror_pairs, split
         from aftersam.data.slice_group import SliceGroups, cache_cases
+        from aftersam.embeddings import Embeddings, StoredScan, check_still
         from aftersam.model.build import build_aftersam, resolve_encoder
         from aftersam.model.sam import read_sam_checkpoint
 
@@ -149,6 +152,8 @@ class _Run:
             )
         config = resolve_encoder(config, pretrained=sam is not None or args.resume)
         self.config = config = validate(config)
+        if args.embeddings is not None:
+            check_still(config)
 
         precision = precision_for(config.train.precision, args.device)
         AcceleratorState._reset_state()  # a run before this one in the same process may have had another precision
@@ -203,6 +208,19 @@ class _Run:
         if args.resume:
             facts = load_training(args.output / "last.safetensors", model, optimizer)
             self.progress = Progress(**facts["progress"])
+        self.stored: dict[str, StoredScan] = {}
+        if args.embeddings is not None:
+            store = Embeddings(
+                args.embeddings,
+                model.to(self.device),
+                image_size=config.model.image_size,
+                precision=self.dtype,
+            )
+            cases = list(cached.values())
+            for case in cases[self.accelerator.process_index :: self.accelerator.num_processes]:
+                store.of(case.hu, case.box)
+            self.accelerator.wait_for_everyone()
+            self.groups.stored = self.stored = {case.id: store.of(case.hu, case.box) for case in cases}
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         world = self.accelerator.num_processes
         share = config.train.batch_size * config.train.accumulate * world
@@ -330,7 +348,8 @@ class _Run:
         hu, labels = batch["hu"].to(self.device), batch["labels"].to(self.device)
         centre = (self.config.model.num_slices // 2,)
         query_index = centre if config.supervision == "centre" else None
-        logits = self.model(hu, query_index=query_index, labels=labels)
+        embedding = batch["embedding"].to(self.device) if self.stored else None
+        logits = self.model(hu, query_index=query_index, labels=labels, embedding=embedding)
         return segmentation_loss(
             logits,
             labels if query_index is None else labels[:, list(centre)],
@@ -344,15 +363,15 @@ class _Run:
 
         from aftersam.figures import loss_figure, overlay_png
         from aftersam.metrics import dice
-        from aftersam.streaming import predict_labels
+        from aftersam.streaming import predict_volume
 
         model = self.accelerator.unwrap_model(self.model)
         scores: dict[str, list[float]] = {name: [] for name in self.labels.values()}
         for i, case in enumerate(self.validation):
             hu, truth = case.hu, case.labels
-            mask = predict_labels(
+            mask = predict_volume(
                 model, hu, self.config.model, box=case.box, output_shape=hu.shape, precision=self.dtype,
-                prompt_labels=truth,
+                prompt_labels=truth, stored=self.stored.get(case.id),
             )  # fmt: skip
             for value, name in self.labels.items():
                 scores[name].append(dice(mask == value, truth == value))
@@ -456,8 +475,8 @@ def precision_for(wanted: str, device: str) -> str:
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
-def parse(argv: Sequence[str] | None) -> TrainArgs:
-    """Flags to arguments. --preset and --config are read first: they are the other keys' defaults."""
+def parse(argv: Sequence[str] | None, kind: Any = TrainArgs, about: str | None = __doc__) -> Any:
+    """Flags to arguments of `kind`. --preset and --config are read first: they are the other keys' defaults."""
     argv = list(sys.argv[1:] if argv is None else argv)
     argv = [
         "--config-file" + a.removeprefix("--config") if a.split("=")[0] == "--config" else a for a in argv
@@ -474,10 +493,8 @@ def parse(argv: Sequence[str] | None) -> TrainArgs:
     if any(value is not None for value in limits.values()):  # one limit given replaces a preset's other
         cleared = dataclasses.replace(config.train, max_steps=None, max_minutes=None)
         config = dataclasses.replace(config, train=cleared)
-    default = TrainArgs(data=tyro.MISSING, output=tyro.MISSING, config=config)
-    return tyro.cli(
-        TrainArgs, args=argv, default=default, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
-    )
+    default = kind(data=tyro.MISSING, output=tyro.MISSING, config=config)
+    return tyro.cli(kind, args=argv, default=default, description=about, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def _peek(argv: Sequence[str], name: str) -> str | None:

@@ -68,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--case", type=float, help="seconds of timing a case; 2 for quick, 4 otherwise")
     args = parser.parse_args(argv)
     result = run(args.what, total_s=args.budget, case_s=args.case)
+    for target in result["targets"]:
+        if target["value"] is not None:
+            print(f"{target['number']}  {target['what']}: {target['value']:.2f}, target {target['target']}")
     print(harness.write(result))
     return harness.failed(result)
 

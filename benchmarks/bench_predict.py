@@ -3,19 +3,23 @@
     re-encoding     the whole model on the group about each slice, one group at a time
     stream_logits   ours: features of a slice are kept while a group still needs them
 
-A random model of the tiny size on hu (D, S, S); the loop in fp64 is the reference. Forward alone."""
+A random model on hu (D, S, S), forward alone. The reference is the loop in fp64, but for one thing: the encoder being
+2D, it is given each slice once, or a ViT-B would take minutes. `flop_ratio` is what counting promises of the two."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from aftersam.config import ModelConfig, preset
 from aftersam.data.slice_group import slice_group
@@ -25,63 +29,133 @@ from aftersam.streaming import stream_logits
 from benchmarks import harness
 from benchmarks.harness import Case, Provider
 
-OURS = "stream_logits"
+OURS, LOOP = "stream_logits", "re-encoding"
+CLASSES = 4
 
 
 class Shape(NamedTuple):
+    encoder: str
     depth: int
     slices: int
     image_size: int
 
 
-SHAPES = [("tiny, 48 px", Shape(16, 5, 48))]
+SHAPES = [("tiny, 48 px", Shape("tiny", 16, 5, 48))]
+LARGE_CPU = [("ViT-B, 256 px", Shape("vit_b", 24, 9, 256))]
+LARGE_GPU = [
+    ("ViT-B, 512 px", Shape("vit_b", 200, 9, 512)),
+    ("ViT-B, 1024 px", Shape("vit_b", 64, 9, 1024)),
+]
+
+
+def configuration(shape: Shape) -> ModelConfig:
+    base = preset("tiny").model if shape.encoder == "tiny" else ModelConfig()
+    return dataclasses.replace(
+        base, image_size=shape.image_size, num_slices=shape.slices, fusion_init="xavier"
+    )
+
+
+@lru_cache(maxsize=1)
+def models(shape: Shape, device: torch.device) -> tuple[AfterSAM, AfterSAM]:
+    """The model, and itself in fp64."""
+    torch.manual_seed(0)
+    model = build_aftersam(configuration(shape), CLASSES).to(device).eval().requires_grad_(False)
+    wide = copy.deepcopy(model).double()
+    # segment_anything makes its position features in fp32 whatever the model is in.
+    wide.decoder._positions = lambda *grid: model.decoder._positions(*grid).double()  # type: ignore[method-assign]
+    return model, wide
+
+
+def stream(hu: Tensor, shape: Shape) -> Tensor:
+    """hu (D, S, S) -> logits (D, K+1, S, S)."""
+    model, _ = models(shape, hu.device)
+    planes = stream_logits(
+        model,
+        hu.float().cpu().numpy(),
+        configuration(shape),
+        box=(0, hu.shape[1], 0, hu.shape[2]),
+        precision=hu.dtype,
+    )
+    return torch.stack(list(planes))
 
 
 @torch.no_grad()
-def loop(model: AfterSAM, config: ModelConfig, hu: Tensor) -> Tensor:
+def loop(hu: Tensor, shape: Shape) -> Tensor:
     """hu (D, S, S) -> logits (D, K+1, S, S)."""
-    depth, centre = len(hu), config.num_slices // 2
+    model, _ = models(shape, hu.device)
+    with torch.autocast(hu.device.type, dtype=hu.dtype, enabled=hu.dtype != torch.float32):
+        return _groups(
+            shape, len(hu), lambda group, centre: model(hu[None, group].float(), query_index=centre)[0]
+        )
+
+
+@torch.no_grad()
+def exact(hu: Tensor, shape: Shape) -> Tensor:
+    """The same in fp64, groups one at a time, of features that are computed for each slice alone."""
+    _, wide = models(shape, hu.device)
+    each = [wide.encode(hu[d, None]) for d in range(len(hu))]
+
+    def group_logits(group: list[int], centre: tuple[int]) -> Tensor:
+        fused = wide.fuse(torch.stack([each[d].embedding for d in group], dim=1), query_index=centre)
+        return wide.decode(fused[:, 0], each[group[centre[0]]].skips)
+
+    return _groups(shape, len(hu), group_logits)
+
+
+def _groups(shape: Shape, depth: int, logits: Callable[[list[int], tuple[int]], Tensor]) -> Tensor:
     planes = []
     for d in range(depth):
-        group = hu[slice_group(d, depth, config.num_slices, config.slice_stride)]  # (N, S, S)
-        logits = model(group[None], query_index=(centre,))[0]
-        planes.append(F.interpolate(logits, size=hu.shape[1:], mode="bilinear", align_corners=False))
+        group = slice_group(d, depth, shape.slices).tolist()
+        plane = logits(group, (shape.slices // 2,))
+        planes.append(
+            F.interpolate(plane.to(torch.promote_types(plane.dtype, torch.float32)), size=(shape.image_size,) * 2,
+                          mode="bilinear", align_corners=False)
+        )  # fmt: skip
     return torch.cat(planes)
 
 
+@cache
+def flops(shape: Shape) -> tuple[int, int]:
+    """FLOPs of ours and of the loop, counted by torch of one slice and one group, which no memory is taken for."""
+    with torch.device("meta"):
+        model = build_aftersam(configuration(shape), CLASSES).eval().requires_grad_(False)
+        hu = torch.empty(1, shape.image_size, shape.image_size)
+
+    def count(call: Callable[[], object]) -> int:
+        # torch's counter knows no formula for fused attention everywhere; the math backend's products it does
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            call()
+        return counter.get_total_flops()
+
+    features = model.encode(hu)
+    group = torch.stack([features.embedding] * shape.slices, dim=1)
+    encode = count(lambda: model.encode(hu))
+    rest = count(lambda: model.fuse(group, query_index=(shape.slices // 2,)))
+    rest += count(lambda: model.decode(features.embedding, features.skips))
+    return shape.depth * (encode + rest), shape.depth * (shape.slices * encode + rest)
+
+
 def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Iterator[Case]:
-    """In fp32 whatever `dtype` is: precision is autocast's business in prediction, and the loop has none."""
-    for name, shape in SHAPES:
-        depth, slices, side = shape
-        config = dataclasses.replace(
-            preset("tiny").model, image_size=side, num_slices=slices, fusion_init="xavier"
-        )  # fmt: skip
-        torch.manual_seed(0)
-        model = build_aftersam(config, num_classes=4).to(device).eval()
-        wide = copy.deepcopy(model).double()
-        # segment_anything makes its position features in fp32 whatever the model is in.
-        wide.decoder._positions = lambda *grid, model=model: model.decoder._positions(*grid).double()  # type: ignore[method-assign]
-        hu = 300 * torch.randn(depth, side, side, generator=torch.Generator().manual_seed(1)).to(device)
-
-        def ours(
-            hu: Tensor, model: AfterSAM = model, config: ModelConfig = config, side: int = side
-        ) -> Tensor:
-            return torch.stack(list(stream_logits(model, hu.cpu().numpy(), config, box=(0, side, 0, side))))
-
-        def again(hu: Tensor, model: AfterSAM = model, config: ModelConfig = config) -> Tensor:
-            return loop(model, config, hu)
-
-        def exact(hu: Tensor, model: AfterSAM = wide, config: ModelConfig = config) -> Tensor:
-            return loop(model, config, hu)
-
-        found = {
-            "re-encoding": Provider(again, exact, 0),
-            OURS: Provider(ours, exact, 0, role="ours"),
+    large = LARGE_GPU if device.type == "cuda" else LARGE_CPU
+    for name, shape in SHAPES + (large if full else []):
+        ours, again = flops(shape)
+        generator = torch.Generator().manual_seed(1)
+        hu = 300 * torch.randn(shape.depth, shape.image_size, shape.image_size, generator=generator)
+        reference = partial(exact, shape=shape)
+        facts = {
+            "subject": "predict",
+            "name": name,
+            **shape._asdict(),
+            "items": shape.depth,
+            "unit": "slices",
         }
         yield (
-            {"subject": "predict", "name": name, **shape._asdict(), "items": depth, "unit": "slices"},
-            [hu],
-            found,
+            facts | {"flop_ratio": round(again / ours, 2)},
+            [hu.to(device, dtype)],
+            {
+                LOOP: Provider(partial(loop, shape=shape), reference, again),
+                OURS: Provider(partial(stream, shape=shape), reference, ours, role="ours"),
+            },
         )
 
 

@@ -6,20 +6,25 @@ import json
 import re
 import sys
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from aftersam.train import main as train
 from benchmarks import (
     bench_axial_attention,
     bench_fusion,
+    bench_predict,
     bench_waterfall,
     compare,
     figure,
     first_contact,
     harness,
+    predict_options,
 )
 from benchmarks.__main__ import SUBJECTS
 from benchmarks.bench_fusion import OURS, Shape
@@ -366,3 +371,68 @@ def test_targets_have_a_value_or_a_reason(result):
     assert all(t["value"] is not None or t["reason"] for t in listed)
     assert {t["number"] for t in listed} == {f"T{i}" for i in range(1, 11)}
     assert all(t["value"] is None for t in listed[: len(TARGETS)])  # they are a GPU's
+
+
+def test_the_flops_of_prediction_are_those_that_running_it_takes():
+    shape = bench_predict.Shape("tiny", 7, 3, 48)
+    hu = 300 * torch.randn(7, 48, 48, generator=torch.Generator().manual_seed(0))
+    found, counted = [], []
+    for call in (bench_predict.stream, bench_predict.loop):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            found.append(call(hu, shape))
+        counted.append(counter.get_total_flops())
+    assert counted == pytest.approx(bench_predict.flops(shape), rel=1e-3)  # positions are made once a batch
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        found[0].double(), bench_predict.exact(hu.double(), shape), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_gain_as_part_of_the_flop_ratio():
+    case = {"subject": "predict", "name": "a", "encoder": "vit_b"}
+    records = [
+        case | {"provider": "loop", "role": "rival", "flops": 60, "ms": {"forward": {"median": 50.0}}},
+        case | {"provider": "ours", "role": "ours", "flops": 10, "ms": {"forward": {"median": 10.0}}},
+    ]
+    assert flop_share("predict", "loop", encoder="vit_b")({"records": records}) == pytest.approx(5 / 6)
+    assert flop_share("predict", "loop", encoder="vit_h")({"records": records}) is None
+
+
+def test_options_are_measured_on_the_cases_that_the_run_did_not_train_on(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in "abc":
+        labels = rng.integers(0, 3, (32, 30, 6)).astype(np.uint8)
+        hu = (rng.integers(-200, 300, labels.shape) + 200 * labels).astype(np.int16)
+        for folder, array in (("images", hu), ("labels", labels)):
+            (tmp_path / "scans" / folder).mkdir(parents=True, exist_ok=True)
+            image = nib.Nifti1Image(array, np.diag([4.0, 4.0, 5.0, 1.0]))
+            nib.save(image, tmp_path / "scans" / folder / f"{name}.nii.gz")
+    keys = [
+        "--preset",
+        "tiny",
+        "--image-size",
+        "32",
+        "--num-blocks",
+        "1",
+        "--max-steps",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    run, output = tmp_path / "run", tmp_path / "options.json"
+    assert train(["--data", str(tmp_path / "scans"), "--output", str(run), *keys, "--precision", "fp32"]) == 0
+    asked = ["-m", str(run), "--data", str(tmp_path / "scans"), "--device", "cpu", "-o", str(output)]
+    assert predict_options.main(asked) == 0
+    facts = json.loads(output.read_text())
+    assert facts["cases"] == json.loads((run / "splits_final.json").read_text())[0]["val"]
+    rows = {row["option"]: row for row in facts["rows"]}
+    exact = rows["none"]
+    assert {"--keep 3", "--overlap average", "--tta mirror", "--roi body", "--save-probabilities"} < set(rows)
+    assert exact["times"] == 1
+    assert all(row["seconds"] > 0 for row in rows.values())
+    for same in ("--roi body", "--save-probabilities", "--confidence"):
+        assert rows[same]["dsc_of_organs"] == exact["dsc_of_organs"]
+    printed = capsys.readouterr().out
+    assert all(f"| {name} |" in printed for name in rows)
+    assert predict_options.main([*asked, "--cases", "nobody"]) == 2
+    assert "no case 'nobody'" in capsys.readouterr().err

@@ -26,9 +26,9 @@ PRODUCT = sorted(p for folder in ("aftersam", "kernels", "benchmarks") for p in 
 # Imports point down these floors or stay on one; kernels, below them all, has a test of its own.
 FLOORS = [
     {"__init__", "config", "metrics", "losses", "figures", "timings"},
-    {"model", "data", "checkpoint"},
+    {"model", "data", "checkpoint", "embeddings"},
     {"streaming", "evaluate", "report"},
-    {"check", "train", "segmenter", "predict"},
+    {"check", "train", "segmenter", "predict", "encode", "export"},
     {"demo", "ablate"},
     {"__main__"},
 ]
@@ -235,7 +235,7 @@ def test_the_wheel_names_its_version_command_licence_and_extras(wheel):
     assert f"{info}/licenses/LICENSE" in wheel.namelist()
     metadata = Parser().parsestr(wheel.read(f"{info}/METADATA").decode())
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra")) == {"flash", "xformers", "dicom", "test", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"flash", "xformers", "dicom", "export", "test", "dev"}
 
 
 def test_constraints_pin_a_version_in_range_of_every_requirement(wheel):

@@ -10,11 +10,16 @@ import time
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from rich.progress import Progress
+from safetensors.torch import load_file, save_file
 
 import aftersam
 from aftersam.checkpoint import save_weights
 from aftersam.data.phantom import write_dataset
+from aftersam.model.image_encoder import ImageEncoder
 from aftersam.predict import main
+from aftersam.segmenter import Segmenter
 from aftersam.train import main as train_main
 
 
@@ -268,13 +273,83 @@ def test_options_leave_their_files_and_default_to_the_exact_mask(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "option", [["--keep", "2"], ["--overlap", "average"], ["--tta", "mirror"]], ids=" ".join
+    "option",
+    [["--keep", "2"], ["--overlap", "average"], ["--tta", "mirror"], ["--roi", "body"]],
+    ids=" ".join,
 )
 def test_options_run_from_the_command_line(run, tmp_path, option):
     source = scan(tmp_path / "scan.nii.gz")
     command = ["-i", str(source), "-m", str(run), "--device", "cpu", "--no-preview", *option]
     assert main([*command, "-o", str(tmp_path / "mask.nii.gz")]) == 0
     assert nib.load(tmp_path / "mask.nii.gz").shape == (40, 36, 6)
+
+
+def test_confidence_lies_on_the_scans_grid_and_leaves_the_mask_alone(run, tmp_path):
+    model = tmp_path / "run"
+    shutil.copytree(run, model)
+    weights = load_file(model / "best.safetensors")
+    rng = torch.Generator().manual_seed(0)
+    for name, value in weights.items():  # so few steps leave groups alike
+        if name.startswith("fusion."):
+            value += torch.randn(value.shape, generator=rng)
+        elif "hypernetworks" in name:
+            value *= 4
+    save_file(weights, model / "best.safetensors", metadata={"aftersam": "{}"})
+    source = scan(tmp_path / "scan.nii.gz", *GRIDS["oblique"])
+    command = ["-i", str(source), "-m", str(model), "--device", "cpu", "--no-preview"]
+    assert main([*command, "-o", str(tmp_path / "plain.nii.gz")]) == 0
+    assert main([*command, "-o", str(tmp_path / "mask.nii.gz"), "--confidence"]) == 0
+    mask, plain = (np.asarray(nib.load(tmp_path / f"{name}.nii.gz").dataobj) for name in ("mask", "plain"))
+    assert np.array_equal(mask, plain)
+    image, confidence = nib.load(source), nib.load(tmp_path / "mask.confidence.nii.gz")
+    assert confidence.shape == image.shape
+    assert np.array_equal(confidence.affine, image.affine)
+    values = confidence.get_fdata()
+    assert 0 <= values.min() < values.max() <= 1 + 1e-6
+    assert not (tmp_path / "plain.confidence.nii.gz").exists()
+
+
+def test_stored_embeddings_spare_the_encoder_and_change_no_mask(run, tmp_path, monkeypatch):
+    source, store = scan(tmp_path / "scan.nii.gz", (40, 36, 12)), tmp_path / "store"
+    command = ["-i", str(source), "-m", str(run), "--device", "cpu", "--no-preview"]
+    seen, forward = [], ImageEncoder.forward
+    monkeypatch.setattr(ImageEncoder, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
+    masks = []
+    for name, more in (
+        ("plain", []),
+        ("first", ["--embeddings", str(store)]),
+        ("again", ["--embeddings", str(store)]),
+    ):
+        seen.clear()
+        assert main([*command, "-o", str(tmp_path / f"{name}.nii.gz"), *more]) == 0
+        assert sum(seen) == (0 if name == "again" else 12)
+        masks.append(np.asarray(nib.load(tmp_path / f"{name}.nii.gz").dataobj))
+    assert (masks[0] == masks[1]).mean() > 0.999  # fp16 between
+    assert np.array_equal(masks[1], masks[2])
+
+
+def test_a_scan_too_large_for_the_memory_is_reported_and_the_rest_done(run, tmp_path, capsys, monkeypatch):
+    scans, masks = tmp_path / "scans", tmp_path / "masks"
+    scans.mkdir()
+    for name, shape in (("a", (40, 36, 6)), ("b", (40, 36, 7)), ("c", (40, 36, 6))):
+        scan(scans / f"{name}.nii.gz", shape)
+    segment, bars, removed = Segmenter.segment, [], Progress.remove_task
+
+    def refuse(self, prepared, **options):
+        if len(prepared.volume.array) == 7:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
+        return segment(self, prepared, **options)
+
+    monkeypatch.setattr(Segmenter, "segment", refuse)
+    monkeypatch.setattr(Progress, "remove_task", lambda self, task: bars.append(task) or removed(self, task))
+    command = ["-i", str(scans), "-o", str(masks), "-m", str(run), "--device", "cpu", "--no-preview"]
+    assert main(command) == 1
+    assert [p.name for p in sorted(masks.glob("*.nii.gz"))] == ["a.nii.gz", "c.nii.gz"]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("aftersam.predict: ")]
+    assert len(errors) == 1
+    assert "b.nii.gz: memory ran out; a --batch-size below 8" in errors[0]
+    assert len(bars) == 3  # the failed scan's bar went away too
+    assert main([*command[:1], str(scans / "b.nii.gz"), "-o", str(tmp_path / "b.nii.gz"), *command[4:]]) == 2
 
 
 def test_options_that_the_model_cannot_have_are_refused(run, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,16 +15,17 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from aftersam.config import preset
-from aftersam.data.slice_group import crop, slice_group
-from aftersam.model.build import build_aftersam
+from aftersam.data.slice_group import crop, slice_group, window_starts
+from aftersam.data.transforms import body_slices
+from aftersam.model.build import build_aftersam, compile_steps
 from aftersam.streaming import (
     Sliding,
+    Votes,
     group_plan,
     mirror_logits,
-    predict_labels,
+    predict_volume,
     resample_stream,
     stream_logits,
-    window_starts,
 )
 
 
@@ -70,7 +72,7 @@ def test_each_slice_is_encoded_once():
     model, config = tiny_model(num_slices=5)
     seen = []
     encode = model.encode
-    model.encode = lambda hu: seen.append(len(hu)) or encode(hu)
+    model.encode = lambda hu, stored: seen.append(len(hu)) or encode(hu, stored)
     hu = np.zeros((11, 48, 48), np.int16)
     assert len(list(stream_logits(model, hu, config, box=(0, 48, 0, 48), batch_size=4))) == 11
     assert sum(seen) == 11
@@ -121,7 +123,7 @@ def test_tiles_of_a_large_plane_agree_with_the_single_window_where_alone():
 
 def test_outside_the_body_window_is_background():
     model, config = tiny_model()
-    labels = predict_labels(
+    labels = predict_volume(
         model, np.zeros((2, 60, 90), np.int16), config, box=(0, 40, 0, 40), output_shape=(2, 60, 90)
     )
     assert labels.dtype == np.uint8
@@ -212,11 +214,109 @@ def test_mirroring_is_the_mean_with_the_mirrored_scan():
     assert not torch.equal(mirror_logits(plane, swap), plane.flip(-1))
 
 
+@torch.no_grad()
+def plain_disagreement(model, hu, config):
+    """(D, S, S): Σ p_g log(p_g / mean) / groups of the groups that saw a slice, over log min(groups, classes)."""
+    found = [[] for _ in hu]
+    for centre in range(len(hu)):
+        group = hu[slice_group(centre, len(hu), config.num_slices, config.slice_stride)]
+        shares = model(torch.from_numpy(group)[None].float())[0].softmax(1)
+        for p in range(config.num_slices):
+            d = centre + (p - config.num_slices // 2) * config.slice_stride
+            if 0 <= d < len(hu):
+                found[d].append(shares[p])
+    planes = []
+    for shares in map(torch.stack, found):
+        divergence = (shares * (shares / shares.mean(0)).log()).sum(1).mean(0)
+        divergence = divergence / np.log(min(len(shares), 4)) if len(shares) > 1 else divergence * 0
+        planes.append(F.interpolate(divergence[None, None], size=hu.shape[1:], mode="bilinear")[0, 0])
+    return torch.stack(planes)
+
+
+@pytest.mark.parametrize("depth", [7, 1])
+@pytest.mark.parametrize("sliding", [Sliding(), Sliding(average=True), Sliding(keep=2)], ids=str)
+def test_disagreement_is_the_divergence_of_the_groups(sliding, depth):
+    model, config = tiny_model(slice_stride=2)
+    for parameter in model.decoder.output_hypernetworks_mlps.parameters():
+        parameter.data *= 3  # random logits hardly differ between groups
+    hu = np.random.default_rng(4).integers(-1000, 1000, (depth, 48, 48)).astype(np.int16)
+    options = {"box": (0, 48, 0, 48), "batch_size": 5}
+    plain = torch.stack(list(stream_logits(model, hu, config, sliding=sliding, **options)))
+    looking = dataclasses.replace(sliding, disagreement=True)
+    both = torch.stack(list(stream_logits(model, hu, config, sliding=looking, **options)))
+    torch.testing.assert_close(both[:, :-1], plain, rtol=1e-4, atol=1e-4)
+    if sliding.keep == 1:
+        expected = plain_disagreement(model, hu, config)
+        assert (expected.max() > 1e-3) == (depth > 1)
+        torch.testing.assert_close(both[:, -1], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_groups_that_are_sure_of_different_classes_disagree_wholly():
+    sure = 50 * torch.eye(3)[:, :, None, None]
+    votes = Votes()
+    for logits in sure:
+        votes.add(logits[None], True, True)
+    assert votes.disagreement().item() == pytest.approx(1)
+    same = Votes()
+    for _ in range(3):
+        same.add(sure[:1], True, True)
+    assert same.disagreement().item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "sliding", [Sliding(), Sliding(keep=2), Sliding(average=True), Sliding(disagreement=True)], ids=str
+)
+def test_slices_of_air_at_the_ends_are_background_and_change_nothing_else(sliding):
+    model, config = tiny_model(num_slices=5)
+    hu = np.full((16, 48, 48), -1000, np.int16)
+    hu[6:10, 8:40, 8:40] = np.random.default_rng(5).integers(-100, 300, (4, 32, 32))
+    assert body_slices(hu) == (5, 11)
+    options = {"box": (0, 48, 0, 48), "batch_size": 3}
+    whole = torch.stack(list(stream_logits(model, hu, config, sliding=sliding, **options)))
+    seen = []
+    encode = model.encode
+    model.encode = lambda hu, stored: seen.append(len(hu)) or encode(hu, stored)
+    body = dataclasses.replace(sliding, body=True)
+    ours = torch.stack(list(stream_logits(model, hu, config, sliding=body, **options)))
+    assert sum(seen) < 16
+    assert ours.shape == whole.shape
+    torch.testing.assert_close(ours[5:11], whole[5:11], rtol=1e-4, atol=1e-4)
+    outside = torch.cat([ours[:5], ours[11:]])
+    assert (outside[:, :4].argmax(1) == 0).all()
+    hu[:] = -1000
+    assert body_slices(hu) == (0, 0)
+    empty = list(stream_logits(model, hu, config, sliding=body, **options))
+    assert len(empty) == 16
+    assert all((plane[:4].argmax(0) == 0).all() for plane in empty)
+
+
+def test_confidence_comes_with_the_same_labels():
+    model, config = tiny_model()
+    hu = np.random.default_rng(6).integers(-1000, 1000, (4, 48, 48)).astype(np.int16)
+    confidence = np.zeros((6, 30, 40), np.uint8)
+    options = {"box": (0, 48, 0, 48), "output_shape": (6, 30, 40)}
+    labels = predict_volume(model, hu, config, confidence=confidence, **options)
+    assert np.array_equal(labels, predict_volume(model, hu, config, **options))
+    assert 200 < confidence.min() <= confidence.max() <= 255
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_steps_give_the_same_logits(backend):
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    model, config = tiny_model(num_blocks=1)
+    hu = np.random.default_rng(7).integers(-1000, 1000, (5, 48, 48)).astype(np.int16)
+    plain = torch.stack(list(stream_logits(model, hu, config, box=(0, 48, 0, 48), batch_size=2)))
+    compile_steps(model, backend=backend)
+    ours = torch.stack(list(stream_logits(model, hu, config, box=(0, 48, 0, 48), batch_size=2)))
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
 def test_probabilities_belong_to_the_labels():
     model, config = tiny_model()
     hu = np.random.default_rng(3).integers(-1000, 1000, (3, 48, 48)).astype(np.int16)
     probabilities = np.zeros((4, 5, 30, 40), np.float32)
-    labels = predict_labels(
+    labels = predict_volume(
         model, hu, config, box=(0, 48, 0, 48), output_shape=(5, 30, 40), probabilities=probabilities
     )
     np.testing.assert_allclose(probabilities.sum(0), 1, rtol=1e-5)
@@ -228,7 +328,7 @@ import dataclasses, sys
 import numpy as np, torch
 from aftersam.config import preset
 from aftersam.model.build import build_aftersam
-from aftersam.streaming import predict_labels
+from aftersam.streaming import predict_volume
 
 def private_mib():  # what a memory-mapped scan does not count in
     line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
@@ -242,7 +342,7 @@ before, peak = private_mib(), 0
 def look(done):
     global peak
     peak = max(peak, private_mib())
-labels = predict_labels(
+labels = predict_volume(
     model, hu, config, box=(200, 248, 200, 248), output_shape=hu.shape, batch_size=4, progress=look
 )
 print(peak - before - labels.nbytes / 2**20)

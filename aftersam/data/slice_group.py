@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,7 +13,10 @@ from torch.utils.data import Dataset
 
 from aftersam.config import DataConfig, ModelConfig
 from aftersam.data.cache import CachedCase, cache_cases
-from aftersam.data.transforms import AIR_HU, augment
+from aftersam.data.transforms import AIR_HU, Box, augment
+
+if TYPE_CHECKING:
+    from aftersam.embeddings import StoredScan
 
 __all__ = ["CachedCase", "SliceGroups", "cache_cases", "slice_group"]
 
@@ -37,7 +42,8 @@ class SliceGroups(Dataset[dict[str, torch.Tensor | str]]):
     An item is a pure function of (seed, epoch, the case's id): any process, worker or resumed run sees the
     same. Indexed by (epoch, case), as a sampler gives them, or by the case alone within `set_epoch`'s epoch;
     a sampler must name the epoch where persistent workers hold copies of this object.
-    `label_swap` pairs the left and right labels that the mirror augmentation exchanges."""
+    `label_swap` pairs the left and right labels that the mirror augmentation exchanges. `stored` holds, by case,
+    what the encoder made of prediction's windows; items then carry it."""
 
     def __init__(
         self,
@@ -47,6 +53,7 @@ class SliceGroups(Dataset[dict[str, torch.Tensor | str]]):
         data: DataConfig,
         seed: int,
         label_swap: dict[int, int],
+        stored: dict[str, StoredScan] | None = None,
     ) -> None:
         if not cached:
             raise ValueError("there is no scan to train on")
@@ -55,6 +62,7 @@ class SliceGroups(Dataset[dict[str, torch.Tensor | str]]):
         self.data = data
         self.seed = seed
         self.label_swap = label_swap
+        self.stored = stored
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -65,24 +73,33 @@ class SliceGroups(Dataset[dict[str, torch.Tensor | str]]):
         return len(self.cached)
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, torch.Tensor | str]:
-        """{"hu": (N, S, S) float32, "labels": (N, S, S) int64, "case": its id}."""
+        """{"hu": (N, S, S) float32, "labels": (N, S, S) int64, "case": its id}, "embedding" (N, C, h, w) if stored."""
         epoch, case = index if isinstance(index, tuple) else (self.epoch, index)
         scan = self.cached[case]
         generator = np.random.default_rng((self.seed, epoch, zlib.crc32(scan.id.encode())))
         centre, target = self._centre(scan, generator)
         depth, *plane = scan.shape
         size = self.model.image_size
-        top, bottom, left, right = scan.box
-        spans = [((top, bottom), target[:2]), ((left, right), target[2:])]
-        first = [
-            window_start(length, *span, size, generator, inside)
-            for length, (span, inside) in zip(plane, spans, strict=True)
-        ]
+        index = 0
+        if self.data.crops == "prediction":
+            windows = plane_windows(plane, scan.box, size)
+            index = nearest_window(windows, size, target) if target else int(generator.integers(len(windows)))
+            first: Sequence[int] = windows[index]
+        else:
+            top, bottom, left, right = scan.box
+            spans = [((top, bottom), target[:2]), ((left, right), target[2:])]
+            first = [
+                window_start(length, *span, size, generator, inside)
+                for length, (span, inside) in zip(plane, spans, strict=True)
+            ]
         group = slice_group(centre, depth, self.model.num_slices, self.model.slice_stride)
         hu = crop(scan.hu, group, first, size, AIR_HU).astype(np.float32)
         labels = crop(scan.labels, group, first, size, 0).astype(np.int64)
         hu, labels = augment(hu, labels, generator, self.data, self.label_swap)
-        return {"hu": torch.from_numpy(hu), "labels": torch.from_numpy(labels), "case": scan.id}
+        embedding = {}
+        if self.stored is not None:
+            embedding = {"embedding": self.stored[scan.id].read(group.tolist(), window=index).embedding}
+        return {"hu": torch.from_numpy(hu), "labels": torch.from_numpy(labels), "case": scan.id, **embedding}
 
     def _centre(self, scan: CachedCase, generator: np.random.Generator) -> tuple[int, tuple[int, ...]]:
         """The centre slice, and the pixels (top, bottom, left, right) that the window should hold, if any.
@@ -94,6 +111,13 @@ class SliceGroups(Dataset[dict[str, torch.Tensor | str]]):
         rows = rows[rows[:, 0] == generator.choice(np.unique(rows[:, 0]))]
         _, centre, *target = generator.choice(rows).tolist()
         return centre, tuple(target)
+
+
+def nearest_window(windows: Sequence[tuple[int, int]], size: int, target: Sequence[int]) -> int:
+    """Index of the window whose middle is nearest to that of `target` (top, bottom, left, right)."""
+    middle = (target[0] + target[1] - size) / 2, (target[2] + target[3] - size) / 2
+    distances = [math.dist(window, middle) for window in windows]
+    return distances.index(min(distances))
 
 
 def window_start(
@@ -114,6 +138,36 @@ def window_start(
         ends = sorted((target[1] - size, target[0]))
         low, high = max(low, min(ends[0], high)), min(high, max(ends[1], low))
     return int(generator.integers(low, high + 1))
+
+
+def plane_windows(shape: Sequence[int], box: Box, size: int) -> list[tuple[int, int]]:
+    """First pixels (top, left) of prediction's windows of `size` on a plane (H, W) whose body fills `box`."""
+    rows, columns = (
+        window_starts(length, start, stop, size)
+        for length, start, stop in zip(shape, box[::2], box[1::2], strict=True)
+    )
+    return [(top, left) for top in rows for left in columns]
+
+
+def window_starts(length: int, start: int, stop: int, size: int) -> list[int]:
+    """First pixels of the windows of `size` that cover [start, stop) of an axis of `length` pixels.
+
+    One window about the extent's centre where it fits, kept inside the image where that is possible and
+    padded where it is not; else evenly spaced windows that overlap by a quarter or more."""
+    extent = stop - start
+    if extent <= size:
+        first = (start + stop - size) // 2
+        return [min(max(first, 0), length - size) if length >= size else (length - size) // 2]
+    count = -(-(extent - size) * 4 // (3 * size)) + 1
+    return [start + round(i * (extent - size) / (count - 1)) for i in range(count)]
+
+
+def window_crops(
+    array: np.ndarray, slices: Sequence[int], windows: Sequence[tuple[int, int]], size: int, fill: int
+) -> torch.Tensor:
+    """array (D, H, W) -> (slices · windows, size, size), the windows of a slice side by side."""
+    crops = np.stack([crop(array, slices, window, size, fill) for window in windows], axis=1)
+    return torch.from_numpy(crops).flatten(0, 1)
 
 
 def crop(

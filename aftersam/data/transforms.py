@@ -14,7 +14,16 @@ from torch.nn import functional as F
 from aftersam.config import DataConfig
 from aftersam.data.volume import AIR_HU, Volume
 
-__all__ = ["AIR_HU", "Preprocessed", "augment", "body_box", "normalise", "preprocess", "resample"]
+__all__ = [
+    "AIR_HU",
+    "Preprocessed",
+    "augment",
+    "body_box",
+    "body_slices",
+    "normalise",
+    "preprocess",
+    "resample",
+]
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # SAM's, of RGB in 0...255
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -70,13 +79,10 @@ def body_box(array: np.ndarray, *, margin: int = 2) -> Box:
     from scipy import ndimage
 
     depth, height, width = array.shape
-    step = max(1, min(height, width) // 128)  # a coarse look finds the outline
+    step = _step(array)
     rows, columns = np.zeros(height, bool), np.zeros(width, bool)
-    cross = ndimage.generate_binary_structure(2, 1)
     for d in range(0, depth, max(1, depth // 64)):
-        body = np.asarray(array[d, ::step, ::step]) > BODY_HU
-        opened = ndimage.binary_opening(body, cross)
-        parts, count = ndimage.label(opened)
+        parts, count = ndimage.label(_solid(array[d], step))
         if not count:
             continue
         largest = parts == np.bincount(parts.ravel())[1:].argmax() + 1
@@ -89,6 +95,28 @@ def body_box(array: np.ndarray, *, margin: int = 2) -> Box:
             return 0, height, 0, width
         spans += [max(int(found[0]) - margin, 0), min(int(found[-1]) + step + margin, length)]
     return spans[0], spans[1], spans[2], spans[3]
+
+
+def body_slices(array: np.ndarray) -> tuple[int, int]:
+    """The slices (first, end excluded) of array (D, H, W) HU from the first to the last that shows a body, and one
+    more at each end; (0, 0) where none does."""
+    step = _step(array)
+    found = [d for d, plane in enumerate(array) if _solid(plane, step).any()]
+    return (max(found[0] - 1, 0), min(found[-1] + 2, len(array))) if found else (0, 0)
+
+
+def _step(array: np.ndarray) -> int:
+    """How coarse a look at a plane finds the outline of a body."""
+    return max(1, min(array.shape[1:]) // 128)
+
+
+def _solid(plane: np.ndarray, step: int) -> np.ndarray:
+    """What is denser than air in every `step`-th pixel of plane (H, W), without what is thin."""
+    from scipy import ndimage
+
+    cross = ndimage.generate_binary_structure(2, 1)
+    opened: np.ndarray = ndimage.binary_opening(np.asarray(plane[::step, ::step]) > BODY_HU, cross)
+    return opened
 
 
 def resampled_shape(

@@ -160,6 +160,16 @@ def write_labels(
         image.to_filename(temporary)  # gz at nibabel's level 1: 9 takes 18 times as long
 
 
+def write_confidence(path: Path, confidence: np.ndarray, like: Volume) -> None:
+    """Write `confidence` (D, H, W) uint8 as the NIfTI file `path` on `like`'s grid, where it reads as 0 to 1.
+
+    Raises ValueError on another shape, OSError where the file cannot be written."""
+    image = to_nifti(confidence, like)
+    image.header.set_slope_inter(1 / 255, 0)
+    with renamed(path) as temporary:
+        image.to_filename(temporary)
+
+
 @contextlib.contextmanager
 def open_probabilities(path: Path, like: Volume, num_classes: int) -> Iterator[np.ndarray]:
     """A float16 array (num_classes, D, H, W) in canonical axes to fill: the file `path`, never whole in memory.

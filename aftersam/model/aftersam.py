@@ -39,14 +39,21 @@ class AfterSAM(nn.Module):
         self.hu_windows = hu_windows
 
     def forward(
-        self, hu: Tensor, *, query_index: Sequence[int] | None = None, labels: Tensor | None = None
+        self,
+        hu: Tensor,
+        *,
+        query_index: Sequence[int] | None = None,
+        labels: Tensor | None = None,
+        embedding: Tensor | None = None,
     ) -> Tensor:
         """hu (B, N, H, W) in Hounsfield units -> logits (B, N, K+1, H/s, W/s), s the output stride.
 
         With `query_index` only those slices are fused last and decoded: (B, Nq, K+1, H/s, W/s).
-        labels (B, N, H, W) are read by a prompted decoder alone."""
+        labels (B, N, H, W) are read by a prompted decoder alone. `embedding` (B, N, C, h, w), if an encoder without
+        skips made it of this `hu` before, is not computed again."""
         groups, slices = hu.shape[:2]
-        features = self.encode(hu.flatten(0, 1))
+        stored = None if embedding is None else SliceFeatures(embedding.flatten(0, 1), ())
+        features = self.encode(hu.flatten(0, 1), stored)
         embedding = self.fuse(features.embedding.unflatten(0, (groups, slices)), query_index=query_index)
         skips = features.skips
         if query_index is not None:
@@ -62,10 +69,14 @@ class AfterSAM(nn.Module):
         if self.fusion is not None:
             self.fusion.activation_checkpointing = on
 
-    def encode(self, hu: Tensor) -> SliceFeatures:
-        """hu (T, H, W) in Hounsfield units -> embedding (T, C, h, w) and the decoder's skips."""
+    def encode(self, hu: Tensor, stored: SliceFeatures | None = None) -> SliceFeatures:
+        """hu (T, H, W) in Hounsfield units -> embedding (T, C, h, w) and the decoder's skips.
+
+        `stored` is what the encoder made of this `hu` before; a stem beside the encoder may have changed since."""
+        if stored is not None and self.stem is None:
+            return stored
         image = normalise(hu, self.hu_windows)  # (T, 3, H, W)
-        features = self.encoder(image)
+        features = self.encoder(image) if stored is None else stored
         return features if self.stem is None else SliceFeatures(features.embedding, self.stem(image))
 
     def fuse(self, embedding: Tensor, *, query_index: Sequence[int] | None = None) -> Tensor:
@@ -81,3 +92,30 @@ class AfterSAM(nn.Module):
     ) -> Tensor:
         """embedding (T, C, h, w), skips and, if prompted, labels of the same slices -> logits (T, K+1, H/s, W/s)."""
         return self.decoder(embedding, skips, labels)
+
+
+class SliceEncoder(nn.Module):
+    """The half of `model` before slices meet, with plain tensors at its ends, as export wants them."""
+
+    def __init__(self, model: AfterSAM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, hu: Tensor) -> tuple[Tensor, ...]:
+        """hu (T, S, S) in Hounsfield units -> embedding (T, C, h, w), and the skips."""
+        embedding, skips = self.model.encode(hu)
+        return embedding, *skips
+
+
+class GroupDecoder(nn.Module):
+    """The other half: fusion of groups, and the decoder on the slice at `centre` of each."""
+
+    def __init__(self, model: AfterSAM, centre: int) -> None:
+        super().__init__()
+        self.model = model
+        self.centre = centre
+
+    def forward(self, embedding: Tensor, *skips: Tensor) -> Tensor:
+        """embedding (B, N, C, h, w), skips of the centre slices (B, ...) -> their logits (B, K+1, S/s, S/s)."""
+        fused = self.model.fuse(embedding, query_index=(self.centre,))
+        return self.model.decode(fused.flatten(0, 1), skips)

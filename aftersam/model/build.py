@@ -89,3 +89,12 @@ def merge_lora(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "merge"):
             module.merge()
+
+
+def compile_steps(model: AfterSAM, *, backend: str = "inductor") -> None:
+    """Compile what prediction calls of `model`, in place: the encoder, the fusion and the decoder, each whole.
+
+    A batch size is compiled for once as it is, and once more for all others."""
+    for part in (model.encoder, model.fusion, model.decoder):
+        if part is not None:
+            part.compile(fullgraph=True, backend=backend)

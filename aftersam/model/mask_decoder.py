@@ -54,6 +54,7 @@ class MaskDecoder(nn.Module):
             self.transformer = sam.TwoWayTransformer(2, dim, num_heads, mlp_dim=8 * dim)
         else:
             self.transformer = ImageToTokenTransformer(2, dim, num_heads)
+        self.num_classes = num_classes
         self.pe_layer = segment_anything_modeling("prompt_encoder").PositionEmbeddingRandom(dim // 2)
         self.no_mask_embed = nn.Embedding(1, dim)
         self.class_tokens = nn.Embedding(num_classes, dim)

@@ -122,8 +122,10 @@ def segment_anything_modeling(module: str) -> ModuleType:
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Autocast off; torch has none to switch off on the meta device, where models are sized without memory."""
-    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    """Autocast off. Where it is off, or on the meta device, which has none, nothing shows in an exported graph."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

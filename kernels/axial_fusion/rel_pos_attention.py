@@ -98,7 +98,9 @@ def _blocks(q: Tensor, keys: int) -> Iterator[slice]:
 def _choose(q: Tensor, keys: int, *others: Tensor) -> Attend | None:
     """How a CPU computes: all at once where autograd may keep that, blocks where it need not, else None: the op."""
     tensors = (q, *others)
-    if under_transform(tensors):
+    if (
+        under_transform(tensors) or torch.compiler.is_exporting()
+    ):  # an exported graph runs without this package
         return _attend_plain
     if not plain_on(q):
         return None

@@ -1,0 +1,141 @@
+"""What the image encoder makes of a scan, kept on disk: frozen weights need not see the same pixels twice.
+
+A folder a scan, named after a hash of all that decides its content: the encoder's weights, its precision, HU windows,
+the pixels and where the windows lie. What has changed gets another name, so that nothing stale is ever found.
+SAM's features take 2 MB a slice at 1024 px, in fp16."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from aftersam.config import Config
+from aftersam.data.slice_group import plane_windows, window_crops
+from aftersam.data.transforms import AIR_HU, Box, normalise
+from aftersam.model.aftersam import AfterSAM
+from aftersam.model.image_encoder import SliceFeatures
+
+VERSION = 1  # of what is stored and how it is computed; a change makes every folder anew
+
+
+@dataclass(frozen=True)
+class StoredScan:
+    """The encoder's features of one scan. Files are opened when asked for, so that an object can be sent to workers."""
+
+    folder: Path
+
+    def read(
+        self, slices: Sequence[int], device: torch.device | None = None, *, window: int | None = None
+    ) -> SliceFeatures:
+        """Features of `slices` in fp32: those of all their windows side by side, or of one window."""
+        levels = []
+        for path in sorted(self.folder.glob("*.npy")):
+            array = np.load(path, mmap_mode="r")  # (D, windows, C, h, w)
+            chosen = array[slices] if window is None else array[slices, window, None]
+            levels.append(torch.from_numpy(chosen).to(device).float().flatten(0, 1))
+        return SliceFeatures(levels[0], tuple(levels[1:]))
+
+
+class Embeddings:
+    """The features of any scan, from `folder` or computed by `model`'s encoder and left there.
+
+    `precision` is what the encoder computes in; its weights are read once, so they must not change."""
+
+    def __init__(self, folder: Path, model: AfterSAM, *, image_size: int, precision: torch.dtype) -> None:
+        self.folder = folder
+        self.model = model
+        self.size = image_size
+        self.precision = precision
+        self._key = hashlib.blake2b(digest_size=16)
+        hu_windows = [tuple(map(float, window)) for window in model.hu_windows]
+        self._key.update(f"{VERSION} {precision} {image_size} {hu_windows}".encode())
+        for name, value in model.encoder.state_dict().items():
+            self._key.update(name.encode())
+            self._key.update(value.detach().cpu().contiguous().numpy().data)
+
+    def of(
+        self,
+        hu: np.ndarray,
+        box: Box,
+        *,
+        batch_size: int = 8,
+        progress: Callable[[int], None] | None = None,
+    ) -> StoredScan:
+        """The features of hu (D, H, W) at the model's spacing, encoded first where they are not stored.
+
+        Raises OSError where the folder cannot be written."""
+        home = self._home(hu, box)
+        if not home.is_dir():
+            self._encode(home, hu, plane_windows(hu.shape[1:], box, self.size), batch_size, progress)
+        return StoredScan(home)
+
+    def _home(self, hu: np.ndarray, box: Box) -> Path:
+        digest = self._key.copy()
+        digest.update(f"{hu.shape} {hu.dtype} {plane_windows(hu.shape[1:], box, self.size)}".encode())
+        for plane in hu:  # slice by slice: a memory map is never whole in memory
+            digest.update(np.ascontiguousarray(plane).data)
+        return self.folder / digest.hexdigest()
+
+    @torch.inference_mode()
+    def _encode(
+        self,
+        home: Path,
+        hu: np.ndarray,
+        windows: list[tuple[int, int]],
+        batch_size: int,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        """Fill a temporary folder and rename it; another process that was quicker wins."""
+        device = next(self.model.parameters()).device
+        autocast = torch.autocast(device.type, dtype=self.precision, enabled=self.precision != torch.float32)
+        temporary = home.with_name(f".{os.getpid()}.{home.name}")
+        files: list[np.ndarray] = []
+        try:
+            temporary.mkdir(parents=True)
+            for start in range(0, len(hu), batch_size):
+                some = range(start, min(start + batch_size, len(hu)))
+                images = window_crops(hu, some, windows, self.size, AIR_HU).to(device).float()
+                with autocast:
+                    features = self.model.encoder(normalise(images, self.model.hu_windows))
+                levels = [
+                    level.unflatten(0, (-1, len(windows))).half().cpu().numpy()
+                    for level in (features.embedding, *features.skips)
+                ]
+                files = files or [
+                    np.lib.format.open_memmap(
+                        temporary / f"{i}.npy", "w+", np.float16, (len(hu), *level.shape[1:])
+                    )
+                    for i, level in enumerate(levels)
+                ]
+                for file, level in zip(files, levels, strict=True):
+                    file[start : some.stop] = level
+                if progress is not None:
+                    progress(len(some))
+            for file in files:
+                file.flush()  # type: ignore[attr-defined]  # a memory map
+            os.rename(temporary, home)
+        except OSError as error:
+            if not home.is_dir():
+                raise OSError(f"{home} could not be written: {error.strerror or error}") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_still(config: Config) -> None:
+    """Raises ValueError unless training shows the encoder the same pixels every time and leaves its weights alone."""
+    data, wanted = config.data, []
+    if config.model.encoder != "frozen":
+        wanted.append(f"--encoder frozen (it is {config.model.encoder})")
+    if data.augmentation and data.augmentation_probability > 0:
+        wanted.append(f"an empty --augmentation (it is {' '.join(data.augmentation)})")
+    if data.crops != "prediction":
+        wanted.append(f"--crops prediction (it is {data.crops})")
+    if wanted:
+        raise ValueError(f"--embeddings keeps what never changes, so it needs {' and '.join(wanted)}")

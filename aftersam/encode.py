@@ -1,0 +1,127 @@
+"""Store what the image encoder makes of scans.    python -m aftersam.encode --data DATASET --output DIR -m RUN
+
+Training with a frozen encoder and prediction find it there with --embeddings DIR and skip the encoder. With
+--sam-checkpoint in place of a run, the keys that decide what the encoder sees are those of the training to come."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from aftersam.config import Config
+from aftersam.train import parse, precision_for
+
+if TYPE_CHECKING:
+    from aftersam.embeddings import Embeddings
+
+NIFTI = (".nii.gz", ".nii")
+
+
+@dataclass(frozen=True)
+class EncodeArgs:
+    data: Path
+    """A NIfTI file, a folder of them, or a data set."""
+    output: Path
+    """Folder of the features; what it holds already is kept."""
+    config: Config
+    model: Annotated[Path | None, tyro.conf.arg(aliases=["-m"])] = None
+    """Folder of a training run, whose encoder and preprocessing are taken."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Weights of the run with the best validation DSC, or the final ones."""
+    sam_checkpoint: str | None = None
+    """Official SAM weights in place of a run: a .pth file, or vit_b, vit_l, vit_h."""
+    preset: Literal["paper", "best", "small", "tiny"] | None = None
+    """Choices that a key not given takes; paper with a SAM checkpoint."""
+    config_file: Path | None = None
+    """Also --config: a config.json in place of a preset."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:1."""
+
+
+def encode_scans(args: EncodeArgs) -> int:
+    """Encode every scan that `args` name. Returns 0, or 1 where a scan could not be read and was reported.
+
+    Raises ValueError where nothing can be done: no scans, no encoder, a spacing that is not known before training."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from aftersam.data.dataset import find_dataset
+    from aftersam.data.transforms import preprocess
+    from aftersam.data.volume import read_image
+
+    if (args.model is None) == (args.sam_checkpoint is None):
+        raise ValueError("give a run (-m) or SAM weights (--sam-checkpoint), one of the two")
+    if args.data.is_dir():
+        scans = sorted(path for path in args.data.iterdir() if path.name.endswith(NIFTI))
+        scans = scans or [case.image for case in find_dataset(args.data).cases]
+    else:
+        scans = [args.data]
+    store, spacing_mm = _from_run(args) if args.model is not None else _from_sam(args)
+    console = Console(stderr=True)
+    failed = 0
+    for scan in track(scans, "encoding", console=console, transient=True):
+        try:
+            ready = preprocess(read_image(scan), spacing_mm)
+        except (ValueError, OSError) as error:
+            failed += 1
+            console.print(f"aftersam.encode: {error}", soft_wrap=True, markup=False, highlight=False)
+            continue
+        store.of(ready.array, ready.box)
+    console.print(f"{args.output}: {len(scans) - failed} of {len(scans)} scans", soft_wrap=True)
+    return 1 if failed else 0
+
+
+def _from_run(args: EncodeArgs) -> tuple[Embeddings, tuple[float, float, float] | None]:
+    """The store for a run's encoder, and the spacing that the run works at."""
+    from aftersam.embeddings import Embeddings
+    from aftersam.segmenter import load
+
+    assert args.model is not None
+    segmenter = load(args.model, checkpoint=args.checkpoint, device=args.device)
+    size = segmenter.config.model.image_size
+    store = Embeddings(args.output, segmenter.model, image_size=size, precision=segmenter.precision)
+    return store, segmenter.spacing_mm
+
+
+def _from_sam(args: EncodeArgs) -> tuple[Embeddings, tuple[float, float, float] | None]:
+    """The store for the encoder that a training with these keys would freeze, and its spacing."""
+    import dataclasses
+
+    import torch
+
+    from aftersam.embeddings import Embeddings
+    from aftersam.model.build import build_aftersam
+    from aftersam.model.sam import read_sam_checkpoint
+
+    assert args.sam_checkpoint is not None
+    config, spacing = args.config, args.config.data.spacing_mm
+    if spacing == "median":
+        raise ValueError("spacing_mm is median, which depends on the training set; give three lengths in mm")
+    sam = read_sam_checkpoint(args.sam_checkpoint)
+    model = dataclasses.replace(config.model, image_encoder=sam.name, encoder="frozen")  # type: ignore[arg-type]
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+        precision_for(config.train.precision, device), torch.float32
+    )
+    built = build_aftersam(model, num_classes=2, sam=sam).to(device)
+    store = Embeddings(args.output, built, image_size=model.image_size, precision=precision)
+    return store, None if spacing == "native" else spacing
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        return encode_scans(parse(argv, EncodeArgs, __doc__))
+    except (ValueError, OSError) as error:
+        print(f"aftersam.encode: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

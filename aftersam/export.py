@@ -1,0 +1,168 @@
+"""Write a trained model for other runtimes.    python -m aftersam.export -m RUN -o DIR
+
+Two graphs of contiguous fp32 tensors, LoRA merged, of any number of slices or groups: each slice is encoded once.
+
+    encoder    hu (T, S, S) in Hounsfield units -> embedding (T, C, h, w), and skip_0, ... where the model has skips
+    decoder    embedding (B, N, C, h, w) of groups, skip_0, ... of their centre slices -> logits (B, K+1, S/s, S/s)
+
+as .pt2, which torch loads or compiles ahead of time without this package, and as .onnx; and preprocessing.json, which
+says what is to be done before, between and after them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+import tyro
+
+if TYPE_CHECKING:
+    import torch
+
+    from aftersam.segmenter import Segmenter
+
+
+@dataclass(frozen=True)
+class ExportArgs:
+    model: Annotated[Path, tyro.conf.arg(aliases=["-m"])]
+    """Folder of a training run."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder to make."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Weights with the best validation DSC, or the final ones."""
+    format: Literal["torch", "onnx", "both"] = "both"
+    """torch: .pt2 files. onnx: .onnx files, for which torch needs the extra `export`."""
+
+
+class Part(NamedTuple):
+    """A graph and the names of what goes in and comes out."""
+
+    program: torch.export.ExportedProgram
+    inputs: list[str]
+    outputs: list[str]
+
+
+def export_model(args: ExportArgs) -> Path:
+    """Write the files that `args` ask for and return their folder, which appears only when complete.
+
+    Raises ValueError on a bad run, a model with prompts, a folder that exists or a package that is not there, OSError
+    where it cannot be written."""
+    import torch
+
+    from aftersam.checkpoint import write_json
+    from aftersam.segmenter import load
+
+    if args.output.exists():
+        raise ValueError(f"{args.output} exists already; choose another --output")
+    if args.format != "torch" and find_spec("onnxscript") is None:
+        raise ValueError(
+            "ONNX needs the package onnxscript (pip install 'aftersam[export]'), or --format torch"
+        )
+    segmenter = load(args.model, checkpoint=args.checkpoint, device="cpu")
+    temporary = args.output.with_name(f".{os.getpid()}.{args.output.name}")
+    try:
+        temporary.mkdir(parents=True)
+        with _quiet():
+            for name, part in parts(segmenter).items():
+                if args.format != "onnx":
+                    torch.export.save(part.program, temporary / f"{name}.pt2")
+                if args.format != "torch":
+                    onnx: Any = torch.onnx.export(
+                        part.program, input_names=part.inputs, output_names=part.outputs, verbose=False
+                    )
+                    onnx.save(temporary / f"{name}.onnx")  # weights beyond 2 GB go into a file beside it
+        write_json(temporary / "preprocessing.json", preprocessing(segmenter))
+        temporary.rename(args.output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return args.output
+
+
+def parts(segmenter: Segmenter) -> dict[str, Part]:
+    """Encoder and decoder of a model on the CPU. Raises ValueError for a model with prompts."""
+    import torch
+    from torch.export import Dim, export
+
+    from aftersam.model.aftersam import GroupDecoder, SliceEncoder
+
+    config = segmenter.config.model
+    if config.prompts != "none":
+        raise ValueError(
+            f"the model was trained with prompts={config.prompts}, drawn from labels; export has no place for them"
+        )
+    encoder = SliceEncoder(segmenter.model).eval()
+    decoder = GroupDecoder(segmenter.model, config.num_slices // 2).eval()
+    with torch.no_grad():
+        hu = torch.zeros(
+            2, config.image_size, config.image_size
+        )  # two: torch takes a size of one for a constant
+        # contiguous, as callers' will be: what torch compiles ahead of time trusts the strides of these
+        embedding, *skips = (level.contiguous() for level in encoder(hu))
+        groups = torch.stack([embedding] * config.num_slices, dim=1).contiguous()
+        any_slices, any_groups = {0: Dim("slices")}, {0: Dim("groups")}
+        encode = export(encoder, (hu,), dynamic_shapes=(any_slices,))
+        decode = export(
+            decoder, (groups, *skips), dynamic_shapes=(any_groups, tuple(any_groups for _ in skips))
+        )
+    levels = [f"skip_{i}" for i in range(len(skips))]
+    return {
+        "encoder": Part(encode, ["hu"], ["embedding", *levels]),
+        "decoder": Part(decode, ["embedding", *levels], ["logits"]),
+    }
+
+
+def preprocessing(segmenter: Segmenter) -> dict[str, Any]:
+    """What a caller of the two graphs does himself, as JSON values."""
+    from aftersam.data.volume import AIR_HU, CANONICAL
+
+    config = segmenter.config.model
+    return {
+        "axes": f"slices, rows, columns; their indices rise towards {', '.join(CANONICAL)}",
+        "spacing_mm": segmenter.spacing_mm,  # (slices, rows, columns); null: each scan's own
+        "image_size": config.image_size,
+        "outside_hu": AIR_HU,  # beyond the plane, where a window is larger
+        "hu_windows": [list(map(float, window)) for window in config.hu_windows],  # the encoder applies them
+        "num_slices": config.num_slices,
+        "slice_stride": config.slice_stride,
+        "centre": config.num_slices // 2,  # the nearest slice is repeated beyond the ends of a scan
+        "output_stride": config.output_stride,  # logits are interpolated to the scan's grid, then argmax
+        "labels": {"0": "background"} | {str(value): name for value, name in segmenter.labels.items()},
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch and onnxscript say of their own deprecations, passes and packages that are not there."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = tyro.cli(ExportArgs, args=argv, description=__doc__)
+    try:
+        print(export_model(args))
+    except (ValueError, OSError) as error:
+        print(f"aftersam.export: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
