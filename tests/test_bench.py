@@ -215,13 +215,6 @@ def test_the_waterfall_has_a_bar_for_each_technique_and_needs_one(result, tmp_pa
     assert (tmp_path / "bench-waterfall.png").exists()
 
 
-def test_speed_is_set_against_the_ratio_of_flops():
-    result = a_result({"mine": times(1, 2, 3), "theirs": times(6, 6, 6)})
-    result["records"][1]["flops"] = 4 * 8
-    assert flop_share("square", "theirs")(result) == pytest.approx(3 / 4)
-    assert flop_share("square", "nobody")(result) is None
-
-
 def test_the_table_shows_what_was_wrong(result):
     result["records"][0].pop("ms")
     result["records"][0]["status"] = "wrong"
