@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -300,14 +299,12 @@ def test_confidence_comes_with_the_same_labels():
     assert 200 < confidence.min() <= confidence.max() <= 255
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_steps_give_the_same_logits(backend):
-    if backend == "inductor" and shutil.which("g++") is None:
-        pytest.skip("no C++ compiler")
+def test_compiled_steps_give_the_same_logits():
+    """In one graph each; inductor turns these graphs into code, in minutes on a CPU."""
     model, config = tiny_model(num_blocks=1)
     hu = np.random.default_rng(7).integers(-1000, 1000, (5, 48, 48)).astype(np.int16)
     plain = torch.stack(list(stream_logits(model, hu, config, box=(0, 48, 0, 48), batch_size=2)))
-    compile_steps(model, backend=backend)
+    compile_steps(model, backend="aot_eager")
     ours = torch.stack(list(stream_logits(model, hu, config, box=(0, 48, 0, 48), batch_size=2)))
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
 
