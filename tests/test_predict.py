@@ -352,6 +352,16 @@ def test_a_scan_too_large_for_the_memory_is_reported_and_the_rest_done(run, tmp_
     assert main([*command[:1], str(scans / "b.nii.gz"), "-o", str(tmp_path / "b.nii.gz"), *command[4:]]) == 2
 
 
+def test_compile_prepares_each_step(run, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: compiled.append(type(self).__name__)
+    )
+    command = ["-i", str(scan(tmp_path / "scan.nii.gz")), "-m", str(run), "--device", "cpu", "--no-preview"]
+    assert main([*command, "-o", str(tmp_path / "mask.nii.gz"), "--compile"]) == 0
+    assert compiled == ["ImageEncoder", "AxialFusionTransformer", "MaskDecoder"]
+
+
 def test_options_that_the_model_cannot_have_are_refused(run, tmp_path, capsys):
     source = scan(tmp_path / "scan.nii.gz")
     onesided = tmp_path / "run"

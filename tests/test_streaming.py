@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +65,21 @@ def test_streaming_equals_the_plain_loop(changes, depth, batch_size):
     hu = np.random.default_rng(0).integers(-1000, 1000, (depth, 48, 48)).astype(np.int16)
     ours = torch.stack(list(stream_logits(model, hu, config, box=(0, 48, 0, 48), batch_size=batch_size)))
     torch.testing.assert_close(ours, plain_loop(model, hu, config), rtol=1e-4, atol=1e-4)
+
+
+def test_masks_in_bf16_are_those_of_the_plain_loop():
+    """Wherever a class leads by more than rounding: random logits, unlike a trained model's, are often nearly tied."""
+    model, config = tiny_model(num_slices=5)
+    hu = np.random.default_rng(0).integers(-1000, 1000, (9, 48, 48)).astype(np.int16)
+    ours = stream_logits(model, hu, config, box=(0, 48, 0, 48), precision=torch.bfloat16)
+    ours = torch.stack(list(ours))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = plain_loop(model, hu, config).float()
+    assert (ours - plain).norm() < 1e-2 * plain.norm()
+    first, second = plain.topk(2, dim=1).values.unbind(1)
+    led = first - second > 2**-6 * plain.abs().amax()
+    assert led.float().mean() > 0.5
+    assert (ours.argmax(1) == plain.argmax(1))[led].float().mean() >= 0.999
 
 
 def test_each_slice_is_encoded_once():
@@ -300,14 +314,12 @@ def test_confidence_comes_with_the_same_labels():
     assert 200 < confidence.min() <= confidence.max() <= 255
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_steps_give_the_same_logits(backend):
-    if backend == "inductor" and shutil.which("g++") is None:
-        pytest.skip("no C++ compiler")
+def test_compiled_steps_give_the_same_logits():
+    """In one graph each; inductor turns these graphs into code, in minutes on a CPU."""
     model, config = tiny_model(num_blocks=1)
     hu = np.random.default_rng(7).integers(-1000, 1000, (5, 48, 48)).astype(np.int16)
     plain = torch.stack(list(stream_logits(model, hu, config, box=(0, 48, 0, 48), batch_size=2)))
-    compile_steps(model, backend=backend)
+    compile_steps(model, backend="aot_eager")
     ours = torch.stack(list(stream_logits(model, hu, config, box=(0, 48, 0, 48), batch_size=2)))
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
 
