@@ -38,7 +38,7 @@ class TrainArgs:
     config_file: Path | None = None
     """Also --config: repeat a run from its config.json; keys given beside it win."""
     sam_checkpoint: str | None = None
-    """Official SAM weights: a .pth file, or vit_b, vit_l, vit_h to download them once to a cache."""
+    """Official SAM weights: a .pth file, or vit_b, vit_l, vit_h, vit_t to download them once to a cache."""
     resume: bool = False
     """Go on from last.safetensors in --output, with the configuration stored there."""
     fold: int = 0

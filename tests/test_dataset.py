@@ -156,6 +156,8 @@ def test_windows_become_sams_normalised_channels():
     torch.testing.assert_close(image[0, 0], expected)
     assert image.shape == (3, 1, 5)
     torch.testing.assert_close(normalise(hu, ((-160, 240),)), image)
+    unit = normalise(hu, ((-160, 240),), unit=True)  # MedSAM's weights were trained on [0, 1]
+    torch.testing.assert_close(unit[2, 0], torch.tensor([0, 0, 0.5, 1, 1]))
     with pytest.raises(ValueError, match="1 or 3"):
         normalise(hu, ((0, 1), (0, 1)))
 

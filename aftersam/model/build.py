@@ -81,7 +81,9 @@ def build_aftersam(config: ModelConfig, num_classes: int, *, sam: SamCheckpoint 
         add_encoder_lora(encoder, config.lora_rank, alpha, dropout)
     if config.decoder == "lora":
         add_decoder_lora(decoder, config.lora_rank, alpha, dropout)
-    return AfterSAM(encoder, fusion, decoder, hu_windows=config.hu_windows, stem=stem)
+    return AfterSAM(
+        encoder, fusion, decoder, hu_windows=config.hu_windows, normalisation=config.normalisation, stem=stem
+    )
 
 
 def merge_lora(model: nn.Module) -> None:
