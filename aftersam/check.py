@@ -115,7 +115,7 @@ def step_seconds(config: Config, num_classes: int, device: str) -> float:
     """The time of one optimiser step on this machine: the faster of two real ones."""
     import torch
 
-    from aftersam.train import precision_for
+    from aftersam.model.build import precision_for
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision_for("auto", device))
     with torch.device(device), torch.autocast(device, dtype=dtype, enabled=dtype is not None):

@@ -82,6 +82,38 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
+def trim_history(path: Path, step: int) -> None:
+    """Drop what a killed run logged after its last checkpoint, at `step`: those steps are done again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in kept))
+
+
+def provenance() -> dict[str, Any]:
+    """What made a run: {"commit": of this source tree, "versions": of the libraries}."""
+    from importlib.metadata import version
+
+    return {"commit": source_commit(), "versions": {n: version(n) for n in ("torch", "monai", "accelerate")}}
+
+
+def source_commit() -> str | None:
+    """The git commit of this source tree, with "+" where it has local changes; None for an installed package."""
+    import subprocess
+
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        found = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=20, check=True
+        )
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
 def _state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
 

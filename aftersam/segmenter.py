@@ -141,8 +141,7 @@ def load(run: Path | str, *, checkpoint: Literal["best", "last"] = "best", devic
     import torch
 
     from aftersam.checkpoint import load_weights, read_json
-    from aftersam.model.build import build_aftersam, merge_lora
-    from aftersam.train import precision_for
+    from aftersam.model.build import build_aftersam, merge_lora, precision_for
 
     run = Path(run)
     if not (run / "config.json").is_file():

@@ -11,14 +11,15 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from aftersam.config import Config, TrainConfig, from_dict, preset, to_dict, validate
+from aftersam.config import Config, from_dict, preset, to_dict, validate
+from aftersam.schedule import Progress, batches, learning_rate, steps_in_epoch
 
 if TYPE_CHECKING:
     from aftersam.data.slice_group import CachedCase
@@ -49,62 +50,6 @@ class TrainArgs:
     """Folder of the preprocessed volumes; RUN/cache unless given."""
 
 
-@dataclass
-class Progress:
-    """Where a run stands; all of it is stored in a checkpoint."""
-
-    step: int = 0
-    seconds: float = 0.0
-    validated: int = 0
-    best: float = -1.0
-
-    def fraction(self, config: TrainConfig, steps_per_epoch: int) -> float:
-        """Share of the run that is done, by whichever limit comes first."""
-        limits = []
-        if config.max_steps is not None:
-            limits.append(self.step / config.max_steps)
-        if config.max_minutes is not None:
-            limits.append(self.seconds / (60 * config.max_minutes))
-        if not limits:
-            limits.append(self.step / (config.epochs * steps_per_epoch))
-        return min(max(limits), 1.0)
-
-
-def learning_rate(config: TrainConfig, progress: float) -> float:
-    """The rate at `progress` in [0, 1] of the run: warm-up, then `schedule`."""
-    rate = config.learning_rate
-    if progress < config.warmup:
-        return rate * (progress + 1e-3) / config.warmup
-    if config.schedule == "step":
-        return rate if progress < 500 / 550 else rate / 10
-    return rate * (1 - progress) ** 0.9
-
-
-def batches(
-    seed: int, cases: int, batch_size: int, *, rank: int, world: int, start: int, accumulate: int = 1
-) -> Iterator[list[tuple[int, int]]]:
-    """Endless (epoch, case) lists for one process from optimiser step `start` on, `accumulate` of them a step.
-
-    An epoch is a seeded permutation of the cases, so that any process at any step knows its groups. A step takes the
-    same groups however they are spread over processes and batches."""
-    import numpy as np
-
-    share = batch_size * world * accumulate
-    steps = steps_in_epoch(cases, share)
-    step = start
-    while True:
-        epoch, index = divmod(step, steps)
-        order = np.random.default_rng((seed, epoch)).permutation(cases)
-        picked = [int(order[(index * share + i) % cases]) for i in range(share)]
-        for first in range(rank * batch_size, share, world * batch_size):
-            yield [(epoch, case) for case in picked[first : first + batch_size]]
-        step += 1
-
-
-def steps_in_epoch(cases: int, share: int) -> int:
-    return math.ceil(cases / share)
-
-
 def train(args: TrainArgs) -> Path:
     """Run or resume the training that `args` describe and return the folder of the run.
 
@@ -124,10 +69,10 @@ class _Run:
         from accelerate.state import AcceleratorState
         from accelerate.utils import set_seed
 
-        from aftersam.checkpoint import load_training, read_json, write_json
+        from aftersam.checkpoint import load_training, provenance, read_json, trim_history, write_json
         from aftersam.data.dataset import find_dataset, mirror_pairs, split
         from aftersam.data.slice_group import SliceGroups, cache_cases
-        from aftersam.model.build import build_aftersam, resolve_encoder
+        from aftersam.model.build import build_aftersam, precision_for, resolve_encoder
         from aftersam.model.sam import read_sam_checkpoint
 
         self.output = args.output
@@ -208,12 +153,15 @@ class _Run:
         share = config.train.batch_size * config.train.accumulate * world
         self.steps_per_epoch = steps_in_epoch(len(self.training), share)
         if self.accelerator.is_main_process:
-            self._trim_history()
+            trim_history(args.output / "history.jsonl", self.progress.step)
             if not args.resume:
                 write_json(args.output / "config.json", to_dict(config))
-                write_json(
-                    args.output / "run.json", self._facts(args, dataset.name, sam.sha256 if sam else None)
-                )
+                spacing = None if config.data.spacing_mm == "native" else list(self.training[0].spacing_mm)
+                facts = {
+                    "labels": {str(value): name for value, name in labels.items()}, "spacing_mm": spacing,
+                    "dataset": dataset.name, "fold": args.fold, "sam_sha256": sam.sha256 if sam else None,
+                }  # fmt: skip
+                write_json(args.output / "run.json", facts | provenance())
         self.accelerator.init_trackers("aftersam" if config.train.tracker != "tensorboard" else "tensorboard")
         count = sum(p.numel() for p in trainable)
         total = sum(p.numel() for p in model.parameters())
@@ -339,42 +287,24 @@ class _Run:
         )
 
     def _validate(self) -> dict[str, Any]:
-        """Predict the validation scans at the model's spacing, keep the best weights, draw the first scan."""
-        import numpy as np
+        """Score the validation scans and keep the best weights."""
+        from aftersam.figures import loss_figure
+        from aftersam.validation import mean, validate_scans
 
-        from aftersam.figures import loss_figure, overlay_png
-        from aftersam.metrics import dice
-        from aftersam.streaming import predict_labels
-
-        model = self.accelerator.unwrap_model(self.model)
-        scores: dict[str, list[float]] = {name: [] for name in self.labels.values()}
-        for i, case in enumerate(self.validation):
-            hu, truth = case.hu, case.labels
-            mask = predict_labels(
-                model, hu, self.config.model, box=case.box, output_shape=hu.shape, precision=self.dtype,
-                prompt_labels=truth,
-            )  # fmt: skip
-            for value, name in self.labels.items():
-                scores[name].append(dice(mask == value, truth == value))
-            if i == 0:
-                overlay_png(
-                    self.output / "overlay.png", hu, mask, case.spacing_mm, self.labels,
-                    reference=np.asarray(truth), title=f"{case.id}, step {self.progress.step}",
-                )  # fmt: skip
-        per_organ = {name: _mean(values) for name, values in scores.items()}
-        mean = _mean([value for value in per_organ.values() if value is not None])
-        if mean is not None and mean > self.progress.best:
-            self.progress.best = mean
+        step = self.progress.step
+        per_organ = validate_scans(
+            self.accelerator.unwrap_model(self.model), self.validation, self.labels, self.config.model,
+            precision=self.dtype, overlay=self.output / "overlay.png", title=f"step {step}",
+        )  # fmt: skip
+        score = mean([value for value in per_organ.values() if value is not None])
+        if score is not None and score > self.progress.best:
+            self.progress.best = score
             self._save_best()
-        self.accelerator.log({"val_mean_dsc": mean or 0.0}, step=self.progress.step)
-        self._say(f"step {self.progress.step}: validation DSC {mean if mean is None else round(mean, 4)}")
+        self.accelerator.log({"val_mean_dsc": score or 0.0}, step=step)
+        self._say(f"step {step}: validation DSC {score if score is None else round(score, 4)}")
         loss_figure(self.output / "history.jsonl", self.output / "loss.png")
-        return {
-            "step": self.progress.step,
-            "minutes": round(self.progress.seconds / 60, 4),
-            "val_dsc": per_organ,
-            "val_mean_dsc": mean,
-        }
+        minutes = round(self.progress.seconds / 60, 4)
+        return {"step": step, "minutes": minutes, "val_dsc": per_organ, "val_mean_dsc": score}
 
     def _checkpoint(self) -> None:
         from aftersam.checkpoint import save_training
@@ -390,70 +320,8 @@ class _Run:
         facts = {"step": self.progress.step, "val_mean_dsc": self.progress.best}
         save_weights(self.output / "best.safetensors", self.accelerator.unwrap_model(self.model), facts)
 
-    def _trim_history(self) -> None:
-        """Drop what a killed run logged after its last checkpoint: those steps are done again."""
-        path = self.output / "history.jsonl"
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= self.progress.step]
-            path.write_text("".join(line + "\n" for line in kept))
-
-    def _facts(self, args: TrainArgs, dataset: str, sam_sha256: str | None) -> dict[str, Any]:
-        import accelerate
-        import monai
-        import torch
-
-        first = self.training[0]
-        return {
-            "labels": {str(value): name for value, name in self.labels.items()},
-            "spacing_mm": None if self.config.data.spacing_mm == "native" else list(first.spacing_mm),
-            "dataset": dataset,
-            "fold": args.fold,
-            "sam_sha256": sam_sha256,
-            "commit": source_commit(),
-            "versions": {
-                "torch": torch.__version__,
-                "monai": monai.__version__,
-                "accelerate": accelerate.__version__,
-            },
-        }
-
     def _say(self, text: str) -> None:
         self.accelerator.print(text)
-
-
-def source_commit() -> str | None:
-    """The git commit of this source tree, with "+" where it has local changes; None for an installed package."""
-    import subprocess
-
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        found = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=20, check=True
-        )
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=20, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip() + ("+" if changed.stdout.strip() else "")
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    """Mean of the values that are numbers, None without any: JSON has no NaN."""
-    numbers = [value for value in values if not math.isnan(value)]
-    return sum(numbers) / len(numbers) if numbers else None
-
-
-def precision_for(wanted: str, device: str) -> str:
-    """fp32, bf16 or fp16: what `precision` means on this machine."""
-    import torch
-
-    if wanted != "auto":
-        return wanted
-    if device != "cpu" and torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
 def parse(argv: Sequence[str] | None) -> TrainArgs:

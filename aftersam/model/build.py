@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import nn
 
 from aftersam.config import ENCODERS, Config, ModelConfig
@@ -32,6 +33,15 @@ def resolve_encoder(config: Config, *, pretrained: bool) -> Config:
             "give --sam-checkpoint, or use --encoder full"
         )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, encoder=encoder))
+
+
+def precision_for(wanted: str, device: str) -> str:
+    """fp32, bf16 or fp16: what `precision` means on this machine."""
+    if wanted != "auto":
+        return wanted
+    if device != "cpu" and torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
 def build_aftersam(config: ModelConfig, num_classes: int, *, sam: SamCheckpoint | None = None) -> AfterSAM:
