@@ -149,6 +149,8 @@ class TrainConfig:
     """auto: bf16 where the device computes it natively, else fp32."""
     activation_checkpointing: bool = False
     """Recompute encoder and fusion blocks in the backward: less memory, about a third more time."""
+    shard: bool = False
+    """Spread weights, gradients and moments over the processes (FSDP): for vit_h where a GPU cannot hold them."""
     validations: int = 10
     """Validations spread evenly over the run; each predicts the whole validation scans."""
     checkpoint_steps: int = 200

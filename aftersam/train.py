@@ -69,10 +69,17 @@ class _Run:
         from accelerate.state import AcceleratorState
         from accelerate.utils import set_seed
 
-        from aftersam.checkpoint import load_training, provenance, read_json, trim_history, write_json
+        from aftersam.checkpoint import (
+            load_moments,
+            load_training,
+            provenance,
+            read_json,
+            trim_history,
+            write_json,
+        )
         from aftersam.data.dataset import find_dataset, mirror_pairs, split
         from aftersam.data.slice_group import SliceGroups, cache_cases
-        from aftersam.model.build import build_aftersam, precision_for, resolve_encoder
+        from aftersam.model.build import build_aftersam, precision_for, resolve_encoder, shard
         from aftersam.model.sam import read_sam_checkpoint
 
         self.output = args.output
@@ -136,6 +143,13 @@ class _Run:
 
         model: AfterSAM = build_aftersam(config.model, num_classes=len(labels) + 1, sam=sam)
         model.set_activation_checkpointing(config.train.activation_checkpointing)
+        total = sum(p.numel() for p in model.parameters())
+        self.progress = Progress()
+        if args.resume:
+            facts = load_training(args.output / "last.safetensors", model)
+            self.progress = Progress(**facts["progress"])
+        if config.train.shard:
+            shard(model, self.device)
         trainable = [p for p in model.parameters() if p.requires_grad]
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.train.optimizer]
         optimizer = kind(
@@ -144,11 +158,11 @@ class _Run:
             betas=(0.9, 0.999),
             weight_decay=config.train.weight_decay,
         )
-        self.progress = Progress()
+        # a sharded model exchanges its own gradients, so that accelerate must not
+        self.model = model if config.train.shard else self.accelerator.prepare(model)
+        self.optimizer = self.accelerator.prepare(optimizer)
         if args.resume:
-            facts = load_training(args.output / "last.safetensors", model, optimizer)
-            self.progress = Progress(**facts["progress"])
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+            load_moments(args.output / "last.safetensors", self.optimizer.optimizer)
         world = self.accelerator.num_processes
         share = config.train.batch_size * config.train.accumulate * world
         self.steps_per_epoch = steps_in_epoch(len(self.training), share)
@@ -164,7 +178,6 @@ class _Run:
                 write_json(args.output / "run.json", facts | provenance())
         self.accelerator.init_trackers("aftersam" if config.train.tracker != "tensorboard" else "tensorboard")
         count = sum(p.numel() for p in trainable)
-        total = sum(p.numel() for p in model.parameters())
         self._say(
             f"{len(self.training)} training and {len(self.validation)} validation scans, {len(labels)} organs; "
             f"{config.model.image_encoder}, {total / 1e6:.1f} M parameters of which {count / 1e6:.1f} M train; "
@@ -226,16 +239,19 @@ class _Run:
                     )
                 if self.validation and done * config.validations >= progress.validated + 1:
                     progress.validated = int(done * config.validations)
+                    model = self._whole_model()
                     if self.accelerator.is_main_process:
-                        history.write(json.dumps(self._validate()) + "\n")
+                        history.write(json.dumps(self._validate(model)) + "\n")
                     self.accelerator.wait_for_everyone()
                     progress.seconds = time.monotonic() - began
                 if progress.step % config.checkpoint_steps == 0:
                     self._checkpoint()
             bar.update(task, completed=1.0)
         self._checkpoint()
-        if self.accelerator.is_main_process and not self.validation:
-            self._save_best()
+        if not self.validation:
+            model = self._whole_model()
+            if self.accelerator.is_main_process:
+                self._save_best(model)
         self.accelerator.end_training()
 
     def _step(self, parts: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -278,7 +294,8 @@ class _Run:
         hu, labels = batch["hu"].to(self.device), batch["labels"].to(self.device)
         centre = (self.config.model.num_slices // 2,)
         query_index = centre if config.supervision == "centre" else None
-        logits = self.model(hu, query_index=query_index, labels=labels)
+        with self.accelerator.autocast():
+            logits = self.model(hu, query_index=query_index, labels=labels)
         return segmentation_loss(
             logits,
             labels if query_index is None else labels[:, list(centre)],
@@ -286,20 +303,20 @@ class _Run:
             ce_foreground_weight=config.ce_foreground_weight,
         )
 
-    def _validate(self) -> dict[str, Any]:
+    def _validate(self, model: AfterSAM) -> dict[str, Any]:
         """Score the validation scans and keep the best weights."""
         from aftersam.figures import loss_figure
         from aftersam.validation import mean, validate_scans
 
         step = self.progress.step
         per_organ = validate_scans(
-            self.accelerator.unwrap_model(self.model), self.validation, self.labels, self.config.model,
+            model, self.validation, self.labels, self.config.model,
             precision=self.dtype, overlay=self.output / "overlay.png", title=f"step {step}",
         )  # fmt: skip
         score = mean([value for value in per_organ.values() if value is not None])
         if score is not None and score > self.progress.best:
             self.progress.best = score
-            self._save_best()
+            self._save_best(model)
         self.accelerator.log({"val_mean_dsc": score or 0.0}, step=step)
         self._say(f"step {step}: validation DSC {score if score is None else round(score, 4)}")
         loss_figure(self.output / "history.jsonl", self.output / "loss.png")
@@ -309,16 +326,35 @@ class _Run:
     def _checkpoint(self) -> None:
         from aftersam.checkpoint import save_training
 
-        if self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        if main or self.config.train.shard:
             model = self.accelerator.unwrap_model(self.model)
             facts = {"step": self.progress.step, "progress": dataclasses.asdict(self.progress)}
-            save_training(self.output / "last.safetensors", model, self.optimizer.optimizer, facts)
+            save_training(
+                self.output / "last.safetensors", model, self.optimizer.optimizer, facts, write=main
+            )
 
-    def _save_best(self) -> None:
+    def _whole_model(self) -> AfterSAM:
+        """The model with all its weights; where they are sharded a copy, for which every process must ask."""
+        import torch
+
+        from aftersam.checkpoint import whole_state
+        from aftersam.model.build import build_aftersam
+
+        model: AfterSAM = self.accelerator.unwrap_model(self.model)
+        if not self.config.train.shard:
+            return model
+        state = whole_state(model)
+        with torch.device("meta"):
+            copy = build_aftersam(self.config.model, num_classes=len(self.labels) + 1)
+        copy.load_state_dict(state, assign=True)
+        return copy.to(self.device)
+
+    def _save_best(self, model: AfterSAM) -> None:
         from aftersam.checkpoint import save_weights
 
         facts = {"step": self.progress.step, "val_mean_dsc": self.progress.best}
-        save_weights(self.output / "best.safetensors", self.accelerator.unwrap_model(self.model), facts)
+        save_weights(self.output / "best.safetensors", model, facts)
 
     def _say(self, text: str) -> None:
         self.accelerator.print(text)

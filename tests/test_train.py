@@ -122,13 +122,14 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(phantoms, tmp_path):
 
 @pytest.mark.slow
 def test_processes_and_accumulation_equal_one_large_batch(phantoms, tmp_path):
-    """Two groups a step as one batch of two, as two batches of one, and on two processes: the same losses."""
+    """Two groups a step as one batch of two, two batches of one, and on two processes, whole and sharded: one loss."""
     steps = ["--max-steps", "4", "--validations", "1"]
     losses = {}
     for name, size, processes in (
         ("batch", ["--batch-size", "2"], 1),
         ("accumulate", ["--batch-size", "1", "--accumulate", "2"], 1),
         ("processes", ["--batch-size", "1"], 2),
+        ("sharded", ["--batch-size", "1", "--shard"], 2),
     ):
         process = run_command(phantoms, tmp_path / name, *steps, *size, processes=processes)
         error = process.communicate(timeout=300)[1].decode()
@@ -138,6 +139,9 @@ def test_processes_and_accumulation_equal_one_large_batch(phantoms, tmp_path):
         assert len(losses[name]) == 4
     assert losses["accumulate"] == pytest.approx(losses["batch"], rel=1e-5)
     assert losses["processes"] == pytest.approx(losses["batch"], rel=1e-5)
+    assert losses["sharded"] == pytest.approx(losses["batch"], rel=1e-5)
+    ours, theirs = (load_file(tmp_path / name / "best.safetensors") for name in ("sharded", "processes"))
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(phantoms, tmp_path, monkeypatch, capsys):
@@ -166,6 +170,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(phantoms, tmp_
         (["--sam-checkpoint", "missing.pth"], "missing.pth"),
         (["--fold", "9"], "fold"),
         (["--resume"], "config.json"),
+        (["--shard"], "torchrun"),
         (["--config", "missing.json"], "missing.json"),
     ],
     ids=str,

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import torch
 from torch import nn
 
 from aftersam.config import ENCODERS, Config, ModelConfig
 from aftersam.model.aftersam import AfterSAM
-from aftersam.model.axial_fusion import AxialFusionTransformer
+from aftersam.model.axial_fusion import AxialFusionBlock, AxialFusionTransformer
 from aftersam.model.image_encoder import (
     ConvStem,
+    EncoderBlock,
     add_encoder_lora,
     build_image_encoder,
     load_image_encoder_state,
 )
 from aftersam.model.mask_decoder import MaskDecoder, add_decoder_lora, load_mask_decoder_state
 from aftersam.model.sam import SamCheckpoint
+from aftersam.model.tiny_vit import TinyViTBlock
 
 
 def resolve_encoder(config: Config, *, pretrained: bool) -> Config:
@@ -94,6 +97,26 @@ def build_aftersam(config: ModelConfig, num_classes: int, *, sam: SamCheckpoint 
     return AfterSAM(
         encoder, fusion, decoder, hu_windows=config.hu_windows, normalisation=config.normalisation, stem=stem
     )
+
+
+def shard(model: AfterSAM, device: torch.device) -> None:
+    """Spread weights, gradients and moments over the processes, block by block (FSDP2), in place.
+
+    Blocks are the units since what is inside them is read by their own forward alone."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard  # slow to import
+
+    if not torch.distributed.is_initialized():
+        raise ValueError("shard is for several processes; start them with torchrun")
+    # the losses do nothing in place to the logits, which are a view
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    model.to(device)
+    for block in [
+        m for m in model.modules() if isinstance(m, (EncoderBlock, TinyViTBlock, AxialFusionBlock))
+    ]:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def merge_lora(model: nn.Module) -> None:
