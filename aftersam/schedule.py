@@ -5,8 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from aftersam.config import TrainConfig
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+    from aftersam.data.slice_group import SliceGroups
 
 
 @dataclass
@@ -59,6 +65,30 @@ def batches(
         for first in range(rank * batch_size, share, world * batch_size):
             yield [(epoch, case) for case in picked[first : first + batch_size]]
         step += 1
+
+
+def group_loader(
+    groups: SliceGroups, config: TrainConfig, *, rank: int, world: int, start: int
+) -> DataLoader[Any]:
+    """Endless batches of `groups` for process `rank` of `world`, from optimiser step `start` on."""
+    import torch
+
+    order = batches(
+        config.seed,
+        len(groups),
+        config.batch_size,
+        rank=rank,
+        world=world,
+        start=start,
+        accumulate=config.accumulate,
+    )
+    return torch.utils.data.DataLoader(
+        groups,
+        batch_sampler=order,  # type: ignore[arg-type]  # an iterator serves: it is begun once
+        num_workers=config.num_workers,
+        persistent_workers=config.num_workers > 0,
+        generator=torch.Generator(),  # its draws would shift the model's after a resume
+    )
 
 
 def steps_in_epoch(cases: int, share: int) -> int:

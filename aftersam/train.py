@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from aftersam.config import Config, from_dict, preset, to_dict, validate
-from aftersam.schedule import Progress, batches, learning_rate, steps_in_epoch
+from aftersam.schedule import Progress, group_loader, learning_rate, steps_in_epoch
 
 if TYPE_CHECKING:
     from aftersam.data.slice_group import CachedCase
@@ -186,25 +186,16 @@ class _Run:
 
     def loop(self) -> None:
         """Optimiser steps until the run's limit, with validations and checkpoints on the way."""
-        import torch
         from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
         config, progress = self.config.train, self.progress
-        loader = torch.utils.data.DataLoader(
+        loader = group_loader(
             self.groups,
-            batch_sampler=batches(
-                config.seed,
-                len(self.training),
-                config.batch_size,
-                rank=self.accelerator.process_index,
-                world=self.accelerator.num_processes,
-                start=progress.step,
-                accumulate=config.accumulate,
-            ),
-            num_workers=config.num_workers,
-            persistent_workers=config.num_workers > 0,
-            generator=torch.Generator(),  # its draws would shift the model's after a resume
+            config,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            start=progress.step,
         )
         source = iter(loader)
         began = time.monotonic() - progress.seconds
@@ -336,19 +327,12 @@ class _Run:
 
     def _whole_model(self) -> AfterSAM:
         """The model with all its weights; where they are sharded a copy, for which every process must ask."""
-        import torch
-
-        from aftersam.checkpoint import whole_state
-        from aftersam.model.build import build_aftersam
+        from aftersam.model.build import whole_copy
 
         model: AfterSAM = self.accelerator.unwrap_model(self.model)
-        if not self.config.train.shard:
-            return model
-        state = whole_state(model)
-        with torch.device("meta"):
-            copy = build_aftersam(self.config.model, num_classes=len(self.labels) + 1)
-        copy.load_state_dict(state, assign=True)
-        return copy.to(self.device)
+        if self.config.train.shard:
+            model = whole_copy(model, self.config.model, len(self.labels) + 1).to(self.device)
+        return model
 
     def _save_best(self, model: AfterSAM) -> None:
         from aftersam.checkpoint import save_weights

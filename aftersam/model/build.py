@@ -8,6 +8,7 @@ import warnings
 import torch
 from torch import nn
 
+from aftersam.checkpoint import whole_state
 from aftersam.config import ENCODERS, Config, ModelConfig
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.axial_fusion import AxialFusionBlock, AxialFusionTransformer
@@ -117,6 +118,15 @@ def shard(model: AfterSAM, device: torch.device) -> None:
     ]:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def whole_copy(model: AfterSAM, config: ModelConfig, num_classes: int) -> AfterSAM:
+    """A copy of a sharded model with all its weights, on the CPU; every process must ask."""
+    state = whole_state(model)
+    with torch.device("meta"):
+        copy = build_aftersam(config, num_classes)
+    copy.load_state_dict(state, assign=True)
+    return copy
 
 
 def merge_lora(model: nn.Module) -> None:
