@@ -67,6 +67,7 @@ class _Run:
         import torch
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
+        from accelerate.tracking import filter_trackers
         from accelerate.utils import set_seed
 
         from aftersam.checkpoint import (
@@ -103,6 +104,10 @@ class _Run:
         self.config = config = validate(config)
 
         precision = precision_for(config.train.precision, args.device)
+        if not filter_trackers(config.train.tracker, args.output):
+            raise ValueError(
+                f"tracker is {config.train.tracker!r}, whose package is not installed; install it, or use tensorboard"
+            )
         AcceleratorState._reset_state()  # a run before this one in the same process may have had another precision
         self.accelerator = Accelerator(
             mixed_precision={"fp32": "no"}.get(precision, precision),
@@ -111,6 +116,8 @@ class _Run:
             project_dir=str(args.output),
         )
         self.device = self.accelerator.device
+        if precision == "fp16" and self.device.type == "cpu":  # where nothing scales the gradients
+            raise ValueError("precision fp16 needs a GPU to train on; use bf16 or fp32")
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
         set_seed(config.train.seed)
 

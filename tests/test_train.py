@@ -1,5 +1,6 @@
 """Training: exact resume after a real kill, refusals."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -77,6 +78,11 @@ def test_a_run_leaves_what_its_docstring_says(phantoms, tmp_path):
     assert main(arguments(phantoms, run, "--max-steps", "4")) == 2  # never overwritten
 
 
+def logged(run):
+    lines = (run / "history.jsonl").read_text().splitlines()
+    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+
+
 def run_command(phantoms, run, *more, processes=1):
     launcher = (
         ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
@@ -112,12 +118,8 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(phantoms, tmp_path):
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
 
-    def losses(name):
-        lines = (tmp_path / name / "history.jsonl").read_text().splitlines()
-        return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
-
-    assert losses("killed") == losses("whole")
-    assert len(losses("killed")) == 12
+    assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
+    assert len(logged(tmp_path / "killed")) == 12
 
 
 @pytest.mark.slow
@@ -134,8 +136,7 @@ def test_processes_and_accumulation_equal_one_large_batch(phantoms, tmp_path):
         process = run_command(phantoms, tmp_path / name, *steps, *size, processes=processes)
         error = process.communicate(timeout=300)[1].decode()
         assert process.returncode == 0, error
-        lines = (tmp_path / name / "history.jsonl").read_text().splitlines()
-        losses[name] = [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+        losses[name] = logged(tmp_path / name)
         assert len(losses[name]) == 4
     assert losses["accumulate"] == pytest.approx(losses["batch"], rel=1e-5)
     assert losses["processes"] == pytest.approx(losses["batch"], rel=1e-5)
@@ -162,9 +163,89 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(phantoms, tmp_
     assert all(value.isfinite().all() for value in weights.values() if value.is_floating_point())
 
 
+def test_running_out_of_memory_names_the_knobs(phantoms, tmp_path, monkeypatch, capsys):
+    def full(self, batch):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation."
+        )
+
+    monkeypatch.setattr(training._Run, "_loss", full)
+    assert main(arguments(phantoms, tmp_path / "run", "--max-steps", "1")) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    for knob in ("--activation-checkpointing", "--batch-size", "--image-size", "--num-slices", "2.00 GiB"):
+        assert knob in message
+
+
+def test_a_stored_configuration_repeats_the_run_to_the_bit(phantoms, tmp_path):
+    first, again = tmp_path / "first", tmp_path / "again"
+    assert main(arguments(phantoms, first, "--max-steps", "2", "--seed", "5", "--num-slices", "5")) == 0
+    asked = ["--data", str(phantoms), "--output", str(again), "--device", "cpu"]
+    assert main([*asked, "--config", str(first / "config.json")]) == 0
+    assert read_json(again / "config.json") == read_json(first / "config.json")
+    assert logged(again) == logged(first)
+    ours, theirs = (load_file(run / "last.safetensors") for run in (again, first))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_scaled_gradients_are_clipped_at_their_true_size(phantoms, tmp_path, monkeypatch):
+    """fp16's gradient scaler, here about steps in fp32 since accelerate has none for a CPU, changes no clipped step."""
+    from accelerate import Accelerator
+
+    steps = ["--max-steps", "3", "--clip-norm", "0.01", "--validations", "1"]
+    assert main(arguments(phantoms, tmp_path / "plain", *steps)) == 0
+    begin, step, scaler = (
+        Accelerator.__init__,
+        training._Run._step,
+        torch.amp.GradScaler("cpu", init_scale=2.0**12),
+    )
+
+    def scaled_begin(self, **options):
+        begin(self, **options)
+        self.scaler = scaler
+
+    def scaled_step(self, parts):
+        self.accelerator.native_amp, self.accelerator.state._mixed_precision = True, "fp16"
+        return step(self, parts)
+
+    monkeypatch.setattr(Accelerator, "__init__", scaled_begin)
+    monkeypatch.setattr(Accelerator, "autocast", lambda self: contextlib.nullcontext())
+    monkeypatch.setattr(training._Run, "_step", scaled_step)
+    assert main(arguments(phantoms, tmp_path / "scaled", *steps)) == 0
+    assert scaler.get_scale() == 2.0**12
+    assert scaler._get_growth_tracker() == 3  # it was asked at every step
+    assert logged(tmp_path / "scaled") == pytest.approx(logged(tmp_path / "plain"), rel=1e-6)
+
+
+def test_any_tracker_that_accelerate_knows_gets_the_curves(phantoms, tmp_path, monkeypatch):
+    from accelerate import tracking
+
+    seen = {}
+
+    class Recorder(tracking.GeneralTracker):
+        name, requires_logging_directory, tracker = "recorder", False, None
+
+        def __init__(self, run_name, **_):
+            super().__init__()
+
+        def store_init_configuration(self, values):
+            pass
+
+        def log(self, values, step, **_):
+            seen.setdefault(step, {}).update(values)
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "recorder", Recorder)
+    more = ["--max-steps", "10", "--validations", "1", "--tracker", "recorder"]
+    assert main(arguments(phantoms, tmp_path / "run", *more)) == 0
+    assert seen[10].keys() == {"loss", "dice", "ce", "lr", "val_mean_dsc"}
+    assert seen[10]["loss"] == logged(tmp_path / "run")[-1]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--tracker", "nonsense"], "nonsense"),
+        (["--tracker", "swanlab"], "tracker is 'swanlab', whose package is not installed"),
+        (["--precision", "fp16"], "fp16 needs a GPU"),
         (["--encoder", "frozen"], "random weights"),
         (["--output-stride", "3"], "output_stride"),
         (["--sam-checkpoint", "missing.pth"], "missing.pth"),
