@@ -21,6 +21,7 @@ from benchmarks import (
     bench_predict,
     bench_rel_pos,
     bench_slice_attention,
+    bench_train_step,
     bench_transformer,
     harness,
 )
@@ -37,6 +38,7 @@ SUBJECTS: dict[str, Cases] = {
     "encoder": bench_image_encoder.cases,
     "predict": bench_predict.cases,
     "transformer": bench_transformer.cases,
+    "train_step": bench_train_step.cases,
     "fusion": bench_fusion.cases,  # last: it has what the others leave
 }
 TOTAL_S = {"quick": 480.0, "full": 3600.0}
