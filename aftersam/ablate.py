@@ -2,7 +2,8 @@
 
 Every row of a table is trained on the same split with the same seeds, predicts the validation scans once with its
 final weights, and is scored by aftersam.evaluate. Finished rows are not trained again. Prints and leaves the paper's
-layout: organs down, variants across, mean ± deviation over seeds, and a paired test against the last column."""
+layout: organs down, variants across, mean ± deviation over seeds, and a paired test against the last column,
+and a PNG of each."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ import math
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +58,8 @@ class AblateArgs:
     """Steps of each training; the preset's unless given."""
     max_minutes: float | None = None
     """Minutes of each training, in place of steps."""
+    jobs: int = 1
+    """Rows trained at once, each in a process of its own with its share of the cores."""
     fold: int = 0
     """Fold whose validation scans are scored."""
     device: str = "auto"
@@ -62,25 +67,29 @@ class AblateArgs:
 
 
 def ablate(args: AblateArgs) -> dict[str, Any]:
-    """Train, predict and score what is missing of the tables, and write tables.md and tables.json to the output.
+    """Train, predict and score what is missing of the tables; write tables.md, tables.json and a PNG of each.
 
-    Returns {table: {"columns": {name: {organ: {"mean", "std"}}}, "against": ..., "tests": {name: {organ: p}}}}.
+    Returns {table: {"columns": {name: {organ: {"mean", "std"}}}, "against": ..., "tests": {name: {organ: p}}, ...}}.
     Raises ValueError on bad input."""
     from rich.console import Console
 
+    from aftersam.figures import ablation_figure
+
     args.output.mkdir(parents=True, exist_ok=True)
+    variants = {_name(change): change for table in args.table for change in TABLES[table].values()}
+    rows = [(name, change, seed) for name, change in variants.items() for seed in args.seeds]
+    scores = dict(zip([(name, seed) for name, _, seed in rows], _rows(args, rows), strict=True))
     result: dict[str, Any] = {}
-    scores: dict[str, list[dict[str, dict[str, float]]]] = {}  # variant -> seeds -> case -> organ -> DSC
     for table in args.table:
-        for change in TABLES[table].values():
-            name = "-".join(f"{k}-{v}" for k, v in change.items()) or "base"
-            if name not in scores:
-                scores[name] = [_row(args, name, change, seed) for seed in args.seeds]
         columns = {
-            column: scores["-".join(f"{k}-{v}" for k, v in change.items()) or "base"]
+            column: [scores[_name(change), seed] for seed in args.seeds]
             for column, change in TABLES[table].items()
         }
-        result[table] = summarise(columns)
+        prompted = {
+            column: change["prompts"] for column, change in TABLES[table].items() if "prompts" in change
+        }
+        result[table] = {**summarise(columns), "prompted": prompted}
+        ablation_figure(result[table], args.output / f"table-{table}.png", title=TITLES[table])
     text = "\n\n".join(markdown(table, found) for table, found in result.items())
     (args.output / "tables.md").write_text(text + "\n", encoding="utf-8")
     (args.output / "tables.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -88,7 +97,28 @@ def ablate(args: AblateArgs) -> dict[str, Any]:
     return result
 
 
-def _row(args: AblateArgs, name: str, change: Mapping[str, str], seed: int) -> dict[str, dict[str, float]]:
+Row = dict[str, dict[str, float]]  # case -> organ -> DSC
+
+
+def _name(change: Mapping[str, str]) -> str:
+    return "-".join(f"{k}-{v}" for k, v in change.items()) or "base"
+
+
+def _rows(args: AblateArgs, rows: Sequence[tuple[str, Mapping[str, str], int]]) -> list[Row]:
+    """`_row` of each (name, change, seed), `jobs` at once."""
+    if args.jobs == 1:
+        return [_row(args, *row) for row in rows]
+    with ProcessPoolExecutor(args.jobs, get_context("spawn"), _share_cores, (args.jobs,)) as pool:
+        return [future.result() for future in [pool.submit(_row, args, *row) for row in rows]]
+
+
+def _share_cores(jobs: int) -> None:
+    import torch
+
+    torch.set_num_threads(max(torch.get_num_threads() // jobs, 1))
+
+
+def _row(args: AblateArgs, name: str, change: Mapping[str, str], seed: int) -> Row:
     """DSC of every case and organ for one variant and seed, trained unless its scores are there."""
     from aftersam.checkpoint import read_json
     from aftersam.data.dataset import find_dataset, split
@@ -136,9 +166,9 @@ def _row(args: AblateArgs, name: str, change: Mapping[str, str], seed: int) -> d
 
 
 def _config(args: AblateArgs, change: Mapping[str, str], seed: int) -> Config:
-    """The preset with one variant's keys and the budget; one validation, since nothing is chosen by it."""
+    """The preset with one variant's keys and the budget; no validation, since nothing is chosen by it."""
     base = preset(args.preset)
-    train = dataclasses.replace(base.train, seed=seed, validations=1)
+    train = dataclasses.replace(base.train, seed=seed, validations=0)
     if args.max_steps is not None or args.max_minutes is not None:
         train = dataclasses.replace(train, max_steps=args.max_steps, max_minutes=args.max_minutes)
     return dataclasses.replace(base, model=dataclasses.replace(base.model, **change), train=train)  # type: ignore[arg-type]
@@ -192,12 +222,12 @@ def summarise(columns: Mapping[str, Sequence[Mapping[str, Mapping[str, float]]]]
 
 def markdown(name: str, table: Mapping[str, Any]) -> str:
     """The paper's layout in percent, p-values in brackets."""
-    columns = table["columns"]
+    columns, prompted = table["columns"], table.get("prompted", {})
     lines = [
         f"**{TITLES[name]}**: DSC in %, {table['cases']} cases, mean ± deviation over {table['seeds']} seeds; "
         f"in brackets p of a paired Wilcoxon test against {table['against']}",
         "",
-        "|  | " + " | ".join(columns) + " |",
+        "|  | " + " | ".join(f"{column} †" if column in prompted else column for column in columns) + " |",
         "| --- |" + " ---: |" * len(columns),
     ]
     for organ in next(iter(columns.values())):
@@ -207,6 +237,15 @@ def markdown(name: str, table: Mapping[str, Any]) -> str:
             tested = "" if p is None else f" ({p:.2g})"
             cells.append(f"{100 * scores[organ]['mean']:.2f} ± {100 * scores[organ]['std']:.2f}{tested}")
         lines.append(f"| {organ} | " + " | ".join(cells) + " |")
+    if prompted:
+        lines += ["", "† prompted from the labels that it is scored against"]
+    best = table["against"]
+    for column, tests in table["tests"].items():
+        gains = (
+            f"{organ} {100 * (columns[best][organ]['mean'] - columns[column][organ]['mean']):+.2f} (p {p:.2g})"
+            for organ, p in tests.items()
+        )
+        lines += ["", f"{best} against {column}: {', '.join(gains)}"]
     return "\n".join(lines)
 
 

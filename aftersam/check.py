@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from aftersam.config import ENCODERS, Config, preset
 if TYPE_CHECKING:
     import torch
 
+    from aftersam.data.dataset import Dataset
+
 
 @dataclass(frozen=True)
 class CheckArgs:
@@ -26,6 +29,8 @@ class CheckArgs:
     """Data set: nnU-Net raw, MSD, SegTHOR, or images/ beside labels/."""
     preset: Annotated[Literal["paper", "best", "small", "tiny"], tyro.conf.arg(aliases=["-p"])] = "small"
     """Preset whose needs are estimated."""
+    num_workers: int | None = None
+    """Worker processes to measure loading with; the preset's unless given."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ def step_seconds(config: Config, num_classes: int, device: str) -> float:
     """The time of one optimiser step on this machine: the faster of two real ones."""
     import torch
 
-    from aftersam.train import precision_for
+    from aftersam.model.build import precision_for
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision_for("auto", device))
     with torch.device(device), torch.autocast(device, dtype=dtype, enabled=dtype is not None):
@@ -145,7 +150,30 @@ def _one_step(config: Config, num_classes: int, times: list[float] | None = None
     return network
 
 
-def check(data: Path, *, preset_name: str = "small") -> int:
+def slices_per_second(dataset: Dataset, ids: Sequence[str], config: Config, *, seconds: float = 1.0) -> float:
+    """Slices that training's own loader gives a second with nothing to wait for; scans are read from a cache."""
+    from itertools import islice
+
+    from aftersam.data.dataset import mirror_pairs
+    from aftersam.data.slice_group import SliceGroups, cache_cases
+    from aftersam.schedule import group_loader
+
+    with tempfile.TemporaryDirectory() as folder:
+        cached = cache_cases(dataset, ids, config.data, Path(folder), training=ids)
+        pairs = mirror_pairs(dataset.labels) if "mirror" in config.data.augmentation else {}
+        groups = SliceGroups(
+            list(cached.values()), model=config.model, data=config.data, seed=0, label_swap=pairs
+        )
+        loader = iter(group_loader(groups, config.train, rank=0, world=1, start=0))
+        for _ in islice(loader, 1 + 2 * config.train.num_workers):  # what workers have made ready by now
+            pass
+        began, count = time.perf_counter(), 0
+        while (spent := time.perf_counter() - began) < seconds or not count:
+            count += next(loader)["hu"].shape[:2].numel()
+    return count / spent
+
+
+def check(data: Path, *, preset_name: str = "small", num_workers: int | None = None) -> int:
     """Print the table for the data set in `data`. Returns 0, or 1 where a case is bad.
 
     Raises ValueError where there is no data set."""
@@ -185,11 +213,14 @@ def check(data: Path, *, preset_name: str = "small") -> int:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    need = needs(reports, preset(preset_name), len(dataset.labels) + 1)
+    config = preset(preset_name)
+    if num_workers is not None:
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, num_workers=num_workers))
+    need = needs(reports, config, len(dataset.labels) + 1)
     fits = need["step_tflop"] < (
         1 if device == "cpu" else 100
     )  # else a step takes long enough to be no estimate
-    seconds = step_seconds(preset(preset_name), len(dataset.labels) + 1, device) if fits else None
+    seconds = step_seconds(config, len(dataset.labels) + 1, device) if fits else None
     time_needed = f"too long on this {device}" if seconds is None else _duration(seconds * need["steps"])
     console.print(
         f"{len(dataset.cases) - len(bad)} of {len(dataset.cases)} scans usable; preset {preset_name} needs about "
@@ -198,6 +229,17 @@ def check(data: Path, *, preset_name: str = "small") -> int:
         highlight=False,
         soft_wrap=True,
     )
+    usable = [report.id for report in reports if report.problem is None]
+    if usable:
+        rate = slices_per_second(dataset, usable[:4], config)  # four tell, and each is preprocessed first
+        wanted = ""
+        if seconds is not None:
+            wanted = f", the model takes {config.model.num_slices * config.train.batch_size / seconds:.3g}"
+        console.print(
+            f"{config.train.num_workers} workers load {rate:.3g} slices a second{wanted}",
+            highlight=False,
+            soft_wrap=True,
+        )
     return 1 if bad else 0
 
 
@@ -208,7 +250,7 @@ def _duration(seconds: float) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     args = tyro.cli(CheckArgs, args=argv, description=__doc__)
     try:
-        return check(args.data, preset_name=args.preset)
+        return check(args.data, preset_name=args.preset, num_workers=args.num_workers)
     except (ValueError, OSError) as error:
         print(f"aftersam.check: {error}", file=sys.stderr)
         return 2

@@ -12,11 +12,21 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 
+class Stage(NamedTuple):
+    """One stage of TinyViT: width, blocks, heads, side of a window; without a window it is convolutional."""
+
+    dim: int
+    depth: int
+    num_heads: int
+    window: int
+
+
 @dataclass(frozen=True)
 class EncoderSize:
     """Geometry of an image encoder. `patch` is the token stride in pixels, `window` and
     `global_blocks` are SAM's; `stem` says that tokens come from a convolutional stem whose
-    strides 1, 2 and 4 feed the decoder, instead of SAM's one 16×16 patch convolution."""
+    strides 1, 2 and 4 feed the decoder, instead of SAM's one 16×16 patch convolution. `stages`
+    are those of a TinyViT, whose last one has the other sizes."""
 
     dim: int
     depth: int
@@ -26,15 +36,19 @@ class EncoderSize:
     patch: int = 16
     out_channels: int = 256
     stem: bool = False
+    stages: tuple[Stage, ...] = ()
 
 
 ENCODERS: dict[str, EncoderSize] = {
     "vit_b": EncoderSize(768, 12, 12, (2, 5, 8, 11)),
     "vit_l": EncoderSize(1024, 24, 16, (5, 11, 17, 23)),
     "vit_h": EncoderSize(1280, 32, 16, (7, 15, 23, 31)),
+    "vit_t": EncoderSize(320, 12, 10, (), window=7, stages=(  # MobileSAM's
+        Stage(64, 2, 2, 0), Stage(128, 2, 4, 7), Stage(160, 6, 5, 14), Stage(320, 2, 10, 7),
+    )),
     "small": EncoderSize(128, 4, 4, (3,), window=8, patch=8, out_channels=128, stem=True),
     "tiny": EncoderSize(128, 4, 4, (3,), window=6, patch=8, out_channels=128, stem=True),
-}
+}  # fmt: skip
 
 
 class HUWindow(NamedTuple):
@@ -49,8 +63,8 @@ WIDE, SOFT_TISSUE, BONE = HUWindow(-1000, 1000), HUWindow(-160, 240), HUWindow(-
 
 @dataclass(frozen=True)
 class ModelConfig:
-    image_encoder: Literal["vit_b", "vit_l", "vit_h", "small", "tiny"] = "vit_b"
-    """SAM's ViT by its official name, or a size with a convolutional stem that learns from scratch."""
+    image_encoder: Literal["vit_b", "vit_l", "vit_h", "vit_t", "small", "tiny"] = "vit_b"
+    """SAM's ViT by its official name, MobileSAM's vit_t, or a size with a stem that learns from scratch."""
     image_size: int = 1024
     """Side in pixels of the square that the encoder sees; larger planes are tiled, smaller padded."""
     encoder: Literal["auto", "frozen", "lora", "full"] = "auto"
@@ -87,6 +101,8 @@ class ModelConfig:
     """Pixels a logit: 4 is SAM's own upscaling; below it, skips from strides under the patch are used."""
     hu_windows: tuple[tuple[float, float], ...] = (WIDE, SOFT_TISSUE, BONE)
     """Three HU windows (low, high) become the three input channels; a single one is repeated."""
+    normalisation: Literal["sam", "unit"] = "sam"
+    """What follows the windows: SAM's pixel mean and deviation; unit: nothing, [0, 1] as MedSAM's weights expect."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +151,8 @@ class TrainConfig:
     """auto: bf16 where the device computes it natively, else fp32."""
     activation_checkpointing: bool = False
     """Recompute encoder and fusion blocks in the backward: less memory, about a third more time."""
+    shard: bool = False
+    """Spread weights, gradients and moments over the processes (FSDP): for vit_h where a GPU cannot hold them."""
     validations: int = 10
     """Validations spread evenly over the run; each predicts the whole validation scans."""
     checkpoint_steps: int = 200

@@ -18,7 +18,7 @@ import torch
 
 from aftersam.config import Config
 from aftersam.data.slice_group import plane_windows, window_crops
-from aftersam.data.transforms import AIR_HU, Box, normalise
+from aftersam.data.transforms import AIR_HU, Box
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.image_encoder import SliceFeatures
 
@@ -55,7 +55,7 @@ class Embeddings:
         self.precision = precision
         self._key = hashlib.blake2b(digest_size=16)
         hu_windows = [tuple(map(float, window)) for window in model.hu_windows]
-        self._key.update(f"{VERSION} {precision} {image_size} {hu_windows}".encode())
+        self._key.update(f"{VERSION} {precision} {image_size} {hu_windows} {model.normalisation}".encode())
         for name, value in model.encoder.state_dict().items():
             self._key.update(name.encode())
             self._key.update(value.detach().cpu().contiguous().numpy().data)
@@ -103,7 +103,7 @@ class Embeddings:
                 some = range(start, min(start + batch_size, len(hu)))
                 images = window_crops(hu, some, windows, self.size, AIR_HU).to(device).float()
                 with autocast:
-                    features = self.model.encoder(normalise(images, self.model.hu_windows))
+                    features = self.model.encoder(self.model.image(images))
                 levels = [
                     level.unflatten(0, (-1, len(windows))).half().cpu().numpy()
                     for level in (features.embedding, *features.skips)

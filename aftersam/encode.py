@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from aftersam.config import Config
-from aftersam.train import parse, precision_for
+from aftersam.train import parse
 
 if TYPE_CHECKING:
     from aftersam.embeddings import Embeddings
@@ -95,7 +95,7 @@ def _from_sam(args: EncodeArgs) -> tuple[Embeddings, tuple[float, float, float] 
     import torch
 
     from aftersam.embeddings import Embeddings
-    from aftersam.model.build import build_aftersam
+    from aftersam.model.build import build_aftersam, precision_for
     from aftersam.model.sam import read_sam_checkpoint
 
     assert args.sam_checkpoint is not None

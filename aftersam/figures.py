@@ -146,6 +146,29 @@ def box_figure(scores: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
+def ablation_figure(table: Mapping[str, Any], path: Path, *, title: str) -> None:
+    """Draw a table of `aftersam.ablate` into the PNG `path`: organs across, a dot and its deviation a variant."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.6, 3.4), layout="constrained")
+    axis = figure.subplots()
+    columns = table["columns"]
+    for i, (column, scores) in enumerate(columns.items()):
+        at = np.arange(len(scores)) + 0.15 * (i - (len(columns) - 1) / 2)
+        mean, deviation = (
+            np.array([100 * score[key] for score in scores.values()]) for key in ("mean", "std")
+        )
+        name = f"{column}, prompted by the labels" if column in table.get("prompted", {}) else column
+        axis.errorbar(at, mean, deviation, fmt="o", ms=5, capsize=3, color=colour(i + 1), label=name)
+    axis.set_xticks(range(len(scores)), list(scores), rotation=20, fontsize=8)
+    axis.set(ylabel="DSC in %")
+    axis.set_title(title, fontsize=9)
+    axis.legend(frameon=False, fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", alpha=0.2)
+    _save(figure, path)
+
+
 def colour(value: int) -> str:
     """The colour of label `value`, the same in every picture."""
     return COLOURS[(value - 1) % len(COLOURS)]

@@ -154,8 +154,7 @@ def load(
     import torch
 
     from aftersam.checkpoint import load_weights, read_json
-    from aftersam.model.build import build_aftersam, compile_steps, merge_lora
-    from aftersam.train import precision_for
+    from aftersam.model.build import build_aftersam, compile_steps, merge_lora, precision_for
 
     run = Path(run)
     if not (run / "config.json").is_file():

@@ -11,14 +11,15 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from aftersam.config import Config, TrainConfig, from_dict, preset, to_dict, validate
+from aftersam.config import Config, from_dict, preset, to_dict, validate
+from aftersam.schedule import Progress, group_loader, learning_rate, steps_in_epoch
 
 if TYPE_CHECKING:
     from aftersam.data.slice_group import CachedCase
@@ -38,7 +39,7 @@ class TrainArgs:
     config_file: Path | None = None
     """Also --config: repeat a run from its config.json; keys given beside it win."""
     sam_checkpoint: str | None = None
-    """Official SAM weights: a .pth file, or vit_b, vit_l, vit_h to download them once to a cache."""
+    """Official SAM weights: a .pth file, or vit_b, vit_l, vit_h, vit_t to download them once to a cache."""
     resume: bool = False
     """Go on from last.safetensors in --output, with the configuration stored there."""
     fold: int = 0
@@ -49,62 +50,6 @@ class TrainArgs:
     """Folder of the preprocessed volumes; RUN/cache unless given."""
     embeddings: Path | None = None
     """Folder for what a frozen encoder makes of each slice: found there, or written for the next run."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands; all of it is stored in a checkpoint."""
-
-    step: int = 0
-    seconds: float = 0.0
-    validated: int = 0
-    best: float = -1.0
-
-    def fraction(self, config: TrainConfig, steps_per_epoch: int) -> float:
-        """Share of the run that is done, by whichever limit comes first."""
-        limits = []
-        if config.max_steps is not None:
-            limits.append(self.step / config.max_steps)
-        if config.max_minutes is not None:
-            limits.append(self.seconds / (60 * config.max_minutes))
-        if not limits:
-            limits.append(self.step / (config.epochs * steps_per_epoch))
-        return min(max(limits), 1.0)
-
-
-def learning_rate(config: TrainConfig, progress: float) -> float:
-    """The rate at `progress` in [0, 1] of the run: warm-up, then `schedule`."""
-    rate = config.learning_rate
-    if progress < config.warmup:
-        return rate * (progress + 1e-3) / config.warmup
-    if config.schedule == "step":
-        return rate if progress < 500 / 550 else rate / 10
-    return rate * (1 - progress) ** 0.9
-
-
-def batches(
-    seed: int, cases: int, batch_size: int, *, rank: int, world: int, start: int, accumulate: int = 1
-) -> Iterator[list[tuple[int, int]]]:
-    """Endless (epoch, case) lists for one process from optimiser step `start` on, `accumulate` of them a step.
-
-    An epoch is a seeded permutation of the cases, so that any process at any step knows its groups. A step takes the
-    same groups however they are spread over processes and batches."""
-    import numpy as np
-
-    share = batch_size * world * accumulate
-    steps = steps_in_epoch(cases, share)
-    step = start
-    while True:
-        epoch, index = divmod(step, steps)
-        order = np.random.default_rng((seed, epoch)).permutation(cases)
-        picked = [int(order[(index * share + i) % cases]) for i in range(share)]
-        for first in range(rank * batch_size, share, world * batch_size):
-            yield [(epoch, case) for case in picked[first : first + batch_size]]
-        step += 1
-
-
-def steps_in_epoch(cases: int, share: int) -> int:
-    return math.ceil(cases / share)
 
 
 def train(args: TrainArgs) -> Path:
@@ -124,13 +69,21 @@ class _Run:
         import torch
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
+        from accelerate.tracking import filter_trackers
         from accelerate.utils import set_seed
 
-        from aftersam.checkpoint import load_training, read_json, write_json
+        from aftersam.checkpoint import (
+            load_moments,
+            load_training,
+            provenance,
+            read_json,
+            trim_history,
+            write_json,
+        )
         from aftersam.data.dataset import find_dataset, mirror_pairs, split
         from aftersam.data.slice_group import SliceGroups, cache_cases
         from aftersam.embeddings import Embeddings, StoredScan, check_still
-        from aftersam.model.build import build_aftersam, resolve_encoder
+        from aftersam.model.build import build_aftersam, precision_for, resolve_encoder, shard
         from aftersam.model.sam import read_sam_checkpoint
 
         self.output = args.output
@@ -156,6 +109,10 @@ class _Run:
             check_still(config)
 
         precision = precision_for(config.train.precision, args.device)
+        if not filter_trackers(config.train.tracker, args.output):
+            raise ValueError(
+                f"tracker is {config.train.tracker!r}, whose package is not installed; install it, or use tensorboard"
+            )
         AcceleratorState._reset_state()  # a run before this one in the same process may have had another precision
         self.accelerator = Accelerator(
             mixed_precision={"fp32": "no"}.get(precision, precision),
@@ -164,6 +121,8 @@ class _Run:
             project_dir=str(args.output),
         )
         self.device = self.accelerator.device
+        if precision == "fp16" and self.device.type == "cpu":  # where nothing scales the gradients
+            raise ValueError("precision fp16 needs a GPU to train on; use bf16 or fp32")
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
         set_seed(config.train.seed)
 
@@ -196,6 +155,23 @@ class _Run:
 
         model: AfterSAM = build_aftersam(config.model, num_classes=len(labels) + 1, sam=sam)
         model.set_activation_checkpointing(config.train.activation_checkpointing)
+        total = sum(p.numel() for p in model.parameters())
+        self.progress = Progress()
+        if args.resume:
+            facts = load_training(args.output / "last.safetensors", model)
+            self.progress = Progress(**facts["progress"])
+        self.stored: dict[str, StoredScan] = {}
+        if args.embeddings is not None:
+            store = Embeddings(
+                args.embeddings, model.to(self.device), image_size=config.model.image_size, precision=self.dtype
+            )  # fmt: skip
+            cases = list(cached.values())
+            for case in cases[self.accelerator.process_index :: self.accelerator.num_processes]:
+                store.of(case.hu, case.box)
+            self.accelerator.wait_for_everyone()
+            self.groups.stored = self.stored = {case.id: store.of(case.hu, case.box) for case in cases}
+        if config.train.shard:
+            shard(model, self.device)
         trainable = [p for p in model.parameters() if p.requires_grad]
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.train.optimizer]
         optimizer = kind(
@@ -204,37 +180,26 @@ class _Run:
             betas=(0.9, 0.999),
             weight_decay=config.train.weight_decay,
         )
-        self.progress = Progress()
+        # a sharded model exchanges its own gradients, so that accelerate must not
+        self.model = model if config.train.shard else self.accelerator.prepare(model)
+        self.optimizer = self.accelerator.prepare(optimizer)
         if args.resume:
-            facts = load_training(args.output / "last.safetensors", model, optimizer)
-            self.progress = Progress(**facts["progress"])
-        self.stored: dict[str, StoredScan] = {}
-        if args.embeddings is not None:
-            store = Embeddings(
-                args.embeddings,
-                model.to(self.device),
-                image_size=config.model.image_size,
-                precision=self.dtype,
-            )
-            cases = list(cached.values())
-            for case in cases[self.accelerator.process_index :: self.accelerator.num_processes]:
-                store.of(case.hu, case.box)
-            self.accelerator.wait_for_everyone()
-            self.groups.stored = self.stored = {case.id: store.of(case.hu, case.box) for case in cases}
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+            load_moments(args.output / "last.safetensors", self.optimizer.optimizer)
         world = self.accelerator.num_processes
         share = config.train.batch_size * config.train.accumulate * world
         self.steps_per_epoch = steps_in_epoch(len(self.training), share)
         if self.accelerator.is_main_process:
-            self._trim_history()
+            trim_history(args.output / "history.jsonl", self.progress.step)
             if not args.resume:
                 write_json(args.output / "config.json", to_dict(config))
-                write_json(
-                    args.output / "run.json", self._facts(args, dataset.name, sam.sha256 if sam else None)
-                )
+                spacing = None if config.data.spacing_mm == "native" else list(self.training[0].spacing_mm)
+                facts = {
+                    "labels": {str(value): name for value, name in labels.items()}, "spacing_mm": spacing,
+                    "dataset": dataset.name, "fold": args.fold, "sam_sha256": sam.sha256 if sam else None,
+                }  # fmt: skip
+                write_json(args.output / "run.json", facts | provenance())
         self.accelerator.init_trackers("aftersam" if config.train.tracker != "tensorboard" else "tensorboard")
         count = sum(p.numel() for p in trainable)
-        total = sum(p.numel() for p in model.parameters())
         self._say(
             f"{len(self.training)} training and {len(self.validation)} validation scans, {len(labels)} organs; "
             f"{config.model.image_encoder}, {total / 1e6:.1f} M parameters of which {count / 1e6:.1f} M train; "
@@ -243,25 +208,16 @@ class _Run:
 
     def loop(self) -> None:
         """Optimiser steps until the run's limit, with validations and checkpoints on the way."""
-        import torch
         from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
         config, progress = self.config.train, self.progress
-        loader = torch.utils.data.DataLoader(
+        loader = group_loader(
             self.groups,
-            batch_sampler=batches(
-                config.seed,
-                len(self.training),
-                config.batch_size,
-                rank=self.accelerator.process_index,
-                world=self.accelerator.num_processes,
-                start=progress.step,
-                accumulate=config.accumulate,
-            ),
-            num_workers=config.num_workers,
-            persistent_workers=config.num_workers > 0,
-            generator=torch.Generator(),  # its draws would shift the model's after a resume
+            config,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            start=progress.step,
         )
         source = iter(loader)
         began = time.monotonic() - progress.seconds
@@ -296,16 +252,19 @@ class _Run:
                     )
                 if self.validation and done * config.validations >= progress.validated + 1:
                     progress.validated = int(done * config.validations)
+                    model = self._whole_model()
                     if self.accelerator.is_main_process:
-                        history.write(json.dumps(self._validate()) + "\n")
+                        history.write(json.dumps(self._validate(model)) + "\n")
                     self.accelerator.wait_for_everyone()
                     progress.seconds = time.monotonic() - began
                 if progress.step % config.checkpoint_steps == 0:
                     self._checkpoint()
             bar.update(task, completed=1.0)
         self._checkpoint()
-        if self.accelerator.is_main_process and not self.validation:
-            self._save_best()
+        if not self.validation:
+            model = self._whole_model()
+            if self.accelerator.is_main_process:
+                self._save_best(model)
         self.accelerator.end_training()
 
     def _step(self, parts: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -349,7 +308,8 @@ class _Run:
         centre = (self.config.model.num_slices // 2,)
         query_index = centre if config.supervision == "centre" else None
         embedding = batch["embedding"].to(self.device) if self.stored else None
-        logits = self.model(hu, query_index=query_index, labels=labels, embedding=embedding)
+        with self.accelerator.autocast():
+            logits = self.model(hu, query_index=query_index, labels=labels, embedding=embedding)
         return segmentation_loss(
             logits,
             labels if query_index is None else labels[:, list(centre)],
@@ -357,122 +317,54 @@ class _Run:
             ce_foreground_weight=config.ce_foreground_weight,
         )
 
-    def _validate(self) -> dict[str, Any]:
-        """Predict the validation scans at the model's spacing, keep the best weights, draw the first scan."""
-        import numpy as np
+    def _validate(self, model: AfterSAM) -> dict[str, Any]:
+        """Score the validation scans and keep the best weights."""
+        from aftersam.figures import loss_figure
+        from aftersam.validation import mean, validate_scans
 
-        from aftersam.figures import loss_figure, overlay_png
-        from aftersam.metrics import dice
-        from aftersam.streaming import predict_volume
-
-        model = self.accelerator.unwrap_model(self.model)
-        scores: dict[str, list[float]] = {name: [] for name in self.labels.values()}
-        for i, case in enumerate(self.validation):
-            hu, truth = case.hu, case.labels
-            mask = predict_volume(
-                model, hu, self.config.model, box=case.box, output_shape=hu.shape, precision=self.dtype,
-                prompt_labels=truth, stored=self.stored.get(case.id),
-            )  # fmt: skip
-            for value, name in self.labels.items():
-                scores[name].append(dice(mask == value, truth == value))
-            if i == 0:
-                overlay_png(
-                    self.output / "overlay.png", hu, mask, case.spacing_mm, self.labels,
-                    reference=np.asarray(truth), title=f"{case.id}, step {self.progress.step}",
-                )  # fmt: skip
-        per_organ = {name: _mean(values) for name, values in scores.items()}
-        mean = _mean([value for value in per_organ.values() if value is not None])
-        if mean is not None and mean > self.progress.best:
-            self.progress.best = mean
-            self._save_best()
-        self.accelerator.log({"val_mean_dsc": mean or 0.0}, step=self.progress.step)
-        self._say(f"step {self.progress.step}: validation DSC {mean if mean is None else round(mean, 4)}")
+        step = self.progress.step
+        per_organ = validate_scans(
+            model, self.validation, self.labels, self.config.model,
+            precision=self.dtype, stored=self.stored, overlay=self.output / "overlay.png", title=f"step {step}",
+        )  # fmt: skip
+        score = mean([value for value in per_organ.values() if value is not None])
+        if score is not None and score > self.progress.best:
+            self.progress.best = score
+            self._save_best(model)
+        self.accelerator.log({"val_mean_dsc": score or 0.0}, step=step)
+        self._say(f"step {step}: validation DSC {score if score is None else round(score, 4)}")
         loss_figure(self.output / "history.jsonl", self.output / "loss.png")
-        return {
-            "step": self.progress.step,
-            "minutes": round(self.progress.seconds / 60, 4),
-            "val_dsc": per_organ,
-            "val_mean_dsc": mean,
-        }
+        minutes = round(self.progress.seconds / 60, 4)
+        return {"step": step, "minutes": minutes, "val_dsc": per_organ, "val_mean_dsc": score}
 
     def _checkpoint(self) -> None:
         from aftersam.checkpoint import save_training
 
-        if self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        if main or self.config.train.shard:
             model = self.accelerator.unwrap_model(self.model)
             facts = {"step": self.progress.step, "progress": dataclasses.asdict(self.progress)}
-            save_training(self.output / "last.safetensors", model, self.optimizer.optimizer, facts)
+            save_training(
+                self.output / "last.safetensors", model, self.optimizer.optimizer, facts, write=main
+            )
 
-    def _save_best(self) -> None:
+    def _whole_model(self) -> AfterSAM:
+        """The model with all its weights; where they are sharded a copy, for which every process must ask."""
+        from aftersam.model.build import whole_copy
+
+        model: AfterSAM = self.accelerator.unwrap_model(self.model)
+        if self.config.train.shard:
+            model = whole_copy(model, self.config.model, len(self.labels) + 1).to(self.device)
+        return model
+
+    def _save_best(self, model: AfterSAM) -> None:
         from aftersam.checkpoint import save_weights
 
         facts = {"step": self.progress.step, "val_mean_dsc": self.progress.best}
-        save_weights(self.output / "best.safetensors", self.accelerator.unwrap_model(self.model), facts)
-
-    def _trim_history(self) -> None:
-        """Drop what a killed run logged after its last checkpoint: those steps are done again."""
-        path = self.output / "history.jsonl"
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= self.progress.step]
-            path.write_text("".join(line + "\n" for line in kept))
-
-    def _facts(self, args: TrainArgs, dataset: str, sam_sha256: str | None) -> dict[str, Any]:
-        import accelerate
-        import monai
-        import torch
-
-        first = self.training[0]
-        return {
-            "labels": {str(value): name for value, name in self.labels.items()},
-            "spacing_mm": None if self.config.data.spacing_mm == "native" else list(first.spacing_mm),
-            "dataset": dataset,
-            "fold": args.fold,
-            "sam_sha256": sam_sha256,
-            "commit": source_commit(),
-            "versions": {
-                "torch": torch.__version__,
-                "monai": monai.__version__,
-                "accelerate": accelerate.__version__,
-            },
-        }
+        save_weights(self.output / "best.safetensors", model, facts)
 
     def _say(self, text: str) -> None:
         self.accelerator.print(text)
-
-
-def source_commit() -> str | None:
-    """The git commit of this source tree, with "+" where it has local changes; None for an installed package."""
-    import subprocess
-
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        found = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=20, check=True
-        )
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=20, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip() + ("+" if changed.stdout.strip() else "")
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    """Mean of the values that are numbers, None without any: JSON has no NaN."""
-    numbers = [value for value in values if not math.isnan(value)]
-    return sum(numbers) / len(numbers) if numbers else None
-
-
-def precision_for(wanted: str, device: str) -> str:
-    """fp32, bf16 or fp16: what `precision` means on this machine."""
-    import torch
-
-    if wanted != "auto":
-        return wanted
-    if device != "cpu" and torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
 def parse(argv: Sequence[str] | None, kind: Any = TrainArgs, about: str | None = __doc__) -> Any:

@@ -21,6 +21,7 @@ from benchmarks import (
     bench_predict,
     bench_rel_pos,
     bench_slice_attention,
+    bench_train_step,
     bench_transformer,
     bench_waterfall,
     harness,
@@ -38,6 +39,7 @@ SUBJECTS: dict[str, Cases] = {
     "encoder": bench_image_encoder.cases,
     "predict": bench_predict.cases,
     "transformer": bench_transformer.cases,
+    "train_step": bench_train_step.cases,
     "waterfall": bench_waterfall.cases,
     "fusion": bench_fusion.cases,  # last: it has what the others leave
 }

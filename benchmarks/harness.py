@@ -47,6 +47,8 @@ class Provider:
     role: Literal["ours", "rival", "other"] = "rival"
     """The public call, another way to the same function, or what is only to be seen beside them: another
     function, or a named backend of ours."""
+    checked: Callable[..., Tensor] | None = None
+    """What is compared with the reference in place of `call`: the same without autocast."""
 
 
 def measure(
@@ -68,7 +70,7 @@ def measure(
             continue
         expected = gate.expected(provider)
         try:
-            record |= gate.check(provider.call, expected)
+            record |= gate.check(provider.checked or provider.call, expected)
             if record["status"] == "ok":
                 right[name] = runners(provider.call, inputs)
                 record["peak_bytes"] = {kind: peak_bytes(call) for kind, call in right[name].items()}
@@ -445,7 +447,7 @@ def line(record: Mapping[str, Any], ceiling: Mapping[str, float]) -> str:
     if "forward_warm" in record["ms"]:
         notes.append(f"warm {record['ms']['forward_warm']['median']:.3f}")
     if "items" in record:
-        notes.append(f"{1e3 * record['items'] / forward['median']:.3g} {record['unit']}/s")
+        notes.append(f"{1e3 * record['items'] / (step or forward)['median']:.3g} {record['unit']}/s")
     text = f"{name} forward {forward['median']:9.2f} ms ({', '.join(notes)})"
     if step is not None:
         text += f"   with backward {step['median']:9.2f} ms"

@@ -100,6 +100,20 @@ def images_per_s(side: int) -> Value:
     return value
 
 
+def training_minutes(side: int) -> Value:
+    """Minutes of 550 epochs over 30 scans, a group each, with a frozen encoder; the optimiser left out."""
+
+    def value(result: Mapping[str, Any]) -> float | None:
+        found = [
+            r["ms"]["forward_backward"]["median"] for r in result["records"]
+            if r["subject"] == "train step" and r["role"] == "ours" and "ms" in r
+            and (r["image_size"], r["encoder"]) == (side, "frozen")
+        ]  # fmt: skip
+        return 550 * 30 * min(found) / 60e3 if found else None
+
+    return value
+
+
 STEP = "forward_backward"
 LORA: dict[str, Any] = {"rows": 36_864, "k": 768, "n": 2304, "rank": 4}
 TARGETS: list[tuple[str, str, str, Value]] = [
@@ -128,7 +142,8 @@ TARGETS: list[tuple[str, str, str, Value]] = [
     ("T7", "six blocks, 1024 px: times faster than the best library form", "≥ 1.2",
      gain("transformer", STEP, side=64)),
     ("T8", "prediction: times faster than the re-encoding loop", "≥ 3", gain("predict")),
-    ("T9", "training, the paper's schedule on 30 scans at 1024 px: minutes", "≤ 30", lambda result: None),
+    ("T9", "training, the paper's schedule on 30 scans at 1024 px: minutes", "≤ 30", training_minutes(1024)),
+    ("T9", "training, the same at 512 px: minutes", "≤ 15", training_minutes(512)),
 ]  # fmt: skip
 CPU_TARGETS: list[tuple[str, str, str, Value]] = [
     ("T10", "encoder, 256 px: times faster than segment_anything", "≥ 1.4", gain("encoder", image_size=256)),

@@ -9,6 +9,7 @@ import pytest
 from aftersam.ablate import TABLES, main, markdown, summarise
 from aftersam.config import preset
 from aftersam.data.phantom import write_dataset
+from aftersam.figures import ablation_figure
 from aftersam.model.build import build_aftersam
 
 
@@ -35,7 +36,19 @@ def test_means_deviations_and_the_paired_test():
     assert ours["std"] == pytest.approx(0.025 / math.sqrt(2))
     assert table["columns"]["ours"]["Average"]["mean"] == pytest.approx(ours["mean"] + 0.05)
     assert table["tests"]["2D"]["heart"] == pytest.approx(2 / 2**6)  # all six signs alike, exact two-sided
-    assert "| heart | 55.00 ± 0.00 (0.031) | 66.25 ± 1.77 |" in markdown("fusion", table)
+    text = markdown("fusion", table)
+    assert "| heart | 55.00 ± 0.00 (0.031) | 66.25 ± 1.77 |" in text
+    assert text.splitlines()[-1].startswith("ours against 2D: heart +11.25 (p 0.031), lung +11.25")
+
+
+def test_columns_that_were_told_the_labels_are_marked(tmp_path):
+    scores = {f"case {i}": {"heart": 0.5 + i / 10} for i in range(3)}
+    table = {**summarise({"Box": [scores], "w.o.": [scores]}), "prompted": {"Box": "box"}}
+    text = markdown("3", table)
+    assert "|  | Box † | w.o. |" in text
+    assert "† prompted from the labels" in text
+    ablation_figure(table, tmp_path / "t.png", title="Table 3")
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
@@ -51,9 +64,11 @@ def test_a_table_on_phantoms_is_resumed_row_by_row(tmp_path, capsys):
     assert len(splits) == 1
     table = json.loads((tmp_path / "out" / "tables.json").read_text())["4"]
     assert table["seeds"] == 2
+    assert table["prompted"] == {}
+    assert (tmp_path / "out" / "table-4.png").exists()
     (tmp_path / "out" / "base-seed-1" / "metrics.json").unlink()  # as if it had been killed there
     kept = tmp_path / "out" / "base-seed-0" / "run" / "last.safetensors"
     before = kept.stat().st_mtime_ns
-    assert main(asked) == 0
+    assert main([*asked, "--jobs", "2"]) == 0
     assert kept.stat().st_mtime_ns == before
     assert json.loads((tmp_path / "out" / "tables.json").read_text())["4"] == table

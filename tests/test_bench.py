@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -14,11 +15,13 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from aftersam.model.build import build_aftersam
 from aftersam.train import main as train
 from benchmarks import (
     bench_axial_attention,
     bench_fusion,
     bench_predict,
+    bench_train_step,
     bench_waterfall,
     compare,
     figure,
@@ -29,7 +32,7 @@ from benchmarks import (
 from benchmarks.__main__ import SUBJECTS
 from benchmarks.bench_fusion import OURS, Shape
 from benchmarks.harness import Provider, measure
-from benchmarks.targets import TARGETS, flop_share, targets
+from benchmarks.targets import TARGETS, flop_share, targets, training_minutes
 
 SMALL = Shape(2, 3, 3, 16, 2)
 CEILING = {"copy_bytes_per_s": 1e10, "matmul_flops_per_s": 1e11}
@@ -268,6 +271,31 @@ def test_without_a_gradient_the_forward_alone_is_timed():
     assert "of copy" in text
     assert "images/s" in text
     assert "backward" not in text
+
+
+@pytest.mark.parametrize("encoder", ["lora", "frozen"])
+def test_every_form_of_a_training_step_is_right(encoder):
+    """In fp32, loss and gradient; what is timed in bf16 is the same function to its rounding."""
+    config = dataclasses.replace(
+        bench_train_step._SMALL, image_size=64, num_slices=3, num_blocks=1, encoder=encoder
+    )
+    _, inputs, found = bench_train_step.case("small", config, torch.device("cpu"), torch.bfloat16)
+    gate = harness.Gate(inputs)
+    for name, provider in found.items():
+        assert gate.check(provider.checked, gate.expected(provider))["status"] == "ok", name
+        loss = provider.call(*inputs)
+        assert loss != provider.checked(*inputs), "autocast is not on"
+        assert loss.item() == pytest.approx(provider.checked(*inputs).item(), rel=1e-2)
+    assert inputs[1].numel() == sum(
+        p.numel() for p in build_aftersam(config, bench_train_step.CLASSES).parameters() if p.requires_grad
+    )
+
+
+def test_minutes_of_training_follow_from_a_step():
+    record = {"subject": "train step", "role": "ours", "image_size": 1024, "encoder": "frozen",
+              "ms": {"forward_backward": times(90, 100, 110)}}  # fmt: skip
+    assert training_minutes(1024)({"records": [record]}) == pytest.approx(27.5)
+    assert training_minutes(512)({"records": [record]}) is None
 
 
 def test_a_spent_budget_is_named(monkeypatch):

@@ -1,19 +1,26 @@
 """Checkpoints: a whole state or the old one, nothing unpickled, foreign files refused in one sentence."""
 
+import dataclasses
 import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from aftersam.checkpoint import (
+    load_moments,
     load_training,
     load_weights,
     read_json,
     save_training,
     save_weights,
+    whole_state,
     write_json,
 )
+from aftersam.config import preset
+from aftersam.model.build import build_aftersam, shard
 
 
 def trained(steps: int = 2):
@@ -36,7 +43,8 @@ def test_a_restored_run_goes_on_to_the_bit(tmp_path):
     save_training(tmp_path / "last.safetensors", model, optimizer, {"step": 2})
     step(model, optimizer)
     other, other_optimizer = trained(steps=0)
-    assert load_training(tmp_path / "last.safetensors", other, other_optimizer) == {"step": 2}
+    assert load_training(tmp_path / "last.safetensors", other) == {"step": 2}
+    load_moments(tmp_path / "last.safetensors", other_optimizer)
     step(other, other_optimizer)
     for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -51,10 +59,50 @@ def test_weights_of_a_training_state_load_for_prediction(tmp_path):
 
 
 def test_weights_alone_cannot_be_resumed(tmp_path):
-    model, optimizer = trained()
+    model, _ = trained()
     save_weights(tmp_path / "best.safetensors", model, {"step": 2})
     with pytest.raises(ValueError, match="cannot be resumed"):
-        load_training(tmp_path / "best.safetensors", model, optimizer)
+        load_training(tmp_path / "best.safetensors", model)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_sharded_run_is_stored_whole_and_goes_on_to_the_bit(tmp_path, one_process):
+    """In the file an unsharded run would write, which either kind resumes; frozen weights are sharded too."""
+    config = dataclasses.replace(
+        preset("tiny").model, image_size=48, num_blocks=1, fusion_weights="lora", encoder="lora"
+    )
+
+    def run(steps, *, sharded, resume=False):
+        torch.manual_seed(0)
+        model = build_aftersam(config, 3).train()
+        if resume:
+            load_training(tmp_path / "last.safetensors", model)
+        if sharded:
+            shard(model, torch.device("cpu"))
+            assert all(isinstance(p, DTensor) for p in model.parameters())
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        if resume:
+            load_moments(tmp_path / "last.safetensors", optimizer)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(200 * torch.randn(1, 3, 48, 48)).square().mean().backward()
+            optimizer.step()
+        return model, optimizer
+
+    save_training(tmp_path / "last.safetensors", *run(2, sharded=True), {"step": 2})
+    expected = whole_state(run(3, sharded=False)[0])
+    for sharded in (True, False):
+        found = whole_state(run(1, sharded=sharded, resume=True)[0])
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_another_architecture_is_refused_and_nothing_is_loaded(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aftersam.check import CaseReport, needs, step_seconds
+from aftersam.check import CaseReport, needs, slices_per_second, step_seconds
 from aftersam.check import main as check_main
 from aftersam.config import DataConfig, preset
 from aftersam.data.cache import cache_cases
@@ -156,6 +157,8 @@ def test_windows_become_sams_normalised_channels():
     torch.testing.assert_close(image[0, 0], expected)
     assert image.shape == (3, 1, 5)
     torch.testing.assert_close(normalise(hu, ((-160, 240),)), image)
+    unit = normalise(hu, ((-160, 240),), unit=True)  # MedSAM's weights were trained on [0, 1]
+    torch.testing.assert_close(unit[2, 0], torch.tensor([0, 0, 0.5, 1, 1]))
     with pytest.raises(ValueError, match="1 or 3"):
         normalise(hu, ((0, 1), (0, 1)))
 
@@ -279,13 +282,39 @@ def test_bad_labels_end_the_preprocessing_by_name(tmp_path):
 def test_check_reports_each_case_and_what_is_wrong(tmp_path, capsys):
     nnunet(tmp_path)
     assert check_main([str(tmp_path)]) == 0
-    assert "2 of 2 scans usable" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2 of 2 scans usable" in said
+    loaded, wanted = map(
+        float, re.search(r"0 workers load (\S+) slices a second, the model takes (\S+)", said).groups()
+    )
+    assert loaded > 0
+    assert wanted > 0
     save(tmp_path / "labelsTr" / "b.nii.gz", shape=(6, 5, 3))
     assert check_main([str(tmp_path)]) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert "b.nii.gz" in out
     assert "1 of 2 scans usable" in out
     assert check_main([str(tmp_path / "none")]) == 2
+
+
+def test_loading_is_measured_with_nothing_to_wait_for(tmp_path, monkeypatch):
+    """A loader that sleeps 50 ms a group gives its 5 slices at less than 100 a second, and workers give more."""
+    nnunet(tmp_path)
+    dataset = find_dataset(tmp_path)
+    item = SliceGroups.__getitem__
+
+    def slow(self, index):
+        time.sleep(0.05)
+        return item(self, index)
+
+    monkeypatch.setattr(SliceGroups, "__getitem__", slow)
+    config = preset("small")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, augmentation=()))
+    ids = [case.id for case in dataset.cases]
+    alone = slices_per_second(dataset, ids, config, seconds=0.3)
+    assert 0 < alone < 100
+    helped = dataclasses.replace(config, train=dataclasses.replace(config.train, num_workers=2))
+    assert slices_per_second(dataset, ids, helped, seconds=0.6) > 1.2 * alone
 
 
 @pytest.mark.parametrize("name", ["OpenKBP7", "TSThoraxCTA", "TSExampleAbdomen"])

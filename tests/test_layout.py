@@ -26,8 +26,8 @@ PRODUCT = sorted(p for folder in ("aftersam", "kernels", "benchmarks") for p in 
 # Imports point down these floors or stay on one; kernels, below them all, has a test of its own.
 FLOORS = [
     {"__init__", "config", "metrics", "losses", "figures", "timings"},
-    {"model", "data", "checkpoint", "embeddings"},
-    {"streaming", "evaluate", "report"},
+    {"schedule", "model", "data", "checkpoint", "embeddings"},
+    {"streaming", "evaluate", "report", "validation"},
     {"check", "train", "segmenter", "predict", "encode", "export"},
     {"demo", "ablate"},
     {"__main__"},

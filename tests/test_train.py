@@ -1,5 +1,6 @@
-"""Training: schedules, order, exact resume after a real kill, refusals."""
+"""Training: exact resume after a real kill, refusals."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,7 +18,7 @@ from aftersam import train as training
 from aftersam.checkpoint import read_json, write_json
 from aftersam.config import Config, from_dict, preset, to_dict
 from aftersam.data.phantom import write_dataset
-from aftersam.train import Progress, batches, learning_rate, main, parse, steps_in_epoch
+from aftersam.train import main, parse
 
 FAST = ["--image-size", "48", "--num-blocks", "1", "--device", "cpu", "--precision", "fp32"]
 
@@ -31,37 +32,6 @@ def phantoms(tmp_path_factory):
 
 def arguments(data, output, *more):
     return ["--data", str(data), "--output", str(output), "--preset", "tiny", *FAST, *more]
-
-
-def test_schedules():
-    step = preset("paper").train
-    assert learning_rate(step, 0.0) == learning_rate(step, 499.9 / 550) == 1e-4
-    assert learning_rate(step, 500.1 / 550) == pytest.approx(1e-5)
-    poly = preset("small").train
-    assert learning_rate(poly, 0.0) < learning_rate(poly, poly.warmup / 2) < learning_rate(poly, poly.warmup)
-    assert learning_rate(poly, 1.0) == 0
-
-
-def test_progress_follows_the_first_limit_to_be_reached():
-    config = dataclasses.replace(preset("small").train, max_steps=100, max_minutes=1.0)
-    assert Progress(step=10, seconds=30).fraction(config, 7) == 0.5
-    assert Progress(step=90, seconds=30).fraction(config, 7) == 0.9
-    epochs = dataclasses.replace(config, max_steps=None, max_minutes=None, epochs=10)
-    assert Progress(step=35, seconds=30).fraction(epochs, 7) == 0.5
-
-
-def test_an_epoch_visits_every_case_and_processes_share_it():
-    alone = batches(3, 10, 4, rank=0, world=1, start=0)
-    pair = [batches(3, 10, 2, rank=rank, world=2, start=0) for rank in range(2)]
-    for _ in range(2):  # two epochs of three steps
-        epoch = [next(alone) for _ in range(steps_in_epoch(10, 4))]
-        assert {case for batch in epoch for _, case in batch} == set(range(10))
-        assert epoch == [next(pair[0]) + next(pair[1]) for _ in epoch]
-    parts = batches(3, 10, 1, rank=0, world=1, start=0, accumulate=4)
-    for whole in (next(batches(3, 10, 4, rank=0, world=1, start=s)) for s in range(4)):
-        assert whole == [group for _ in range(4) for group in next(parts)]
-    late = batches(3, 10, 4, rank=0, world=1, start=6)
-    assert next(late) == next(alone)
 
 
 def test_presets_and_limits_on_the_command_line(tmp_path):
@@ -108,6 +78,11 @@ def test_a_run_leaves_what_its_docstring_says(phantoms, tmp_path):
     assert main(arguments(phantoms, run, "--max-steps", "4")) == 2  # never overwritten
 
 
+def logged(run):
+    lines = (run / "history.jsonl").read_text().splitlines()
+    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+
+
 def run_command(phantoms, run, *more, processes=1):
     launcher = (
         ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
@@ -143,32 +118,31 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(phantoms, tmp_path):
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
 
-    def losses(name):
-        lines = (tmp_path / name / "history.jsonl").read_text().splitlines()
-        return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
-
-    assert losses("killed") == losses("whole")
-    assert len(losses("killed")) == 12
+    assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
+    assert len(logged(tmp_path / "killed")) == 12
 
 
 @pytest.mark.slow
 def test_processes_and_accumulation_equal_one_large_batch(phantoms, tmp_path):
-    """Two groups a step as one batch of two, as two batches of one, and on two processes: the same losses."""
+    """Two groups a step as one batch of two, two batches of one, and on two processes, whole and sharded: one loss."""
     steps = ["--max-steps", "4", "--validations", "1"]
     losses = {}
     for name, size, processes in (
         ("batch", ["--batch-size", "2"], 1),
         ("accumulate", ["--batch-size", "1", "--accumulate", "2"], 1),
         ("processes", ["--batch-size", "1"], 2),
+        ("sharded", ["--batch-size", "1", "--shard"], 2),
     ):
         process = run_command(phantoms, tmp_path / name, *steps, *size, processes=processes)
         error = process.communicate(timeout=300)[1].decode()
         assert process.returncode == 0, error
-        lines = (tmp_path / name / "history.jsonl").read_text().splitlines()
-        losses[name] = [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+        losses[name] = logged(tmp_path / name)
         assert len(losses[name]) == 4
     assert losses["accumulate"] == pytest.approx(losses["batch"], rel=1e-5)
     assert losses["processes"] == pytest.approx(losses["batch"], rel=1e-5)
+    assert losses["sharded"] == pytest.approx(losses["batch"], rel=1e-5)
+    ours, theirs = (load_file(tmp_path / name / "best.safetensors") for name in ("sharded", "processes"))
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(phantoms, tmp_path, monkeypatch, capsys):
@@ -189,14 +163,95 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(phantoms, tmp_
     assert all(value.isfinite().all() for value in weights.values() if value.is_floating_point())
 
 
+def test_running_out_of_memory_names_the_knobs(phantoms, tmp_path, monkeypatch, capsys):
+    def full(self, batch):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation."
+        )
+
+    monkeypatch.setattr(training._Run, "_loss", full)
+    assert main(arguments(phantoms, tmp_path / "run", "--max-steps", "1")) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    for knob in ("--activation-checkpointing", "--batch-size", "--image-size", "--num-slices", "2.00 GiB"):
+        assert knob in message
+
+
+def test_a_stored_configuration_repeats_the_run_to_the_bit(phantoms, tmp_path):
+    first, again = tmp_path / "first", tmp_path / "again"
+    assert main(arguments(phantoms, first, "--max-steps", "2", "--seed", "5", "--num-slices", "5")) == 0
+    asked = ["--data", str(phantoms), "--output", str(again), "--device", "cpu"]
+    assert main([*asked, "--config", str(first / "config.json")]) == 0
+    assert read_json(again / "config.json") == read_json(first / "config.json")
+    assert logged(again) == logged(first)
+    ours, theirs = (load_file(run / "last.safetensors") for run in (again, first))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_scaled_gradients_are_clipped_at_their_true_size(phantoms, tmp_path, monkeypatch):
+    """fp16's gradient scaler, here about steps in fp32 since accelerate has none for a CPU, changes no clipped step."""
+    from accelerate import Accelerator
+
+    steps = ["--max-steps", "3", "--clip-norm", "0.01", "--validations", "1"]
+    assert main(arguments(phantoms, tmp_path / "plain", *steps)) == 0
+    begin, step, scaler = (
+        Accelerator.__init__,
+        training._Run._step,
+        torch.amp.GradScaler("cpu", init_scale=2.0**12),
+    )
+
+    def scaled_begin(self, **options):
+        begin(self, **options)
+        self.scaler = scaler
+
+    def scaled_step(self, parts):
+        self.accelerator.native_amp, self.accelerator.state._mixed_precision = True, "fp16"
+        return step(self, parts)
+
+    monkeypatch.setattr(Accelerator, "__init__", scaled_begin)
+    monkeypatch.setattr(Accelerator, "autocast", lambda self: contextlib.nullcontext())
+    monkeypatch.setattr(training._Run, "_step", scaled_step)
+    assert main(arguments(phantoms, tmp_path / "scaled", *steps)) == 0
+    assert scaler.get_scale() == 2.0**12
+    assert scaler._get_growth_tracker() == 3  # it was asked at every step
+    assert logged(tmp_path / "scaled") == pytest.approx(logged(tmp_path / "plain"), rel=1e-6)
+
+
+def test_any_tracker_that_accelerate_knows_gets_the_curves(phantoms, tmp_path, monkeypatch):
+    from accelerate import tracking
+
+    seen = {}
+
+    class Recorder(tracking.GeneralTracker):
+        name, requires_logging_directory, tracker = "recorder", False, None
+
+        def __init__(self, run_name, **_):
+            super().__init__()
+
+        def store_init_configuration(self, values):
+            pass
+
+        def log(self, values, step, **_):
+            seen.setdefault(step, {}).update(values)
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "recorder", Recorder)
+    more = ["--max-steps", "10", "--validations", "1", "--tracker", "recorder"]
+    assert main(arguments(phantoms, tmp_path / "run", *more)) == 0
+    assert seen[10].keys() == {"loss", "dice", "ce", "lr", "val_mean_dsc"}
+    assert seen[10]["loss"] == logged(tmp_path / "run")[-1]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--tracker", "nonsense"], "nonsense"),
+        (["--tracker", "swanlab"], "tracker is 'swanlab', whose package is not installed"),
+        (["--precision", "fp16"], "fp16 needs a GPU"),
         (["--encoder", "frozen"], "random weights"),
         (["--output-stride", "3"], "output_stride"),
         (["--sam-checkpoint", "missing.pth"], "missing.pth"),
         (["--fold", "9"], "fold"),
         (["--resume"], "config.json"),
+        (["--shard"], "torchrun"),
         (["--config", "missing.json"], "missing.json"),
     ],
     ids=str,

@@ -49,12 +49,16 @@ class Preprocessed(NamedTuple):
     box: Box  # of the body in the plane
 
 
-def normalise(hu: Tensor, windows: Sequence[tuple[float, float]]) -> Tensor:
-    """hu (..., H, W) -> image (..., 3, H, W): three HU windows as SAM's normalised RGB; one window is repeated."""
+def normalise(hu: Tensor, windows: Sequence[tuple[float, float]], *, unit: bool = False) -> Tensor:
+    """hu (..., H, W) -> image (..., 3, H, W): three HU windows as SAM's normalised RGB; one window is repeated.
+
+    `unit` leaves the channels in [0, 1]."""
     if len(windows) not in (1, 3):
         raise ValueError(f"windows has {len(windows)} HU ranges, but must have 1 or 3")
     windows = list(windows) * (3 // len(windows))
     channels = [((hu - low) / (high - low)).clamp(0, 1) for low, high in windows]
+    if unit:
+        return torch.stack(channels, dim=-3)
     # (255 x - mean) / std, one multiply-add a channel
     scaled = [
         x * (255 / std) - mean / std for x, mean, std in zip(channels, PIXEL_MEAN, PIXEL_STD, strict=True)

@@ -5,6 +5,7 @@ Source: the paper's Figure 1."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from aftersam.data.transforms import normalise
 from aftersam.model.axial_fusion import AxialFusionTransformer
 from aftersam.model.image_encoder import ImageEncoder, SliceFeatures
 from aftersam.model.mask_decoder import MaskDecoder
+from aftersam.model.tiny_vit import TinyViT
 
 
 class AfterSAM(nn.Module):
@@ -24,11 +26,12 @@ class AfterSAM(nn.Module):
 
     def __init__(
         self,
-        encoder: ImageEncoder,
+        encoder: ImageEncoder | TinyViT,
         fusion: AxialFusionTransformer | None,
         decoder: MaskDecoder,
         *,
         hu_windows: tuple[tuple[float, float], ...],
+        normalisation: Literal["sam", "unit"] = "sam",
         stem: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -37,6 +40,7 @@ class AfterSAM(nn.Module):
         self.decoder = decoder
         self.stem = stem
         self.hu_windows = hu_windows
+        self.normalisation = normalisation
 
     def forward(
         self,
@@ -69,13 +73,17 @@ class AfterSAM(nn.Module):
         if self.fusion is not None:
             self.fusion.activation_checkpointing = on
 
+    def image(self, hu: Tensor) -> Tensor:
+        """hu (T, H, W) in Hounsfield units -> what the encoder takes (T, 3, H, W)."""
+        return normalise(hu, self.hu_windows, unit=self.normalisation == "unit")
+
     def encode(self, hu: Tensor, stored: SliceFeatures | None = None) -> SliceFeatures:
         """hu (T, H, W) in Hounsfield units -> embedding (T, C, h, w) and the decoder's skips.
 
         `stored` is what the encoder made of this `hu` before; a stem beside the encoder may have changed since."""
         if stored is not None and self.stem is None:
             return stored
-        image = normalise(hu, self.hu_windows)  # (T, 3, H, W)
+        image = self.image(hu)
         features = self.encoder(image) if stored is None else stored
         return features if self.stem is None else SliceFeatures(features.embedding, self.stem(image))
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
+import torch
 from torch import nn
 
+from aftersam.checkpoint import whole_state
 from aftersam.config import ENCODERS, Config, ModelConfig
 from aftersam.model.aftersam import AfterSAM
-from aftersam.model.axial_fusion import AxialFusionTransformer
+from aftersam.model.axial_fusion import AxialFusionBlock, AxialFusionTransformer
 from aftersam.model.image_encoder import (
     ConvStem,
+    EncoderBlock,
     add_encoder_lora,
     build_image_encoder,
     load_image_encoder_state,
 )
 from aftersam.model.mask_decoder import MaskDecoder, add_decoder_lora, load_mask_decoder_state
 from aftersam.model.sam import SamCheckpoint
+from aftersam.model.tiny_vit import TinyViTBlock
 
 
 def resolve_encoder(config: Config, *, pretrained: bool) -> Config:
@@ -32,6 +37,15 @@ def resolve_encoder(config: Config, *, pretrained: bool) -> Config:
             "give --sam-checkpoint, or use --encoder full"
         )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, encoder=encoder))
+
+
+def precision_for(wanted: str, device: str) -> str:
+    """fp32, bf16 or fp16: what `precision` means on this machine."""
+    if wanted != "auto":
+        return wanted
+    if device != "cpu" and torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
 def build_aftersam(config: ModelConfig, num_classes: int, *, sam: SamCheckpoint | None = None) -> AfterSAM:
@@ -81,7 +95,38 @@ def build_aftersam(config: ModelConfig, num_classes: int, *, sam: SamCheckpoint 
         add_encoder_lora(encoder, config.lora_rank, alpha, dropout)
     if config.decoder == "lora":
         add_decoder_lora(decoder, config.lora_rank, alpha, dropout)
-    return AfterSAM(encoder, fusion, decoder, hu_windows=config.hu_windows, stem=stem)
+    return AfterSAM(
+        encoder, fusion, decoder, hu_windows=config.hu_windows, normalisation=config.normalisation, stem=stem
+    )
+
+
+def shard(model: AfterSAM, device: torch.device) -> None:
+    """Spread weights, gradients and moments over the processes, block by block (FSDP2), in place.
+
+    Blocks are the units since what is inside them is read by their own forward alone."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard  # slow to import
+
+    if not torch.distributed.is_initialized():
+        raise ValueError("shard is for several processes; start them with torchrun")
+    # the losses do nothing in place to the logits, which are a view
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    model.to(device)
+    for block in [
+        m for m in model.modules() if isinstance(m, (EncoderBlock, TinyViTBlock, AxialFusionBlock))
+    ]:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def whole_copy(model: AfterSAM, config: ModelConfig, num_classes: int) -> AfterSAM:
+    """A copy of a sharded model with all its weights, on the CPU; every process must ask."""
+    state = whole_state(model)
+    with torch.device("meta"):
+        copy = build_aftersam(config, num_classes)
+    copy.load_state_dict(state, assign=True)
+    return copy
 
 
 def merge_lora(model: nn.Module) -> None:

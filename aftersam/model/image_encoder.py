@@ -9,7 +9,7 @@ Source: segment_anything/modeling/image_encoder.py; ViTDet, arXiv 2203.16527; re
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from aftersam.config import ENCODERS, EncoderSize
-from aftersam.model.sam import segment_anything_modeling
+from aftersam.model.sam import CLASSIFIER, segment_anything_modeling
 from axial_fusion import lora_linear, rel_pos_attention, window_attention
 from axial_fusion.modules import merge_update
+
+if TYPE_CHECKING:
+    from aftersam.model.tiny_vit import TinyViT
 
 PREFIX = "image_encoder."  # of the encoder's tensors in SAM's state dict
 
@@ -103,6 +106,8 @@ class EncoderBlock(nn.Module):
 
 class EncoderAttention(nn.Module):
     """SAM's attention with relative positions: over a grid (h, w), or inside windows where `window` is given."""
+
+    qkv_by_head = False
 
     def __init__(self, dim: int, num_heads: int, *, grid: tuple[int, int], window: int = 0) -> None:
         super().__init__()
@@ -213,12 +218,20 @@ class LayerNorm2d(nn.Module):
 class LoRAQKV(nn.Linear):
     """A fused projection (3C, C) to q, k, v with LoRA on q and v: q = (W_Q + s·B_Q A_Q) x, v likewise.
 
-    The base weights keep their names. Source: LoRA, arXiv 2106.09685, and the paper's section 3.3."""
+    The base weights keep their names. `heads` above 1 says that rows go by head, (M, 3, D), as in TinyViT.
+    Source: LoRA, arXiv 2106.09685, and the paper's section 3.3."""
 
     def __init__(
-        self, linear: nn.Linear, rank: int, alpha: float | None = None, dropout: float = 0.0
+        self,
+        linear: nn.Linear,
+        rank: int,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        *,
+        heads: int = 1,
     ) -> None:
         super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.heads = heads
         self.weight, self.bias = linear.weight, linear.bias
         self.scaling = (rank if alpha is None else alpha) / rank
         self.dropout = dropout
@@ -260,10 +273,12 @@ class LoRAQKV(nn.Linear):
         q, v = self.lora_q_b, self.lora_v_b
         rank = q.shape[1]
         b = torch.cat([F.pad(q, (0, rank)), q.new_zeros(q.shape[0], 2 * rank), F.pad(v, (rank, 0))])
+        if self.heads > 1:
+            b = b.unflatten(0, (3, self.heads, -1)).transpose(0, 1).flatten(0, 2)
         return torch.cat([self.lora_q_a, self.lora_v_a]), b
 
 
-def build_image_encoder(name: str, *, image_size: int, in_channels: int = 3) -> ImageEncoder:
+def build_image_encoder(name: str, *, image_size: int, in_channels: int = 3) -> ImageEncoder | TinyViT:
     """The encoder called `name` in `config.ENCODERS` for square images of `image_size` px, weights random.
 
     Raises ValueError for an unknown name or a size that its patches do not divide."""
@@ -274,6 +289,10 @@ def build_image_encoder(name: str, *, image_size: int, in_channels: int = 3) -> 
         raise ValueError(
             f"image_size is {image_size}, but must be a multiple of {name}'s patch of {size.patch}"
         )
+    if size.stages:
+        from aftersam.model.tiny_vit import TinyViT
+
+        return TinyViT(size, in_channels=in_channels)
     grid = (image_size // size.patch,) * 2
     stem = ConvStem(in_channels, channels=(16, 32, 64)) if size.stem else None
     patch_embed: nn.Module
@@ -287,7 +306,7 @@ def build_image_encoder(name: str, *, image_size: int, in_channels: int = 3) -> 
     return ImageEncoder(
         patch_embed,
         [_block(size, i, grid) for i in range(size.depth)],
-        _neck(size.dim, size.out_channels),
+        build_neck(size.dim, size.out_channels),
         grid=grid,
         patch=size.patch,
         dim=size.dim,
@@ -295,11 +314,14 @@ def build_image_encoder(name: str, *, image_size: int, in_channels: int = 3) -> 
     )
 
 
-def load_image_encoder_state(encoder: ImageEncoder, state: Mapping[str, Tensor]) -> None:
+def load_image_encoder_state(encoder: ImageEncoder | TinyViT, state: Mapping[str, Tensor]) -> None:
     """Load SAM's `image_encoder.*` tensors strictly, position tables interpolated to the encoder's grid.
+
+    The classifier that MobileSAM's file carries is left out.
 
     Raises ValueError that names the first tensor that is missing, unknown or of another shape."""
     weights = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
+    weights = {k: v for k, v in weights.items() if PREFIX + k not in CLASSIFIER}
     expected = encoder.state_dict()
     for key, value in expected.items():
         if key not in weights:
@@ -313,11 +335,12 @@ def load_image_encoder_state(encoder: ImageEncoder, state: Mapping[str, Tensor])
 
 
 def add_encoder_lora(
-    encoder: ImageEncoder, rank: int, alpha: float | None = None, dropout: float = 0.0
+    encoder: ImageEncoder | TinyViT, rank: int, alpha: float | None = None, dropout: float = 0.0
 ) -> None:
     """Put LoRA on q and v of every attention of `encoder`, in place. `alpha` None means alpha = rank."""
-    for block in encoder.blocks:
-        block.attn.qkv = LoRAQKV(block.attn.qkv, rank, alpha, dropout)
+    for attention in [module for module in encoder.modules() if hasattr(module, "qkv_by_head")]:
+        heads = attention.num_heads if attention.qkv_by_head else 1
+        attention.qkv = LoRAQKV(attention.qkv, rank, alpha, dropout, heads=heads)
 
 
 def _block(size: EncoderSize, index: int, grid: tuple[int, int]) -> EncoderBlock:
@@ -328,7 +351,7 @@ def _block(size: EncoderSize, index: int, grid: tuple[int, int]) -> EncoderBlock
     )
 
 
-def _neck(dim: int, out_channels: int) -> nn.Sequential:
+def build_neck(dim: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(dim, out_channels, 1, bias=False),
         LayerNorm2d(out_channels),

@@ -1,6 +1,9 @@
 """SAM's official weights: found or downloaded, read without running their code, checked name by name.
 
-Source: github.com/facebookresearch/segment-anything, whose modules are loaded here too."""
+MobileSAM's vit_t and MedSAM's weights, which are a vit_b, come in the same format.
+
+Source: github.com/facebookresearch/segment-anything, whose modules are loaded here too;
+github.com/ChaoningZhang/MobileSAM."""
 
 from __future__ import annotations
 
@@ -44,7 +47,15 @@ DOWNLOADS: dict[str, Download] = {
     "vit_h": Download(
         _SITE + "sam_vit_h_4b8939.pth", "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"
     ),
+    "vit_t": Download(
+        "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobile_sam.pt",
+        "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
+    ),
 }
+CLASSIFIER = {  # of ImageNet, on top of MobileSAM's encoder, never run
+    "image_encoder.norm_head.weight": (320,), "image_encoder.norm_head.bias": (320,),
+    "image_encoder.head.weight": (1000, 320), "image_encoder.head.bias": (1000,),
+}  # fmt: skip
 OPTIONAL = {"pixel_mean": (3, 1, 1), "pixel_std": (3, 1, 1)}  # buffers that some files carry
 _PRIVATE_NAME = "aftersam.model._segment_anything"
 
@@ -58,7 +69,7 @@ class SamCheckpoint(NamedTuple):
 
 
 def read_sam_checkpoint(path_or_name: str | Path, *, progress: bool = True) -> SamCheckpoint:
-    """SAM weights from a .pth file, or by the names vit_b, vit_l, vit_h from a download kept in a cache.
+    """SAM weights from a .pth file, or by the names vit_b, vit_l, vit_h, vit_t from a download kept in a cache.
 
     The architecture is recognised from the shapes; every tensor must be there, of its shape, and no other.
     The cache is $AFTERSAM_CACHE or ~/.cache/aftersam; `progress` shows a bar while downloading.
@@ -80,24 +91,38 @@ def read_sam_checkpoint(path_or_name: str | Path, *, progress: bool = True) -> S
 
 @cache
 def sam_shapes(name: str) -> dict[str, torch.Size]:
-    """The shape of every tensor of SAM called `name`, from segment-anything's own modules."""
+    """The shape of every tensor of SAM called `name`, from segment-anything's own modules and our TinyViT."""
+    from aftersam.model.tiny_vit import TinyViT  # which builds on this file
+
     size, image_size = ENCODERS[name], 1024
     grid = (image_size // size.patch,) * 2
     sam = segment_anything_modeling("sam")
     transformer = segment_anything_modeling("transformer").TwoWayTransformer
     with torch.device("meta"):
+        encoder = (
+            TinyViT(size)
+            if size.stages
+            else sam.ImageEncoderViT(
+                img_size=image_size,
+                patch_size=size.patch,
+                embed_dim=size.dim,
+                depth=size.depth,
+                num_heads=size.num_heads,
+                out_chans=size.out_channels,
+                use_rel_pos=True,
+                window_size=size.window,
+                global_attn_indexes=size.global_blocks,
+            )
+        )
         model = sam.Sam(
-            sam.ImageEncoderViT(
-                img_size=image_size, patch_size=size.patch, embed_dim=size.dim, depth=size.depth,
-                num_heads=size.num_heads, out_chans=size.out_channels, use_rel_pos=True,
-                window_size=size.window, global_attn_indexes=size.global_blocks,
-            ),
+            encoder,
             sam.PromptEncoder(size.out_channels, grid, (image_size, image_size), mask_in_chans=16),
             sam.MaskDecoder(
                 transformer_dim=size.out_channels, transformer=transformer(2, size.out_channels, 8, mlp_dim=2048)
             ),
         )  # fmt: skip
-    return {key: value.shape for key, value in model.state_dict().items()}
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    return shapes | {key: torch.Size(shape) for key, shape in CLASSIFIER.items() if size.stages}
 
 
 @cache
@@ -155,11 +180,12 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def _recognised(path: Path, state: Mapping[str, Tensor]) -> str:
     """The name of the architecture whose tensors `state` holds, all of them and of the right shapes."""
-    widths = {ENCODERS[name].dim: name for name in DOWNLOADS}
+    widths = {ENCODERS[name].dim: name for name in ("vit_b", "vit_l", "vit_h")}
     position = state.get("image_encoder.pos_embed")
-    if position is None or position.dim() != 4 or position.shape[-1] not in widths:
+    width = position.shape[-1] if position is not None and position.dim() == 4 else None
+    name = "vit_t" if "image_encoder.layers.0.blocks.0.conv1.c.weight" in state else widths.get(width)
+    if name is None:
         raise ValueError(f"{path} is not one of SAM's {', '.join(DOWNLOADS)}: image_encoder.pos_embed tells")
-    name = widths[position.shape[-1]]
     expected = sam_shapes(name)
     for key, shape in expected.items():
         if key not in state:

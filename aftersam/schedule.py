@@ -1,0 +1,95 @@
+"""Where a training run stands, its learning rate there, and which groups each process computes at each step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from aftersam.config import TrainConfig
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+    from aftersam.data.slice_group import SliceGroups
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all of it is stored in a checkpoint."""
+
+    step: int = 0
+    seconds: float = 0.0
+    validated: int = 0
+    best: float = -1.0
+
+    def fraction(self, config: TrainConfig, steps_per_epoch: int) -> float:
+        """Share of the run that is done, by whichever limit comes first."""
+        limits = []
+        if config.max_steps is not None:
+            limits.append(self.step / config.max_steps)
+        if config.max_minutes is not None:
+            limits.append(self.seconds / (60 * config.max_minutes))
+        if not limits:
+            limits.append(self.step / (config.epochs * steps_per_epoch))
+        return min(max(limits), 1.0)
+
+
+def learning_rate(config: TrainConfig, progress: float) -> float:
+    """The rate at `progress` in [0, 1] of the run: warm-up, then `schedule`."""
+    rate = config.learning_rate
+    if progress < config.warmup:
+        return rate * (progress + 1e-3) / config.warmup
+    if config.schedule == "step":
+        return rate if progress < 500 / 550 else rate / 10
+    return rate * (1 - progress) ** 0.9
+
+
+def batches(
+    seed: int, cases: int, batch_size: int, *, rank: int, world: int, start: int, accumulate: int = 1
+) -> Iterator[list[tuple[int, int]]]:
+    """Endless (epoch, case) lists for one process from optimiser step `start` on, `accumulate` of them a step.
+
+    An epoch is a seeded permutation of the cases, so that any process at any step knows its groups. A step takes the
+    same groups however they are spread over processes and batches."""
+    import numpy as np
+
+    share = batch_size * world * accumulate
+    steps = steps_in_epoch(cases, share)
+    step = start
+    while True:
+        epoch, index = divmod(step, steps)
+        order = np.random.default_rng((seed, epoch)).permutation(cases)
+        picked = [int(order[(index * share + i) % cases]) for i in range(share)]
+        for first in range(rank * batch_size, share, world * batch_size):
+            yield [(epoch, case) for case in picked[first : first + batch_size]]
+        step += 1
+
+
+def group_loader(
+    groups: SliceGroups, config: TrainConfig, *, rank: int, world: int, start: int
+) -> DataLoader[Any]:
+    """Endless batches of `groups` for process `rank` of `world`, from optimiser step `start` on."""
+    import torch
+
+    order = batches(
+        config.seed,
+        len(groups),
+        config.batch_size,
+        rank=rank,
+        world=world,
+        start=start,
+        accumulate=config.accumulate,
+    )
+    return torch.utils.data.DataLoader(
+        groups,
+        batch_sampler=order,  # type: ignore[arg-type]  # an iterator serves: it is begun once
+        num_workers=config.num_workers,
+        persistent_workers=config.num_workers > 0,
+        generator=torch.Generator(),  # its draws would shift the model's after a resume
+    )
+
+
+def steps_in_epoch(cases: int, share: int) -> int:
+    return math.ceil(cases / share)

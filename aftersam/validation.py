@@ -1,0 +1,58 @@
+"""Validation while training: whole scans predicted at the model's spacing, and scored by Dice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from aftersam.config import ModelConfig
+from aftersam.figures import overlay_png
+from aftersam.metrics import dice
+from aftersam.streaming import predict_volume
+
+if TYPE_CHECKING:
+    from aftersam.data.cache import CachedCase
+    from aftersam.embeddings import StoredScan
+    from aftersam.model.aftersam import AfterSAM
+
+
+def validate_scans(
+    model: AfterSAM,
+    cases: Sequence[CachedCase],
+    labels: Mapping[int, str],
+    config: ModelConfig,
+    *,
+    precision: torch.dtype,
+    stored: Mapping[str, StoredScan],
+    overlay: Path,
+    title: str,
+) -> dict[str, float | None]:
+    """{organ: mean Dice over `cases`, None where no case has it}; draws the first case to the PNG `overlay`.
+
+    `stored` holds the encoder's features of some cases by their ids."""
+    scores: dict[str, list[float]] = {name: [] for name in labels.values()}
+    for i, case in enumerate(cases):
+        hu, truth = case.hu, case.labels
+        mask = predict_volume(
+            model, hu, config, box=case.box, output_shape=hu.shape, precision=precision, prompt_labels=truth,
+            stored=stored.get(case.id),
+        )  # fmt: skip
+        for value, name in labels.items():
+            scores[name].append(dice(mask == value, truth == value))
+        if i == 0:
+            overlay_png(
+                overlay, hu, mask, case.spacing_mm, dict(labels),
+                reference=np.asarray(truth), title=f"{case.id}, {title}",
+            )  # fmt: skip
+    return {name: mean(values) for name, values in scores.items()}
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """Mean of the values that are numbers, None without any: JSON has no NaN."""
+    numbers = [value for value in values if not math.isnan(value)]
+    return sum(numbers) / len(numbers) if numbers else None

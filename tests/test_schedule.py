@@ -1,0 +1,39 @@
+"""Learning rates, progress, and the order of groups over processes."""
+
+import dataclasses
+
+import pytest
+
+from aftersam.config import preset
+from aftersam.schedule import Progress, batches, learning_rate, steps_in_epoch
+
+
+def test_schedules():
+    step = preset("paper").train
+    assert learning_rate(step, 0.0) == learning_rate(step, 499.9 / 550) == 1e-4
+    assert learning_rate(step, 500.1 / 550) == pytest.approx(1e-5)
+    poly = preset("small").train
+    assert learning_rate(poly, 0.0) < learning_rate(poly, poly.warmup / 2) < learning_rate(poly, poly.warmup)
+    assert learning_rate(poly, 1.0) == 0
+
+
+def test_progress_follows_the_first_limit_to_be_reached():
+    config = dataclasses.replace(preset("small").train, max_steps=100, max_minutes=1.0)
+    assert Progress(step=10, seconds=30).fraction(config, 7) == 0.5
+    assert Progress(step=90, seconds=30).fraction(config, 7) == 0.9
+    epochs = dataclasses.replace(config, max_steps=None, max_minutes=None, epochs=10)
+    assert Progress(step=35, seconds=30).fraction(epochs, 7) == 0.5
+
+
+def test_an_epoch_visits_every_case_and_processes_share_it():
+    alone = batches(3, 10, 4, rank=0, world=1, start=0)
+    pair = [batches(3, 10, 2, rank=rank, world=2, start=0) for rank in range(2)]
+    for _ in range(2):  # two epochs of three steps
+        epoch = [next(alone) for _ in range(steps_in_epoch(10, 4))]
+        assert {case for batch in epoch for _, case in batch} == set(range(10))
+        assert epoch == [next(pair[0]) + next(pair[1]) for _ in epoch]
+    parts = batches(3, 10, 1, rank=0, world=1, start=0, accumulate=4)
+    for whole in (next(batches(3, 10, 4, rank=0, world=1, start=s)) for s in range(4)):
+        assert whole == [group for _ in range(4) for group in next(parts)]
+    late = batches(3, 10, 4, rank=0, world=1, start=6)
+    assert next(late) == next(alone)
