@@ -201,7 +201,7 @@ def _summary(
     matrix = np.array([[_value(scores[c].get(o), "dsc") for o in organs] for c in scores])  # (cases, organs)
     summary: dict[str, Any] = {
         "mean_dsc": _number(mean_of([mean_of(column) for column in matrix.T])),
-        "mean_dsc_interval": _interval(matrix),
+        "mean_dsc_interval": bootstrap_interval(matrix),
         "interval_reliable": len(scores) >= RELIABLE_CASES,
         "num_cases": len(scores),
         "convention": convention,
@@ -220,7 +220,7 @@ def _summary(
         penalised = [row.diagonal_mm if math.isinf(row.hd95_mm) else row.hd95_mm for row in rows]
         summary["organs"][organ] = {
             "dsc": _number(mean_of(matrix[:, column])),
-            "dsc_interval": _interval(matrix[:, [column]]),
+            "dsc_interval": bootstrap_interval(matrix[:, [column]]),
             "dsc_std": _number(
                 float(np.nanstd(matrix[:, column])) if np.isfinite(matrix[:, column]).any() else math.nan
             ),
@@ -250,7 +250,7 @@ def _paired(
         per_case = np.array([mean_of(row) for row in columns])
         return {
             "dsc_difference": _number(mean_of([mean_of(column) for column in columns.T])),
-            "interval": _interval(columns),
+            "interval": bootstrap_interval(columns),
             "won": int((per_case > 0).sum()),
             "lost": int((per_case < 0).sum()),
         }
@@ -262,7 +262,7 @@ def _paired(
     }
 
 
-def _interval(matrix: np.ndarray) -> list[float] | None:
+def bootstrap_interval(matrix: np.ndarray) -> list[float] | None:
     """95 % percentile bootstrap over cases (rows) of the mean over organs (columns); seeded. None without scores."""
     if not np.isfinite(matrix).any():
         return None
