@@ -83,15 +83,21 @@ def accuracy(args: AccuracyArgs) -> dict[str, Any]:
     # one process a row: its peak memory and its number of threads are its own
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     spawn = multiprocessing.get_context("spawn")
+    failed = {}
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as rows:
         for name in args.systems:
-            if not SYSTEMS[name].missing():
-                for seed in args.seeds:
+            if SYSTEMS[name].missing():
+                continue
+            for seed in args.seeds:
+                try:
                     rows.submit(run_row, args, name, seed).result()
+                except Exception as error:  # of any of the packages: the other rows are worth having
+                    failed[SYSTEMS[name].title] = f"{type(error).__name__}: {error}".splitlines()[0]
+                    print(f"{SYSTEMS[name].title} failed: {error}", file=sys.stderr)
     for given in args.predictions:
         score_elsewhere(args.output, *_named_folder(given))
     waterfall = None if args.waterfall is None else read_json(args.waterfall)
-    return write_table(args.output, data=dataset.name, waterfall=waterfall)
+    return write_table(args.output, data=dataset.name, failed=failed, waterfall=waterfall)
 
 
 def run_row(args: AccuracyArgs, name: str, seed: int) -> None:
@@ -100,7 +106,7 @@ def run_row(args: AccuracyArgs, name: str, seed: int) -> None:
     limits, system = limits_of(args), SYSTEMS[name]
     home, scans = args.output / "rows" / f"{name}-seed-{seed}", args.output / "held-out"
     settings = _plain({"data": args.data.resolve(), **limits._asdict()})
-    if (home / "settings.json").exists() and read_json(home / "settings.json") != settings:
+    if (home / "spent.json").exists() and read_json(home / "settings.json") != settings:
         raise ValueError(f"{home} was made with other settings; delete it or choose another --output")
     if (home / "row.json").exists():
         return
@@ -169,11 +175,12 @@ def _plain(value: Any) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     args = tyro.cli(AccuracyArgs, args=argv, description=__doc__)
     try:
-        accuracy(args)
-    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+        table = accuracy(args)
+    except (ValueError, OSError) as error:
         print(f"benchmarks.accuracy: {error}", file=sys.stderr)
         return 2
-    return 0
+    print(args.output / "accuracy.md")
+    return 1 if table["failed"] else 0
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from aftersam.config import Config, DataConfig, preset
 from aftersam.data.cache import CachedCase, cache_cases
 from aftersam.data.dataset import Case, Dataset
 from aftersam.train import precision_for
-from benchmarks import nnunet_rival
+from benchmarks.harness import absent
 from benchmarks.slice_rivals import build_after_unet, build_msa
 
 Preset = Literal["paper", "best", "small", "tiny"]
@@ -111,12 +111,14 @@ class System:
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Keys of the preset's model that differ."""
     prompted: bool = False
+    needs: str = ""
+    """A package that the installation may lack."""
 
     def missing(self) -> str:
         """Why this system cannot be trained here; empty where it can."""
-        if self.kind == "nnunet":
-            return nnunet_rival.missing()
-        return self.note if self.kind == "elsewhere" else ""
+        if self.kind == "elsewhere":
+            return self.note
+        return absent(self.needs) if self.needs else ""
 
 
 def _unet(num_classes: int) -> nn.Module:
@@ -151,14 +153,16 @@ _OURS = "a reimplementation from our parts and MONAI's blocks; the authors' code
 SYSTEMS: dict[str, System] = {  # in the order of the paper's tables
     "unet": System("U-Net", "patch", "MONAI UNet", _unet, 16),
     "attention_unet": System("Att U-Net", "patch", "MONAI AttentionUnet", _attention_unet, 16),
-    "nnunet_2d": System("nnU-Net 2D", "nnunet", "nnunetv2, its own plan"),
-    "nnunet_3d": System("nnU-Net 3D", "nnunet", "nnunetv2, its own plan"),
+    "nnunet_2d": System("nnU-Net 2D", "nnunet", "nnunetv2 with its own plan", needs="nnunetv2"),
+    "nnunet_3d": System("nnU-Net 3D", "nnunet", "nnunetv2 with its own plan", needs="nnunetv2"),
     "dynunet": System("DynUNet", "patch", "MONAI DynUNet: nnU-Net's network without its pipeline", _dynunet, 8),
     "transunet": System("TransUNet", "elsewhere", _ELSEWHERE),
     "swin_unet": System("Swin-Unet", "elsewhere", _ELSEWHERE),
     "cotr": System("CoTr", "elsewhere", _ELSEWHERE),
     "after_unet": System("AFTer-UNet", "group", _OURS, build_after_unet),
-    "swin_unetr": System("Swin UNETR", "patch", "MONAI SwinUNETR", _swin_unetr, 32, learning_rate=5e-4),
+    "swin_unetr": System(
+        "Swin UNETR", "patch", "MONAI SwinUNETR", _swin_unetr, 32, learning_rate=5e-4, needs="einops"
+    ),
     "msa": System(
         "MSA", "group", f"{_OURS}; prompted: one click an organ, drawn from its label", build_msa,
         model={"prompts": "point", "attention": "none"}, prompted=True,

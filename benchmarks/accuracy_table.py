@@ -22,15 +22,19 @@ Found = tuple[Mapping[str, Any], Mapping[str, Any]]  # a row.json and its metric
 Table = Mapping[str, Any]
 
 
-def write_table(output: Path, *, data: str, waterfall: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def write_table(
+    output: Path, *, data: str, failed: Mapping[str, str] | None = None, waterfall: Any = None
+) -> dict[str, Any]:
     """Put the finished rows of the folder `output` into accuracy.json, accuracy.md and accuracy.png there.
+
+    `failed` are titles of rows that could not be finished, and why; `waterfall` is drawn to waterfall.png.
 
     Raises ValueError where there is none, or rows that cannot be compared."""
     found = [
         (read_json(path), read_json(path.with_name("metrics.json")))
         for path in sorted((output / "rows").glob("*/row.json"))
     ]
-    table = {"data": data, **summarise(found)}
+    table = {"data": data, **summarise(found), "failed": dict(failed or {})}
     if waterfall is not None:
         table["waterfall"] = check_waterfall(waterfall)
         draw_waterfall(waterfall, output / "waterfall.png")
@@ -149,9 +153,12 @@ def markdown(table: Table) -> str:
     for protocol in ("equal budget", "own recipe"):
         rows = [row for row in table["rows"] if row["protocol"] == protocol]
         if rows:
-            parts += [f"## {heading(table, protocol)}", score_table(rows, table["organs"]), cost_table(rows)]
+            parts += [f"## {heading(table, protocol)}", score_table(rows, table["organs"])]
+            known = [row for row in rows if row["parameters"] is not None]
+            parts += [cost_table(known)] if known else []
     notes = [f"- **{row['title']}**: {row['note']}." for row in table["rows"]]
-    notes += [f"- **{title}**: not run: {reason}." for title, reason in table["not_run"].items()]
+    notes += [f"- **{name}**: not run: {reason}." for name, reason in table["not_run"].items()]
+    notes += [f"- **{name}**: failed: {reason}." for name, reason in table["failed"].items()]
     return "\n\n".join([*parts, "## Notes", "\n".join(notes)])
 
 
@@ -199,7 +206,7 @@ def cost_table(rows: Sequence[Mapping[str, Any]]) -> str:
         rate = row["steps"] / row["minutes"] / 60 if row["steps"] and row["minutes"] else None
         lines.append(
             [
-                title(row), "–" if row["parameters"] is None else f"{row['parameters'] / 1e6:.1f} M",
+                title(row), f"{row['parameters'] / 1e6:.1f} M",
                 _text(row["minutes"], ".1f"), _text(row["cpu_minutes"], ".1f"), _text(row["steps"], ",.0f"),
                 _text(rate, ".2f"), _text(row["peak_mib"], ",.0f"), _text(row["prediction_s"], ".1f"),
             ]
