@@ -162,6 +162,19 @@ def markdown(table: Table) -> str:
     return "\n\n".join([*parts, "## Notes", "\n".join(notes)])
 
 
+def in_short(table: Table) -> list[str]:
+    """For the README: what was compared, and mean, interval, difference to the best row and ICE of every row."""
+    cases, equal = len(table["cases"]), [r for r in table["rows"] if r["protocol"] == "equal budget"]
+    told = f"**{table['data']}, {cases} held-out scans. {heading(table, 'equal budget')}.**" if equal else None
+    lines = [["method", "mean DSC, %", "95 %", "to the best", "ICE", "steps"]]
+    for row in equal or table["rows"]:
+        lines.append(
+            [title(row), _percent(row["mean"]), _span(row["interval"]), _to_best(row["to_best"]),
+             _text(row["ice"], ".3f"), _text(row["steps"], ",.0f")]
+        )  # fmt: skip
+    return [told or f"**{table['data']}, {cases} held-out scans.**", _grid(lines)]
+
+
 def heading(table: Table, protocol: str) -> str:
     if protocol == "own recipe":
         return "Own recipe: trained as their authors or users chose, not comparable in cost"
