@@ -98,12 +98,17 @@ def hd95_mm(
 
 
 def _pooled_percentile(
-    prediction: torch.Tensor, reference: torch.Tensor, *, spacing: Spacing, percentile: float, **_: object
+    prediction: torch.Tensor,
+    reference: torch.Tensor,
+    *,
+    spacing: Spacing,
+    percentile: float,
+    **_options: object,
 ) -> float:
     """MedPy's percentile: of the distances of both surfaces to each other, taken together."""
     from monai.metrics.utils import get_edge_surface_distance
 
-    _, distances, _ = get_edge_surface_distance(
+    _edges, distances, _areas = get_edge_surface_distance(
         prediction[0, 0], reference[0, 0], spacing=list(spacing), symmetric=True
     )
     return float(np.percentile(np.concatenate([d.numpy() for d in distances]), percentile))

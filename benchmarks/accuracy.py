@@ -139,12 +139,18 @@ def score_elsewhere(output: Path, name: str, masks: Path) -> None:
     """Score the masks of another tool as the row `name` of the table in `output`."""
     home = output / "rows" / f"elsewhere-{slug(name)}"
     home.mkdir(parents=True, exist_ok=True)
-    row = {"system": slug(name), "title": name, "seed": 0, "protocol": "own recipe", "note": "masks made elsewhere"}
+    row = {
+        "system": slug(name),
+        "title": name,
+        "seed": 0,
+        "protocol": "own recipe",
+        "note": "masks made elsewhere",
+    }
     _score(masks, output / "held-out" / "labels", home, row)
 
 
 def _score(masks: Path, labels: Path, home: Path, row: dict[str, Any]) -> None:
-    """Leave metrics.json, then row.json, which says that the row is done. Raises ValueError on a mask that is missing."""
+    """Leave metrics.json, then row.json, which says that the row is done. Raises ValueError on a missing mask."""
     metrics = evaluate(masks, labels, output=home / "metrics.json", quiet=True)
     if metrics["problems"]:
         raise ValueError(f"every row needs all cases: {next(iter(metrics['problems'].values()))}")

@@ -5,6 +5,7 @@ through one loop."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -138,7 +139,9 @@ def _build(job: Job) -> nn.Module:
     if job.system.kind == "patch":
         return build(job.num_classes)
     if job.system.prompted and job.limits.sam_checkpoint:
-        return build(job.config().model, job.num_classes, read_sam_checkpoint(job.limits.sam_checkpoint))
+        sam = read_sam_checkpoint(job.limits.sam_checkpoint)
+        model = dataclasses.replace(job.config().model, image_encoder=sam.name)  # type: ignore[arg-type]
+        return build(model, job.num_classes, sam)
     return build(job.config().model, job.num_classes)
 
 

@@ -71,7 +71,8 @@ class Job:
 
     def config(self) -> Config:
         """The preset within the row's limit; nothing is validated on the way, since nothing is chosen by it."""
-        base = preset(self.system.preset or self.limits.preset)
+        pretrained = self.system.kind == "group" and self.system.prompted and self.limits.sam_checkpoint
+        base = preset("best" if pretrained else self.system.preset or self.limits.preset)
         changes: dict[str, Any] = {"seed": self.seed, "validations": 0}
         if self.limits.max_minutes is not None or self.limits.max_steps is not None:
             changes |= {"max_minutes": self.limits.max_minutes, "max_steps": self.limits.max_steps}

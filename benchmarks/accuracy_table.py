@@ -1,4 +1,4 @@
-"""Rows of the accuracy table to the paper's layout: methods down, the mean and the organs across, and what each cost."""
+"""Rows of the accuracy table to the paper's layout: methods down, mean and organs across, and what each cost."""
 
 from __future__ import annotations
 
@@ -165,7 +165,9 @@ def markdown(table: Table) -> str:
 def in_short(table: Table) -> list[str]:
     """For the README: what was compared, and mean, interval, difference to the best row and ICE of every row."""
     cases, equal = len(table["cases"]), [r for r in table["rows"] if r["protocol"] == "equal budget"]
-    told = f"**{table['data']}, {cases} held-out scans. {heading(table, 'equal budget')}.**" if equal else None
+    told = (
+        f"**{table['data']}, {cases} held-out scans. {heading(table, 'equal budget')}.**" if equal else None
+    )
     lines = [["method", "mean DSC, %", "95 %", "to the best", "ICE", "steps"]]
     for row in equal or table["rows"]:
         lines.append(
@@ -214,7 +216,8 @@ def score_table(rows: Sequence[Mapping[str, Any]], organs: Sequence[str]) -> str
 
 
 def cost_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = [["method", "parameters", "minutes", "processor minutes", "steps", "steps/s", "training MiB", "s a scan"]]
+    heads = "method, parameters, minutes, processor minutes, steps, steps/s, training MiB, s a scan"
+    lines = [heads.split(", ")]
     for row in rows:
         rate = row["steps"] / row["minutes"] / 60 if row["steps"] and row["minutes"] else None
         lines.append(
@@ -239,12 +242,15 @@ def draw(table: Table, path: Path) -> None:
     figure = Figure(figsize=(9, 0.9 + 0.34 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
     colours = [
-        PROMPTED if row["prompted"] else OURS if row["title"].startswith("AFTer-SAM") else RIVAL for row in rows
+        PROMPTED if row["prompted"] else OURS if row["title"].startswith("AFTer-SAM") else RIVAL
+        for row in rows
     ]
     means, at = [row["mean"] for row in rows], range(len(rows))
     below = [row["mean"] - row["interval"][0] for row in rows]
     above = [row["interval"][1] - row["mean"] for row in rows]
-    left.barh(at, means, xerr=np.clip([below, above], 0, None), color=colours, height=0.65, error_kw={"lw": 1})
+    left.barh(
+        at, means, xerr=np.clip([below, above], 0, None), color=colours, height=0.65, error_kw={"lw": 1}
+    )
     right.barh(at, [row["ice"] or 0.0 for row in rows], color=colours, height=0.65)
     left.set_yticks(at, [title(row) for row in rows])
     left.set(xlim=(0, 1), title="mean DSC, 95 % interval over scans")
@@ -258,7 +264,7 @@ def draw(table: Table, path: Path) -> None:
 
 
 def check_waterfall(waterfall: Any) -> dict[str, Any]:
-    """`waterfall` itself. Raises ValueError unless it is {"data", "organ", "steps": [{"name", "mean_dsc", "organ_dsc"}]}."""
+    """`waterfall` itself. Raises ValueError unless it has data, organ, and steps of name, mean_dsc, organ_dsc."""
     try:
         steps = [(str(s["name"]), float(s["mean_dsc"]), float(s["organ_dsc"])) for s in waterfall["steps"]]
         if not steps or not (waterfall["data"] and waterfall["organ"]):
@@ -283,7 +289,9 @@ def draw_waterfall(waterfall: Mapping[str, Any], path: Path) -> None:
     for i, (old, new) in enumerate(zip(before, means, strict=True)):
         axes.bar(i, abs(new - old), bottom=min(old, new), color=OURS if new >= old else "black", width=0.65)
         axes.annotate(f"{new:.3f}", (i, max(old, new)), ha="center", va="bottom", fontsize=8)
-    axes.plot(at, [step["organ_dsc"] for step in steps], "o-", color=RIVAL, lw=1, ms=4, label=waterfall["organ"])
+    axes.plot(
+        at, [step["organ_dsc"] for step in steps], "o-", color=RIVAL, lw=1, ms=4, label=waterfall["organ"]
+    )
     axes.set_xticks(at, [step["name"] for step in steps], rotation=25, ha="right", fontsize=8)
     axes.set(ylim=(0, 1), ylabel="DSC", title=f"mean DSC, step by step, on {waterfall['data']}")
     axes.spines[["top", "right"]].set_visible(False)

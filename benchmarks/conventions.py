@@ -20,10 +20,11 @@ import numpy as np
 from aftersam.data.phantom import HEART, TRACHEA, write_dataset
 from aftersam.data.transforms import resample
 from aftersam.evaluate import evaluate, mean_of
+from aftersam.metrics import Convention
 from benchmarks.figure import write_readme
 from benchmarks.harness import ROOT
 
-NAMES = ("nnunet", "monai", "transunet")
+NAMES: tuple[Convention, ...] = ("nnunet", "monai", "transunet")
 COARSE = "nnunet, half the resolution"
 
 
@@ -36,7 +37,7 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
         truth, mask = mishaps(i, nib.load(path))
         nib.save(truth, path)
         nib.save(mask, masks / path.name)
-    found = {name: _means(evaluate(masks, labels, convention=name, quiet=True)) for name in NAMES}
+    found: dict[str, dict[str, float]] = {name: _means(evaluate(masks, labels, convention=name, quiet=True)) for name in NAMES}
     for kind in (labels, masks):
         (folder / "half" / kind.name).mkdir(parents=True)
         for path in sorted(kind.glob("*.nii.gz")):

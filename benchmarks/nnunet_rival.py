@@ -94,7 +94,7 @@ def _paths(job: Job) -> Path:
 
 
 def _plans(job: Job) -> Path:
-    return Path(os.environ["nnUNet_preprocessed"]) / NAME / "nnUNetPlans.json"
+    return job.home.resolve() / "nnunet" / "preprocessed" / NAME / "nnUNetPlans.json"
 
 
 def _export(job: Job, raw: Path) -> None:
@@ -110,7 +110,9 @@ def _export(job: Job, raw: Path) -> None:
         endings.add(ending := link.name.removeprefix(case))
         link.rename(link.with_name(f"{case}_0000{ending}"))
     if len(endings) != 1:
-        raise ValueError(f"nnU-Net needs one kind of file, but the scans end in {' and '.join(sorted(endings))}")
+        raise ValueError(
+            f"nnU-Net needs one kind of file, but the scans end in {' and '.join(sorted(endings))}"
+        )
     labels = {"background": 0, **{name: value for value, name in job.dataset.labels.items()}}
     write_json(
         raw / "dataset.json",
@@ -160,7 +162,7 @@ def _trainer(job: Job) -> Any:
                 self.progress.step += 1
                 self.progress.seconds = time.monotonic() - began
 
-    os.environ["nnUNet_n_proc_DA"] = "0"  # augmentation in the training process: the row's threads are all it has
+    os.environ |= {"nnUNet_n_proc_DA": "0"}  # no processes for augmentation: the row's threads are all it has
     torch.set_num_threads(job.limits.threads)  # planning changed it
     preprocessed = _plans(job).parent
     plans = {**read_json(_plans(job)), "continue_training": False}

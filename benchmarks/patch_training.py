@@ -52,7 +52,8 @@ def fit(
     if config.max_minutes is None and config.max_steps is None:
         raise ValueError("a rival needs a limit: --max-minutes or --max-steps")
     model.to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, weight_decay=config.weight_decay)
     progress, began, cpu = Progress(), time.monotonic(), time.process_time()
     while (done := progress.fraction(config, 1)) < 1:
         for group in optimizer.param_groups:
@@ -62,7 +63,8 @@ def fit(
             value = loss(model, batch)
         optimizer.zero_grad()
         value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        if config.clip_norm:
+            nn.utils.clip_grad_norm_(trainable, config.clip_norm)
         if not torch.isfinite(value):
             raise FloatingPointError(f"the loss is {value.item()} at step {progress.step + 1}")
         optimizer.step()
@@ -102,8 +104,7 @@ def patches(cached: Sequence[CachedCase], size: Sequence[int], config: TrainConf
             hu, labels = random_patch(cached[case], size, rng)
             item = change({"image": scaled(hu)[None], "labels": torch.from_numpy(labels)[None].float()})
             items.append((item["image"].as_tensor(), item["labels"].as_tensor().long()))
-        images, labels = zip(*items, strict=True)
-        yield {"image": torch.stack(images), "labels": torch.stack(labels)}
+        yield {"image": torch.stack([i for i, _ in items]), "labels": torch.stack([y for _, y in items])}
 
 
 def random_patch(
@@ -122,12 +123,8 @@ def random_patch(
         min(max(c - s // 2, 0), n - s) if n >= s else (n - s) // 2
         for c, s, n in zip(centre, size, scan.shape, strict=True)
     ]
-    inside = tuple(
-        slice(max(f, 0), min(f + s, n)) for f, s, n in zip(first, size, scan.shape, strict=True)
-    )
-    pad = [
-        (max(-f, 0), max(f + s - n, 0)) for f, s, n in zip(first, size, scan.shape, strict=True)
-    ]
+    inside = tuple(slice(max(f, 0), min(f + s, n)) for f, s, n in zip(first, size, scan.shape, strict=True))
+    pad = [(max(-f, 0), max(f + s - n, 0)) for f, s, n in zip(first, size, scan.shape, strict=True)]
     hu = np.pad(scan.hu[inside], pad, constant_values=AIR_HU)
     return hu, np.pad(scan.labels[inside], pad)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class UNetDecoder(nn.Module):
         super().__init__()
         from monai.networks.blocks import UnetOutBlock, UnetrUpBlock
 
-        fine_to_coarse = list(zip(channels, channels[1:], strict=False))
+        fine_to_coarse = list(pairwise(channels))
         self.levels = nn.ModuleList(
             UnetrUpBlock(2, coarse, fine, 3, upsample_kernel_size=2, norm_name="instance", res_block=True)
             for fine, coarse in reversed(fine_to_coarse)
@@ -155,15 +156,13 @@ def build_msa(config: ModelConfig, num_classes: int, sam: SamCheckpoint | None =
 
 def groups(cached: Sequence[CachedCase], config: Config) -> Iterator[Batch]:
     """Endless batches {"hu", "labels"} (B, N, S, S) of our own slice groups."""
-    dataset = SliceGroups(
-        cached, model=config.model, data=config.data, seed=config.train.seed, label_swap={}
-    )
+    dataset = SliceGroups(cached, model=config.model, data=config.data, seed=config.train.seed, label_swap={})
     order = batches(config.train.seed, len(cached), config.train.batch_size, rank=0, world=1, start=0)
     yield from DataLoader(dataset, batch_sampler=order)
 
 
 def group_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Our loss, as in the presets that learn from scratch; MSA gets one organ of the batch, mostly one that is there."""
+    """Our loss, as in the presets that learn from scratch; MSA gets one organ, mostly one that is there."""
     hu, labels = batch["hu"], batch["labels"]
     decoder = model.decoder
     if isinstance(decoder, OneOrganAtATime):
