@@ -37,7 +37,9 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
         truth, mask = mishaps(i, nib.load(path))
         nib.save(truth, path)
         nib.save(mask, masks / path.name)
-    found: dict[str, dict[str, float]] = {name: _means(evaluate(masks, labels, convention=name, quiet=True)) for name in NAMES}
+    found: dict[str, dict[str, float]] = {
+        name: _means(evaluate(masks, labels, convention=name, quiet=True)) for name in NAMES
+    }
     for kind in (labels, masks):
         (folder / "half" / kind.name).mkdir(parents=True)
         for path in sorted(kind.glob("*.nii.gz")):
@@ -82,7 +84,7 @@ def draw(found: dict[str, dict[str, float]], path: Path) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, key, form, heading in (
         (left, "dsc", "{:.3f}", "mean DSC"),
-        (right, "hd95_mm", "{:.1f}", "mean HD95, mm; infinite ones as the diagonal"),
+        (right, "hd95_mm", "{:.1f}", "mean HD95, mm"),
     ):
         values = [scores[key] for scores in found.values()]
         bars = axes.barh(list(found), values, color=["#b3262e", "#5b7fa6", "#5b7fa6", "#d08a2e"], height=0.6)

@@ -28,7 +28,7 @@ from aftersam.model.sam import SamCheckpoint
 from aftersam.train import batches
 from benchmarks.patch_training import Batch
 
-UNET_CHANNELS = (16, 32, 64, 128)  # at strides 1, 2, 4 and 8: ours has a token every 8 pixels, too
+UNET_CHANNELS = (24, 48, 96, 192)  # at strides 1, 2, 4 and 8: ours has a token every 8 pixels, too
 
 
 class UNetEncoder(nn.Module):
