@@ -36,6 +36,8 @@ setup(
         "xformers": ["xformers>=0.0.35"],
         "dicom": ["pydicom>=3", "highdicom>=0.26"],
         "export": ["onnxscript>=0.5"],  # torch writes ONNX through it
+        "accuracy": ["einops>=0.7"],  # MONAI's Swin UNETR, in the accuracy table alone
+        "nnunet": ["nnunetv2>=2.6"],
         "test": [
             "highdicom>=0.26",  # DICOM segmentations are read back
             "hypothesis>=6.100",

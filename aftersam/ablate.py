@@ -7,21 +7,25 @@ and a PNG of each."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from aftersam.config import Config, preset
+
+if TYPE_CHECKING:
+    from aftersam.data.dataset import Dataset
 
 TABLES: dict[str, dict[str, dict[str, str]]] = {  # columns in the paper's order; the last is what others are held to
     "3": {
@@ -141,16 +145,8 @@ def _row(args: AblateArgs, name: str, change: Mapping[str, str], seed: int) -> R
         )  # fmt: skip
         dataset = find_dataset(args.data)
         _, held_out = split(dataset, args.fold, 0)
-        cases = {case.id: case for case in dataset.cases}
+        link_cases(dataset, held_out, home)
         images, labels = home / "images", home / "labels"
-        for folder in (images, labels):
-            folder.mkdir()
-        for case in held_out:
-            label = cases[case].label
-            assert label is not None, "training refuses cases without a label"
-            for folder, file in ((images, cases[case].image), (labels, label)):
-                ending = ".nii.gz" if file.name.endswith(".gz") else ".nii"
-                (folder / f"{case}{ending}").symlink_to(file.resolve())
         predict_files(
             PredictArgs(
                 input=images, output=home / "masks", model=run, checkpoint="last", device=args.device, preview=False,
@@ -163,6 +159,22 @@ def _row(args: AblateArgs, name: str, change: Mapping[str, str], seed: int) -> R
         case: {organ: math.nan if s["dsc"] is None else s["dsc"] for organ, s in row.items()}
         for case, row in found.items()
     }
+
+
+def link_cases(dataset: Dataset, ids: Collection[str], home: Path) -> None:
+    """Make home/images and home/labels: links, named by case, to the scans and labels of the cases `ids`.
+
+    Raises ValueError on a case without a label."""
+    for case in dataset.cases:
+        if case.id not in ids:
+            continue
+        if case.label is None:
+            raise ValueError(f"{case.image} has no label to be scored by")
+        for folder, file in (("images", case.image), ("labels", case.label)):
+            (home / folder).mkdir(parents=True, exist_ok=True)
+            ending = ".nii.gz" if file.name.endswith(".gz") else ".nii"
+            with contextlib.suppress(FileExistsError):  # of a command before, or beside this one
+                (home / folder / f"{case.id}{ending}").symlink_to(file.resolve())
 
 
 def _config(args: AblateArgs, change: Mapping[str, str], seed: int) -> Config:

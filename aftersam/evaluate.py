@@ -40,7 +40,8 @@ class EvaluateArgs:
     nsd_tolerance_mm: float = 3.0
     """Tolerance of the normalised surface Dice."""
     convention: Convention = "nnunet"
-    """DSC of empty masks. nnunet: one empty 0, both left out; monai, transunet: as those codes have it."""
+    """How empty masks and means are scored. nnunet: DSC 0 where one mask is empty, both empty left out, means over
+    organs last; monai and transunet: as those codes have it, docs/evaluation.md says how."""
     label_names: Path | None = None
     """dataset.json with the label names; looked for beside the references and the masks unless given."""
 
@@ -58,7 +59,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score every reference in the folder `labels` by its mask in `predictions` and print a table.
 
-    Returns, and writes to `output`, a dictionary with `mean_dsc` (the mean over organs of the mean over cases),
+    Returns, and writes to `output`, a dictionary with `mean_dsc` (the mean over organs of the mean over cases; by the
+    convention monai, whose DiceMetric reduces so, the mean over cases of the mean over organs),
     `organs`, `cases`, `problems` (cases that could not be scored), `prompted` (box or points where the masks were made
     with prompts from labels, else null) and, with `against`, `paired`. A case whose mask is
     missing, unreadable or on another grid is a problem, not a score. Raises ValueError where nothing can be scored."""
@@ -199,9 +201,12 @@ def _summary(
     organs = list(dict.fromkeys(name for case in scores.values() for name in case))
     nsd_key = f"nsd_{tolerance_mm:g}mm"
     matrix = np.array([[_value(scores[c].get(o), "dsc") for o in organs] for c in scores])  # (cases, organs)
+    averaged = matrix
+    if convention == "monai":  # monai/metrics/utils.py, do_metric_reduction "mean": over organs first
+        averaged = np.array([[mean_of(case)] for case in matrix])
     summary: dict[str, Any] = {
-        "mean_dsc": _number(mean_of([mean_of(column) for column in matrix.T])),
-        "mean_dsc_interval": _interval(matrix),
+        "mean_dsc": _number(mean_of([mean_of(column) for column in averaged.T])),
+        "mean_dsc_interval": bootstrap_interval(averaged),
         "interval_reliable": len(scores) >= RELIABLE_CASES,
         "num_cases": len(scores),
         "convention": convention,
@@ -220,7 +225,7 @@ def _summary(
         penalised = [row.diagonal_mm if math.isinf(row.hd95_mm) else row.hd95_mm for row in rows]
         summary["organs"][organ] = {
             "dsc": _number(mean_of(matrix[:, column])),
-            "dsc_interval": _interval(matrix[:, [column]]),
+            "dsc_interval": bootstrap_interval(matrix[:, [column]]),
             "dsc_std": _number(
                 float(np.nanstd(matrix[:, column])) if np.isfinite(matrix[:, column]).any() else math.nan
             ),
@@ -250,7 +255,7 @@ def _paired(
         per_case = np.array([mean_of(row) for row in columns])
         return {
             "dsc_difference": _number(mean_of([mean_of(column) for column in columns.T])),
-            "interval": _interval(columns),
+            "interval": bootstrap_interval(columns),
             "won": int((per_case > 0).sum()),
             "lost": int((per_case < 0).sum()),
         }
@@ -262,7 +267,7 @@ def _paired(
     }
 
 
-def _interval(matrix: np.ndarray) -> list[float] | None:
+def bootstrap_interval(matrix: np.ndarray) -> list[float] | None:
     """95 % percentile bootstrap over cases (rows) of the mean over organs (columns); seeded. None without scores."""
     if not np.isfinite(matrix).any():
         return None

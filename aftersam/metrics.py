@@ -8,9 +8,12 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 Convention = Literal["nnunet", "monai", "transunet"]
 Spacing = Sequence[float]
@@ -38,12 +41,12 @@ def score_organ(
     tolerance_mm: float = 3.0,
     convention: Convention = "nnunet",
 ) -> OrganScore:
-    """All scores of one organ. Raises ValueError where the two masks differ in shape."""
+    """All scores of one organ, DSC and HD95 by `convention`. Raises ValueError where the two masks differ in shape."""
     prediction, reference = _masks(prediction, reference)
     extent = np.array(prediction.shape) * np.asarray(spacing_mm)
     return OrganScore(
         dsc=dice(prediction, reference, convention=convention),
-        hd95_mm=hd95_mm(prediction, reference, spacing_mm),
+        hd95_mm=hd95_mm(prediction, reference, spacing_mm, convention=convention),
         nsd=nsd(prediction, reference, spacing_mm, tolerance_mm=tolerance_mm),
         ice=inter_slice_consistency_error(prediction, reference),
         gaps=gaps(prediction),
@@ -57,8 +60,11 @@ def dice(prediction: np.ndarray, reference: np.ndarray, *, convention: Conventio
     """DSC = 2|P ∩ R| / (|P| + |R|), in 0 ... 1.
 
     Empty masks. nnunet: 0 where one is empty, NaN where both are (left out of means). monai: NaN wherever the
-    reference is empty. transunet: 1 where the prediction finds something in an empty reference, 0 where both
-    are empty, as that code has it."""
+    reference is empty, so that an organ found where there is none costs nothing. transunet: 1 where the prediction
+    finds something in an empty reference, 0 where both are empty, as that code has it.
+
+    Source: nnunetv2/evaluation/evaluate_predictions.py, compute_metrics; monai/metrics/meandice.py, ignore_empty;
+    github.com/Beckschen/TransUNet, utils.py, calculate_metric_percase."""
     prediction, reference = _masks(prediction, reference)
     total = int(prediction.sum()) + int(reference.sum())
     if convention == "transunet" and not reference.any():
@@ -68,16 +74,44 @@ def dice(prediction: np.ndarray, reference: np.ndarray, *, convention: Conventio
     return 2 * int((prediction & reference).sum()) / total
 
 
-def hd95_mm(prediction: np.ndarray, reference: np.ndarray, spacing_mm: Spacing) -> float:
+def hd95_mm(
+    prediction: np.ndarray, reference: np.ndarray, spacing_mm: Spacing, *, convention: Convention = "nnunet"
+) -> float:
     """The larger of the two directed 95th percentiles of surface distance, in mm.
 
-    Infinite where one mask is empty, NaN where both are. MedPy pools the two directions instead."""
+    Empty masks. nnunet, which has no HD95 of its own: infinite where one is empty, NaN where both are. monai: NaN
+    where any is, so that a missed organ is left out. transunet: 0 where any is, so that a missed organ is perfect;
+    its percentile is MedPy's, of both directions pooled, and never the larger. That code leaves the spacing out and
+    prints voxels; ours stays in mm.
+
+    Source: monai/metrics/hausdorff_distance.py; medpy/metric/binary.py, hd95; TransUNet as for `dice`."""
     prediction, reference = _masks(prediction, reference)
     if not (prediction.any() and reference.any()):
-        return math.nan if prediction.any() == reference.any() else math.inf
+        if convention == "transunet":
+            return 0.0
+        return math.nan if convention == "monai" or prediction.any() == reference.any() else math.inf
+    if convention == "transunet":
+        return _surface(_pooled_percentile, prediction, reference, spacing_mm, percentile=95)
     from monai.metrics import compute_hausdorff_distance
 
     return _surface(compute_hausdorff_distance, prediction, reference, spacing_mm, percentile=95)
+
+
+def _pooled_percentile(
+    prediction: torch.Tensor,
+    reference: torch.Tensor,
+    *,
+    spacing: Spacing,
+    percentile: float,
+    **_options: object,
+) -> float:
+    """MedPy's percentile: of the distances of both surfaces to each other, taken together."""
+    from monai.metrics.utils import get_edge_surface_distance
+
+    _edges, distances, _areas = get_edge_surface_distance(
+        prediction[0, 0], reference[0, 0], spacing=list(spacing), symmetric=True
+    )
+    return float(np.percentile(np.concatenate([d.numpy() for d in distances]), percentile))
 
 
 def nsd(prediction: np.ndarray, reference: np.ndarray, spacing_mm: Spacing, *, tolerance_mm: float) -> float:

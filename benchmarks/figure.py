@@ -1,4 +1,4 @@
-"""Draw docs/bench-<device>*.png and write the README's tables.    python -m benchmarks.figure
+"""Draw docs/bench-<device>*.png and docs/accuracy-*.png and write the README's tables.    python -m benchmarks.figure
 
 Takes the newest result of each device in benchmarks/results, one of several subjects before one of a single
 subject: time and memory against N and image size, a waterfall of techniques, a roofline, and one row a case with ours
@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.harness import RESULTS, ROOT, slug
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"  # of write_readme's default
 COLOURS = {
     "naive 3D": "#b0b0b0",
     "SDPA 3D": "#5b7fa6",
@@ -226,14 +226,15 @@ def cell(record: Result | None) -> str:
     return f"{forward:.3g} / {step:.3g} ms, {record['peak_bytes']['forward_backward'] / 2**20:,.0f} MiB"
 
 
-def write_readme(readme: Path, sections: Sequence[str]) -> None:
-    """Put `sections` between the markers of `readme`; ValueError unless both are there, once, in order."""
+def write_readme(readme: Path, sections: Sequence[str], name: str = "bench") -> None:
+    """Put `sections` between the markers `name` of `readme`; ValueError unless both are there, once, in order."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     text = readme.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{readme} needs one {BEGIN} and, after it, one {END}")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{readme} needs one {begin} and, after it, one {end}")
+    before, after = text.split(begin)[0], text.split(end)[1]
     partial = readme.with_name(readme.name + ".tmp")
-    partial.write_text(before + "\n\n".join([BEGIN, *sections, END]) + after, encoding="utf-8")
+    partial.write_text(before + "\n\n".join([begin, *sections, end]) + after, encoding="utf-8")
     partial.replace(readme)
 
 
@@ -258,6 +259,27 @@ def readme_sections(result: Result, image: Path) -> list[str]:
     return sections
 
 
+def accuracy_sections(results: Path, docs: Path) -> list[str]:
+    """Draw every accuracy.json of the folder `results` and write docs/accuracy.md; the README's sections, if any."""
+    from benchmarks import accuracy_table
+
+    sections, pages = [], []
+    for path in sorted(results.glob("*.json")):
+        table = json.loads(path.read_text())
+        plot = docs / f"accuracy-{path.stem}.png"
+        accuracy_table.draw(table, plot)
+        pages += [accuracy_table.markdown(table), f"![mean DSC on {table['data']}]({plot.name})"]
+        if "waterfall" in table:
+            steps = docs / f"accuracy-{path.stem}-waterfall.png"
+            accuracy_table.draw_waterfall(table["waterfall"], steps)
+            pages.append(f"![mean DSC step by step on {table['data']}]({steps.name})")
+        sections += accuracy_table.in_short(table)
+    if pages:
+        (docs / "accuracy.md").write_text("\n\n".join(pages) + "\n", encoding="utf-8")
+        sections.append("[Organ by organ, costs and notes](docs/accuracy.md).")
+    return sections
+
+
 def main() -> int:
     try:
         sections = []
@@ -266,6 +288,9 @@ def main() -> int:
             image = ROOT / "docs" / f"bench-{slug(device)}.png"
             sections += readme_sections(result, image)
         write_readme(ROOT / "README.md", sections)
+        accuracy = accuracy_sections(RESULTS / "accuracy", ROOT / "docs")
+        if accuracy:
+            write_readme(ROOT / "README.md", accuracy, "accuracy")
     except ValueError as error:
         print(f"benchmarks.figure: {error}", file=sys.stderr)
         return 2

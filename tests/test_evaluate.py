@@ -54,6 +54,21 @@ def test_numbers_by_hand(folders, tmp_path):
     assert "NaN" not in (tmp_path / "metrics.json").read_text()
 
 
+def test_the_convention_decides_on_empty_masks_and_on_the_order_of_means(folders):
+    """a: both organs right. b: the liver has 0.75. c: the spleen is missed."""
+    masks, labels = folders
+    save(labels / "b.nii.gz", np.where(organs() == 2, 0, organs()))  # a spleen is found where none is
+    spleen, total = {"nnunet": 1 / 3, "monai": 1 / 2, "transunet": 2 / 3}, {}
+    for convention, dsc in spleen.items():
+        metrics = evaluate(masks, labels, convention=convention, quiet=True)
+        assert metrics["organs"]["spleen"]["dsc"] == pytest.approx(dsc, abs=1e-6)
+        total[convention] = metrics["mean_dsc"]
+    liver = 2.75 / 3
+    assert total["nnunet"] == pytest.approx((liver + 1 / 3) / 2, abs=1e-6)
+    assert total["transunet"] == pytest.approx((liver + 2 / 3) / 2, abs=1e-6)
+    assert total["monai"] == pytest.approx((1 + 0.75 + 0.5) / 3, abs=1e-6)
+
+
 def test_another_voxel_order_is_the_same_mask(folders):
     masks, labels = folders
     image = nib.load(masks / "b.nii.gz")

@@ -235,7 +235,8 @@ def test_the_wheel_names_its_version_command_licence_and_extras(wheel):
     assert f"{info}/licenses/LICENSE" in wheel.namelist()
     metadata = Parser().parsestr(wheel.read(f"{info}/METADATA").decode())
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra")) == {"flash", "xformers", "dicom", "export", "test", "dev"}
+    extras = {"flash", "xformers", "dicom", "export", "accuracy", "nnunet", "test", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == extras
 
 
 def test_constraints_pin_a_version_in_range_of_every_requirement(wheel):

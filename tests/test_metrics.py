@@ -38,6 +38,16 @@ def test_empty_masks_by_convention(convention, one_empty, reference_empty, both_
     np.testing.assert_equal(dice(EMPTY, EMPTY, convention=convention), both_empty)
 
 
+@pytest.mark.parametrize(
+    ("convention", "one_empty", "both_empty"),
+    [("nnunet", math.inf, math.nan), ("monai", math.nan, math.nan), ("transunet", 0.0, 0.0)],
+)
+def test_the_distance_to_nothing_by_convention(convention, one_empty, both_empty):
+    for pair in ((EMPTY, CUBE), (CUBE, EMPTY)):
+        np.testing.assert_equal(hd95_mm(*pair, SPACING, convention=convention), one_empty)
+    np.testing.assert_equal(hd95_mm(EMPTY, EMPTY, SPACING, convention=convention), both_empty)
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_two_voxels_are_their_distance_apart_in_mm(axis):
     one, other = np.zeros((9, 9, 9), bool), np.zeros((9, 9, 9), bool)
@@ -57,6 +67,11 @@ def test_hd95_is_the_larger_direction_not_the_pooled_one():
     assert hd95_mm(prediction, reference, spacing) == pytest.approx(20)
     assert hd95_mm(reference, prediction, spacing) == pytest.approx(20)
     assert hd95_mm(reference, reference, spacing) == 0
+    # MedPy's: 50 distances of the prediction, ten of them 20 and more, beside the 40 zeros of the reference
+    assert hd95_mm(prediction, reference, spacing, convention="transunet") == pytest.approx(20)
+    prediction[0, 30, 4:10] = False  # four among 84: the percentile falls between the far and the near ones
+    assert hd95_mm(prediction, reference, spacing) == pytest.approx(20)
+    assert hd95_mm(prediction, reference, spacing, convention="transunet") == 0
 
 
 def test_surface_scores_of_empty_masks():

@@ -1,0 +1,172 @@
+"""One loop for every rival: batches, a loss, AdamW with a poly rate, until the minutes are up.
+
+The 3D networks learn from random patches of the preprocessed scans, half of a batch about an organ; a patch slides
+over a whole scan to segment it, and logits return to the scan's own grid before the labels are chosen, as ours do."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from aftersam.config import TrainConfig
+from aftersam.data.cache import CachedCase
+from aftersam.data.volume import AIR_HU
+from aftersam.schedule import Progress, batches, learning_rate
+from aftersam.streaming import resample_stream
+
+WINDOW_HU = (-200.0, 400.0)
+FOREGROUND = 0.66  # share of patches about an organ, as in our own presets
+TURN = (0.26, 0.09, 0.09)  # largest rotation in radians about the axes d, h, w; voxels are longer along d
+
+Batch = dict[str, Any]
+
+
+class Spent(NamedTuple):
+    """What a training took: wall and processor minutes, optimiser steps, peak memory of the process or GPU."""
+
+    minutes: float
+    cpu_minutes: float
+    steps: int
+    peak_mib: float
+
+
+def fit(
+    model: nn.Module,
+    source: Iterator[Batch],
+    loss: Callable[[nn.Module, Batch], Tensor],
+    config: TrainConfig,
+    *,
+    device: torch.device,
+    precision: torch.dtype,
+) -> Spent:
+    """Optimiser steps on batches of `source` until the limit of `config`, whose schedule follows progress.
+
+    Raises FloatingPointError where the loss is no longer finite, ValueError without a limit."""
+    if config.max_minutes is None and config.max_steps is None:
+        raise ValueError("a rival needs a limit: --max-minutes or --max-steps")
+    model.to(device).train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, weight_decay=config.weight_decay)
+    progress, began, cpu = Progress(), time.monotonic(), time.process_time()
+    while (done := progress.fraction(config, 1)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, done)
+        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in next(source).items()}
+        with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+            value = loss(model, batch)
+        optimizer.zero_grad()
+        value.backward()
+        if config.clip_norm:
+            nn.utils.clip_grad_norm_(trainable, config.clip_norm)
+        if not torch.isfinite(value):
+            raise FloatingPointError(f"the loss is {value.item()} at step {progress.step + 1}")
+        optimizer.step()
+        progress.step += 1
+        progress.seconds = time.monotonic() - began
+    model.eval()
+    return Spent(progress.seconds / 60, (time.process_time() - cpu) / 60, progress.step, peak_mib(device))
+
+
+def peak_mib(device: torch.device) -> float:
+    """Most memory so far: of the GPU as torch allocates it, else of this whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def patches(cached: Sequence[CachedCase], size: Sequence[int], config: TrainConfig) -> Iterator[Batch]:
+    """Endless {"image": (B, 1, d, h, w) float32 in 0 ... 1, "labels": (B, 1, d, h, w) int64}, augmented."""
+    from monai.transforms import Compose, RandAffined, RandGaussianNoised, RandScaleIntensityd
+
+    change = Compose(
+        [
+            RandAffined(
+                ["image", "labels"], prob=0.5, rotate_range=TURN, scale_range=0.1, padding_mode="border",
+                mode=("bilinear", "nearest"), cache_grid=True, spatial_size=tuple(size),
+            ),
+            RandScaleIntensityd("image", factors=0.1, prob=0.5),
+            RandGaussianNoised("image", prob=0.2, std=0.05),
+        ]
+    )  # fmt: skip
+    change.set_random_state(config.seed)
+    rng = np.random.default_rng(config.seed)
+    for drawn in batches(config.seed, len(cached), config.batch_size, rank=0, world=1, start=0):
+        items = []
+        for _, case in drawn:
+            hu, labels = random_patch(cached[case], size, rng)
+            item = change({"image": scaled(hu)[None], "labels": torch.from_numpy(labels)[None].float()})
+            items.append((item["image"].as_tensor(), item["labels"].as_tensor().long()))
+        yield {"image": torch.stack([i for i, _ in items]), "labels": torch.stack([y for _, y in items])}
+
+
+def random_patch(
+    scan: CachedCase, size: Sequence[int], rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """HU and labels (d, h, w) of a patch: about one slice of a random organ, or anywhere; air beyond the scan."""
+    rows = scan.foreground
+    if len(rows) and rng.random() < FOREGROUND:
+        rows = rows[rows[:, 0] == rng.choice(np.unique(rows[:, 0]))]
+        _, d, top, bottom, left, right = rng.choice(rows).tolist()
+        centre = [d, (top + bottom) // 2, (left + right) // 2]
+        centre = [int(c + rng.integers(-s // 4, s // 4 + 1)) for c, s in zip(centre, size, strict=True)]
+    else:
+        centre = [int(rng.integers(n)) for n in scan.shape]
+    first = [
+        min(max(c - s // 2, 0), n - s) if n >= s else (n - s) // 2
+        for c, s, n in zip(centre, size, scan.shape, strict=True)
+    ]
+    inside = tuple(slice(max(f, 0), min(f + s, n)) for f, s, n in zip(first, size, scan.shape, strict=True))
+    pad = [(max(-f, 0), max(f + s - n, 0)) for f, s, n in zip(first, size, scan.shape, strict=True)]
+    hu = np.pad(scan.hu[inside], pad, constant_values=AIR_HU)
+    return hu, np.pad(scan.labels[inside], pad)
+
+
+def scaled(hu: np.ndarray) -> Tensor:
+    """HU of any shape -> float32 in 0 ... 1 over WINDOW_HU."""
+    low, high = WINDOW_HU
+    return ((torch.from_numpy(np.asarray(hu, np.float32)) - low) / (high - low)).clamp(0, 1)
+
+
+def patch_loss() -> Callable[[nn.Module, Batch], Tensor]:
+    """MONAI's Dice over the batch, background left out, plus cross-entropy; in fp32."""
+    from monai.losses import DiceCELoss
+
+    criterion = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        value: Tensor = criterion(model(batch["image"]).float(), batch["labels"])
+        return value
+
+    return loss
+
+
+@torch.inference_mode()
+def segment_by_patches(
+    model: nn.Module,
+    hu: np.ndarray,
+    size: Sequence[int],
+    output_shape: tuple[int, int, int],
+    *,
+    device: torch.device,
+    precision: torch.dtype,
+) -> np.ndarray:
+    """hu (D, H, W) at the network's spacing -> labels uint8 on `output_shape`: half-overlapping patches, Gaussian."""
+    from monai.inferers import sliding_window_inference
+
+    with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+        logits = sliding_window_inference(
+            scaled(hu)[None, None].to(device), tuple(size), 2, model, overlap=0.5, mode="gaussian"
+        )
+    planes = iter(logits[0].float().movedim(1, 0))  # D planes (K+1, H, W)
+    labels = np.empty(output_shape, np.uint8)
+    for z, plane in enumerate(resample_stream(planes, hu.shape[0], output_shape)):
+        labels[z] = plane.argmax(0).cpu().numpy()
+    return labels
