@@ -332,7 +332,7 @@ def test_a_named_backend_that_cannot_run_is_refused():
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("backend", ["sdpa", "torch", "flex"])
+@pytest.mark.parametrize("backend", ["sdpa", "sdpa_flash", "torch", "flex"])
 def test_slice_attention_backends_agree(backend):
     q, k, v = torch.randn(3, 2, 3, 20, 2, 16).unbind(0)
     with torch.no_grad():
