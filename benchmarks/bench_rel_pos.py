@@ -5,19 +5,21 @@ Global, over one grid (H', W'):
     segment-anything    scores, bias and probabilities in memory, as its Attention computes them
     SDPA, bias          scaled_dot_product_attention with the bias (B, M, P, P) as its mask
     one-hot             SDPA on Q' = [q, rel_h, rel_w] and K' = [k, one-hot row, one-hot column]: the bias as a product
+    FlexAttention       rel_h and rel_w captured by the score function; on a GPU, compiled
     rel_pos_attention   ours
+    ..., compiled       through torch.compile, on a GPU
 
-Windowed, on a grid that is not a whole number of windows: segment-anything's form pads the grid after the norm and
-attends for padded queries too; window_attention, ours, computes the real ones alone.
+Windowed, on a grid that is not a whole number of windows: all rivals pad the grid after the norm, as segment-anything
+does, and attend for padded queries too; window_attention, ours, computes the real ones alone.
 
 q, k and v are given, and so are rel_h and rel_w: the products that make them are the same for all."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,9 +41,16 @@ class Shape(NamedTuple):
 
 
 CPU_SHAPES = [("ViT-B, 256 px", Shape(4, 16, 12, 64)), ("ViT-B, 512 px", Shape(1, 32, 12, 64))]
-CPU_WINDOWS = [("ViT-B, 256 px", Shape(4, 16, 12, 64, 14)), ("ViT-B, 512 px", Shape(1, 32, 12, 64, 14))]
-GPU_SHAPES = [("ViT-B, 1024 px", Shape(4, 64, 12, 64)), ("ViT-B, 512 px", Shape(8, 32, 12, 64))]
-GPU_WINDOWS = [("ViT-B, 1024 px", Shape(4, 64, 12, 64, 14)), ("ViT-B, 512 px", Shape(8, 32, 12, 64, 14))]
+GPU_SHAPES = [
+    ("ViT-B, 1024 px", Shape(4, 64, 12, 64)),
+    ("ViT-B, 512 px", Shape(8, 32, 12, 64)),
+    ("ViT-H, 1024 px", Shape(4, 64, 16, 80)),
+]
+GPU_SHAPES_FULL = [
+    *GPU_SHAPES,
+    ("ViT-B, 256 px", Shape(32, 16, 12, 64)),
+    ("ViT-H, 512 px", Shape(8, 32, 16, 80)),
+]
 
 
 def _bias(rel_h: Tensor, rel_w: Tensor) -> Tensor:
@@ -71,7 +80,31 @@ def one_hot(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Te
     return F.scaled_dot_product_attention(query, key, value, scale=1.0)[..., : v.shape[-1]].transpose(1, 2)
 
 
-def padded(qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor, window: int) -> Tensor:
+def flex(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+    """FlexAttention; fused inside torch.compile alone."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    width = rel_w.shape[-1]
+
+    def biased(score: Tensor, b: Tensor, m: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + rel_h[b, m, key // width, query] + rel_w[b, m, query, key % width]
+
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    y: Any = flex_attention(q, k, v, score_mod=biased)
+    return y.transpose(1, 2)  # type: ignore[no-any-return]
+
+
+ATTEND = {
+    "segment-anything": materialised,
+    "SDPA, bias": sdpa_bias,
+    "one-hot": one_hot,
+    "FlexAttention": flex,
+}
+
+
+def padded(
+    qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor, *, window: int, attend: Callable[..., Tensor]
+) -> Tensor:
     """qkv (B, H', W', 3, M, D) -> (B, H', W', M, D) by whole windows of a padded grid."""
     b, height, width, _, m, d = qkv.shape
     down, right = -height % window, -width % window
@@ -86,14 +119,35 @@ def padded(qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor, window: 
 
     q, k, v = windows(qkv).unbind(2)
     bias_h, bias_w = (windows(t).transpose(1, 2) for t in (rel_h, rel_w))  # (windows, M, window², window)
-    y = materialised(q, k, v, bias_h.transpose(-1, -2), bias_w)
+    y = attend(q, k, v, bias_h.transpose(-1, -2), bias_w)
     y = y.unflatten(1, (window, window)).unflatten(0, (b, (height + down) // window, -1))
     return y.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width].contiguous()
 
 
+def providers(
+    rivals: dict[str, Callable[..., Tensor]], exact: Callable[..., Tensor], flops: int, *, gpu: bool
+) -> dict[str, Provider]:
+    """The rivals that can run here, on a GPU compiled too."""
+    found = {}
+    for name, call in rivals.items():
+        if name != "FlexAttention":
+            found[name] = Provider(call, exact, flops)
+        elif not gpu:
+            found[name] = Provider(None, exact, flops, "no gradient on a CPU")
+        if gpu:
+            torch.compiler.reset()
+            label = name if name == "FlexAttention" else f"{name}, compiled"
+            found[label] = Provider(torch.compile(call, dynamic=False), exact, flops)
+    return found
+
+
+def _shapes(device: torch.device, full: bool) -> list[tuple[str, Shape]]:
+    return (GPU_SHAPES_FULL if full else GPU_SHAPES) if device.type == "cuda" else CPU_SHAPES
+
+
 def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Iterator[Case]:
     """The global attention; `window_cases` has the windowed one."""
-    for name, shape in GPU_SHAPES if device.type == "cuda" else CPU_SHAPES:
+    for name, shape in _shapes(device, full):
         b, side, m, d, _ = shape
         p = side**2
         generator = torch.Generator().manual_seed(0)
@@ -102,27 +156,25 @@ def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Itera
         flops = 4 * b * m * p * p * d
         exact = partial(reference.rel_pos_attention, grid=(side, side))
         ours = partial(rel_pos_attention, grid=(side, side))
-        found = {
-            "segment-anything": Provider(materialised, exact, flops),
-            "SDPA, bias": Provider(sdpa_bias, exact, flops),
-            "one-hot": Provider(one_hot, exact, flops),
-            OURS: Provider(ours, exact, flops, role="ours"),
-        }
+        found = providers(dict(ATTEND), exact, flops, gpu=device.type == "cuda")
+        found[OURS] = Provider(ours, exact, flops, role="ours")
         yield {"subject": "rel_pos", "name": name, **shape._asdict()}, inputs, found
 
 
 def window_cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Iterator[Case]:
-    for name, shape in GPU_WINDOWS if device.type == "cuda" else CPU_WINDOWS:
+    for name, whole in _shapes(device, full):
+        shape = whole._replace(window=14)
         b, side, m, d, window = shape
         generator = torch.Generator().manual_seed(0)
         sizes = [(b, side, side, 3, m, d), (3 * m * d,), *[(b, side, side, m, window)] * 2]
         inputs = [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in sizes]
         flops = 4 * b * m * side**2 * window**2 * d
         exact = partial(reference.window_attention, window=window)
-        found = {
-            "segment-anything": Provider(partial(padded, window=window), exact, flops),
-            OURS_WINDOWED: Provider(partial(window_attention, window=window), exact, flops, role="ours"),
+        rivals: dict[str, Callable[..., Tensor]] = {
+            rival: partial(padded, window=window, attend=attend) for rival, attend in ATTEND.items()
         }
+        found = providers(rivals, exact, flops, gpu=device.type == "cuda")
+        found[OURS_WINDOWED] = Provider(partial(window_attention, window=window), exact, flops, role="ours")
         yield {"subject": "window", "name": name, **shape._asdict()}, inputs, found
 
 

@@ -2,6 +2,7 @@
 
     torch             scores in memory
     sdpa, flash, xformers    fused attentions of others, where they are installed and run on the device
+    sdpa_...          SDPA held to its flash, cuDNN or memory-efficient kernel
     flex              FlexAttention, compiled, on a GPU; it has no gradient on a CPU
     slice_attention   ours: what `auto` chooses among them, no kernel of its own
 
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from axial_fusion import reference, select_backend, slice_attention
+from axial_fusion._launch import BACKENDS
 from benchmarks import harness
 from benchmarks.harness import Case, Provider
 
@@ -40,7 +42,7 @@ def providers(shape: Shape, inputs: list[torch.Tensor]) -> dict[str, Provider]:
     flops = 4 * b * n * m * p * p * d
     exact, device = reference.slice_attention, inputs[0].device
     found = {}
-    for backend in ("torch", "sdpa", "flash", "xformers", "flex"):
+    for backend in BACKENDS["slice_attention"]:
         call = partial(slice_attention, backend=backend)
         missing = ""
         try:

@@ -45,13 +45,14 @@ def stages() -> list[Stage]:
     sanitizer = shutil.which("compute-sanitizer")
     no_sanitizer = no_gpu or ("" if sanitizer else "compute-sanitizer is not installed")
     python = sys.executable
-    tune = [python, "-m", "axial_fusion.tune", "axial_attention", "--slices", "9", "--head-dim", "32"]
+    tune, sizes = [python, "-m", "axial_fusion.tune"], ["--slices", "9", "--head-dim", "32"]
     return [
         Stage("sanitizer",
               [sanitizer or "compute-sanitizer", "--error-exitcode", "1", python, "-c", SMALL], 90, no_sanitizer),
         Stage("gpu-tests", [python, "-m", "pytest", "-q", "-m", "gpu", "--maxfail=20"], 150, no_gpu),
-        Stage("sweep", tune, 90, no_gpu),
-        Stage("bench", [python, "-m", "benchmarks", "quick", "--budget", "200", "--case", "1"], 260),
+        Stage("sweep", [*tune, "axial_attention", *sizes], 90, no_gpu),
+        Stage("backends", [*tune, "slice_attention", *sizes], 35, no_gpu),
+        Stage("bench", [python, "-m", "benchmarks", "quick", "--budget", "190", "--case", "1"], 235),
     ]  # fmt: skip
 
 

@@ -243,10 +243,15 @@ def ceilings(dtype: torch.dtype) -> dict[str, float]:
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     a = torch.randn(side, side, device=device, dtype=dtype)
-    times = interleave({"copy": lambda: target.copy_(source), "matmul": lambda: a @ a}, budget_s=1.0)
-    return {
-        "copy_bytes_per_s": 2e3 * size / statistics.median(times["copy"]),
-        "matmul_flops_per_s": 2e3 * side**3 / statistics.median(times["matmul"]),
+    half = a.bfloat16()
+    calls = {
+        "copy": lambda: target.copy_(source),
+        "matmul": lambda: a @ a,
+        "matmul_bfloat16": lambda: half @ half,
+    }
+    times = {name: statistics.median(of) for name, of in interleave(calls, budget_s=1.5).items()}
+    return {"copy_bytes_per_s": 2e3 * size / times["copy"]} | {
+        f"{name}_flops_per_s": 2e3 * side**3 / times[name] for name in ("matmul", "matmul_bfloat16")
     }
 
 
@@ -460,4 +465,6 @@ def share(record: Mapping[str, Any], ceiling: Mapping[str, float]) -> float | No
     seconds = record["ms"]["forward"]["median"] / 1e3
     if "bytes" in record:
         return float(record["bytes"] / seconds / ceiling["copy_bytes_per_s"])
-    return float(record["flops"] / seconds / ceiling["matmul_flops_per_s"]) if record["flops"] else None
+    of_dtype = f"matmul_{record.get('dtype')}_flops_per_s"  # of a case in another dtype than the run's
+    matmul = ceiling.get(of_dtype, ceiling["matmul_flops_per_s"])
+    return float(record["flops"] / seconds / matmul) if record["flops"] else None

@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 from axial_fusion import AttentionWeights, LoRA, _tiles
 from axial_fusion import _axial_half_kernels as half
 from axial_fusion import _lora_kernels as lora
-from axial_fusion import _rel_pos_kernels as rel_pos
+from axial_fusion import _rel_pos_launch as rel_pos
 from axial_fusion.axial_attention import _launch_backward, _launch_forward
 
 qkv = sys.modules["axial_fusion.lora_qkv"]  # named like its op
@@ -137,6 +137,7 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "rel-pos, 64 by 64, D 64": lambda dtype: rel_pos_attention(dtype, 12, 64, 64, 64),
     "rel-pos, 64 by 64, D 80": lambda dtype: rel_pos_attention(dtype, 16, 80, 64, 64),
     "rel-pos, 20 by 20, D 64": lambda dtype: rel_pos_attention(dtype, 12, 64, 20, 20),
+    "windows of 14, 64 by 64, D 32": lambda dtype: window_attention(dtype, 8, 32, 64, 64, 14),
     "windows of 14, 64 by 64, D 64": lambda dtype: window_attention(dtype, 12, 64, 64, 64, 14),
     "windows of 14, 64 by 64, D 80": lambda dtype: window_attention(dtype, 16, 80, 64, 64, 14),
     "half, centre of 9, D 24, C 72, P 7": lambda dtype: axial_half(dtype, 9, 7, 72, 3, 4, centre=True),

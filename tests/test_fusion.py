@@ -1,6 +1,7 @@
 """The op against the paper's equations in fp64, with gradients; its properties; what torch asks of an op."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -249,6 +250,13 @@ def test_opcheck(name):
     torch.library.opcheck(op.default, arguments)
 
 
+@pytest.fixture(params=[1 << 22, 4000, 2000, 200, 1], ids=lambda most: f"blocks of {most}")
+def blocks(request, monkeypatch):
+    """Blocks of everything, of some batch elements, of some heads, of some queries, of one query."""
+    monkeypatch.setattr(sys.modules["axial_fusion.rel_pos_attention"], "_BLOCK", request.param)
+
+
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("grid", [(5, 7), (4, 4)], ids=str)
 def test_rel_pos_attention_equals_the_reference(grid):
     torch.manual_seed(6)
@@ -261,6 +269,8 @@ def test_rel_pos_attention_equals_the_reference(grid):
     ours = rel_pos_attention(*inputs, grid=grid)
     theirs = reference.rel_pos_attention(*inputs, grid=grid)
     torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(rel_pos_attention(*inputs, grid=grid), theirs)
     op = torch.ops.axial_fusion.rel_pos_attention(*inputs, 8**-0.5, "torch")[0]
     grad = torch.randn_like(ours)
     expected = torch.autograd.grad(theirs, inputs, grad)
@@ -269,6 +279,7 @@ def test_rel_pos_attention_equals_the_reference(grid):
             torch.testing.assert_close(mine, paper)
 
 
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("size", [(5, 7), (6, 6), (2, 3), (7, 4)], ids=str)
 def test_window_attention_equals_the_reference_with_padded_keys(size):
     torch.manual_seed(7)
@@ -278,6 +289,8 @@ def test_window_attention_equals_the_reference_with_padded_keys(size):
     inputs = [qkv, bias, rel_h, rel_w]
     ours, theirs = window_attention(*inputs, window=3), reference.window_attention(*inputs, window=3)
     torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(window_attention(*inputs, window=3), theirs)
     op = torch.ops.axial_fusion.window_attention(*inputs, 3, 0.5, "torch")[0]
     grad = torch.randn_like(ours)
     expected = torch.autograd.grad(theirs, inputs, grad, allow_unused=True, materialize_grads=True)
@@ -319,7 +332,7 @@ def test_a_named_backend_that_cannot_run_is_refused():
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("backend", ["sdpa", "torch", "flex"])
+@pytest.mark.parametrize("backend", ["sdpa", "sdpa_flash", "torch", "flex"])
 def test_slice_attention_backends_agree(backend):
     q, k, v = torch.randn(3, 2, 3, 20, 2, 16).unbind(0)
     with torch.no_grad():

@@ -23,11 +23,11 @@ def relative_error(ours, theirs):
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-def randomised(module, seed=0):
+def randomised(module, seed=0, spread=0.05):
     """Every parameter random at a scale that keeps activations finite and makes each of them matter."""
     generator = torch.Generator().manual_seed(seed)
     for name, value in module.named_parameters():
-        scale = 0.2 if "rel_pos" in name or "pos_embed" in name else 0.05
+        scale = 0.2 if "rel_pos" in name or "pos_embed" in name else spread
         noise = scale * torch.randn(value.shape, generator=generator)
         value.data.copy_(noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
     return module
@@ -47,25 +47,74 @@ def mini(monkeypatch):
     monkeypatch.setitem(ENCODERS, "mini", MINI)
 
 
+class PlainLoRA(torch.nn.Module):
+    """segment_anything's qkv projection with LoRA on q and v as the paper writes it, weights shared with `lora`."""
+
+    def __init__(self, lora):
+        super().__init__()
+        self.lora = lora
+
+    def forward(self, x):
+        q, k, v = F.linear(x, self.lora.weight, self.lora.bias).chunk(3, -1)
+        q = q + self.lora.scaling * (x @ self.lora.lora_q_a.T @ self.lora.lora_q_b.T)
+        v = v + self.lora.scaling * (x @ self.lora.lora_v_a.T @ self.lora.lora_v_b.T)
+        return torch.cat([q, k, v], -1)
+
+
 @pytest.fixture(scope="module")
-def vit_b():
-    """A full-size random state dict of SAM's ViT-B encoder, made by segment_anything, under SAM's names."""
-    state = randomised(their_encoder(ENCODERS["vit_b"], 1024)).state_dict()
-    return {f"image_encoder.{key}": value for key, value in state.items()}
+def full_size(request):
+    """A size's name and a random state dict of it at trained weights' scale, made by segment_anything."""
+    state = randomised(their_encoder(ENCODERS[request.param], 1024), spread=0.03).state_dict()
+    return request.param, {f"image_encoder.{key}": value for key, value in state.items()}
 
 
-@pytest.mark.parametrize("image_size", [256, 320])
-@torch.inference_mode()
-def test_vit_b_equals_segment_anything(image_size, vit_b):
-    """At 320 px the grid of 20 is cut into windows of 14, three quarters of which leave it."""
-    ours = build_image_encoder("vit_b", image_size=image_size)
-    load_image_encoder_state(ours, vit_b)
-    theirs = their_encoder(ENCODERS["vit_b"], image_size)
-    theirs.load_state_dict(ours.state_dict())  # the same interpolated tables
+def both_encoders(full_size, image_size):
+    """Ours and segment_anything's at `image_size`, with the same interpolated tables; nothing to train."""
+    name, state = full_size
+    ours, theirs = build_image_encoder(name, image_size=image_size), their_encoder(ENCODERS[name], image_size)
+    load_image_encoder_state(ours, state)
+    theirs.load_state_dict(ours.state_dict())
     images = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(1))
+    return ours.requires_grad_(False), theirs.requires_grad_(False), images
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("full_size", "image_size"), [("vit_b", 256), ("vit_l", 320), ("vit_l", 512)], indirect=["full_size"]
+)
+@torch.inference_mode()
+def test_full_size_equals_segment_anything(image_size, full_size):
+    """At 320 px the grid of 20 is cut into windows of 14, three quarters of which leave it. The next has the rest."""
+    ours, theirs, images = both_encoders(full_size, image_size)
     features = ours(images)
     assert features.skips == ()
     assert relative_error(features.embedding, theirs(images)) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("full_size", "image_size"), [("vit_b", 320), ("vit_b", 512), ("vit_l", 256)], indirect=["full_size"]
+)
+def test_full_size_gradients_with_lora_equal_segment_anything(image_size, full_size):
+    """Output, gradients of the image and of LoRA's weights; at 512 px by blocks of the grid's attention."""
+    ours, theirs, images = both_encoders(full_size, image_size)
+    add_encoder_lora(ours, rank=4, alpha=8.0)
+    learned = {name: p for name, p in ours.named_parameters() if p.requires_grad}
+    generator = torch.Generator().manual_seed(2)
+    for p in learned.values():
+        p.data.copy_(0.03 * torch.randn(p.shape, generator=generator))
+    for mine, block in zip(ours.blocks, theirs.blocks, strict=True):
+        block.attn.qkv = PlainLoRA(mine.attn.qkv)
+    inputs = {"images": images.requires_grad_(), **learned}
+    results = []
+    for output in (ours(images).embedding, theirs(images)):
+        grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(3))
+        results.append((output.detach(), torch.autograd.grad(output, list(inputs.values()), grad)))
+    (output, grads), (expected, expected_grads) = results
+    assert len(learned) == 4 * len(ours.blocks)
+    assert relative_error(output, expected) < 1e-5
+    for name, mine, other in zip(inputs, grads, expected_grads, strict=True):
+        assert relative_error(mine, other) < 1e-5, name
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -96,7 +145,9 @@ def test_gradients_equal_segment_anything(side, mini):
         )
 
 
-def test_position_tables_are_interpolated_as_segment_anything_does(vit_b):
+@pytest.mark.parametrize("full_size", ["vit_b"], indirect=True)
+def test_position_tables_are_interpolated_as_segment_anything_does(full_size):
+    _, vit_b = full_size
     encoder = build_image_encoder("vit_b", image_size=256)
     load_image_encoder_state(encoder, vit_b)
     key = "blocks.2.attn.rel_pos_h"

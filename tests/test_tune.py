@@ -5,14 +5,15 @@ import sys
 import pytest
 import torch
 
-from axial_fusion import _tiles, tune
+from axial_fusion import _tiles, select_backend, tune
+from axial_fusion._launch import FASTEST
 from axial_fusion._tiles import Key, Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {"slices": 9, "head_dim": 16, "heads": 1, "positions": 8, "dtype": torch.float32, "device": DEVICE}
 
 
-@pytest.mark.parametrize("op", tune.OPS)
+@pytest.mark.parametrize("op", [op for op in tune.OPS if op != "slice_attention"])
 def test_every_right_candidate_is_timed(op):
     before = dict(_tiles.MEASURED)
     key, results = tune.tune(op, **SMALL, tiles=[Tile(16, 4, 1), Tile(64, 4, 1)], timer=lambda run: 1.0)
@@ -45,6 +46,23 @@ def test_a_wrong_tile_is_refused_and_never_timed(monkeypatch):
     assert results[0].refused is None
     assert results[1].refused.startswith("wrong by")
     assert len(timed) == 1
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="what a CPU refuses, a GPU may run")
+def test_backends_of_slice_attention_are_measured_and_their_table_is_what_auto_takes(monkeypatch):
+    key, results = tune.tune("slice_attention", **SMALL, timer=lambda run: 1.0)
+    assert {r.tile for r in results if r.refused is None} == {"sdpa", "sdpa_flash"}
+    refused = {r.tile: r.refused for r in results if r.refused is not None}
+    assert refused.keys() == {"sdpa_cudnn", "sdpa_efficient", "flash", "xformers"}
+    assert all("cannot run slice_attention here" in reason for reason in refused.values())
+    assert FASTEST == {}
+    q = torch.randn(1, 9, 8, 1, 16)
+    assert select_backend("slice_attention", q).backend == "sdpa"
+    monkeypatch.setitem(FASTEST, key, "sdpa_flash")
+    assert select_backend("slice_attention", q).backend == "sdpa_flash"
+    assert select_backend("slice_attention", q[..., :8]).backend == "sdpa"  # another head size
+    monkeypatch.setitem(FASTEST, key, "flash")  # measured elsewhere, not installed here
+    assert select_backend("slice_attention", q).backend == "sdpa"
 
 
 def test_unknown_ops_are_refused_and_the_command_says_that_it_needs_a_gpu(capsys):

@@ -190,6 +190,20 @@ class ResidualBlock(nn.Module):
         return F.relu(x + self.norm(self.conv(self.block(x))))
 
 
+class PatchEmbed(nn.Module):
+    """SAM's patch embedding under its names, as a product that writes tokens (T, h, w, dim) where they stay."""
+
+    def __init__(self, patch: int, in_channels: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patch = self.proj.kernel_size[0]
+        x = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (T, in, h, patch, w, patch)
+        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+
+
 class StridedPatchEmbed(nn.Module):
     """3×3 convolution of stride 2 from the stem to tokens (T, h, w, dim)."""
 
@@ -299,10 +313,7 @@ def build_image_encoder(name: str, *, image_size: int, in_channels: int = 3) -> 
     if stem is not None:
         patch_embed = StridedPatchEmbed(stem.skip_channels[-1], size.dim)
     else:
-        patches = (size.patch, size.patch)
-        patch_embed = segment_anything_modeling("image_encoder").PatchEmbed(
-            patches, patches, (0, 0), in_channels, size.dim
-        )
+        patch_embed = PatchEmbed(size.patch, in_channels, size.dim)
     return ImageEncoder(
         patch_embed,
         [_block(size, i, grid) for i in range(size.depth)],

@@ -25,7 +25,16 @@ Op = Literal[
 ]
 BACKENDS: dict[str, tuple[str, ...]] = {
     "axial_attention": ("triton", "torch"),
-    "slice_attention": ("sdpa", "flash", "xformers", "flex", "torch"),
+    "slice_attention": (
+        "sdpa",
+        "sdpa_flash",
+        "sdpa_cudnn",
+        "sdpa_efficient",
+        "flash",
+        "xformers",
+        "flex",
+        "torch",
+    ),
     "rel_pos_attention": ("triton", "torch"),
     "window_attention": ("triton", "torch"),
     "lora_linear": ("augmented", "triton", "torch"),
@@ -39,6 +48,17 @@ MAX_TRITON_HEAD_DIM = 128
 MAX_TRITON_RANK = 64
 MAX_TRITON_COLUMNS = 128  # one tile holds a row of keys; half as many in fp32
 HALF = (torch.float16, torch.bfloat16)
+
+
+class SliceKey(NamedTuple):
+    """What slice_attention's fastest backend is looked up by; `capability` is (9, 0) for sm_90, (0, 0) off a GPU."""
+
+    capability: tuple[int, int]
+    dtype: torch.dtype
+    head_dim: int
+
+
+FASTEST: dict[SliceKey, str] = {}  # slice_attention's, empty until axial_fusion.tune has measured
 
 
 class Choice(NamedTuple):
@@ -78,6 +98,9 @@ def _fastest(op: str, tensors: tuple[Tensor, ...]) -> Choice:
             return Choice("composed", "the axial half as one op has not been measured to be faster yet")
         return Choice("triton", "no score leaves the chip")
     if op == "slice_attention":
+        measured = FASTEST.get(slice_key(first)) if FASTEST else None
+        if measured and not _obstacle(op, measured, tensors):
+            return Choice(measured, "measured fastest for this device, dtype and head size")
         # On a CPU, oneDNN's bf16 matmuls outrun the flash kernel until the scores leave the cache.
         if first.device.type == "cpu" and first.dtype in HALF and first.shape[2] <= 512:
             return Choice(
@@ -96,6 +119,12 @@ def _fastest(op: str, tensors: tuple[Tensor, ...]) -> Choice:
     return Choice("torch", "library products, nothing to fuse with them here")
 
 
+def slice_key(q: Tensor) -> SliceKey:
+    """The key of q (..., D)."""
+    capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else (0, 0)
+    return SliceKey(capability, q.dtype, q.shape[-1])
+
+
 def _obstacle(op: str, backend: str, tensors: tuple[Tensor, ...]) -> str | None:
     """Why `backend` cannot run `op` on these tensors, or None."""
     first = tensors[0]
@@ -110,12 +139,14 @@ def _obstacle(op: str, backend: str, tensors: tuple[Tensor, ...]) -> str | None:
     if backend == "flex":
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         return "FlexAttention has no gradient on a CPU" if first.device.type == "cpu" and needs_grad else None
-    package = {"flash": "flash_attn", "xformers": "xformers"}[backend]
-    if not INSTALLED[package]:
+    if backend == "sdpa_flash" and first.device.type == "cpu":
+        return None
+    package = {"flash": "flash_attn", "xformers": "xformers"}.get(backend)
+    if package and not INSTALLED[package]:
         return f"the package {package} is not installed"
     if first.device.type != "cuda":
         return f"it needs CUDA tensors, found {first.device.type}"
-    if backend == "flash" and first.dtype not in HALF:
+    if backend in ("flash", "sdpa_flash", "sdpa_cudnn") and first.dtype not in HALF:
         return f"it needs float16 or bfloat16, found {dtype_name(first.dtype)}"
     return None
 

@@ -7,19 +7,15 @@ Softmax is a running one in base 2; y and the base-2 logarithm of each row's sum
 Keys past the grid's end but inside the window hold the qkv bias; keys past the window's end do not count.
 
 Each gradient has one writer: dq, d rel_h and d rel_w the program of their queries, dk and dv that of their keys,
-d qkv_bias a partial sum a program, summed after."""
+d qkv_bias a partial sum a program, summed after.
+
+Where the output has a part of D1 columns, the wide part's product is written last: it is the one from which Triton
+takes how warps divide a tile."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import Tensor
-
-from axial_fusion import _tiles
 from axial_fusion._rows import jit
-from axial_fusion._tiles import block, split
-from axial_fusion.axial_attention import _last_axis_contiguous, _load, _on, _store
+from axial_fusion.axial_attention import _load, _store
 
 try:
     import triton.language as tl
@@ -161,10 +157,10 @@ def rel_pos_fwd_kernel(
         total = total * shrink + tl.sum(p, 1)
         p = p.to(k0.dtype)
         v0 = _load_keys(v_ptrs, v_pad_ptr, key * stride_kp, real, 0, D0, D, WINDOWED)
-        y0 = tl.dot(p, v0, acc=y0 * shrink[:, None], input_precision="ieee")
         if D1 > 0:
             v1 = _load_keys(v_ptrs, v_pad_ptr, key * stride_kp, real, D0, D1, D, WINDOWED)
             y1 = tl.dot(p, v1, acc=y1 * shrink[:, None], input_precision="ieee")
+        y0 = tl.dot(p, v0, acc=y0 * shrink[:, None], input_precision="ieee")
 
     y_ptr += ((batch * H * W + origin) * M + head) * D
     _store(y_ptr, query * (M * D), mask_q, y0 / total[:, None], 0, D0, D)
@@ -239,9 +235,9 @@ def rel_pos_bwd_dq_kernel(
             dh = tl.sum(tl.where(here, ds, 0.0), 1).to(drel_h_ptr.dtype.element_ty)
             tl.store(drel_h_ptr + offs_h + (row + r) * stride_hk, dh, mask=mask_q & (row + r < WH))
         ds = ds.to(k0.dtype)
-        dq0 = tl.dot(ds, k0, acc=dq0, input_precision="ieee")
         if D1 > 0:
             dq1 = tl.dot(ds, k1, acc=dq1, input_precision="ieee")
+        dq0 = tl.dot(ds, k0, acc=dq0, input_precision="ieee")
 
     offs_x = batch * stride_xb + head * stride_xm + origin * stride_xp + query * stride_xp
     _store(dq_ptr, offs_x, mask_q, dq0 * scale, 0, D0, D)
@@ -280,6 +276,8 @@ def rel_pos_bwd_dkv_kernel(
     g_ptr += (batch * H * W * M + head) * D
     lse_ptr += (batch * M + head) * H * W
     delta_ptr += (batch * M + head) * H * W
+    dk_ptr += batch * stride_xb + head * stride_xm + corner * stride_xp
+    dv_ptr += batch * stride_xb + head * stride_xm + corner * stride_xp
 
     k0 = _load_keys(k_ptr, k_pad_ptr, key * stride_kp, real, 0, D0, D, WINDOWED)  # [BLOCK_N, D0]
     v0 = _load_keys(v_ptr, v_pad_ptr, key * stride_kp, real, 0, D0, D, WINDOWED)
@@ -318,12 +316,11 @@ def rel_pos_bwd_dkv_kernel(
             dv1 = tl.dot(p, g1, acc=dv1, input_precision="ieee")
             dk1 = tl.dot(ds, q1, acc=dk1, input_precision="ieee")
 
-    offs_x = batch * stride_xb + head * stride_xm + corner * stride_xp + key * stride_xp
-    _store(dk_ptr, offs_x, real, dk0 * scale, 0, D0, D)
-    _store(dv_ptr, offs_x, real, dv0, 0, D0, D)
+    _store(dk_ptr, key * stride_xp, real, dk0 * scale, 0, D0, D)
+    _store(dv_ptr, key * stride_xp, real, dv0, 0, D0, D)
     if D1 > 0:
-        _store(dk_ptr, offs_x, real, dk1 * scale, D0, D1, D)
-        _store(dv_ptr, offs_x, real, dv1, D0, D1, D)
+        _store(dk_ptr, key * stride_xp, real, dk1 * scale, D0, D1, D)
+        _store(dv_ptr, key * stride_xp, real, dv1, D0, D1, D)
     if WINDOWED:
         padded = (_keys(row, WH, WW, COLUMNS, BLOCK_N) & ~real)[:, None]
         dpad_ptr += tl.program_id(0).to(tl.int64) * 2 * D
@@ -334,164 +331,3 @@ def rel_pos_bwd_dkv_kernel(
             offs_d = D0 + tl.arange(0, D1)
             tl.store(dpad_ptr + offs_d, tl.sum(tl.where(padded, dk1, 0.0), 0) * scale, mask=offs_d < D)
             tl.store(dpad_ptr + D + offs_d, tl.sum(tl.where(padded, dv1, 0.0), 0), mask=offs_d < D)
-
-
-def _config(kernel: str, q: Tensor, window: tuple[int, int], *, padded: bool) -> dict[str, Any]:
-    """Tile sizes of a kernel: what compiles without spills for q's device, dtype and head size.
-
-    On Hopper and data-centre Blackwell, accumulators lie across two warp groups or outside the registers. Elsewhere
-    a warp holds whole rows of scores, so that tiles are smaller; dq's then spill a little."""
-    height, width = window
-    columns = block(width)
-    keys = max(64, columns)
-    rows, warps, stages = 128, 8, 1
-    if q.dtype == torch.float32:
-        rows = 32 if q.shape[-1] <= 96 else 16
-    elif (arch := _tiles.arch(q.device)) in (0, 90, 100, 103):
-        wide = kernel == "dkv" and arch >= 100 and q.shape[-1] > 64  # one stage spills there under Triton 3.6
-        stages = 2 if kernel == "forward" or wide else 1
-        if kernel == "dkv" or (kernel == "dq" and padded and q.shape[-1] > 64):
-            rows = 64
-    else:
-        rows, warps = 32 if kernel == "dkv" else 64, 4
-    if columns > 64:
-        rows //= 2
-    config = {"BLOCK_M": rows, "num_warps": warps, "num_stages": stages, "COLUMNS": columns, "BLOCK_N": keys}
-    if kernel != "dkv":
-        config["EVEN"] = columns == width and height % (keys // columns) == 0
-    return config | split(q.shape[-1])
-
-
-class _Problem:
-    """Tensors as the kernels read them, and the arguments that all kernels share.
-
-    q, k, v (B, P, M, D); rel_h and rel_w with axes in the order (b, m, query, key), any strides; grid and window
-    (rows, columns); pad is the qkv bias (3·M·D,) where windows may leave the grid."""
-
-    def __init__(
-        self,
-        tensors: tuple[Tensor, Tensor, Tensor],
-        tables: tuple[Tensor, Tensor],
-        pad: Tensor | None,
-        grid: tuple[int, int],
-        window: tuple[int, int],
-        scale: float,
-    ) -> None:
-        q, k, v = _last_axis_contiguous(*tensors)
-        if k.stride() != v.stride():
-            k, v = k.contiguous(), v.contiguous()
-        self.q, self.k, self.v, self.pad, (self.rel_h, self.rel_w) = q, k, v, pad, tables
-        self.scale, self.grid, self.window = scale, grid, window
-        self.batch, self.positions, self.heads, self.dim = q.shape
-        down, across = (-(-size // side) for size, side in zip(grid, window, strict=True))
-        self.windows = self.batch * down * across
-
-    def launch(
-        self, kernel: Any, name: str, tiles_of: str, before: tuple, after: tuple, strides: tuple = ()
-    ) -> None:
-        """Run `kernel` over tiles of queries or of keys: pointers `before` and `after` those of all kernels."""
-        config = _config(name, self.q, self.window, padded=self.pad is not None)
-        tiles = self.tiles(name, tiles_of)
-        q, k, rel_h, rel_w = self.q, self.k, self.rel_h, self.rel_w
-        with _on(q.device):
-            kernel[(self.windows * self.heads * tiles,)](
-                *before, q, k, self.v, self.pad, rel_h, rel_w, *after,
-                self.scale, self.heads, *self.grid, *self.window, tiles,
-                q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
-                rel_h.stride(0), rel_h.stride(1), rel_h.stride(2), rel_h.stride(3),
-                rel_w.stride(0), rel_w.stride(1), rel_w.stride(2), rel_w.stride(3),
-                *strides,
-                D=self.dim, WINDOWED=self.pad is not None, **config,
-            )  # fmt: skip
-
-    def tiles(self, name: str, of: str) -> int:
-        config = _config(name, self.q, self.window, padded=self.pad is not None)
-        height, width = self.window
-        if of == "queries":
-            return -(-height * width // config["BLOCK_M"])
-        return -(-height // (config["BLOCK_N"] // config["COLUMNS"]))
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """y (B, P, M, D) and the base-2 log-sum-exp of each query's scores (B, M, P), both contiguous."""
-        y = torch.empty(self.q.shape, dtype=self.q.dtype, device=self.q.device)
-        lse = y.new_empty((self.batch, self.heads, self.positions), dtype=torch.float32)
-        if y.numel():
-            self.launch(rel_pos_fwd_kernel, "forward", "queries", (), (y, lse))
-        return y, lse
-
-    def backward(
-        self, grad: Tensor, y: Tensor, lse: Tensor, out: tuple[Tensor, Tensor, Tensor],
-        drel_h: Tensor, drel_w: Tensor,
-    ) -> Tensor | None:  # fmt: skip
-        """Write dq, dk and dv, of equal strides, d rel_h and d rel_w, of their tables' strides.
-
-        Where there is padding, gives its d k and d v (2, M, D) in fp32."""
-        dq, dk, dv = out
-        if dq.numel() == 0:
-            return None if self.pad is None else lse.new_zeros(2, self.heads, self.dim)
-        grad = grad.contiguous()
-        delta = torch.empty_like(lse)
-        tiles = self.tiles("dkv", "keys")
-        dpad = None if self.pad is None else lse.new_empty(self.windows, self.heads, tiles, 2, self.dim)
-        strides = (dq.stride(0), dq.stride(1), dq.stride(2))
-        self.launch(
-            rel_pos_bwd_dq_kernel, "dq", "queries", (grad,), (y, lse, dq, drel_h, drel_w, delta), strides
-        )
-        self.launch(rel_pos_bwd_dkv_kernel, "dkv", "keys", (grad,), (lse, delta, dk, dv, dpad), strides)
-        return None if dpad is None else dpad.sum((0, 2)).transpose(0, 1)
-
-
-def launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """q, k, v (B, P, M, D), rel_h (B, M, H', P), rel_w (B, M, P, W') -> y like q, lse (B, M, P)."""
-    return _grid(q, k, v, rel_h, rel_w, scale).forward()
-
-
-def launch_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, y: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the five inputs, contiguous."""
-    rel_h, rel_w = rel_h.contiguous(), rel_w.contiguous()
-    out = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v, rel_h, rel_w)]
-    dq, dk, dv, drel_h, drel_w = out
-    _grid(q, k, v, rel_h, rel_w, scale).backward(grad, y, lse, (dq, dk, dv), drel_h, drel_w)
-    return dq, dk, dv, drel_h, drel_w
-
-
-def launch_window_forward(
-    qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor, window: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """qkv (B, H', W', 3, M, D), rel_h and rel_w (B, H', W', M, window) -> y (B, H', W', M, D), lse (B, M, H'·W')."""
-    y, lse = _windows(qkv, qkv_bias, rel_h, rel_w, window, scale).forward()
-    return y.view(*qkv.shape[:3], *qkv.shape[4:]), lse
-
-
-def launch_window_backward(
-    grad: Tensor, qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor, y: Tensor, lse: Tensor,
-    window: int, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the four inputs, contiguous; that of qkv_bias is 0 for q and the padded keys' sum for k and v."""
-    rel_h, rel_w = rel_h.contiguous(), rel_w.contiguous()
-    dqkv, drel_h, drel_w = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (qkv, rel_h, rel_w))
-    dq, dk, dv = dqkv.flatten(1, 2).unbind(2)
-    dpad = _windows(qkv, qkv_bias, rel_h, rel_w, window, scale).backward(
-        grad, y, lse, (dq, dk, dv), drel_h, drel_w
-    )
-    assert dpad is not None
-    dbias = torch.cat([torch.zeros_like(dpad[:1]), dpad]).flatten().to(qkv_bias.dtype)
-    return dqkv, dbias, drel_h, drel_w
-
-
-def _grid(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, scale: float) -> _Problem:
-    whole = (rel_h.shape[2], rel_w.shape[3])
-    return _Problem((q, k, v), (rel_h.transpose(2, 3), rel_w), None, whole, whole, scale)
-
-
-def _windows(
-    qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor, window: int, scale: float
-) -> _Problem:
-    q, k, v = qkv.flatten(1, 2).unbind(2)  # (B, P, M, D)
-    rel_h, rel_w = (rel.flatten(1, 2).transpose(1, 2) for rel in (rel_h, rel_w))  # (B, M, P, window)
-    grid = (qkv.shape[1], qkv.shape[2])
-    return _Problem((q, k, v), (rel_h, rel_w), qkv_bias.contiguous(), grid, (window, window), scale)

@@ -2,9 +2,9 @@
 
 The bias of a query against the key in row h and column w is rel_h[h] + rel_w[w], two small tables a query. It is
 never held for all queries at once. The Triton kernels (_rel_pos_kernels.py) never hold a score outside the chip, and
-save the inputs, y and one number a query. The torch backend walks over blocks of queries above `_SAVED` scores,
-forward and backward, and saves its inputs alone; below that, on a CPU, autograd keeps the softmax, which saves
-computing it again.
+save the inputs, y and one number a query. The torch backend computes block by block, forward and backward, and saves
+the inputs and y. Only where scores are few (`_choose`), on a CPU, does autograd keep the softmax, which saves computing
+it again.
 
 SAM pads its grid to whole windows after the norm, so that a padded token is a key and value that holds the qkv
 bias alone. Here those keys are made from the bias, and padded queries do not exist: equal to SAM in exact
@@ -17,13 +17,13 @@ Source: SAM, arXiv 2304.02643, image_encoder.py; MViTv2, arXiv 2112.01526, eq. 4
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from axial_fusion import _rel_pos_kernels as kernels
 from axial_fusion._launch import (
     autocast,
     check_alike,
@@ -34,9 +34,18 @@ from axial_fusion._launch import (
     softmax_scale,
     under_transform,
 )
+from axial_fusion._rel_pos_launch import (
+    launch_backward,
+    launch_forward,
+    launch_window_backward,
+    launch_window_forward,
+)
 
 _SAVED = 1 << 24  # scores that autograd may keep for a backward: 64 MiB in fp32
-_BLOCK = 1 << 22  # scores that exist at a time beyond that
+_KEYS = 512  # of a query, above which fp32 scores that leave the cache cost more than computing them again
+_BLOCK = (
+    1 << 22
+)  # scores that a block holds; half of it in a backward, which has three such tensors at a time
 
 # An attention over biased keys: q (B, Q, M, D), k and v (B, K, M, D), bias_h (B, M, Q, H), bias_w (B, M, Q, W) with
 # H · W = K, scale -> (B, Q, M, D).
@@ -51,36 +60,40 @@ def _attend_plain(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tenso
 
 
 def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor, scale: float) -> Tensor:
-    """Fused attention over blocks of queries; no gradient."""
+    """Fused attention, block by block; no gradient."""
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
-    for rows in _blocks(q, k.shape[2]):
-        bias = _bias(bias_h[:, :, rows], bias_w[:, :, rows])
-        part = F.scaled_dot_product_attention(q[:, rows].transpose(1, 2), k, v, attn_mask=bias, scale=scale)
-        y[:, rows] = part.transpose(1, 2)
+    for b, m, rows in _blocks(q, k.shape[2], _BLOCK):
+        bias = _bias(bias_h[b, m, rows], bias_w[b, m, rows])
+        query = q[b, rows, m].transpose(1, 2)
+        part = F.scaled_dot_product_attention(query, k[b, m], v[b, m], attn_mask=bias, scale=scale)
+        y[b, rows, m] = part.transpose(1, 2)
     return y
 
 
 def _attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor, scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor, y: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the five inputs, block by block; dk and dv are summed in fp32."""
     wide = torch.promote_types(q.dtype, torch.float32)
     dq, dbias_h, dbias_w = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, bias_h, bias_w))
-    k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, M, K, D)
+    k, v = (t.transpose(1, 2).contiguous() for t in (k, v))  # (B, M, K, D)
     dk, dv = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (k, v))
-    for rows in _blocks(q, k.shape[2]):
-        bias = _bias(bias_h[:, :, rows], bias_w[:, :, rows])
-        query, dy = q[:, rows].transpose(1, 2), grad[:, rows].transpose(1, 2)
-        p = torch.add(bias, query @ k.transpose(-1, -2), alpha=scale).softmax(-1)  # (B, M, rows, K)
-        dp = dy @ v.transpose(-1, -2)
-        ds = p * (dp - (p * dp).sum(-1, keepdim=True))
-        dv += p.transpose(-1, -2) @ dy
-        dk += ds.transpose(-1, -2) @ query * scale
-        dq[:, rows] = (ds @ k * scale).transpose(1, 2)
+    for b, m, rows in _blocks(q, k.shape[2], _BLOCK // 2):
+        here = (b, m, rows)
+        query, dy, part = (
+            t[b, rows, m].transpose(1, 2).flatten(0, 1) for t in (q, grad, y)
+        )  # (b·m, rows, D)
+        key, value = k[b, m].flatten(0, 1), v[b, m].flatten(0, 1)
+        scores = _bias(bias_h[here], bias_w[here]).flatten(0, 1)  # (b·m, rows, K)
+        p = scores.baddbmm_(query, key.transpose(1, 2), alpha=scale).softmax(-1)
+        ds = (dy @ value.transpose(1, 2)).sub_((dy * part).sum(-1, keepdim=True)).mul_(p)
+        dv[b, m] += (p.transpose(1, 2) @ dy).view_as(dv[b, m])
+        dk[b, m] += (ds.transpose(1, 2) @ query).mul_(scale).view_as(dk[b, m])
+        dq[b, rows, m] = (ds @ key).mul_(scale).view_as(dq[b, rows, m].transpose(1, 2)).transpose(1, 2)
         cells = ds.unflatten(-1, (bias_h.shape[-1], bias_w.shape[-1]))
-        dbias_h[:, :, rows] = cells.sum(-1)
-        dbias_w[:, :, rows] = cells.sum(-2)
+        dbias_h[here] = cells.sum(-1).view_as(dbias_h[here])
+        dbias_w[here] = cells.sum(-2).view_as(dbias_w[here])
     return dq, dk.transpose(1, 2).to(q.dtype), dv.transpose(1, 2).to(q.dtype), dbias_h, dbias_w
 
 
@@ -89,10 +102,16 @@ def _bias(bias_h: Tensor, bias_w: Tensor) -> Tensor:
     return (bias_h.unsqueeze(-1) + bias_w.unsqueeze(-2)).flatten(-2)
 
 
-def _blocks(q: Tensor, keys: int) -> Iterator[slice]:
+def _blocks(q: Tensor, keys: int, most: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Parts of q (B, Q, M, D) along B, M and Q, of at most `most` scores (or one query) each.
+
+    Queries are divided last: fused attention is slower on few of them."""
     batch, queries, heads, _ = q.shape
-    step = max(1, _BLOCK // max(1, batch * heads * keys))
-    return (slice(start, start + step) for start in range(0, queries, step))
+    rows = max(1, min(queries, most // max(1, keys)))
+    m = max(1, min(heads, most // max(1, rows * keys)))
+    b = max(1, min(batch, most // max(1, m * rows * keys)))
+    for i, j, r in product(range(0, batch, b), range(0, heads, m), range(0, queries, rows)):
+        yield slice(i, i + b), slice(j, j + m), slice(r, r + rows)
 
 
 def _choose(q: Tensor, keys: int, *others: Tensor) -> Attend | None:
@@ -106,7 +125,8 @@ def _choose(q: Tensor, keys: int, *others: Tensor) -> Attend | None:
         return None
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return None if torch.compiler.is_compiling() else _attend_blocks
-    return _attend_plain if q.shape[0] * q.shape[1] * q.shape[2] * keys <= _SAVED else None
+    few = keys <= _KEYS or q.dtype != torch.float32
+    return _attend_plain if few and q.shape[0] * q.shape[1] * q.shape[2] * keys <= _SAVED else None
 
 
 # One grid.
@@ -118,7 +138,7 @@ torch.library.define(
 )
 torch.library.define(
     f"{_OP}_backward",
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor rel_h, Tensor rel_w, Tensor? y, Tensor? lse, float scale,"
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor rel_h, Tensor rel_w, Tensor y, Tensor? lse, float scale,"
     " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -129,7 +149,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """y, and what the Triton backward needs of the softmax; empty on the torch backend."""
     if backend == "triton":
-        return kernels.launch_forward(q, k, v, rel_h, rel_w, scale)
+        return launch_forward(q, k, v, rel_h, rel_w, scale)
     y = _attend_blocks(q, k, v, rel_h.transpose(-1, -2), rel_w, scale)
     return y, _lse(q, (0,))
 
@@ -137,13 +157,12 @@ def _forward(
 @torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd")
 def _backward_op(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor,
-    y: Tensor | None, lse: Tensor | None, scale: float, backend: str,
+    y: Tensor, lse: Tensor | None, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if backend == "triton":
-        assert y is not None
         assert lse is not None
-        return kernels.launch_backward(grad, q, k, v, rel_h, rel_w, y, lse, scale)
-    grads = _attend_backward(grad, q, k, v, rel_h.transpose(-1, -2), rel_w, scale)
+        return launch_backward(grad, q, k, v, rel_h, rel_w, y, lse, scale)
+    grads = _attend_backward(grad, q, k, v, rel_h.transpose(-1, -2), rel_w, y, scale)
     dq, dk, dv, dbias_h, dbias_w = (t.contiguous() for t in grads)
     return dq, dk, dv, dbias_h.transpose(-1, -2).contiguous(), dbias_w
 
@@ -164,11 +183,11 @@ def _lse(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """For both ops: the inputs, and on the Triton backend the outputs."""
+    """For both ops: the inputs, y, and on the Triton backend what else the softmax left."""
     tensors = [t for t in inputs if isinstance(t, Tensor)]
     ctx.options = inputs[len(tensors) :]
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, *(output if inputs[-1] == "triton" else (None, None)))
+    ctx.save_for_backward(*tensors, output[0], output[1] if inputs[-1] == "triton" else None)
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -225,7 +244,7 @@ torch.library.define(
 )
 torch.library.define(
     f"{_WINDOW_OP}_backward",
-    "(Tensor grad, Tensor qkv, Tensor qkv_bias, Tensor rel_h, Tensor rel_w, Tensor? y, Tensor? lse, int window,"
+    "(Tensor grad, Tensor qkv, Tensor qkv_bias, Tensor rel_h, Tensor rel_w, Tensor y, Tensor? lse, int window,"
     " float scale, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -285,7 +304,7 @@ def _window_forward(
     qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor, window: int, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     if backend == "triton":
-        return kernels.launch_window_forward(qkv, qkv_bias, rel_h, rel_w, window, scale)
+        return launch_window_forward(qkv, qkv_bias, rel_h, rel_w, window, scale)
     if qkv.numel() == 0:
         return qkv.new_empty((*qkv.shape[:3], *qkv.shape[4:])), _lse(qkv, (0,))
     return _window(qkv, qkv_bias, rel_h, rel_w, window, scale, _attend_blocks), _lse(qkv, (0,))
@@ -294,17 +313,23 @@ def _window_forward(
 @torch.library.impl(f"{_WINDOW_OP}_backward", "CompositeExplicitAutograd")
 def _window_backward_op(
     grad: Tensor, qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor,
-    y: Tensor | None, lse: Tensor | None, window: int, scale: float, backend: str,
+    y: Tensor, lse: Tensor | None, window: int, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if backend == "triton":
-        assert y is not None
         assert lse is not None
-        return kernels.launch_window_backward(grad, qkv, qkv_bias, rel_h, rel_w, y, lse, window, scale)
-    return _window_backward_blocks(grad, qkv, qkv_bias, rel_h, rel_w, window, scale)
+        return launch_window_backward(grad, qkv, qkv_bias, rel_h, rel_w, y, lse, window, scale)
+    return _window_backward_blocks(grad, qkv, qkv_bias, rel_h, rel_w, y, window, scale)
 
 
 def _window_backward_blocks(
-    grad: Tensor, qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor, window: int, scale: float
+    grad: Tensor,
+    qkv: Tensor,
+    qkv_bias: Tensor,
+    rel_h: Tensor,
+    rel_w: Tensor,
+    y: Tensor,
+    window: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch = qkv.shape[0]
     dqkv, drel_h, drel_w = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (qkv, rel_h, rel_w))
@@ -316,10 +341,9 @@ def _window_backward_blocks(
             windows = _cut(qkv, *place)
             k, v = _keys(windows, qkv_bias, window)
             bias_h, bias_w = (_cut(rel, *place).flatten(1, 2).transpose(1, 2) for rel in (rel_h, rel_w))
-            dy = _cut(grad, *place).flatten(1, 2)
-            dq, dk, dv, dh, dw = _attend_backward(
-                dy, windows[:, :, :, 0].flatten(1, 2), k, v, bias_h, bias_w, scale
-            )
+            q = windows[:, :, :, 0].flatten(1, 2)
+            dy, part = (_cut(t, *place).flatten(1, 2) for t in (grad, y))
+            dq, dk, dv, dh, dw = _attend_backward(dy, q, k, v, bias_h, bias_w, part, scale)
             dkv = torch.stack([dk, dv], 2).unflatten(1, (window, window))  # (B', window, window, 2, M, D)
             real = dkv[:, :height, :width]
             dpad += dkv[:, height:].sum((0, 1, 2), dtype=wide) + dkv[:, :height, width:].sum(
@@ -327,9 +351,9 @@ def _window_backward_blocks(
             )
             dq = dq.unflatten(1, (height, width)).unsqueeze(3)
             dqkv[:, rows, columns] = _join(torch.cat([dq, real], 3), batch, *place)
-            for whole, part in ((drel_h, dh), (drel_w, dw)):
+            for whole, table in ((drel_h, dh), (drel_w, dw)):
                 whole[:, rows, columns] = _join(
-                    part.transpose(1, 2).unflatten(1, (height, width)), batch, *place
+                    table.transpose(1, 2).unflatten(1, (height, width)), batch, *place
                 )
     dbias = torch.cat([torch.zeros_like(dpad[:1]), dpad]).flatten().to(qkv_bias.dtype)
     return dqkv, dbias, drel_h, drel_w

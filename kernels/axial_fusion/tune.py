@@ -1,7 +1,8 @@
 """Measure tile sizes on this GPU.    python -m axial_fusion.tune axial_attention --slices 9 --head-dim 32
 
-Every candidate is first held against the reference in fp64, forward and gradients; a wrong one is named and never
-timed. Prints the entry for `_tiles.MEASURED`; nothing is changed. In Triton's interpreter times mean nothing."""
+Of slice_attention it measures the backends. Every candidate is first held against the reference in fp64, forward and
+gradients; a wrong one is named and never timed. Prints the entry for `_tiles.MEASURED`, of slice_attention for
+`_launch.FASTEST`; nothing is changed. In Triton's interpreter times mean nothing."""
 
 from __future__ import annotations
 
@@ -10,18 +11,20 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from axial_fusion import _tiles, reference
+from axial_fusion._launch import BACKENDS, FASTEST, SliceKey, slice_key
 from axial_fusion._tiles import Key, Tile
 from axial_fusion.axial_attention import axial_attention
 from axial_fusion.fusion import axial_fusion_attention
 from axial_fusion.reference import AttentionWeights
+from axial_fusion.slice_attention import slice_attention
 
-OPS = ("axial_attention", "axial_half", "axial_half_backward")
+OPS = ("axial_attention", "axial_half", "axial_half_backward", "slice_attention")
 TOLERANCE = {
     torch.float32: 1e-5,
     torch.float16: 4e-3,
@@ -30,15 +33,17 @@ TOLERANCE = {
 
 
 class Measured(NamedTuple):
-    """What became of a candidate: its median time, or why it was refused."""
+    """What became of a candidate, a tile or a backend: its median time, or why it was refused."""
 
-    tile: Tile
+    tile: Tile | str
     milliseconds: float | None
     refused: str | None
 
 
-def candidates() -> Iterable[Tile]:
-    """Tiles worth trying for N up to 64."""
+def candidates(op: str) -> Iterable[Tile | str]:
+    """Tiles worth trying for N up to 64, or the backends that are fused without torch.compile."""
+    if op == "slice_attention":
+        return (name for name in BACKENDS[op] if name not in ("flex", "torch"))
     return (Tile(*sizes) for sizes in product((16, 32, 64, 128), (2, 4, 8), (1, 2, 3)))
 
 
@@ -51,35 +56,39 @@ def tune(
     positions: int = 4096,
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cuda",
-    tiles: Iterable[Tile] | None = None,
+    tiles: Iterable[Tile | str] | None = None,
     timer: Callable[[Callable[[], object]], float] | None = None,
-) -> tuple[Key, list[Measured]]:
+) -> tuple[Key | SliceKey, list[Measured]]:
     """The key of `op` at these sizes, and every candidate, the fastest first and the refused ones last.
 
     `timer` gives a function's time in milliseconds; triton.testing.do_bench on a GPU. Raises ValueError for an
     unknown op."""
     if op not in OPS:
         raise ValueError(f"op is {op!r}; there are {', '.join(OPS)}")
-    channels = 0 if op == "axial_attention" else heads * head_dim
+    channels = heads * head_dim if op.startswith("axial_half") else 0
     small, large = (
         _Problem(op, slices, head_dim, heads, p, dtype, device) for p in (min(positions, 19), positions)
     )
-    key = Key(op, _tiles.arch(small.inputs[0].device), dtype, slices, head_dim, channels)
+    key: Key | SliceKey = Key(op, _tiles.arch(small.inputs[0].device), dtype, slices, head_dim, channels)
+    table: dict[Any, Any] = _tiles.MEASURED
+    if op == "slice_attention":
+        key, table = slice_key(small.inputs[0]), FASTEST
     exact = small.exact()
     measure = timer or _timer(device)
     results = []
-    kept = _tiles.MEASURED.get(key)
+    kept = table.get(key)
     try:
-        for tile in candidates() if tiles is None else tiles:
-            if tile.rows < slices:
+        for tile in candidates(op) if tiles is None else tiles:
+            if isinstance(tile, Tile) and tile.rows < slices:
                 continue
-            _tiles.MEASURED[key] = tile
+            table[key] = tile
+            small.backend = large.backend = tile if isinstance(tile, str) else "triton"
             refused = _wrong(small, exact, TOLERANCE[dtype])
             results.append(Measured(tile, None if refused else measure(large.run), refused))
     finally:
-        _tiles.MEASURED.pop(key, None)
+        table.pop(key, None)
         if kept is not None:
-            _tiles.MEASURED[key] = kept
+            table[key] = kept
     return key, sorted(results, key=lambda r: (r.milliseconds is None, r.milliseconds or 0.0))
 
 
@@ -94,9 +103,9 @@ class _Problem:
         def draw(*shape: int, scale: float = 1.0) -> Tensor:
             return (scale * torch.randn(shape, generator=generator)).to(device, dtype).requires_grad_()
 
-        self.op, self.heads = op, heads
+        self.op, self.heads, self.backend = op, heads, "triton"
         c = heads * head_dim
-        if op == "axial_attention":
+        if op in ("axial_attention", "slice_attention"):
             self.inputs = [draw(1, slices, positions, heads, head_dim) for _ in range(3)]
         else:
             s = c**-0.5
@@ -106,8 +115,11 @@ class _Problem:
 
     def run(self) -> list[Tensor]:
         """The result, and its gradients where the backward is what is tuned or shares the tile."""
-        if self.op == "axial_attention":
-            y = axial_attention(*self.inputs, backend="triton")
+        if self.op == "slice_attention":
+            q, k, v = self.inputs
+            y = slice_attention(q, k, v, backend=self.backend)
+        elif self.op == "axial_attention":
+            y = axial_attention(*self.inputs, backend=self.backend)
         else:
             x, *weights = self.inputs
             y = axial_fusion_attention(
@@ -115,13 +127,15 @@ class _Problem:
                 AttentionWeights._make([*weights, None, None]),
                 None,
                 num_heads=self.heads,
-                backend="triton",
+                backend=self.backend,
             )
         return self._with_gradients(y, self.inputs)
 
     def exact(self) -> list[Tensor]:
         wide = [t.detach().double().requires_grad_() for t in self.inputs]
-        if self.op == "axial_attention":
+        if self.op == "slice_attention":
+            y = reference.slice_attention(wide[0], wide[1], wide[2])
+        elif self.op == "axial_attention":
             y = reference.axial_attention(wide[0], wide[1], wide[2])
         else:
             x, *weights = wide
@@ -180,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     for result in results:
         print(f"{result.refused or f'{result.milliseconds:.4f} ms':>30}  {result.tile}")
     if results and results[0].milliseconds is not None:
-        print(f"{key}: {results[0].tile},")
+        print(f"{key}: {results[0].tile!r},")
     return 0
 
 
