@@ -111,6 +111,19 @@ def test_frozen_random_weights_are_refused():
     assert resolve_encoder(preset("best"), pretrained=True).model.encoder == "lora"
 
 
+def test_unit_normalisation_reaches_the_encoder():
+    """MedSAM's weights were trained on [0, 1]; SAM's mean and deviation would move that to about -2 to 2.6."""
+    hu, seen = torch.tensor([-3000.0, 0.0, 3000.0]).expand(1, 48, 3).repeat(1, 1, 16), {}
+    for kind in ("sam", "unit"):
+        model = build_aftersam(
+            dataclasses.replace(preset("tiny").model, image_size=48, normalisation=kind), 3
+        )
+        model.encoder.register_forward_pre_hook(lambda _, given, kind=kind: seen.update({kind: given[0]}))
+        model.encode(hu)
+    assert (seen["unit"].min(), seen["unit"].max()) == (0, 1)
+    assert seen["sam"].min() < -1.5
+
+
 def test_every_block_matters():
     """A model of two fusion blocks is another function than its first block alone, and each block has a gradient."""
     torch.manual_seed(0)
