@@ -25,6 +25,7 @@ from benchmarks import (
     bench_transformer,
     bench_waterfall,
     harness,
+    machine,
 )
 from benchmarks.harness import Cases
 from benchmarks.targets import targets
@@ -48,8 +49,8 @@ TOTAL_S = {"quick": 480.0, "full": 3600.0}
 
 def run(what: str = "quick", *, total_s: float | None = None, case_s: float | None = None) -> dict[str, Any]:
     """The result of `what` (quick, full or a subject) within `total_s` seconds, `case_s` of timing a case."""
-    device = harness.default_device()
-    dtype = harness.default_dtype(device)
+    device = machine.default_device()
+    dtype = machine.default_dtype(device)
     names = list(SUBJECTS) if what in TOTAL_S else [what]
     chosen = {name: SUBJECTS[name](device, dtype, full=what != "quick") for name in names}
     torch.manual_seed(0)

@@ -29,7 +29,7 @@ from aftersam.evaluate import evaluate
 from benchmarks.accuracy_rows import predict_row, train_row
 from benchmarks.accuracy_systems import SYSTEMS, Job, Limits
 from benchmarks.accuracy_table import write_table
-from benchmarks.harness import environment, slug
+from benchmarks.machine import environment, slug
 
 
 @dataclass(frozen=True)

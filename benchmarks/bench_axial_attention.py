@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from axial_fusion import axial_attention, reference
-from benchmarks import harness
+from benchmarks import harness, machine
 from benchmarks.harness import Case, Provider
 
 OURS = "axial_attention"
@@ -158,8 +158,8 @@ def providers(shape: Shape, device: torch.device) -> dict[str, Provider]:
         torch.compile(multiply_sum, dynamic=False) if gpu else multiply_sum, no_gpu or late
     )
     found["FlexAttention"] = rival(flex(shape, device), (no_gpu and "no gradient on a CPU") or late)
-    found["varlen"] = rival(varlen, harness.absent("flash_attn") or no_gpu)
-    found["xformers"] = rival(block_diagonal, harness.absent("xformers") or no_gpu)
+    found["varlen"] = rival(varlen, machine.absent("flash_attn") or no_gpu)
+    found["xformers"] = rival(block_diagonal, machine.absent("xformers") or no_gpu)
     return {**found, OURS: Provider(axial_attention, reference.axial_attention, flops, role="ours")}
 
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from axial_fusion import AttentionWeights, axial_fusion_attention
-from benchmarks import harness
+from benchmarks import harness, machine
 from benchmarks.harness import Case, Provider
 
 OURS = "axial_fusion"
@@ -95,8 +95,8 @@ def providers(shape: Shape, *, itemsize: int = 4, compiled: bool = False) -> dic
         found["SDPA factorised, compiled"] = Provider(
             torch.compile(library, dynamic=False), exact, factorised
         )
-    if scores > harness.free_bytes():
-        missing = f"its scores need {scores / 2**30:.0f} GiB, {harness.free_bytes() / 2**30:.0f} are free"
+    if scores > machine.free_bytes():
+        missing = f"its scores need {scores / 2**30:.0f} GiB, {machine.free_bytes() / 2**30:.0f} are free"
         found["naive 3D"] = Provider(None, exact_joint, joint, missing, role="other")
     return {**found, OURS: Provider(partial(ours, heads=m), exact, factorised, role="ours")}
 

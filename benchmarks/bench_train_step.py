@@ -32,7 +32,7 @@ from aftersam.model.aftersam import AfterSAM
 from aftersam.model.build import build_aftersam
 from aftersam.model.image_encoder import EncoderAttention, LoRAQKV
 from aftersam.model.sam import segment_anything_modeling
-from benchmarks import bench_transformer, harness
+from benchmarks import bench_transformer, harness, machine
 from benchmarks.harness import Case, Provider
 
 OURS = "train_step"
@@ -173,7 +173,7 @@ def case(name: str, config: ModelConfig, device: torch.device, dtype: torch.dtyp
     scores = 4 * config.num_blocks * config.num_heads * (config.num_slices * positions) ** 2 * 8
     for provider, (attend, fuse, exact) in forms.items():
         missing = ""
-        if provider == "naive 3D" and scores > harness.free_bytes():
+        if provider == "naive 3D" and scores > machine.free_bytes():
             missing = f"fp64 scores of its reference need {scores / 2**30:.0f} GiB"
         doubled = composed(model, equations, exact, frugal=True).double().to(device)
         doubled.decoder.pe_layer.float()  # SAM's own makes its coordinates in fp32

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from aftersam.model.axial_fusion import AxialFusionTransformer
 from axial_fusion import AttentionWeights, AxialFusionAttention, reference
-from benchmarks import bench_fusion, harness
+from benchmarks import bench_fusion, harness, machine
 from benchmarks.harness import Case, Provider
 
 OURS = "transformer"
@@ -111,7 +111,7 @@ def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Itera
         exact_joint = form(model, naive)
         scores = 4 * blocks * b * m * (n * positions) ** 2 * 8
         missing = ""
-        if scores > harness.free_bytes():
+        if scores > machine.free_bytes():
             missing = f"fp64 scores of its reference need {scores / 2**30:.0f} GiB"
         flash = form(model, partial(joint, attend=F.scaled_dot_product_attention))
         composed = form(model, library)

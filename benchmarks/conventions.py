@@ -22,7 +22,7 @@ from aftersam.data.transforms import resample
 from aftersam.evaluate import evaluate, mean_of
 from aftersam.metrics import Convention
 from benchmarks.figure import write_readme
-from benchmarks.harness import ROOT
+from benchmarks.machine import ROOT
 
 NAMES: tuple[Convention, ...] = ("nnunet", "monai", "transunet")
 COARSE = "nnunet, half the resolution"

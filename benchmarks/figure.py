@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS, ROOT, slug
+from benchmarks.machine import RESULTS, ROOT, slug
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"  # of write_readme's default
 COLOURS = {

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.harness import RESULTS, ROOT
+from benchmarks.machine import RESULTS, ROOT
 
 
 class Stage(NamedTuple):

@@ -26,7 +26,7 @@ from aftersam.embeddings import Embeddings
 from aftersam.metrics import dice
 from aftersam.segmenter import Prepared, Segmenter, load
 from aftersam.streaming import Sliding
-from benchmarks import harness
+from benchmarks import machine
 
 EXACT = "none"
 Segment = Callable[[Prepared], np.ndarray]
@@ -168,10 +168,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"benchmarks.predict_options: {error}", file=sys.stderr)
         return 2
-    where = harness.environment()
+    where = machine.environment()
     print(table(rows))
-    name = f"{harness.slug(where['device'])}-{where['date'][:10]}.json"
-    path = args.output or harness.RESULTS / "options" / name
+    name = f"{machine.slug(where['device'])}-{where['date'][:10]}.json"
+    path = args.output or machine.RESULTS / "options" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = {"run": args.model.name, "data": args.data.name, "cases": [case.id for case in cases]}
     write_json(path, {"environment": where, **facts, "rows": rows})

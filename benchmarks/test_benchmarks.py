@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import harness
+from benchmarks import harness, machine
 from benchmarks.__main__ import SUBJECTS
 
-DEVICE = harness.default_device()
-DTYPE = harness.default_dtype(DEVICE)
+DEVICE = machine.default_device()
+DTYPE = machine.default_dtype(DEVICE)
 
 
 @lru_cache(maxsize=1)

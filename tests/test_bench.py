@@ -31,6 +31,7 @@ from benchmarks import (
     figure,
     first_contact,
     harness,
+    machine,
     predict_options,
 )
 from benchmarks.__main__ import SUBJECTS
@@ -137,7 +138,7 @@ def test_summary_is_the_median_and_quantiles():
 
 
 def test_environment_says_what_a_number_needs():
-    found = harness.environment()
+    found = machine.environment()
     assert found["kind"] == "cpu"
     assert found["torch"] == torch.__version__
     assert "threads" in found["device"]
@@ -296,7 +297,7 @@ def test_rivals_that_are_absent_are_named():
     absent = {name: p.missing for name, p in found.items() if p.call is None}
     assert absent["FlexAttention"] == "no gradient on a CPU"
     assert {"varlen", "xformers"} <= absent.keys()
-    assert harness.absent("no_such_package") == "no-such-package is not installed"
+    assert machine.absent("no_such_package") == "no-such-package is not installed"
 
 
 def test_every_subject_has_one_provider_of_ours_and_a_rival():
