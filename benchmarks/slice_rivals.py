@@ -58,6 +58,7 @@ class UNetDecoder(nn.Module):
         super().__init__()
         from monai.networks.blocks import UnetOutBlock, UnetrUpBlock
 
+        self.num_classes = num_classes
         fine_to_coarse = list(pairwise(channels))
         self.levels = nn.ModuleList(
             UnetrUpBlock(2, coarse, fine, 3, upsample_kernel_size=2, norm_name="instance", res_block=True)

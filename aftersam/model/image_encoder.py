@@ -277,9 +277,7 @@ class LoRAQKV(nn.Linear):
     def _fold(self, sign: float) -> None:
         if self.merged == (sign > 0):
             return
-        q, _, v = self.weight.chunk(3)
-        merge_update(q, self.lora_q_a, self.lora_q_b, sign * self.scaling)
-        merge_update(v, self.lora_v_a, self.lora_v_b, sign * self.scaling)
+        merge_update(self.weight, *self._stacked(), sign * self.scaling)
         self.merged = sign > 0
 
     def _stacked(self) -> tuple[Tensor, Tensor]:
