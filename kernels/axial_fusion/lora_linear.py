@@ -2,7 +2,7 @@
 
 W and B A are never merged, which in bf16 would round a small B A away. Three engines:
 
-torch       F.linear, then one thin product added to y: y is written, read and written again, and rounded twice
+torch       bias and the thin product first, onto which the library adds x Wᵀ up: y is written, read and written again
 augmented   one library product [x | x Aᵀ] [W | s B]ᵀ of K + r: y is written once, x is copied for its tail
 triton      one product whose main loop multiplies each tile of x by A as well (_lora_kernels.py): y is written once,
             nothing is copied
@@ -41,11 +41,11 @@ def _plain_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, seed: Tensor | None,
     scaling: float, p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    y = F.linear(x, weight, bias)
     if a is None or b is None:
-        return y, x.new_empty(0)
+        return F.linear(x, weight, bias), x.new_empty(0)
     xa = F.linear(_masked(x, seed, p), a)  # (T, r)
-    return torch.addmm(y, xa, b.t(), alpha=scaling), xa
+    thin = xa @ (scaling * b).t() if bias is None else torch.addmm(bias, xa, b.t(), alpha=scaling)
+    return thin.addmm_(x, weight.t()), xa
 
 
 def _augmented_forward(
@@ -122,11 +122,10 @@ def _backward_op(
         elif needs[0] and backend == "augmented":
             both = dy @ _joined(weight, scaling * b)
             dx, d = both[:, : x.shape[-1]], both[:, x.shape[-1] : x.shape[-1] + b.shape[1]]
+            dx = torch.addmm(dx, d, a) if seed is None else dx + _masked(d @ a, seed, dropout_p)
         else:
             d = scaling * (dy @ b)
-            dx = dy @ weight if needs[0] else empty
-        if needs[0] and not fused:
-            dx = torch.addmm(dx, d, a) if seed is None else dx + _masked(d @ a, seed, dropout_p)
+            dx = _masked(d @ a, seed, dropout_p).addmm_(dy, weight) if needs[0] else empty
         if needs[3] and lora_a is not None:
             da = (
                 kernels.launch_thin(d, rows, seed, dropout_p)
