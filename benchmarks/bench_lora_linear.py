@@ -165,7 +165,8 @@ def _case(shape: Shape, device: torch.device, dtype: torch.dtype, full: bool, *,
     if mixed:
         found = {name: under_autocast(way, device, dtype) for name, way in found.items()}
     name = f"{k} to {n}, r {rank}, {rows:,} rows" + (", fp32 adapters" if mixed else "")
-    return {"subject": "lora", "name": name, **shape._asdict()}, inputs, found
+    facts = {"subject": "lora", "name": name, **shape._asdict(), "dtype": str(dtype).removeprefix("torch.")}
+    return facts, inputs, found
 
 
 if __name__ == "__main__":
