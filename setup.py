@@ -39,6 +39,7 @@ setup(
         "accuracy": ["einops>=0.7"],  # MONAI's Swin UNETR, in the accuracy table alone
         "nnunet": ["nnunetv2>=2.6"],
         "test": [
+            "einops>=0.7",  # Swin UNETR's row of the accuracy table
             "highdicom>=0.26",  # DICOM segmentations are read back
             "hypothesis>=6.100",
             "onnxruntime>=1.23",  # what export writes is run by it and compared with torch
