@@ -154,7 +154,7 @@ class TrainConfig:
     shard: bool = False
     """Spread weights, gradients and moments over the processes (FSDP): for vit_h where a GPU cannot hold them."""
     validations: int = 10
-    """Validations spread evenly over the run; each predicts the whole validation scans."""
+    """Validations spread evenly over the run; each predicts the whole validation scans. 0: the last are the best."""
     checkpoint_steps: int = 200
     """Steps between writes of last.safetensors: what a killed run loses at most."""
     seed: int = 0

@@ -261,7 +261,7 @@ class _Run:
                     self._checkpoint()
             bar.update(task, completed=1.0)
         self._checkpoint()
-        if not self.validation:
+        if not (self.validation and config.validations):  # nothing was chosen: the last are the best
             model = self._whole_model()
             if self.accelerator.is_main_process:
                 self._save_best(model)

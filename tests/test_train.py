@@ -145,6 +145,15 @@ def test_processes_and_accumulation_equal_one_large_batch(phantoms, tmp_path):
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
 
+def test_without_validations_the_last_weights_are_the_best(phantoms, tmp_path):
+    process = run_command(phantoms, tmp_path / "run", "--max-steps", "2", "--validations", "0")
+    error = process.communicate(timeout=300)[1].decode()
+    assert process.returncode == 0, error
+    last, best = (load_file(tmp_path / "run" / f"{name}.safetensors") for name in ("last", "best"))
+    for name, value in best.items():
+        assert torch.equal(last[name], value), name
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(phantoms, tmp_path, monkeypatch, capsys):
     step = training._Run._step
 
