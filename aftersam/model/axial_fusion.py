@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from aftersam.model.image_encoder import Linear
 from axial_fusion import AxialFusionAttention
 
 
@@ -106,7 +107,7 @@ class AxialFusionBlock(nn.Module):
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(
-            nn.Linear(dim, int(dim * mlp_ratio)), nn.GELU(), nn.Linear(int(dim * mlp_ratio), dim)
+            Linear(dim, int(dim * mlp_ratio)), nn.GELU(), Linear(int(dim * mlp_ratio), dim)
         )
 
     def reset_parameters(self, *, zero: bool) -> None:

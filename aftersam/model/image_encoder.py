@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from aftersam.config import ENCODERS, EncoderSize
-from aftersam.model.sam import CLASSIFIER, segment_anything_modeling
+from aftersam.model.sam import CLASSIFIER
 from axial_fusion import lora_linear, rel_pos_attention, window_attention
+from axial_fusion.lora_linear import dense_linear
 from axial_fusion.modules import merge_update
 
 if TYPE_CHECKING:
@@ -113,8 +114,8 @@ class EncoderAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.window = window
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
         rows, columns = (window, window) if window else grid
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * rows - 1, dim // num_heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * columns - 1, dim // num_heads))
@@ -137,6 +138,25 @@ class EncoderAttention(nn.Module):
             x = rel_pos_attention(q, k, v, rel_h.to(q.dtype), rel_w.to(q.dtype), grid=(height, width))
             x = x.unflatten(1, (height, width))
         return self.proj(x.flatten(-2))
+
+
+class MLP(nn.Module):
+    """SAM's MLPBlock, by its names."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.lin1 = Linear(dim, 4 * dim)
+        self.lin2 = Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin2(F.gelu(self.lin1(x)))
+
+
+class Linear(nn.Linear):
+    """nn.Linear by the fastest library product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dense_linear(x, self.weight, self.bias)
 
 
 class ConvStem(nn.Module):
@@ -201,7 +221,7 @@ class PatchEmbed(nn.Module):
         patch = self.proj.kernel_size[0]
         x = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (T, in, h, patch, w, patch)
         x = x.permute(0, 2, 4, 1, 3, 5).flatten(3)
-        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+        return dense_linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class StridedPatchEmbed(nn.Module):
@@ -229,7 +249,7 @@ class LayerNorm2d(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-class LoRAQKV(nn.Linear):
+class LoRAQKV(Linear):
     """A fused projection (3C, C) to q, k, v with LoRA on q and v: q = (W_Q + s·B_Q A_Q) x, v likewise.
 
     The base weights keep their names. `heads` above 1 says that rows go by head, (M, 3, D), as in TinyViT.
@@ -355,9 +375,7 @@ def add_encoder_lora(
 def _block(size: EncoderSize, index: int, grid: tuple[int, int]) -> EncoderBlock:
     window = 0 if index in size.global_blocks else size.window
     attention = EncoderAttention(size.dim, size.num_heads, grid=grid, window=window)
-    return EncoderBlock(
-        size.dim, attention, segment_anything_modeling("common").MLPBlock(size.dim, 4 * size.dim)
-    )
+    return EncoderBlock(size.dim, attention, MLP(size.dim))
 
 
 def build_neck(dim: int, out_channels: int) -> nn.Sequential:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from aftersam.config import EncoderSize, Stage
-from aftersam.model.image_encoder import SliceFeatures, build_neck
+from aftersam.model.image_encoder import Linear, SliceFeatures, build_neck
 
 
 class TinyViT(nn.Module):
@@ -170,8 +170,8 @@ class TinyViTAttention(nn.Module):
         self.num_heads = num_heads
         self.window = window
         self.norm = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, window**2))  # |Δrow| · S + |Δcolumn|
 
     def forward(self, x: Tensor) -> Tensor:
@@ -189,8 +189,8 @@ class _MLP(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
+        self.fc1 = Linear(dim, 4 * dim)
+        self.fc2 = Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(self.norm(x))))  # type: ignore[no-any-return]

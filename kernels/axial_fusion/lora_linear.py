@@ -28,13 +28,37 @@ from axial_fusion._launch import (
     check_alike,
     check_shapes,
     dtype_name,
+    no_derivative,
     no_second_derivative,
     plain_on,
     select_backend,
 )
 from axial_fusion.reference import dropout_mask
 
+_onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 ALIGN = 8  # columns of a tail: the library's fast products want rows of a multiple of 16 bytes
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., K), weight (N, K), bias (N,) -> x Wᵀ + bias (..., N) by the fastest library product.
+
+    On CPUs, in fp32 and where nobody differentiates, that is oneDNN's, which torch itself leaves to half precision:
+    on an AMD EPYC it is a sixth faster than MKL's. It is the operator that inductor emits."""
+    if _by_onednn(x, weight, bias):
+        return _onednn_linear(x, weight, bias, "none", [], "")  # type: ignore[no-any-return, misc]
+    return F.linear(x, weight, bias)
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        _onednn_linear is not None
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() > 0
+        and not torch.compiler.is_compiling()
+        and autocast_dtype(x) is None
+        and no_derivative(x, weight, *(() if bias is None else (bias,)))
+    )
 
 
 def _plain_forward(
@@ -42,8 +66,10 @@ def _plain_forward(
     scaling: float, p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if a is None or b is None:
-        return F.linear(x, weight, bias), x.new_empty(0)
+        return dense_linear(x, weight, bias), x.new_empty(0)
     xa = F.linear(_masked(x, seed, p), a)  # (T, r)
+    if _by_onednn(x, weight, bias) and no_derivative(a, b):
+        return dense_linear(x, weight, bias).addmm_(xa, b.t(), alpha=scaling), xa
     thin = xa @ (scaling * b).t() if bias is None else torch.addmm(bias, xa, b.t(), alpha=scaling)
     return thin.addmm_(x, weight.t()), xa
 
