@@ -41,6 +41,8 @@ class Segmenter:
     labels: dict[int, str]
     spacing_mm: tuple[float, float, float] | None  # None: the model works at each scan's own spacing
     precision: torch.dtype
+    one_piece: tuple[int, ...] = ()
+    """Organs that are one connected piece in every training label: `segment` keeps their largest part alone."""
 
     @property
     def device(self) -> torch.device:
@@ -110,6 +112,7 @@ class Segmenter:
         scan: Prepared,
         *,
         sliding: Sliding | None = None,
+        largest_parts: bool = True,
         batch_size: int = 8,
         probabilities: np.ndarray | None = None,
         confidence: np.ndarray | None = None,
@@ -118,11 +121,13 @@ class Segmenter:
     ) -> np.ndarray:
         """Labels (D, H, W) uint8 in the canonical axes of the scan's volume.
 
+        `largest_parts` False keeps every part of the organs in `one_piece` as well.
         `probabilities` (K+1, D, H, W) and `confidence` (D, H, W) uint8 are filled where given, and `stored` features
         of the scan are used, as `aftersam.streaming.predict_volume` says."""
+        from aftersam.components import keep_largest
         from aftersam.streaming import predict_volume
 
-        return predict_volume(
+        labels = predict_volume(
             self.model,
             scan.hu,
             self.config.model,
@@ -138,6 +143,10 @@ class Segmenter:
             progress=progress,
             timings=scan.timings,
         )
+        if largest_parts:
+            with scan.timings.stage("write"):
+                keep_largest(labels, self.one_piece)
+        return labels
 
 
 def load(
@@ -179,4 +188,5 @@ def load(
         {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
             precision_for(config.train.precision, where.type), torch.float32
         ),
+        tuple(facts.get("one_piece", ())),
     )

@@ -80,6 +80,7 @@ class _Run:
             trim_history,
             write_json,
         )
+        from aftersam.components import one_piece
         from aftersam.data.dataset import find_dataset, mirror_pairs, split
         from aftersam.data.slice_group import SliceGroups, cache_cases
         from aftersam.embeddings import Embeddings, StoredScan, check_still
@@ -179,6 +180,7 @@ class _Run:
             lr=config.train.learning_rate,
             betas=(0.9, 0.999),
             weight_decay=config.train.weight_decay,
+            fused=not config.train.shard,  # one pass over all weights: a quarter of the time on a CPU
         )
         # a sharded model exchanges its own gradients, so that accelerate must not
         self.model = model if config.train.shard else self.accelerator.prepare(model)
@@ -195,6 +197,7 @@ class _Run:
                 spacing = None if config.data.spacing_mm == "native" else list(self.training[0].spacing_mm)
                 facts = {
                     "labels": {str(value): name for value, name in labels.items()}, "spacing_mm": spacing,
+                    "one_piece": one_piece((case.labels for case in self.training), labels),
                     "dataset": dataset.name, "fold": args.fold, "sam_sha256": sam.sha256 if sam else None,
                 }  # fmt: skip
                 write_json(args.output / "run.json", facts | provenance())

@@ -1,22 +1,23 @@
 """One row of the accuracy table: a system trained on the split within the limits, and the held-out scans segmented.
 
 Every system reads the same preprocessed cache; ours goes through aftersam.train and aftersam.predict, the others
-through one loop."""
+through one loop. Of organs that are one piece in every training label all keep the largest part alone."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from aftersam.checkpoint import read_json, write_json
+from aftersam.components import keep_largest, one_piece
 from aftersam.config import DataConfig
-from aftersam.data.cache import cache_cases
+from aftersam.data.cache import CachedCase, cache_cases
 from aftersam.data.transforms import preprocess, resample
 from aftersam.data.volume import read_image, read_labels, write_labels
 from aftersam.model.sam import read_sam_checkpoint
@@ -51,7 +52,7 @@ def _train_patch(job: Job) -> Spent:
     model = _build(job)
     source = patches(cached, size, config)
     spent = fit(model, source, patch_loss(), config, device=job.device, precision=job.precision)
-    _save(job, model, spacing_mm=cached[0].spacing_mm, patch=size)
+    _save(job, model, cached, patch=size)
     return spent
 
 
@@ -63,6 +64,7 @@ def _predict_patch(job: Job) -> dict[str, Any]:
         labels = segment_by_patches(
             model, ready.array, facts["patch"], volume.array.shape, device=job.device, precision=job.precision
         )
+        keep_largest(labels, facts["one_piece"])
         write_labels(job.home / "masks" / f"{case.id}.nii.gz", labels, volume, job.dataset.labels)
     return facts
 
@@ -73,7 +75,7 @@ def _train_group(job: Job) -> Spent:
     model = _build(job)
     source = groups(cached, config)
     spent = fit(model, source, group_loss, config.train, device=job.device, precision=job.precision)
-    _save(job, model, spacing_mm=cached[0].spacing_mm)
+    _save(job, model, cached)
     return spent
 
 
@@ -96,6 +98,7 @@ def _predict_group(job: Job) -> dict[str, Any]:
             precision=job.precision,
             prompt_labels=prompts,
         )
+        keep_largest(labels, facts["one_piece"])
         told = {"prompted": "point"} if job.system.prompted else {}
         write_labels(job.home / "masks" / f"{case.id}.nii.gz", labels, volume, job.dataset.labels, told)
     return facts
@@ -145,11 +148,12 @@ def _build(job: Job) -> nn.Module:
     return build(job.config().model, job.num_classes)
 
 
-def _save(job: Job, model: nn.Module, *, spacing_mm: Any, **facts: Any) -> None:
+def _save(job: Job, model: nn.Module, cached: Sequence[CachedCase], **facts: Any) -> None:
     from safetensors.torch import save_model  # which allows modules with two names, as DynUNet has them
 
     save_model(model, str(job.home / "weights.safetensors"))
-    write_json(job.home / "facts.json", {**_facts(model, spacing_mm, job.precision), **facts})
+    facts["one_piece"] = one_piece((case.labels for case in cached), job.dataset.labels)
+    write_json(job.home / "facts.json", {**_facts(model, cached[0].spacing_mm, job.precision), **facts})
 
 
 def _restored(job: Job) -> tuple[nn.Module, dict[str, Any]]:
