@@ -182,14 +182,19 @@ _BEST = Config(
 _SMALL = Config(
     model=ModelConfig(
         image_encoder="small",
-        image_size=128,
+        image_size=96,
         num_heads=4,
         num_blocks=2,
         num_slices=5,
+        slice_stride=2,
         output_stride=1,
     ),
     data=DataConfig(
-        spacing_mm=(2.5, 3.0, 3.0),  # 128 pixels then show most of a body, and a token is 24 mm
+        spacing_mm=(
+            2.5,
+            4.0,
+            4.0,
+        ),  # 96 pixels then show most of a body, a token is 32 mm and a group 2 cm high
         augmentation=("elastic", "affine", "intensity", "noise"),
         foreground_sampling=0.66,
     ),
@@ -201,14 +206,14 @@ _SMALL = Config(
         schedule="poly",
         warmup=0.03,
         clip_norm=1.0,
-        ce_foreground_weight=5.0,
         validations=4,
     ),
 )
 _TINY = Config(
-    model=dataclasses.replace(_SMALL.model, image_encoder="tiny", image_size=96, num_slices=3),
+    model=dataclasses.replace(_SMALL.model, image_encoder="tiny", num_slices=3, slice_stride=1),
     data=dataclasses.replace(_SMALL.data, spacing_mm="median", augmentation=()),
-    train=dataclasses.replace(_SMALL.train, max_steps=1500, validations=2),
+    # few steps: the weight starts small organs sooner
+    train=dataclasses.replace(_SMALL.train, max_steps=1500, ce_foreground_weight=5.0, validations=2),
 )
 
 PRESETS: dict[str, Config] = {"paper": _PAPER, "best": _BEST, "small": _SMALL, "tiny": _TINY}
