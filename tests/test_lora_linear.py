@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from axial_fusion import LoRALinear, _lora_kernels, lora_linear, reference, select_backend
 from axial_fusion.lora_linear import dense_linear
@@ -428,7 +429,7 @@ def test_the_dense_product_is_the_linear_layer_whoever_computes_it(lead, bias):
     torch.testing.assert_close(strided.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-def test_the_dense_product_under_autograd_autocast_transforms_and_compile():
+def test_the_dense_product_under_autograd_autocast_transforms_modes_and_compile():
     x, weight, bias = torch.randn(6, 20), torch.randn(28, 20), torch.randn(28)
     exact = x @ weight.t() + bias
     leaf = weight.clone().requires_grad_()
@@ -442,3 +443,6 @@ def test_the_dense_product_under_autograd_autocast_transforms_and_compile():
     compiled = torch.compile(dense_linear, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x, weight, bias), exact)
     assert dense_linear(x.half(), weight.half(), bias.half()).dtype == torch.float16
+    with FlopCounterMode(display=False) as counter:
+        dense_linear(x, weight, bias)
+    assert counter.get_total_flops() == 2 * 6 * 20 * 28

@@ -56,6 +56,7 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and x.numel() > 0
         and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()  # of modes that count FLOPs or trace, and know F.linear
         and autocast_dtype(x) is None
         and no_derivative(x, weight, *(() if bias is None else (bias,)))
     )
