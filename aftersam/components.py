@@ -12,6 +12,7 @@ import numpy as np
 WHOLE = (
     0.95  # share of an organ's voxels that its largest part has where it is one piece but for the labelling
 )
+SMALL = 0.2  # share of the largest part below which another is dropped: halves of a broken spinal cord stay
 TOUCHING = np.ones((3, 3, 3), bool)  # voxels that share a corner are connected
 
 
@@ -27,12 +28,12 @@ def one_piece(labels: Iterable[np.ndarray], values: Iterable[int]) -> list[int]:
     return sorted(left & seen)
 
 
-def keep_largest(labels: np.ndarray, values: Iterable[int]) -> None:
-    """Make background, in place, of all parts but the largest of each organ in labels (D, H, W)."""
+def drop_small_parts(labels: np.ndarray, values: Iterable[int]) -> None:
+    """Make background, in place, of each organ's parts in labels (D, H, W) that are small beside its largest."""
     for organ in _organs(labels, frozenset(values)):
-        if len(organ.voxels) > 1:
-            others = (organ.parts > 0) & (organ.parts != organ.voxels.argmax() + 1)
-            labels[organ.box][others] = 0
+        small = organ.voxels < SMALL * organ.voxels.max()
+        if small.any():
+            labels[organ.box][np.append(False, small)[organ.parts]] = 0
 
 
 class _Organ(NamedTuple):

@@ -134,7 +134,9 @@ def preprocessing(segmenter: Segmenter) -> dict[str, Any]:
         "slice_stride": config.slice_stride,
         "centre": config.num_slices // 2,  # the nearest slice is repeated beyond the ends of a scan
         "output_stride": config.output_stride,  # logits are interpolated to the scan's grid, then argmax
-        "one_piece": list(segmenter.one_piece),  # of these organs only the largest connected part is kept
+        "one_piece": list(
+            segmenter.one_piece
+        ),  # of these organs parts below a fifth of the largest are dropped
         "labels": {"0": "background"} | {str(value): name for value, name in segmenter.labels.items()},
     }
 

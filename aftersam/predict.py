@@ -56,8 +56,9 @@ class PredictArgs:
     """average: the mean logits of all groups that saw a slice; every slice is decoded once for each."""
     tta: Literal["none", "mirror"] = "none"
     """mirror: the mean with the scan's mirror image, left and right labels swapped; twice the work."""
-    parts: Literal["largest", "all"] = "largest"
-    """largest: of an organ that is one connected piece in every training label, the largest part alone."""
+    parts: Literal["main", "all"] = "main"
+    """main: of an organ that is one connected piece in every training label, parts below a fifth of the largest are
+    dropped."""
     roi: Literal["scan", "body"] = "scan"
     """body: slices of air before and after the body are background without being computed."""
     embeddings: Path | None = None
@@ -219,7 +220,7 @@ def _compute(
             labels = segmenter.segment(
                 scan,
                 sliding=sliding,
-                largest_parts=args.parts == "largest",
+                main_parts=args.parts == "main",
                 batch_size=batch,
                 probabilities=probabilities,
                 confidence=confidence,

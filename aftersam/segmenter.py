@@ -42,7 +42,7 @@ class Segmenter:
     spacing_mm: tuple[float, float, float] | None  # None: the model works at each scan's own spacing
     precision: torch.dtype
     one_piece: tuple[int, ...] = ()
-    """Organs that are one connected piece in every training label: `segment` keeps their largest part alone."""
+    """Organs that are one connected piece in every training label: `segment` drops their small parts."""
 
     @property
     def device(self) -> torch.device:
@@ -112,7 +112,7 @@ class Segmenter:
         scan: Prepared,
         *,
         sliding: Sliding | None = None,
-        largest_parts: bool = True,
+        main_parts: bool = True,
         batch_size: int = 8,
         probabilities: np.ndarray | None = None,
         confidence: np.ndarray | None = None,
@@ -121,10 +121,10 @@ class Segmenter:
     ) -> np.ndarray:
         """Labels (D, H, W) uint8 in the canonical axes of the scan's volume.
 
-        `largest_parts` False keeps every part of the organs in `one_piece` as well.
+        `main_parts` False keeps every part of the organs in `one_piece` as well.
         `probabilities` (K+1, D, H, W) and `confidence` (D, H, W) uint8 are filled where given, and `stored` features
         of the scan are used, as `aftersam.streaming.predict_volume` says."""
-        from aftersam.components import keep_largest
+        from aftersam.components import drop_small_parts
         from aftersam.streaming import predict_volume
 
         labels = predict_volume(
@@ -143,9 +143,9 @@ class Segmenter:
             progress=progress,
             timings=scan.timings,
         )
-        if largest_parts:
+        if main_parts:
             with scan.timings.stage("write"):
-                keep_largest(labels, self.one_piece)
+                drop_small_parts(labels, self.one_piece)
         return labels
 
 

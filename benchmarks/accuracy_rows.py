@@ -1,7 +1,7 @@
 """One row of the accuracy table: a system trained on the split within the limits, and the held-out scans segmented.
 
 Every system reads the same preprocessed cache; ours goes through aftersam.train and aftersam.predict, the others
-through one loop. Of organs that are one piece in every training label all keep the largest part alone."""
+through one loop. Of organs that are one piece in every training label all lose small parts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from aftersam.checkpoint import read_json, write_json
-from aftersam.components import keep_largest, one_piece
+from aftersam.components import drop_small_parts, one_piece
 from aftersam.config import DataConfig
 from aftersam.data.cache import CachedCase, cache_cases
 from aftersam.data.transforms import preprocess, resample
@@ -64,7 +64,7 @@ def _predict_patch(job: Job) -> dict[str, Any]:
         labels = segment_by_patches(
             model, ready.array, facts["patch"], volume.array.shape, device=job.device, precision=job.precision
         )
-        keep_largest(labels, facts["one_piece"])
+        drop_small_parts(labels, facts["one_piece"])
         write_labels(job.home / "masks" / f"{case.id}.nii.gz", labels, volume, job.dataset.labels)
     return facts
 
@@ -98,7 +98,7 @@ def _predict_group(job: Job) -> dict[str, Any]:
             precision=job.precision,
             prompt_labels=prompts,
         )
-        keep_largest(labels, facts["one_piece"])
+        drop_small_parts(labels, facts["one_piece"])
         told = {"prompted": "point"} if job.system.prompted else {}
         write_labels(job.home / "masks" / f"{case.id}.nii.gz", labels, volume, job.dataset.labels, told)
     return facts

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import aftersam
 from aftersam.checkpoint import save_weights
-from aftersam.components import keep_largest
+from aftersam.components import drop_small_parts
 from aftersam.data.phantom import write_dataset
 from aftersam.model.image_encoder import ImageEncoder
 from aftersam.predict import main
@@ -142,19 +142,19 @@ def test_a_subset_of_the_labels(run, tmp_path, capsys):
     assert "did you mean 'heart'" in capsys.readouterr().err
 
 
-def test_organs_of_one_piece_keep_their_largest_part_unless_all_are_wanted(run, tmp_path):
+def test_small_parts_of_organs_of_one_piece_are_dropped_unless_all_are_wanted(run, tmp_path):
     pieces = json.loads((run / "run.json").read_text())["one_piece"]
     assert pieces == [1, 2, 3, 4, 5, 6]  # every phantom organ is one
     source = scan(tmp_path / "scan.nii.gz")
     masks = {}
-    for parts in ("largest", "all"):
+    for parts in ("main", "all"):
         path = tmp_path / f"{parts}.nii.gz"
         flags = ["--parts", parts, "--device", "cpu", "--no-preview"]
         assert main(["-i", str(source), "-o", str(path), "-m", str(run), *flags]) == 0
         masks[parts] = np.asarray(nib.load(path).dataobj).astype(np.uint8)
-    assert (masks["largest"] != masks["all"]).any()  # noise has many parts
-    keep_largest(masks["all"], pieces)
-    np.testing.assert_array_equal(masks["largest"], masks["all"])
+    assert (masks["main"] != masks["all"]).any()  # noise has many parts
+    drop_small_parts(masks["all"], pieces)
+    np.testing.assert_array_equal(masks["main"], masks["all"])
 
 
 def test_a_folder_with_a_bad_scan_gives_the_other_masks(run, tmp_path, capsys):
