@@ -9,9 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-WHOLE = (
-    0.95  # share of an organ's voxels that its largest part has where it is one piece but for the labelling
-)
+WHOLE = 0.95  # share of the voxels in the largest part of an organ that is one piece but for stray voxels
 SMALL = 0.2  # share of the largest part below which another is dropped: halves of a broken spinal cord stay
 TOUCHING = np.ones((3, 3, 3), bool)  # voxels that share a corner are connected
 

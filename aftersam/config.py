@@ -190,11 +190,8 @@ _SMALL = Config(
         output_stride=1,
     ),
     data=DataConfig(
-        spacing_mm=(
-            2.5,
-            4.0,
-            4.0,
-        ),  # 96 pixels then show most of a body, a token is 32 mm and a group 2 cm high
+        # 96 pixels then show most of a body, a token is 32 mm, and a group spans 2 cm
+        spacing_mm=(2.5, 4.0, 4.0),
         augmentation=("elastic", "affine", "intensity", "noise"),
         foreground_sampling=0.66,
     ),

@@ -134,9 +134,8 @@ def preprocessing(segmenter: Segmenter) -> dict[str, Any]:
         "slice_stride": config.slice_stride,
         "centre": config.num_slices // 2,  # the nearest slice is repeated beyond the ends of a scan
         "output_stride": config.output_stride,  # logits are interpolated to the scan's grid, then argmax
-        "one_piece": list(
-            segmenter.one_piece
-        ),  # of these organs parts below a fifth of the largest are dropped
+        # of these organs, parts below a fifth of the largest are dropped
+        "one_piece": list(segmenter.one_piece),
         "labels": {"0": "background"} | {str(value): name for value, name in segmenter.labels.items()},
     }
 
