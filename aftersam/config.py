@@ -147,6 +147,9 @@ class TrainConfig:
     """Classes in the Dice term: those present in the group, or all."""
     ce_foreground_weight: float = 1.0
     """Weight of every organ against background in the cross-entropy."""
+    deep_supervision: float = 0.0
+    """Weight of the same loss of logits at the tokens' stride, from before any skip. Without it a model that learns
+    from scratch leaves encoder and fusion unused: its skips learn sooner."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the device computes it natively, else fp32."""
     activation_checkpointing: bool = False
@@ -203,6 +206,7 @@ _SMALL = Config(
         schedule="poly",
         warmup=0.03,
         clip_norm=1.0,
+        deep_supervision=0.5,
         validations=4,
     ),
 )
@@ -265,6 +269,8 @@ def validate(config: Config) -> Config:
     for key in ("augmentation_probability", "foreground_sampling"):
         if not 0 <= getattr(data, key) <= 1:
             raise ValueError(f"{key} is {getattr(data, key)}, but must lie between 0 and 1")
+    if train.deep_supervision < 0:
+        raise ValueError(f"deep_supervision is {train.deep_supervision}, but must be 0 or more")
     if not 0 <= model.lora_dropout < 1 or not 0 <= train.warmup < 1:
         raise ValueError("lora_dropout and warmup must lie in [0, 1)")
     return config

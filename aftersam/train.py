@@ -311,14 +311,17 @@ class _Run:
         centre = (self.config.model.num_slices // 2,)
         query_index = centre if config.supervision == "centre" else None
         embedding = batch["embedding"].to(self.device) if self.stored else None
+        deep = config.deep_supervision
         with self.accelerator.autocast():
-            logits = self.model(hu, query_index=query_index, labels=labels, embedding=embedding)
-        return segmentation_loss(
-            logits,
-            labels if query_index is None else labels[:, list(centre)],
-            dice=config.dice,
-            ce_foreground_weight=config.ce_foreground_weight,
+            logits = self.model(
+                hu, query_index=query_index, labels=labels, embedding=embedding, coarse=deep > 0
+            )
+        truth = labels if query_index is None else labels[:, list(centre)]
+        loss, *coarse = (
+            segmentation_loss(some, truth, dice=config.dice, ce_foreground_weight=config.ce_foreground_weight)
+            for some in (logits if deep else [logits])
         )
+        return loss._replace(total=loss.total + sum(deep * extra.total for extra in coarse))
 
     def _validate(self, model: AfterSAM) -> dict[str, Any]:
         """Score the validation scans and keep the best weights."""

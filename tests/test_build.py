@@ -141,3 +141,20 @@ def test_every_block_matters():
     whole = deep(hu)
     deep.fusion.blocks = deep.fusion.blocks[:1]
     assert (deep(hu) - whole).abs().max() > 1e-3
+
+
+def test_coarse_logits_train_encoder_and_fusion_without_the_skips():
+    """Where skips alone can lower the loss, nothing else makes a model from scratch use its tokens."""
+    torch.manual_seed(0)
+    model = build_aftersam(dataclasses.replace(preset("tiny").model, image_size=48), num_classes=4)
+    hu = torch.randn(2, 3, 48, 48) * 300
+    logits, coarse = model(hu, coarse=True)
+    assert logits.shape == (2, 3, 4, 48, 48)
+    assert coarse.shape == (2, 3, 4, 6, 6)  # tokens of 8 pixels
+    assert torch.equal(logits, model(hu))
+    asked = model(hu, query_index=(1,), coarse=True)[1]
+    torch.testing.assert_close(asked, coarse[:, 1:2])
+    coarse.log_softmax(2)[:, :, 1].sum().backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert {"encoder.blocks.0.attn.qkv.weight", "fusion.blocks.0.attention.inter.out.weight"} <= reached
+    assert not any("fusions" in name or "upscaling" in name or "hypernetworks" in name for name in reached)

@@ -18,6 +18,8 @@ from aftersam import train as training
 from aftersam.checkpoint import read_json, write_json
 from aftersam.config import Config, from_dict, preset, to_dict
 from aftersam.data.phantom import write_dataset
+from aftersam.losses import segmentation_loss
+from aftersam.schedule import group_loader
 from aftersam.train import main, parse
 
 FAST = ["--image-size", "48", "--num-blocks", "1", "--device", "cpu", "--precision", "fp32"]
@@ -223,6 +225,17 @@ def test_scaled_gradients_are_clipped_at_their_true_size(phantoms, tmp_path, mon
     assert scaler.get_scale() == 2.0**12
     assert scaler._get_growth_tracker() == 3  # it was asked at every step
     assert logged(tmp_path / "scaled") == pytest.approx(logged(tmp_path / "plain"), rel=1e-6)
+
+
+def test_deep_supervision_adds_the_loss_of_the_coarse_logits(phantoms, tmp_path):
+    run = training._Run(parse(arguments(phantoms, tmp_path / "run", "--deep-supervision", "0.25")))
+    config = run.config.train
+    batch = next(iter(group_loader(run.groups, config, rank=0, world=1, start=0)))
+    _, coarse = run.model(batch["hu"], coarse=True)
+    extra = segmentation_loss(coarse, batch["labels"], ce_foreground_weight=config.ce_foreground_weight)
+    loss = run._loss(batch)
+    assert extra.total > 0.1
+    torch.testing.assert_close(loss.total, (loss.dice + loss.ce) / 2 + 0.25 * extra.total)
 
 
 def test_any_tracker_that_accelerate_knows_gets_the_curves(phantoms, tmp_path, monkeypatch):

@@ -49,12 +49,13 @@ class AfterSAM(nn.Module):
         query_index: Sequence[int] | None = None,
         labels: Tensor | None = None,
         embedding: Tensor | None = None,
-    ) -> Tensor:
+        coarse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """hu (B, N, H, W) in Hounsfield units -> logits (B, N, K+1, H/s, W/s), s the output stride.
 
         With `query_index` only those slices are fused last and decoded: (B, Nq, K+1, H/s, W/s).
         labels (B, N, H, W) are read by a prompted decoder alone. `embedding` (B, N, C, h, w), if an encoder without
-        skips made it of this `hu` before, is not computed again."""
+        skips made it of this `hu` before, is not computed again. With `coarse` also the decoder's coarse logits."""
         groups, slices = hu.shape[:2]
         stored = None if embedding is None else SliceFeatures(embedding.flatten(0, 1), ())
         features = self.encode(hu.flatten(0, 1), stored)
@@ -64,8 +65,12 @@ class AfterSAM(nn.Module):
             index = torch.as_tensor(query_index, device=hu.device)
             skips = tuple(s.unflatten(0, (groups, slices))[:, index].flatten(0, 1) for s in skips)
             labels = None if labels is None else labels[:, index]
-        logits = self.decode(embedding.flatten(0, 1), skips, None if labels is None else labels.flatten(0, 1))
-        return logits.unflatten(0, (groups, -1))
+        labels = None if labels is None else labels.flatten(0, 1)
+        embedding = embedding.flatten(0, 1)
+        if not coarse:
+            return self.decode(embedding, skips, labels).unflatten(0, (groups, -1))
+        fine, rough = self.decoder(embedding, skips, labels, coarse=True)
+        return fine.unflatten(0, (groups, -1)), rough.unflatten(0, (groups, -1))
 
     def set_activation_checkpointing(self, on: bool) -> None:
         """Recompute the encoder's and the fusion's blocks in the backward instead of keeping their activations."""

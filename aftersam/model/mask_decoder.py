@@ -21,6 +21,9 @@ from aftersam.model.prompts import LabelPrompts
 from aftersam.model.sam import segment_anything_modeling, without_autocast
 from axial_fusion import LoRALinear
 
+# In logits: at the first step nearly all is background, as in a scan.    Source: RetinaNet's prior, arXiv 1708.02002
+BACKGROUND_LEAD = 5.0
+
 
 class MaskDecoder(nn.Module):
     """Embeddings (T, C, h, w) of T slices -> logits (T, K+1, h·upscale, w·upscale).
@@ -85,15 +88,23 @@ class MaskDecoder(nn.Module):
             mlp(dim, dim, channels[-1], 3) for _ in range(num_classes)
         )
         self.class_bias = nn.Parameter(torch.zeros(num_classes))
+        nn.init.constant_(self.class_bias[:1], BACKGROUND_LEAD)
         for hypernetwork in self.output_hypernetworks_mlps:
             nn.init.trunc_normal_(hypernetwork.layers[-1].weight, std=0.02)
             nn.init.zeros_(hypernetwork.layers[-1].bias)
 
     def forward(
-        self, embedding: Tensor, skips: Sequence[Tensor] = (), labels: Tensor | None = None
-    ) -> Tensor:
+        self,
+        embedding: Tensor,
+        skips: Sequence[Tensor] = (),
+        labels: Tensor | None = None,
+        *,
+        coarse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """embedding (T, C, h, w), skips finest first -> logits (T, K+1, H, W).
 
+        With `coarse` also logits (T, K+1, h, w) from before any skip, each class's token times the image that attended
+        to it, for deep supervision.    Source: arXiv 1409.5185; token times pixel is MaskFormer's, arXiv 2107.06278.
         labels (T, S, S) of the same slices are what a prompted decoder draws its prompts from; others ignore them.
         Raises ValueError where a prompted decoder gets none."""
         slices, _, height, width = embedding.shape
@@ -114,7 +125,13 @@ class MaskDecoder(nn.Module):
             [mlp(tokens[:, i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], dim=1
         )  # (T, K+1, c)
         logits = weights @ pixels.flatten(2) + self.class_bias[:, None]
-        return logits.unflatten(2, pixels.shape[2:])
+        logits = logits.unflatten(2, pixels.shape[2:])
+        if not coarse:
+            return logits
+        scores = (
+            tokens[:, : self.num_classes] @ x.flatten(2) / math.sqrt(x.shape[1]) + self.class_bias[:, None]
+        )
+        return logits, scores.unflatten(2, (height, width))
 
     def _positions(self, height: int, width: int) -> Tensor:
         """(1, C, h, w): SAM's random Fourier features, in fp32, since bf16 turns their phases by whole radians."""
@@ -203,6 +220,7 @@ def load_mask_decoder_state(
         for stage in decoder.added_stages:
             stage[0].weight.copy_(torch.eye(stage[0].out_channels)[..., None, None])
             stage[0].bias.zero_()
+        decoder.class_bias.zero_()
 
 
 def add_decoder_lora(
