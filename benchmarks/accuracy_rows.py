@@ -6,6 +6,7 @@ through one loop. Of organs that are one piece in every training label all lose 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -51,7 +52,8 @@ def _train_patch(job: Job) -> Spent:
     size = job.patch_size()
     model = _build(job)
     source = patches(cached, size, config)
-    spent = fit(model, source, patch_loss(), config, device=job.device, precision=job.precision)
+    loss = functools.partial(patch_loss, ce_foreground_weight=config.ce_foreground_weight)
+    spent = fit(model, source, loss, config, device=job.device, precision=job.precision)
     _save(job, model, cached, patch=size)
     return spent
 
@@ -74,7 +76,8 @@ def _train_group(job: Job) -> Spent:
     cached = job.cached(config.data)
     model = _build(job)
     source = groups(cached, config)
-    spent = fit(model, source, group_loss, config.train, device=job.device, precision=job.precision)
+    loss = functools.partial(group_loss, ce_foreground_weight=config.train.ce_foreground_weight)
+    spent = fit(model, source, loss, config.train, device=job.device, precision=job.precision)
     _save(job, model, cached)
     return spent
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from aftersam.config import TrainConfig
 from aftersam.data.cache import CachedCase
 from aftersam.data.volume import AIR_HU
+from aftersam.losses import segmentation_loss
 from aftersam.schedule import Progress, batches, learning_rate
 from aftersam.streaming import resample_stream
 
@@ -135,17 +136,10 @@ def scaled(hu: np.ndarray) -> Tensor:
     return ((torch.from_numpy(np.asarray(hu, np.float32)) - low) / (high - low)).clamp(0, 1)
 
 
-def patch_loss() -> Callable[[nn.Module, Batch], Tensor]:
-    """MONAI's Dice over the batch, background left out, plus cross-entropy; in fp32."""
-    from monai.losses import DiceCELoss
-
-    criterion = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        value: Tensor = criterion(model(batch["image"]).float(), batch["labels"])
-        return value
-
-    return loss
+def patch_loss(model: nn.Module, batch: Batch, *, ce_foreground_weight: float) -> Tensor:
+    """Our loss, a patch being one group of slices: Dice counts the organs that it shows, so that small ones start."""
+    logits = model(batch["image"]).movedim(1, 2)  # (B, d, K+1, h, w)
+    return segmentation_loss(logits, batch["labels"][:, 0], ce_foreground_weight=ce_foreground_weight).total
 
 
 @torch.inference_mode()

@@ -166,8 +166,8 @@ def groups(cached: Sequence[CachedCase], config: Config) -> Iterator[Batch]:
     yield from DataLoader(dataset, batch_sampler=order)
 
 
-def group_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Our loss, as in the presets that learn from scratch; MSA gets one organ, mostly one that is there."""
+def group_loss(model: nn.Module, batch: Batch, *, ce_foreground_weight: float) -> Tensor:
+    """Our loss, weighted as in our own rows; MSA gets one organ, mostly one that is there."""
     hu, labels = batch["hu"], batch["labels"]
     decoder = model.decoder
     if isinstance(decoder, OneOrganAtATime):
@@ -181,4 +181,4 @@ def group_loss(model: nn.Module, batch: Batch) -> Tensor:
     if isinstance(decoder, OneOrganAtATime):
         labels = (labels > 0).long()
         decoder.organ = None
-    return segmentation_loss(logits, labels, ce_foreground_weight=5.0).total
+    return segmentation_loss(logits, labels, ce_foreground_weight=ce_foreground_weight).total
