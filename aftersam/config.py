@@ -147,6 +147,9 @@ class TrainConfig:
     """Classes in the Dice term: those present in the group, or all."""
     ce_foreground_weight: float = 1.0
     """Weight of every organ against background in the cross-entropy."""
+    ce_hardest: float = 1.0
+    """Share of a group's voxels that the cross-entropy is the mean of: the hardest. Below 1 it speaks up where an organ
+    is seen that is not there, of which a Dice over present organs knows nothing."""
     deep_supervision: float = 0.0
     """Weight of the same loss of logits at the tokens' stride, from before any skip. Without it a model that learns
     from scratch leaves encoder and fusion unused: its skips learn sooner."""
@@ -206,6 +209,7 @@ _SMALL = Config(
         schedule="poly",
         warmup=0.03,
         clip_norm=1.0,
+        ce_hardest=0.1,
         deep_supervision=0.5,
         validations=4,
     ),
@@ -214,7 +218,9 @@ _TINY = Config(
     model=dataclasses.replace(_SMALL.model, image_encoder="tiny", num_slices=3, slice_stride=1),
     data=dataclasses.replace(_SMALL.data, spacing_mm="median", augmentation=()),
     # few steps: the weight starts small organs sooner
-    train=dataclasses.replace(_SMALL.train, max_steps=1500, ce_foreground_weight=5.0, validations=2),
+    train=dataclasses.replace(
+        _SMALL.train, max_steps=1500, ce_foreground_weight=5.0, ce_hardest=1.0, validations=2
+    ),
 )
 
 PRESETS: dict[str, Config] = {"paper": _PAPER, "best": _BEST, "small": _SMALL, "tiny": _TINY}
@@ -269,6 +275,8 @@ def validate(config: Config) -> Config:
     for key in ("augmentation_probability", "foreground_sampling"):
         if not 0 <= getattr(data, key) <= 1:
             raise ValueError(f"{key} is {getattr(data, key)}, but must lie between 0 and 1")
+    if not 0 < train.ce_hardest <= 1:
+        raise ValueError(f"ce_hardest is {train.ce_hardest}, but must be above 0 and at most 1")
     if train.deep_supervision < 0:
         raise ValueError(f"deep_supervision is {train.deep_supervision}, but must be 0 or more")
     if not 0 <= model.lora_dropout < 1 or not 0 <= train.warmup < 1:

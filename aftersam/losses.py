@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -23,13 +24,15 @@ def segmentation_loss(
     *,
     dice: Literal["present", "all"] = "present",
     ce_foreground_weight: float = 1.0,
+    ce_hardest: float = 1.0,
 ) -> Loss:
     """logits (B, N, K+1, h, w), labels (B, N, H, W) integers in 0..K -> Loss.
 
     Logits are upsampled to the labels' size; labels are never downsampled, since small organs vanish there.
     Dice takes each group as one 3D sample and averages over its organs: those present in it, or all of
     them (an absent organ then costs about 1 without a gradient). A group without organs has no Dice term.
-    Cross-entropy is a group's mean over voxels weighted by class, organs `ce_foreground_weight` : 1 background.
+    Cross-entropy is a group's mean over voxels weighted by class, organs `ce_foreground_weight` : 1 background;
+    of the share `ce_hardest` of its voxels with the largest terms (arXiv 1605.06885; in nnU-Net the TopK loss).
     Both are means over groups, so that a batch may be spread over processes or accumulated.
 
     Raises ValueError where the shapes do not fit."""
@@ -46,8 +49,12 @@ def segmentation_loss(
 
     weight = torch.full((classes,), ce_foreground_weight, device=logits.device)
     weight[0] = 1.0
-    voxels = F.nll_loss(log_probabilities, flat, weight=weight, reduction="none")  # (B·N, H, W)
-    ce = voxels.view(groups, -1).sum(1) / weight[labels].flatten(1).sum(1)  # (B,)
+    voxels = F.nll_loss(log_probabilities, flat, weight=weight, reduction="none").view(groups, -1)  # (B, V)
+    weights = weight[labels].flatten(1)
+    if ce_hardest < 1:
+        voxels, hardest = voxels.topk(math.ceil(ce_hardest * voxels.shape[1]), sorted=False)
+        weights = weights.gather(1, hardest)
+    ce = voxels.sum(1) / weights.sum(1)  # (B,)
 
     organs = log_probabilities[:, 1:].exp().unflatten(0, (groups, slices))  # (B, N, K, H, W)
     truth = F.one_hot(labels, classes)[..., 1:].movedim(-1, 2).to(organs.dtype)

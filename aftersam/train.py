@@ -318,7 +318,13 @@ class _Run:
             )
         truth = labels if query_index is None else labels[:, list(centre)]
         loss, *coarse = (
-            segmentation_loss(some, truth, dice=config.dice, ce_foreground_weight=config.ce_foreground_weight)
+            segmentation_loss(
+                some,
+                truth,
+                dice=config.dice,
+                ce_foreground_weight=config.ce_foreground_weight,
+                ce_hardest=config.ce_hardest,
+            )
             for some in (logits if deep else [logits])
         )
         return loss._replace(total=loss.total + sum(deep * extra.total for extra in coarse))

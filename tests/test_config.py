@@ -71,6 +71,7 @@ def test_wrong_values_are_refused_by_name(values, message):
         ("data", "foreground_sampling", -0.1),
         ("train", "batch_size", 0),
         ("train", "learning_rate", float("nan")),
+        ("train", "ce_hardest", 0.0),
         ("train", "deep_supervision", -0.5),
     ],
     ids=str,

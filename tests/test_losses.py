@@ -55,6 +55,17 @@ def test_cross_entropy_is_torchs_weighted_one():
     torch.testing.assert_close(ours, torchs)
 
 
+def test_cross_entropy_of_the_hardest_voxels_of_each_group_by_hand():
+    labels = torch.randint(0, 3, (2, 2, 5, 7))
+    logits = torch.randn(2, 2, 3, 5, 7)
+    ours = segmentation_loss(logits, labels, ce_hardest=0.1).ce
+    each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(0, 1), reduction="none")
+    hardest = each.view(2, 70).sort(descending=True).values[:, :7]  # a tenth of a group's 2·5·7 voxels
+    torch.testing.assert_close(ours, hardest.mean())
+    weighted = segmentation_loss(logits, labels, ce_foreground_weight=5.0, ce_hardest=0.999).ce
+    torch.testing.assert_close(weighted, segmentation_loss(logits, labels, ce_foreground_weight=5.0).ce)
+
+
 def test_logits_are_upsampled_and_labels_never_downsampled():
     labels = torch.zeros(1, 1, 8, 8, dtype=torch.long)
     labels[0, 0, 3, 3] = 1  # one voxel, lost on a 2×2 grid of labels
