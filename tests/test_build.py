@@ -143,6 +143,16 @@ def test_every_block_matters():
     assert (deep(hu) - whole).abs().max() > 1e-3
 
 
+def test_an_untrained_model_says_background_and_sam_says_its_masks(official):
+    torch.manual_seed(0)
+    config = dataclasses.replace(preset("tiny").model, image_size=48, attention="none")
+    fresh = build_aftersam(config, 4)(torch.zeros(1, 1, 48, 48)).softmax(2)
+    assert 0.9 < fresh[:, :, 0].mean() < 0.999
+    config = dataclasses.replace(preset("paper").model, image_size=64, attention="none", encoder="lora")
+    model = build_aftersam(config, 4, sam=read_sam_checkpoint(official))
+    assert not model.decoder.class_bias.any()  # every class starts as SAM's one mask, none ahead
+
+
 def test_coarse_logits_train_encoder_and_fusion_without_the_skips():
     """Where skips alone can lower the loss, nothing else makes a model from scratch use its tokens."""
     torch.manual_seed(0)

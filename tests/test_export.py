@@ -35,6 +35,7 @@ def write_run(folder, **changes):
     for name, parameter in model.named_parameters():
         if "lora" in name or "rel_pos" in name:
             parameter.data.normal_(std=0.05)
+    torch.nn.init.zeros_(model.decoder.class_bias)  # untrained, it would leave nothing but background
     folder.mkdir()
     write_json(folder / "config.json", to_dict(config))
     write_json(folder / "run.json", {"labels": LABELS, "spacing_mm": [2.5, 3.0, 3.0]})

@@ -33,7 +33,11 @@ def tiny_model(**changes):
     torch.manual_seed(0)
     changes = {"image_size": 48, "num_slices": 3, "fusion_init": "xavier", **changes}
     config = dataclasses.replace(preset("tiny").model, **changes)
-    return build_aftersam(config, num_classes=4).eval(), config
+    model = build_aftersam(config, num_classes=4).eval()
+    torch.nn.init.zeros_(
+        model.decoder.class_bias
+    )  # untrained, it would leave nothing but background to compare
+    return model, config
 
 
 @torch.no_grad()
