@@ -326,7 +326,7 @@ def test_a_peft_checkpoint_comes_and_goes():
 
 
 DDP = """
-import sys, torch, torch.distributed as dist
+import os, torch, torch.distributed as dist
 from axial_fusion import LoRALinear
 dist.init_process_group("gloo")
 torch.manual_seed(0)
@@ -342,7 +342,7 @@ layer.zero_grad()
 layer(x).square().mean().backward()
 torch.testing.assert_close(found, layer.lora_a.grad)
 dist.barrier()  # else the first to leave may abort the other
-dist.destroy_process_group()
+os._exit(0)  # gloo's threads at times abort a Python that tears them down
 """
 
 
