@@ -303,7 +303,7 @@ class _Run:
         return dict(zip(("loss", "dice", "ce"), mean, strict=True))
 
     def _loss(self, batch: dict[str, Any]) -> Loss:
-        """The loss of one batch of groups."""
+        """The loss of one batch of groups; deep supervision adds to its total alone."""
         from aftersam.losses import segmentation_loss
 
         config = self.config.train
