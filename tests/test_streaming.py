@@ -34,9 +34,7 @@ def tiny_model(**changes):
     changes = {"image_size": 48, "num_slices": 3, "fusion_init": "xavier", **changes}
     config = dataclasses.replace(preset("tiny").model, **changes)
     model = build_aftersam(config, num_classes=4).eval()
-    torch.nn.init.zeros_(
-        model.decoder.class_bias
-    )  # untrained, it would leave nothing but background to compare
+    torch.nn.init.zeros_(model.decoder.class_bias)  # its lead for background would leave nothing to compare
     return model, config
 
 
