@@ -27,7 +27,7 @@ from aftersam.config import Config, preset
 if TYPE_CHECKING:
     from aftersam.data.dataset import Dataset
 
-TABLES: dict[str, dict[str, dict[str, str]]] = {  # columns in the paper's order; the last is what others are held to
+TABLES: dict[str, dict[str, dict[str, Any]]] = {  # columns in the paper's order; the last is what others are held to
     "3": {
         "Box": {"prompts": "box"}, "1 Point": {"prompts": "point"}, "3 Points": {"prompts": "points"}, "w.o.": {},
     },
@@ -36,11 +36,18 @@ TABLES: dict[str, dict[str, dict[str, str]]] = {  # columns in the paper's order
         "2D": {"attention": "none"}, "slice": {"attention": "slice"}, "axial": {"attention": "axial"},
         "axial + slice": {},
     },
+    "small": {  # each column has one more of the preset's own choices
+        "start": {"slice_stride": 2, "ce_hardest": 1.0, "deep_supervision": 0.0},
+        "+ deep supervision": {"slice_stride": 2, "ce_hardest": 1.0},
+        "+ hardest voxels": {"slice_stride": 2},
+        "+ far neighbours": {},
+    },
 }  # fmt: skip
 TITLES = {
     "3": "Table 3, prompts drawn from the labels: those columns are told where the organs are",
     "4": "Table 4, mask decoder",
     "fusion": "attention of the fusion blocks",
+    "small": "preset small, one choice more a column",
 }
 
 
@@ -50,8 +57,8 @@ class AblateArgs:
     """Data set: nnU-Net raw, MSD, SegTHOR, or images/ beside labels/."""
     output: Path
     """Folder of the runs and tables; rows that it holds already are kept."""
-    table: tuple[Literal["3", "4", "fusion"], ...] = ("3", "4", "fusion")
-    """The paper's Table 3 (prompts) or 4 (decoder), or the fusion blocks' attention."""
+    table: tuple[Literal["3", "4", "fusion", "small"], ...] = ("3", "4", "fusion")
+    """The paper's Table 3 (prompts) or 4 (decoder), the fusion blocks' attention, or the preset small step by step."""
     preset: Literal["paper", "best", "small", "tiny"] = "small"
     """Choices that all rows share."""
     sam_checkpoint: str | None = None
@@ -79,6 +86,8 @@ def ablate(args: AblateArgs) -> dict[str, Any]:
 
     from aftersam.figures import ablation_figure
 
+    if "small" in args.table and args.preset != "small":
+        raise ValueError(f"table small shows what the preset small is made of, not {args.preset}")
     args.output.mkdir(parents=True, exist_ok=True)
     variants = {_name(change): change for table in args.table for change in TABLES[table].values()}
     rows = [(name, change, seed) for name, change in variants.items() for seed in args.seeds]
@@ -104,11 +113,11 @@ def ablate(args: AblateArgs) -> dict[str, Any]:
 Row = dict[str, dict[str, float]]  # case -> organ -> DSC
 
 
-def _name(change: Mapping[str, str]) -> str:
+def _name(change: Mapping[str, Any]) -> str:
     return "-".join(f"{k}-{v}" for k, v in change.items()) or "base"
 
 
-def _rows(args: AblateArgs, rows: Sequence[tuple[str, Mapping[str, str], int]]) -> list[Row]:
+def _rows(args: AblateArgs, rows: Sequence[tuple[str, Mapping[str, Any], int]]) -> list[Row]:
     """`_row` of each (name, change, seed), `jobs` at once."""
     if args.jobs == 1:
         return [_row(args, *row) for row in rows]
@@ -122,7 +131,7 @@ def _share_cores(jobs: int) -> None:
     torch.set_num_threads(max(torch.get_num_threads() // jobs, 1))
 
 
-def _row(args: AblateArgs, name: str, change: Mapping[str, str], seed: int) -> Row:
+def _row(args: AblateArgs, name: str, change: Mapping[str, Any], seed: int) -> Row:
     """DSC of every case and organ for one variant and seed, trained unless its scores are there."""
     from aftersam.checkpoint import read_json
     from aftersam.data.dataset import find_dataset, split
@@ -139,7 +148,7 @@ def _row(args: AblateArgs, name: str, change: Mapping[str, str], seed: int) -> R
         run = home / "run"
         train(
             TrainArgs(
-                data=args.data, output=run, config=_config(args, change, seed), preset=args.preset, fold=args.fold,
+                data=args.data, output=run, config=row_config(args, change, seed), preset=args.preset, fold=args.fold,
                 sam_checkpoint=args.sam_checkpoint, device=args.device, cache=args.output / "cache",
             )
         )  # fmt: skip
@@ -177,13 +186,17 @@ def link_cases(dataset: Dataset, ids: Collection[str], home: Path) -> None:
                 (home / folder / f"{case.id}{ending}").symlink_to(file.resolve())
 
 
-def _config(args: AblateArgs, change: Mapping[str, str], seed: int) -> Config:
+def row_config(args: AblateArgs, change: Mapping[str, Any], seed: int) -> Config:
     """The preset with one variant's keys and the budget; no validation, since nothing is chosen by it."""
-    base = preset(args.preset)
-    train = dataclasses.replace(base.train, seed=seed, validations=0)
+    config = preset(args.preset)
+    changes = {**change, "seed": seed, "validations": 0}
     if args.max_steps is not None or args.max_minutes is not None:
-        train = dataclasses.replace(train, max_steps=args.max_steps, max_minutes=args.max_minutes)
-    return dataclasses.replace(base, model=dataclasses.replace(base.model, **change), train=train)  # type: ignore[arg-type]
+        changes |= {"max_steps": args.max_steps, "max_minutes": args.max_minutes}
+    for key, value in changes.items():
+        (part,) = (name for name in ("model", "data", "train") if hasattr(getattr(config, name), key))
+        changed = dataclasses.replace(getattr(config, part), **{key: value})
+        config = dataclasses.replace(config, **{part: changed})
+    return config
 
 
 def summarise(columns: Mapping[str, Sequence[Mapping[str, Mapping[str, float]]]]) -> dict[str, Any]:

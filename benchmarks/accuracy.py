@@ -61,7 +61,7 @@ class AccuracyArgs:
     fold: int = 0
     """Fold whose validation scans are held out and scored."""
     waterfall: Path | None = None
-    """JSON of measured steps of improvement, drawn beside the table: benchmarks/README.md has the format."""
+    """tables.json of `aftersam ablate --table small`, drawn beside the table: what the preset's choices gained."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
 

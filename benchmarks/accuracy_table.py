@@ -27,7 +27,8 @@ def write_table(
 ) -> dict[str, Any]:
     """Put the finished rows of the folder `output` into accuracy.json, accuracy.md and accuracy.png there.
 
-    `failed` are titles of rows that could not be finished, and why; `waterfall` is drawn to waterfall.png.
+    `failed` are titles of rows that could not be finished, and why; of `waterfall`, the tables.json of an ablation,
+    the table `small` is drawn to waterfall.png.
 
     Raises ValueError where there is none, or rows that cannot be compared."""
     found = [
@@ -36,8 +37,8 @@ def write_table(
     ]
     table = {"data": data, **summarise(found), "failed": dict(failed or {})}
     if waterfall is not None:
-        table["waterfall"] = check_waterfall(waterfall)
-        draw_waterfall(waterfall, output / "waterfall.png")
+        table["waterfall"] = waterfall_of(waterfall, data)
+        draw_waterfall(table["waterfall"], output / "waterfall.png")
     write_json(output / "accuracy.json", table)
     (output / "accuracy.md").write_text(markdown(table) + "\n", encoding="utf-8")
     draw(table, output / "accuracy.png")
@@ -263,17 +264,21 @@ def draw(table: Table, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def check_waterfall(waterfall: Any) -> dict[str, Any]:
-    """`waterfall` itself. Raises ValueError unless it has data, organ, and steps of name, mean_dsc, organ_dsc."""
-    try:
-        steps = [(str(s["name"]), float(s["mean_dsc"]), float(s["organ_dsc"])) for s in waterfall["steps"]]
-        if not steps or not (waterfall["data"] and waterfall["organ"]):
-            raise ValueError
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(
-            "a waterfall needs data, organ, and steps that each have a name, mean_dsc and organ_dsc"
-        ) from None
-    return dict(waterfall)
+def waterfall_of(tables: Any, data: str) -> dict[str, Any]:
+    """The table `small` of aftersam.ablate's tables.json as steps, with the organ that gained most by them.
+
+    Raises ValueError where there is no such table."""
+    if "small" not in tables:
+        raise ValueError("a waterfall needs the tables.json of aftersam ablate --table small")
+    columns = tables["small"]["columns"]
+    start, *_, end = columns.values()
+    *organs, _ = start  # the average is last
+    organ = max(organs, key=lambda name: end[name]["mean"] - start[name]["mean"])
+    steps = [
+        {"name": name, "mean_dsc": scores["Average"]["mean"], "organ_dsc": scores[organ]["mean"]}
+        for name, scores in columns.items()
+    ]
+    return {"data": data, "organ": organ, "cases": tables["small"]["cases"], "steps": steps}
 
 
 def draw_waterfall(waterfall: Mapping[str, Any], path: Path) -> None:
@@ -293,7 +298,8 @@ def draw_waterfall(waterfall: Mapping[str, Any], path: Path) -> None:
         at, [step["organ_dsc"] for step in steps], "o-", color=RIVAL, lw=1, ms=4, label=waterfall["organ"]
     )
     axes.set_xticks(at, [step["name"] for step in steps], rotation=25, ha="right", fontsize=8)
-    axes.set(ylim=(0, 1), ylabel="DSC", title=f"mean DSC, step by step, on {waterfall['data']}")
+    scans = f"{waterfall['cases']} scans of {waterfall['data']}"
+    axes.set(ylim=(0, 1), ylabel="DSC", title=f"mean DSC, step by step, on {scans}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)

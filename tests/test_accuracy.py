@@ -18,15 +18,16 @@ from benchmarks import accuracy as accuracy_module
 from benchmarks import conventions, figure
 from benchmarks.accuracy import main
 from benchmarks.accuracy_systems import SYSTEMS
-from benchmarks.accuracy_table import check_waterfall, draw_waterfall, markdown, summarise
+from benchmarks.accuracy_table import draw_waterfall, markdown, summarise, waterfall_of
 from benchmarks.patch_training import fit, patches, random_patch, segment_by_patches
 from benchmarks.slice_rivals import AdaptedBlock, build_after_unet, build_msa, group_loss
 
 TINY = preset("tiny")
 CPU = torch.device("cpu")
-STEPS = {"waterfall": {"data": "phantoms", "organ": "esophagus", "steps": [
-    {"name": "base", "mean_dsc": 0.5, "organ_dsc": 0.2}, {"name": "more", "mean_dsc": 0.6, "organ_dsc": 0.1},
-]}}  # fmt: skip
+STEPS = {"small": {"cases": 3, "columns": {
+    "start": {"heart": {"mean": 0.8}, "esophagus": {"mean": 0.2}, "Average": {"mean": 0.5}},
+    "+ more": {"heart": {"mean": 0.8}, "esophagus": {"mean": 0.4}, "Average": {"mean": 0.6}},
+}}}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -339,24 +340,25 @@ def test_msa_gives_each_organ_the_lead_over_background_of_its_own_prompt():
     assert network.decoder.organ is None
 
 
-def test_a_waterfall_is_drawn_from_whole_steps_only(tmp_path):
-    waterfall = check_waterfall(STEPS["waterfall"])
+def test_a_waterfall_shows_the_steps_of_small_and_the_organ_that_gained_most(tmp_path):
+    waterfall = waterfall_of(STEPS, "phantoms")
+    assert waterfall["organ"] == "esophagus"
+    assert [(s["name"], s["mean_dsc"], s["organ_dsc"]) for s in waterfall["steps"]] == [
+        ("start", 0.5, 0.2), ("+ more", 0.6, 0.4),
+    ]  # fmt: skip
     draw_waterfall(waterfall, tmp_path / "steps.png")
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
-    for broken in (
-        {},
-        {**waterfall, "steps": []},
-        {**waterfall, "steps": [{"name": "base", "mean_dsc": 0.5}]},
-    ):
-        with pytest.raises(ValueError, match="a waterfall needs"):
-            check_waterfall(broken)
+    with pytest.raises(ValueError, match="a waterfall needs"):
+        waterfall_of({"fusion": {}}, "phantoms")
 
 
 def test_the_readme_gets_the_table_in_short_and_docs_in_full(rows, tmp_path):
     results = tmp_path / "results"
     results.mkdir()
     assert figure.accuracy_sections(results, tmp_path) == []
-    (results / "phantoms.json").write_text(json.dumps({**table_in(rows), **STEPS}))
+    (results / "phantoms.json").write_text(
+        json.dumps({**table_in(rows), "waterfall": waterfall_of(STEPS, "phantoms")})
+    )
     told, short, link = figure.accuracy_sections(results, tmp_path)
     assert "1 held-out scans" in told
     assert short.count("\n| ") == 6
