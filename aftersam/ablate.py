@@ -33,7 +33,7 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {  # columns in the paper's order
     },
     "4": {"LoRA": {"decoder": "lora"}, "Finetune": {}},
     "fusion": {
-        "2D": {"attention": "none"}, "slice": {"attention": "slice"}, "axial": {"attention": "axial"},
+        "2D": {"attention": "none", "stem_slices": 1}, "slice": {"attention": "slice"}, "axial": {"attention": "axial"},
         "axial + slice": {},
     },
     "small": {  # each column has one more of the preset's own choices

@@ -138,8 +138,9 @@ def _one_step(config: Config, num_classes: int, times: list[float] | None = None
     pretrained = not ENCODERS[config.model.image_encoder].stem  # such a run would start from SAM's weights
     model = resolve_encoder(config, pretrained=pretrained).model
     network = build_aftersam(model, num_classes)
-    shape = (config.train.batch_size, model.num_slices, model.image_size, model.image_size)
-    hu, labels = torch.zeros(shape), torch.zeros(shape, dtype=torch.int64)
+    groups, plane = (config.train.batch_size, model.num_slices), (model.image_size, model.image_size)
+    near = () if model.stem_slices == 1 else (model.stem_slices,)
+    hu, labels = torch.zeros(*groups, *near, *plane), torch.zeros(*groups, *plane, dtype=torch.int64)
     for _ in range(1 if times is None else 2):
         began = time.perf_counter()
         total = network(hu, labels=labels).sum()

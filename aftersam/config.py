@@ -97,6 +97,8 @@ class ModelConfig:
     """SAM's two-way transformer, or image-to-token attention alone (the paper's words)."""
     prompts: Literal["none", "box", "point", "points"] = "none"
     """Prompt each class from its label by a box, one click or three (the paper's Table 3); such scores are marked."""
+    stem_slices: int = 1
+    """Adjacent slices that the stem of small or tiny sees at once, the slice itself in the middle. 1: 2D, as SAM's."""
     output_stride: int = 4
     """Pixels a logit: 4 is SAM's own upscaling; below it, skips from strides under the patch are used."""
     hu_windows: tuple[tuple[float, float], ...] = (WIDE, SOFT_TISSUE, BONE)
@@ -193,11 +195,12 @@ _SMALL = Config(
         num_blocks=2,
         num_slices=5,
         slice_stride=6,
+        stem_slices=3,
         output_stride=1,
     ),
     data=DataConfig(
         # 96 pixels then show most of a body, a token is 32 mm, and a group spans 6 cm: where an organ ends is
-        # seen further off than the next slices, which show nearly the same
+        # seen further off than the next slices, which show nearly the same and whose outlines the stem sees
         spacing_mm=(2.5, 4.0, 4.0),
         augmentation=("elastic", "affine", "intensity", "noise"),
         foreground_sampling=0.66,
@@ -216,7 +219,9 @@ _SMALL = Config(
     ),
 )
 _TINY = Config(
-    model=dataclasses.replace(_SMALL.model, image_encoder="tiny", num_slices=3, slice_stride=1),
+    model=dataclasses.replace(
+        _SMALL.model, image_encoder="tiny", num_slices=3, slice_stride=1, stem_slices=1
+    ),
     data=dataclasses.replace(_SMALL.data, spacing_mm="median", augmentation=()),
     # few steps: the weight starts small organs sooner
     train=dataclasses.replace(
@@ -260,6 +265,10 @@ def validate(config: Config) -> Config:
         )
     if size.out_channels % model.num_heads:
         raise ValueError(f"num_heads is {model.num_heads}, but must divide the {size.out_channels} channels")
+    if model.stem_slices < 1 or model.stem_slices % 2 == 0 or (model.stem_slices > 1 and not size.stem):
+        raise ValueError(
+            f"stem_slices is {model.stem_slices}, but must be odd, and 1 for an encoder without a stem"
+        )
     strides = [stride for stride in (1, 2, 4) if 4 * stride <= size.patch]  # SAM's upscaling is ×4 at least
     if model.output_stride not in strides:
         raise ValueError(

@@ -101,9 +101,11 @@ class Embeddings:
             temporary.mkdir(parents=True)
             for start in range(0, len(hu), batch_size):
                 some = range(start, min(start + batch_size, len(hu)))
-                images = window_crops(hu, some, windows, self.size, AIR_HU).to(device).float()
+                images = window_crops(
+                    hu, some, windows, self.size, AIR_HU, stem_slices=self.model.stem_slices
+                )
                 with autocast:
-                    features = self.model.encoder(self.model.image(images))
+                    features = self.model.encoder(self.model.image(images.to(device).float()))
                 levels = [
                     level.unflatten(0, (-1, len(windows))).half().cpu().numpy()
                     for level in (features.embedding, *features.skips)

@@ -101,9 +101,9 @@ def parts(segmenter: Segmenter) -> dict[str, Part]:
     encoder = SliceEncoder(segmenter.model).eval()
     decoder = GroupDecoder(segmenter.model, config.num_slices // 2).eval()
     with torch.no_grad():
-        hu = torch.zeros(
-            2, config.image_size, config.image_size
-        )  # two: torch takes a size of one for a constant
+        near = () if config.stem_slices == 1 else (config.stem_slices,)
+        # two: torch takes a size of one for a constant
+        hu = torch.zeros(2, *near, config.image_size, config.image_size)
         # contiguous, as callers' will be: what torch compiles ahead of time trusts the strides of these
         embedding, *skips = (level.contiguous() for level in encoder(hu))
         groups = torch.stack([embedding] * config.num_slices, dim=1).contiguous()
@@ -132,6 +132,8 @@ def preprocessing(segmenter: Segmenter) -> dict[str, Any]:
         "hu_windows": [list(map(float, window)) for window in config.hu_windows],  # the encoder applies them
         "num_slices": config.num_slices,
         "slice_stride": config.slice_stride,
+        # above 1 the encoder's input is (slices, stem_slices, rows, columns): each slice between those next to it
+        "stem_slices": config.stem_slices,
         "centre": config.num_slices // 2,  # the nearest slice is repeated beyond the ends of a scan
         "output_stride": config.output_stride,  # logits are interpolated to the scan's grid, then argmax
         # of these organs, parts below a fifth of the largest are dropped

@@ -182,7 +182,8 @@ def stream_logits(
             with timings.stage("encode"):
                 for start in range(0, len(new), batch_size):
                     some = new[start : start + batch_size]
-                    images = window_crops(hu, some, windows, size, AIR_HU).to(device).float()
+                    images = window_crops(hu, some, windows, size, AIR_HU, stem_slices=model.stem_slices)
+                    images = images.to(device).float()
                     features = model.encode(images, None if stored is None else stored.read(some, device))
                     for i, d in enumerate(some):
                         part = slice(i * len(windows), (i + 1) * len(windows))

@@ -161,16 +161,19 @@ SYSTEMS: dict[str, System] = {  # in the order of the paper's tables
     "transunet": System("TransUNet", "elsewhere", _ELSEWHERE),
     "swin_unet": System("Swin-Unet", "elsewhere", _ELSEWHERE),
     "cotr": System("CoTr", "elsewhere", _ELSEWHERE),
-    "after_unet": System("AFTer-UNet", "group", _OURS, build_after_unet),
+    "after_unet": System("AFTer-UNet", "group", _OURS, build_after_unet, model={"stem_slices": 1}),
     "swin_unetr": System(
         "Swin UNETR", "patch", "MONAI SwinUNETR, windows of 4 tokens", _swin_unetr, 32, learning_rate=5e-4,
         needs="einops",
     ),
     "msa": System(
         "MSA", "group", f"{_OURS}; prompted: one click an organ, drawn from its label", build_msa,
-        model={"prompts": "point", "attention": "none"}, prompted=True,
+        model={"prompts": "point", "attention": "none", "stem_slices": 1}, prompted=True,
     ),
-    "aftersam_2d": System("AFTer-SAM 2D", "ours", "ours without fusion blocks", model={"attention": "none"}),
+    "aftersam_2d": System(
+        "AFTer-SAM 2D", "ours", "ours without fusion blocks, every slice by itself",
+        model={"attention": "none", "stem_slices": 1},
+    ),
     "aftersam": System("AFTer-SAM", "ours", "ours"),
     "aftersam_best": System("AFTer-SAM best", "ours", "ours", preset="best"),
     "aftersam_paper": System("AFTer-SAM paper", "ours", "ours, the paper read literally", preset="paper"),

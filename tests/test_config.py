@@ -63,6 +63,8 @@ def test_wrong_values_are_refused_by_name(values, message):
         ("model", "num_heads", 7),
         ("model", "num_slices", 0),
         ("model", "output_stride", 3),
+        ("model", "stem_slices", 0),
+        ("model", "stem_slices", 3),  # vit_b has no stem
         ("model", "hu_windows", ((0.0, 1.0), (0.0, 1.0))),
         ("model", "hu_windows", ((100.0, -100.0),)),
         ("model", "lora_dropout", 1.0),
@@ -81,6 +83,14 @@ def test_validate_names_the_key(part, key, value):
     broken = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **{key: value})})
     with pytest.raises(ValueError, match=key):
         validate(broken)
+
+
+def test_a_stem_sees_an_odd_number_of_slices():
+    small = preset("small")
+    for count in (1, 3, 5):
+        validate(dataclasses.replace(small, model=dataclasses.replace(small.model, stem_slices=count)))
+    with pytest.raises(ValueError, match="odd"):
+        validate(dataclasses.replace(small, model=dataclasses.replace(small.model, stem_slices=2)))
 
 
 def test_unknown_preset_names_the_nearest():

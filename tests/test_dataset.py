@@ -19,8 +19,8 @@ from aftersam.config import DataConfig, preset
 from aftersam.data.cache import cache_cases
 from aftersam.data.dataset import find_dataset, median_spacing, mirror_pairs, split
 from aftersam.data.phantom import write_dataset
-from aftersam.data.slice_group import SliceGroups, slice_group
-from aftersam.data.transforms import augment, body_box, normalise, preprocess, resample
+from aftersam.data.slice_group import SliceGroups, slice_group, window_crops
+from aftersam.data.transforms import AIR_HU, augment, body_box, normalise, preprocess, resample
 from aftersam.data.volume import read_image, read_labels
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -205,11 +205,11 @@ def test_the_cache_is_found_again_and_made_anew_for_new_content(cached):
     assert not case.hu.flags.writeable
 
 
-def groups(cached, seed=0, **data):
+def groups(cached, seed=0, model=None, **data):
     config = preset("tiny")
     return SliceGroups(
         list(cached[1].values()),
-        model=config.model,
+        model=dataclasses.replace(config.model, **(model or {})),
         data=dataclasses.replace(config.data, **data),
         seed=seed,
         label_swap={4: 5, 5: 4},
@@ -233,6 +233,22 @@ def test_a_group_is_a_function_of_seed_epoch_and_case(cached):
 def test_foreground_sampling_finds_small_organs(cached):
     biased = groups(cached, foreground_sampling=1.0)
     assert all(biased[(epoch, 0)]["labels"][1].any() for epoch in range(20))
+
+
+def test_a_stem_gets_each_slice_between_those_next_to_it(cached):
+    one, three = (groups(cached, model={"stem_slices": s, "slice_stride": 2}) for s in (1, 3))
+    scan = three.cached[0]
+    for epoch in range(8):
+        group, thick = one[epoch, 0], three[epoch, 0]
+        assert thick["hu"].shape == (3, 3, *group["hu"].shape[1:])
+        assert torch.equal(thick["hu"][:, 1], group["hu"])
+        assert torch.equal(thick["labels"], group["labels"])
+    depth = scan.shape[0]
+    everything = window_crops(scan.hu, range(depth), [(0, 0)], 48, AIR_HU, stem_slices=3)
+    assert torch.equal(everything[1:, 0], everything[:-1, 1])
+    assert torch.equal(everything[:-1, 2], everything[1:, 1])
+    assert torch.equal(everything[0, 0], everything[0, 1])  # beyond the ends the nearest again
+    assert torch.equal(everything[-1, 2], everything[-1, 1])
 
 
 def test_groups_cost_milliseconds(cached):

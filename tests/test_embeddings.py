@@ -46,10 +46,17 @@ def encoded(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "sliding", [Sliding(), Sliding(average=True), Sliding(label_swap={1: 2, 2: 1})], ids=str
+    ("sliding", "changes"),
+    [
+        (Sliding(), {}),
+        (Sliding(average=True), {}),
+        (Sliding(label_swap={1: 2, 2: 1}), {}),
+        (Sliding(), {"stem_slices": 3}),
+    ],
+    ids=str,
 )
-def test_prediction_from_stored_features_is_prediction(tmp_path, encoded, sliding):
-    model, config = tiny()
+def test_prediction_from_stored_features_is_prediction(tmp_path, encoded, sliding, changes):
+    model, config = tiny(**changes)
     stored = store_of(tmp_path, model).of(HU, BOX, batch_size=2)
     windows = len(plane_windows(HU.shape[1:], BOX, 48))
     assert windows > 1

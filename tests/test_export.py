@@ -15,7 +15,7 @@ import aftersam
 from aftersam.checkpoint import save_weights, write_json
 from aftersam.config import Config, ModelConfig, to_dict
 from aftersam.data.slice_group import slice_group
-from aftersam.export import main
+from aftersam.export import main, parts, preprocessing
 from aftersam.model.aftersam import GroupDecoder, SliceEncoder
 from aftersam.model.build import build_aftersam
 from aftersam.streaming import stream_logits
@@ -46,6 +46,16 @@ def write_run(folder, **changes):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("runs") / "run")  # 5 × 5 tokens in windows of 6: one is padded
+
+
+@torch.no_grad()
+def test_a_stem_of_several_slices_is_an_axis_of_the_input(tmp_path):
+    segmenter = aftersam.load(write_run(tmp_path / "run", encoder="full", stem_slices=3), device="cpu")
+    program = parts(segmenter)["encoder"].program
+    hu = 500 * torch.randn(3, 3, 40, 40)
+    for ours, eager in zip(program.module()(hu), SliceEncoder(segmenter.model)(hu), strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
+    assert preprocessing(segmenter)["stem_slices"] == 3
 
 
 @pytest.fixture(scope="module")

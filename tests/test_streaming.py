@@ -43,7 +43,10 @@ def plain_loop(model, hu, config):
     """Each group through the whole model on its own, logits of the centre: (D, K+1, S, S)."""
     planes = []
     for d in range(len(hu)):
-        group = hu[slice_group(d, len(hu), config.num_slices, config.slice_stride)]
+        group = slice_group(d, len(hu), config.num_slices, config.slice_stride)
+        if config.stem_slices > 1:
+            group = np.stack([slice_group(i, len(hu), config.stem_slices) for i in group])
+        group = hu[group]
         logits = model(torch.from_numpy(group)[None].float())[0, config.num_slices // 2]
         planes.append(F.interpolate(logits[None], size=hu.shape[1:], mode="bilinear", align_corners=False)[0])
     return torch.stack(planes)
@@ -57,6 +60,8 @@ def plain_loop(model, hu, config):
         ({"num_slices": 1}, 3),
         ({"attention": "none"}, 4),
         ({"output_stride": 2}, 4),
+        ({"stem_slices": 3, "slice_stride": 2}, 7),
+        ({"stem_slices": 5, "attention": "none"}, 2),
         ({}, 1),
     ],
     ids=str,

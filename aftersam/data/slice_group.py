@@ -36,6 +36,12 @@ def slice_group(centre: int, depth: int, num_slices: int, stride: int = 1) -> np
     return np.clip(centre + offsets, 0, depth - 1).astype(np.int64)
 
 
+def adjacent(slices: Sequence[int] | np.ndarray, depth: int, count: int) -> np.ndarray:
+    """Indices (n,) of `slices` themselves, or with `count` above 1 (n, count) of each between those next to it."""
+    near = np.stack([slice_group(int(d), depth, count) for d in slices])
+    return near[:, 0] if count == 1 else near
+
+
 class SliceGroups(Dataset[dict[str, torch.Tensor | str]]):
     """One random group of each cached scan an epoch, cropped about the body and augmented.
 
@@ -73,7 +79,9 @@ class SliceGroups(Dataset[dict[str, torch.Tensor | str]]):
         return len(self.cached)
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, torch.Tensor | str]:
-        """{"hu": (N, S, S) float32, "labels": (N, S, S) int64, "case": its id}, "embedding" (N, C, h, w) if stored."""
+        """{"hu": (N, S, S) float32, "labels": (N, S, S) int64, "case": its id}, "embedding" (N, C, h, w) if stored.
+
+        With `stem_slices` s above 1, "hu" is (N, s, S, S): every slice between those next to it."""
         epoch, case = index if isinstance(index, tuple) else (self.epoch, index)
         scan = self.cached[case]
         generator = np.random.default_rng((self.seed, epoch, zlib.crc32(scan.id.encode())))
@@ -93,12 +101,14 @@ class SliceGroups(Dataset[dict[str, torch.Tensor | str]]):
                 for length, (span, inside) in zip(plane, spans, strict=True)
             ]
         group = slice_group(centre, depth, self.model.num_slices, self.model.slice_stride)
-        hu = crop(scan.hu, group, first, size, AIR_HU).astype(np.float32)
+        near = adjacent(group, depth, self.model.stem_slices)
+        hu = crop(scan.hu, near.flatten(), first, size, AIR_HU).astype(np.float32)
         labels = crop(scan.labels, group, first, size, 0).astype(np.int64)
         hu, labels = augment(hu, labels, generator, self.data, self.label_swap)
         embedding = {}
         if self.stored is not None:
             embedding = {"embedding": self.stored[scan.id].read(group.tolist(), window=index).embedding}
+        hu = hu.reshape(*near.shape, size, size)
         return {"hu": torch.from_numpy(hu), "labels": torch.from_numpy(labels), "case": scan.id, **embedding}
 
     def _centre(self, scan: CachedCase, generator: np.random.Generator) -> tuple[int, tuple[int, ...]]:
@@ -163,11 +173,22 @@ def window_starts(length: int, start: int, stop: int, size: int) -> list[int]:
 
 
 def window_crops(
-    array: np.ndarray, slices: Sequence[int], windows: Sequence[tuple[int, int]], size: int, fill: int
+    array: np.ndarray,
+    slices: Sequence[int],
+    windows: Sequence[tuple[int, int]],
+    size: int,
+    fill: int,
+    *,
+    stem_slices: int = 1,
 ) -> torch.Tensor:
-    """array (D, H, W) -> (slices · windows, size, size), the windows of a slice side by side."""
-    crops = np.stack([crop(array, slices, window, size, fill) for window in windows], axis=1)
-    return torch.from_numpy(crops).flatten(0, 1)
+    """array (D, H, W) -> (slices · windows, size, size), the windows of a slice side by side.
+
+    With `stem_slices` s above 1 (slices · windows, s, size, size): each slice between those next to it."""
+    near = adjacent(slices, len(array), stem_slices)
+    crops = [
+        crop(array, near.flatten(), window, size, fill).reshape(*near.shape, size, size) for window in windows
+    ]
+    return torch.from_numpy(np.stack(crops, axis=1)).flatten(0, 1)
 
 
 def crop(

@@ -20,7 +20,8 @@ from aftersam.model.tiny_vit import TinyViT
 class AfterSAM(nn.Module):
     """Composes an encoder (slices -> features), a fusion (groups of features) and a decoder (-> logits).
 
-    `fusion` None is the 2D model. `stem` gives skips beside an encoder that has none of its own.
+    `fusion` None is the 2D model. `stem` gives skips beside an encoder that has none of its own. An encoder with
+    `stem_slices` s above 1 sees s adjacent slices: (H, W) of `hu` is then (s, H, W), the slice itself in the middle.
     The steps `encode`, `fuse` and `decode` are public: the encoder and the decoder are 2D, so that
     inference encodes each slice once, however many groups it belongs to."""
 
@@ -33,12 +34,14 @@ class AfterSAM(nn.Module):
         hu_windows: tuple[tuple[float, float], ...],
         normalisation: Literal["sam", "unit"] = "sam",
         stem: nn.Module | None = None,
+        stem_slices: int = 1,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.fusion = fusion
         self.decoder = decoder
         self.stem = stem
+        self.stem_slices = stem_slices
         self.hu_windows = hu_windows
         self.normalisation = normalisation
 
@@ -79,8 +82,9 @@ class AfterSAM(nn.Module):
             self.fusion.activation_checkpointing = on
 
     def image(self, hu: Tensor) -> Tensor:
-        """hu (T, H, W) in Hounsfield units -> what the encoder takes (T, 3, H, W)."""
-        return normalise(hu, self.hu_windows, unit=self.normalisation == "unit")
+        """hu (T, H, W) in Hounsfield units -> what the encoder takes (T, 3, H, W); of s slices (T, 3·s, H, W)."""
+        image = normalise(hu, self.hu_windows, unit=self.normalisation == "unit")
+        return image if self.stem_slices == 1 else image.flatten(1, 2)
 
     def encode(self, hu: Tensor, stored: SliceFeatures | None = None) -> SliceFeatures:
         """hu (T, H, W) in Hounsfield units -> embedding (T, C, h, w) and the decoder's skips.

@@ -55,7 +55,9 @@ def build_aftersam(config: ModelConfig, num_classes: int, *, sam: SamCheckpoint 
     loaded from a run). encoder "auto" means "lora" with `sam` and "full" without."""
     size = ENCODERS[config.image_encoder]
     alpha, dropout = config.lora_alpha, config.lora_dropout
-    encoder = build_image_encoder(config.image_encoder, image_size=config.image_size)
+    encoder = build_image_encoder(
+        config.image_encoder, image_size=config.image_size, in_channels=3 * config.stem_slices
+    )
     stem = None
     if config.output_stride < 4 and not encoder.skip_channels:
         stem = ConvStem(3, channels=(16, 32, 64))  # strides 1, 2, 4 beside SAM's one patch convolution
@@ -96,8 +98,9 @@ def build_aftersam(config: ModelConfig, num_classes: int, *, sam: SamCheckpoint 
     if config.decoder == "lora":
         add_decoder_lora(decoder, config.lora_rank, alpha, dropout)
     return AfterSAM(
-        encoder, fusion, decoder, hu_windows=config.hu_windows, normalisation=config.normalisation, stem=stem
-    )
+        encoder, fusion, decoder, hu_windows=config.hu_windows, normalisation=config.normalisation, stem=stem,
+        stem_slices=config.stem_slices,
+    )  # fmt: skip
 
 
 def shard(model: AfterSAM, device: torch.device) -> None:
