@@ -28,7 +28,15 @@ from aftersam.streaming import predict_volume
 from aftersam.train import TrainArgs, train
 from benchmarks import nnunet_rival
 from benchmarks.accuracy_systems import Job
-from benchmarks.patch_training import Spent, fit, patch_loss, patches, peak_mib, segment_by_patches
+from benchmarks.patch_training import (
+    Spent,
+    fit,
+    lead_background,
+    patch_loss,
+    patches,
+    peak_mib,
+    segment_by_patches,
+)
 from benchmarks.slice_rivals import group_loss, groups
 
 
@@ -52,8 +60,7 @@ def _train_patch(job: Job) -> Spent:
     size = job.patch_size()
     model = _build(job)
     source = patches(cached, size, config)
-    loss = functools.partial(patch_loss, ce_foreground_weight=config.ce_foreground_weight)
-    spent = fit(model, source, loss, config, device=job.device, precision=job.precision)
+    spent = fit(model, source, patch_loss, config, device=job.device, precision=job.precision)
     _save(job, model, cached, patch=size)
     return spent
 
@@ -76,7 +83,7 @@ def _train_group(job: Job) -> Spent:
     cached = job.cached(config.data)
     model = _build(job)
     source = groups(cached, config)
-    loss = functools.partial(group_loss, ce_foreground_weight=config.train.ce_foreground_weight)
+    loss = functools.partial(group_loss, config=config.train)
     spent = fit(model, source, loss, config.train, device=job.device, precision=job.precision)
     _save(job, model, cached)
     return spent
@@ -143,7 +150,7 @@ def _build(job: Job) -> nn.Module:
     build = job.system.build
     assert build is not None, f"{job.system.title} is not trained by this loop"
     if job.system.kind == "patch":
-        return build(job.num_classes)
+        return lead_background(build(job.num_classes), job.num_classes)
     if job.system.prompted and job.limits.sam_checkpoint:
         sam = read_sam_checkpoint(job.limits.sam_checkpoint)
         model = dataclasses.replace(job.config().model, image_encoder=sam.name)  # type: ignore[arg-type]

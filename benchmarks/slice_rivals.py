@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from aftersam.config import ENCODERS, Config, ModelConfig
+from aftersam.config import ENCODERS, Config, ModelConfig, TrainConfig
 from aftersam.data.cache import CachedCase
 from aftersam.data.slice_group import SliceGroups
 from aftersam.losses import segmentation_loss
@@ -26,7 +26,7 @@ from aftersam.model.image_encoder import EncoderBlock, ImageEncoder, SliceFeatur
 from aftersam.model.mask_decoder import MaskDecoder
 from aftersam.model.sam import SamCheckpoint
 from aftersam.schedule import batches
-from benchmarks.patch_training import Batch
+from benchmarks.patch_training import Batch, lead_background
 
 UNET_CHANNELS = (24, 48, 96, 192)  # at strides 1, 2, 4 and 8: ours has a token every 8 pixels, too
 
@@ -64,7 +64,7 @@ class UNetDecoder(nn.Module):
             UnetrUpBlock(2, coarse, fine, 3, upsample_kernel_size=2, norm_name="instance", res_block=True)
             for fine, coarse in reversed(fine_to_coarse)
         )
-        self.out = UnetOutBlock(2, channels[0], num_classes)
+        self.out = lead_background(UnetOutBlock(2, channels[0], num_classes), num_classes)
 
     def forward(self, x: Tensor, skips: Sequence[Tensor] = (), labels: Tensor | None = None) -> Tensor:
         for level, skip in zip(self.levels, reversed(skips), strict=True):
@@ -166,8 +166,8 @@ def groups(cached: Sequence[CachedCase], config: Config) -> Iterator[Batch]:
     yield from DataLoader(dataset, batch_sampler=order)
 
 
-def group_loss(model: nn.Module, batch: Batch, *, ce_foreground_weight: float) -> Tensor:
-    """Our loss, weighted as in our own rows; MSA gets one organ, mostly one that is there."""
+def group_loss(model: nn.Module, batch: Batch, *, config: TrainConfig) -> Tensor:
+    """The loss of our own rows; MSA gets one organ, mostly one that is there."""
     hu, labels = batch["hu"], batch["labels"]
     decoder = model.decoder
     if isinstance(decoder, OneOrganAtATime):
@@ -181,4 +181,10 @@ def group_loss(model: nn.Module, batch: Batch, *, ce_foreground_weight: float) -
     if isinstance(decoder, OneOrganAtATime):
         labels = (labels > 0).long()
         decoder.organ = None
-    return segmentation_loss(logits, labels, ce_foreground_weight=ce_foreground_weight).total
+    return segmentation_loss(
+        logits,
+        labels,
+        dice=config.dice,
+        ce_foreground_weight=config.ce_foreground_weight,
+        ce_hardest=config.ce_hardest,
+    ).total

@@ -14,12 +14,13 @@ from aftersam.data.cache import cache_cases
 from aftersam.data.dataset import find_dataset
 from aftersam.data.phantom import LABELS, make_phantom
 from aftersam.model.image_encoder import build_image_encoder
+from aftersam.model.mask_decoder import BACKGROUND_LEAD
 from benchmarks import accuracy as accuracy_module
 from benchmarks import conventions, figure
 from benchmarks.accuracy import main
 from benchmarks.accuracy_systems import SYSTEMS
 from benchmarks.accuracy_table import draw_waterfall, markdown, summarise, waterfall_of
-from benchmarks.patch_training import fit, patches, random_patch, segment_by_patches
+from benchmarks.patch_training import fit, lead_background, patches, random_patch, segment_by_patches
 from benchmarks.slice_rivals import AdaptedBlock, build_after_unet, build_msa, group_loss
 
 TINY = preset("tiny")
@@ -222,8 +223,13 @@ def test_every_network_of_patches_builds_and_is_about_as_large_as_ours(name):
     network = system.build(4).eval()
     assert 3e6 < sum(p.numel() for p in network.parameters()) < 7e6
     side = max(system.multiple, 16)
+    image = torch.randn(1, 1, 2 * side, side, side)
     with torch.inference_mode():
-        assert network(torch.zeros(1, 1, 2 * side, side, side)).shape == (1, 4, 2 * side, side, side)
+        logits = network(image)
+        led = lead_background(network, 4)(image)
+    assert logits.shape == (1, 4, 2 * side, side, side)
+    torch.testing.assert_close(led[:, 0], logits[:, 0] + BACKGROUND_LEAD)
+    assert torch.equal(led[:, 1:], logits[:, 1:])
 
 
 def cached(scans, tmp_path):
@@ -336,7 +342,7 @@ def test_msa_gives_each_organ_the_lead_over_background_of_its_own_prompt():
     assert not logits[:, :, 0].any()
     torch.testing.assert_close(logits[:, :, 3], alone[:, :, 1] - alone[:, :, 0])
     network.decoder.organ = None
-    assert group_loss(network, {"hu": hu, "labels": labels}, ce_foreground_weight=1.0).isfinite()
+    assert group_loss(network, {"hu": hu, "labels": labels}, config=TINY.train).isfinite()
     assert network.decoder.organ is None
 
 
