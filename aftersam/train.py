@@ -22,9 +22,12 @@ from aftersam.config import Config, from_dict, preset, to_dict, validate
 from aftersam.schedule import Progress, group_loader, learning_rate, steps_in_epoch
 
 if TYPE_CHECKING:
+    from aftersam.data.dataset import Dataset
     from aftersam.data.slice_group import CachedCase
+    from aftersam.embeddings import StoredScan
     from aftersam.losses import Loss
     from aftersam.model.aftersam import AfterSAM
+    from aftersam.model.sam import SamCheckpoint
 
 
 @dataclass(frozen=True)
@@ -66,84 +69,74 @@ class _Run:
     """A training run: its parts, its progress, and the files it leaves."""
 
     def __init__(self, args: TrainArgs) -> None:
+        self.output, self.progress = args.output, Progress()
+        self.config, sam, stored = _configuration(args)
+        self._start(args.device)
+        dataset = self._read(args, stored)
+        model = self._build(args, sam)
+        count, total = self._prepare(model, resume=args.resume)
+        if self.accelerator.is_main_process:
+            self._write(args, dataset, sam)
+        config = self.config
+        self.accelerator.init_trackers("aftersam" if config.train.tracker != "tensorboard" else "tensorboard")
+        self._say(
+            f"{len(self.training)} training and {len(self.validation)} validation scans, {len(self.labels)} organs; "
+            f"{config.model.image_encoder}, {total / 1e6:.1f} M parameters of which {count / 1e6:.1f} M train; "
+            f"{self.device}, {self.precision}"
+        )
+
+    def _start(self, device: str) -> None:
+        """Devices, precision, trackers and seeds."""
         import torch
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
         from accelerate.tracking import filter_trackers
         from accelerate.utils import set_seed
 
-        from aftersam.checkpoint import (
-            load_moments,
-            load_training,
-            provenance,
-            read_json,
-            trim_history,
-            write_json,
-        )
-        from aftersam.components import one_piece
-        from aftersam.data.dataset import find_dataset, mirror_pairs, split
-        from aftersam.data.slice_group import SliceGroups, cache_cases
-        from aftersam.embeddings import Embeddings, StoredScan, check_still
-        from aftersam.model.build import build_aftersam, precision_for, resolve_encoder, shard
-        from aftersam.model.sam import read_sam_checkpoint
+        from aftersam.model.build import precision_for
 
-        self.output = args.output
-        stored: dict[str, Any] = {}
-        config, sam_name, fold, data = args.config, args.sam_checkpoint, args.fold, args.data
-        if args.resume:
-            config = from_dict(Config, read_json(args.output / "config.json"))
-            stored = read_json(args.output / "run.json")
-            sam_name, fold = None, stored["fold"]
-        elif (args.output / "last.safetensors").exists():
+        config = self.config.train
+        self.precision = precision_for(config.precision, device)
+        if not filter_trackers(config.tracker, self.output):
             raise ValueError(
-                f"{args.output} holds a run already; go on with --resume or choose another --output"
-            )
-        sam = read_sam_checkpoint(sam_name) if sam_name else None
-        if sam is not None:
-            config = dataclasses.replace(
-                config,
-                model=dataclasses.replace(config.model, image_encoder=sam.name),  # type: ignore[arg-type]
-            )
-        config = resolve_encoder(config, pretrained=sam is not None or args.resume)
-        self.config = config = validate(config)
-        if args.embeddings is not None:
-            check_still(config)
-
-        precision = precision_for(config.train.precision, args.device)
-        if not filter_trackers(config.train.tracker, args.output):
-            raise ValueError(
-                f"tracker is {config.train.tracker!r}, whose package is not installed; install it, or use tensorboard"
+                f"tracker is {config.tracker!r}, whose package is not installed; install it, or use tensorboard"
             )
         AcceleratorState._reset_state()  # a run before this one in the same process may have had another precision
         self.accelerator = Accelerator(
-            mixed_precision={"fp32": "no"}.get(precision, precision),
-            cpu=args.device == "cpu",
-            log_with=config.train.tracker,
-            project_dir=str(args.output),
+            mixed_precision={"fp32": "no"}.get(self.precision, self.precision),
+            cpu=device == "cpu",
+            log_with=config.tracker,
+            project_dir=str(self.output),
         )
         self.device = self.accelerator.device
-        if precision == "fp16" and self.device.type == "cpu":  # where nothing scales the gradients
+        if self.precision == "fp16" and self.device.type == "cpu":  # where nothing scales the gradients
             raise ValueError("precision fp16 needs a GPU to train on; use bf16 or fp32")
-        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-        set_seed(config.train.seed)
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
+        set_seed(config.seed)
 
-        dataset = find_dataset(data)
-        args.output.mkdir(parents=True, exist_ok=True)
+    def _read(self, args: TrainArgs, stored: dict[str, Any]) -> Dataset:
+        """The scans of the fold, preprocessed, and their groups; `stored` is run.json of a run that is resumed."""
+        from aftersam.data.dataset import find_dataset, mirror_pairs, split
+        from aftersam.data.slice_group import SliceGroups, cache_cases
+
+        config, dataset = self.config, find_dataset(args.data)
+        self.fold, self.labels = stored.get("fold", args.fold), dataset.labels
+        self.output.mkdir(parents=True, exist_ok=True)
         train_ids, validation_ids = split(  # the same folds for every seed, so that seeds can be compared
-            dataset, fold, 0, write_to=args.output / "splits_final.json"
+            dataset, self.fold, 0, write_to=self.output / "splits_final.json"
         )
-        labels = dataset.labels
-        names = {int(k): v for k, v in stored["labels"].items()} if stored else labels
-        if names != labels:
-            raise ValueError(f"{data} has the labels {labels}, but the run to resume was trained on {names}")
+        names = {int(k): v for k, v in stored["labels"].items()} if stored else self.labels
+        if names != self.labels:
+            raise ValueError(
+                f"{args.data} has the labels {self.labels}, but the run to resume was trained on {names}"
+            )
         cached = cache_cases(
             dataset,
             [*train_ids, *validation_ids],
             config.data,
-            args.cache or args.output / "cache",
+            args.cache or self.output / "cache",
             training=train_ids,
         )
-        self.labels = labels
         self.training: list[CachedCase] = [cached[case] for case in train_ids]
         self.validation: list[CachedCase] = [cached[case] for case in validation_ids]
         self.groups = SliceGroups(
@@ -151,63 +144,80 @@ class _Run:
             model=config.model,
             data=config.data,
             seed=config.train.seed,
-            label_swap=mirror_pairs(labels) if "mirror" in config.data.augmentation else {},
+            label_swap=mirror_pairs(self.labels) if "mirror" in config.data.augmentation else {},
         )
+        return dataset
 
-        model: AfterSAM = build_aftersam(config.model, num_classes=len(labels) + 1, sam=sam)
+    def _build(self, args: TrainArgs, sam: SamCheckpoint | None) -> AfterSAM:
+        """The model with its weights, new, SAM's or the resumed run's, and what its frozen encoder stores."""
+        from aftersam.checkpoint import load_training
+        from aftersam.embeddings import Embeddings
+        from aftersam.model.build import build_aftersam
+
+        config = self.config
+        model = build_aftersam(config.model, num_classes=len(self.labels) + 1, sam=sam)
         model.set_activation_checkpointing(config.train.activation_checkpointing)
-        total = sum(p.numel() for p in model.parameters())
-        self.progress = Progress()
         if args.resume:
-            facts = load_training(args.output / "last.safetensors", model)
+            facts = load_training(self.output / "last.safetensors", model)
             self.progress = Progress(**facts["progress"])
         self.stored: dict[str, StoredScan] = {}
         if args.embeddings is not None:
             store = Embeddings(
                 args.embeddings, model.to(self.device), image_size=config.model.image_size, precision=self.dtype
             )  # fmt: skip
-            cases = list(cached.values())
+            cases = [*self.training, *self.validation]
             for case in cases[self.accelerator.process_index :: self.accelerator.num_processes]:
                 store.of(case.hu, case.box)
             self.accelerator.wait_for_everyone()
             self.groups.stored = self.stored = {case.id: store.of(case.hu, case.box) for case in cases}
-        if config.train.shard:
+        return model
+
+    def _prepare(self, model: AfterSAM, *, resume: bool) -> tuple[int, int]:
+        """The model and its optimiser on the devices; the numbers of parameters that train, and of all."""
+        import torch
+
+        from aftersam.checkpoint import load_moments
+        from aftersam.model.build import shard
+
+        config = self.config.train
+        total = sum(p.numel() for p in model.parameters())
+        if config.shard:
             shard(model, self.device)
         trainable = [p for p in model.parameters() if p.requires_grad]
-        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.train.optimizer]
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
         optimizer = kind(
             trainable,
-            lr=config.train.learning_rate,
+            lr=config.learning_rate,
             betas=(0.9, 0.999),
-            weight_decay=config.train.weight_decay,
-            fused=not config.train.shard,  # one pass over all weights: a quarter of the time on a CPU
+            weight_decay=config.weight_decay,
+            fused=not config.shard,  # one pass over all weights: a quarter of the time on a CPU
         )
         # a sharded model exchanges its own gradients, so that accelerate must not
-        self.model = model if config.train.shard else self.accelerator.prepare(model)
+        self.model = model if config.shard else self.accelerator.prepare(model)
         self.optimizer = self.accelerator.prepare(optimizer)
-        if args.resume:
-            load_moments(args.output / "last.safetensors", self.optimizer.optimizer)
-        world = self.accelerator.num_processes
-        share = config.train.batch_size * config.train.accumulate * world
+        if resume:
+            load_moments(self.output / "last.safetensors", self.optimizer.optimizer)
+        share = config.batch_size * config.accumulate * self.accelerator.num_processes
         self.steps_per_epoch = steps_in_epoch(len(self.training), share)
-        if self.accelerator.is_main_process:
-            trim_history(args.output / "history.jsonl", self.progress.step)
-            if not args.resume:
-                write_json(args.output / "config.json", to_dict(config))
-                spacing = None if config.data.spacing_mm == "native" else list(self.training[0].spacing_mm)
-                facts = {
-                    "labels": {str(value): name for value, name in labels.items()}, "spacing_mm": spacing,
-                    "one_piece": one_piece((case.labels for case in self.training), labels),
-                    "dataset": dataset.name, "fold": args.fold, "sam_sha256": sam.sha256 if sam else None,
-                }  # fmt: skip
-                write_json(args.output / "run.json", facts | provenance())
-        self.accelerator.init_trackers("aftersam" if config.train.tracker != "tensorboard" else "tensorboard")
-        count = sum(p.numel() for p in trainable)
-        self._say(
-            f"{len(self.training)} training and {len(self.validation)} validation scans, {len(labels)} organs; "
-            f"{config.model.image_encoder}, {total / 1e6:.1f} M parameters of which {count / 1e6:.1f} M train; "
-            f"{self.device}, {precision}"
-        )
+        return sum(p.numel() for p in trainable), total
+
+    def _write(self, args: TrainArgs, dataset: Dataset, sam: SamCheckpoint | None) -> None:
+        """What repeats the run, config.json, and what its weights need beside it, run.json."""
+        from aftersam.checkpoint import provenance, trim_history, write_json
+        from aftersam.components import one_piece
+
+        trim_history(self.output / "history.jsonl", self.progress.step)
+        if args.resume:
+            return
+        write_json(self.output / "config.json", to_dict(self.config))
+        native = self.config.data.spacing_mm == "native"
+        facts = {
+            "labels": {str(value): name for value, name in self.labels.items()},
+            "spacing_mm": None if native else list(self.training[0].spacing_mm),
+            "one_piece": one_piece((case.labels for case in self.training), self.labels),
+            "dataset": dataset.name, "fold": self.fold, "sam_sha256": sam.sha256 if sam else None,
+        }  # fmt: skip
+        write_json(self.output / "run.json", facts | provenance())
 
     def loop(self) -> None:
         """Optimiser steps until the run's limit, with validations and checkpoints on the way."""
@@ -377,6 +387,31 @@ class _Run:
 
     def _say(self, text: str) -> None:
         self.accelerator.print(text)
+
+
+def _configuration(args: TrainArgs) -> tuple[Config, SamCheckpoint | None, dict[str, Any]]:
+    """The configuration with every open choice made, SAM's weights if any, and run.json of a run to resume."""
+    from aftersam.checkpoint import read_json
+    from aftersam.embeddings import check_still
+    from aftersam.model.build import resolve_encoder
+    from aftersam.model.sam import read_sam_checkpoint
+
+    config, sam_name, stored = args.config, args.sam_checkpoint, {}
+    if args.resume:
+        config = from_dict(Config, read_json(args.output / "config.json"))
+        stored, sam_name = read_json(args.output / "run.json"), None
+    elif (args.output / "last.safetensors").exists():
+        raise ValueError(f"{args.output} holds a run already; go on with --resume or choose another --output")
+    sam = read_sam_checkpoint(sam_name) if sam_name else None
+    if sam is not None:
+        config = dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, image_encoder=sam.name),  # type: ignore[arg-type]
+        )
+    config = validate(resolve_encoder(config, pretrained=sam is not None or args.resume))
+    if args.embeddings is not None:
+        check_still(config)
+    return config, sam, stored
 
 
 def parse(argv: Sequence[str] | None, kind: Any = TrainArgs, about: str | None = __doc__) -> Any:
