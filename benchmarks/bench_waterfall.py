@@ -86,7 +86,7 @@ def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Itera
     depth, slices, side, encoder, blocks = shape
     config = dataclasses.replace(
         preset("small").model, image_encoder=encoder, image_size=side, num_slices=slices, num_blocks=blocks,
-        slice_stride=1, fusion_init="xavier",
+        slice_stride=1, stem_slices=1, fusion_init="xavier",
     )  # fmt: skip
     torch.manual_seed(0)
     model = build_aftersam(config, num_classes=7).to(device).eval()

@@ -124,6 +124,16 @@ def test_unit_normalisation_reaches_the_encoder():
     assert seen["sam"].min() < -1.5
 
 
+@pytest.mark.parametrize(
+    ("stem_slices", "shape"), [(1, (1, 3, 3, 48, 48)), (3, (1, 3, 48, 48)), (3, (1, 3, 2, 48, 48))]
+)
+def test_another_number_of_slices_than_the_stem_sees_is_refused(stem_slices, shape):
+    config = dataclasses.replace(preset("tiny").model, image_size=48, stem_slices=stem_slices)
+    model = build_aftersam(config, num_classes=4)
+    with pytest.raises(ValueError, match=f"a stem of {stem_slices} needs"):
+        model(torch.zeros(shape))
+
+
 def test_every_block_matters():
     """A model of two fusion blocks is another function than its first block alone, and each block has a gradient."""
     torch.manual_seed(0)

@@ -82,7 +82,15 @@ class AfterSAM(nn.Module):
             self.fusion.activation_checkpointing = on
 
     def image(self, hu: Tensor) -> Tensor:
-        """hu (T, H, W) in Hounsfield units -> what the encoder takes (T, 3, H, W); of s slices (T, 3·s, H, W)."""
+        """hu (T, H, W) in Hounsfield units -> what the encoder takes (T, 3, H, W); of s slices (T, 3·s, H, W).
+
+        Raises ValueError where the stem sees more slices than `hu` has, or fewer."""
+        near = () if self.stem_slices == 1 else (self.stem_slices,)
+        if tuple(hu.shape[1:-2]) != near:
+            form = ", ".join(("T", *map(str, near), "H", "W"))
+            raise ValueError(
+                f"hu of slices is {tuple(hu.shape)}, but a stem of {self.stem_slices} needs ({form})"
+            )
         image = normalise(hu, self.hu_windows, unit=self.normalisation == "unit")
         return image if self.stem_slices == 1 else image.flatten(1, 2)
 
