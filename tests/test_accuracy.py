@@ -13,6 +13,7 @@ from aftersam.config import preset
 from aftersam.data.cache import cache_cases
 from aftersam.data.dataset import find_dataset
 from aftersam.data.phantom import LABELS, make_phantom
+from aftersam.losses import segmentation_loss
 from aftersam.model.image_encoder import build_image_encoder
 from aftersam.model.mask_decoder import BACKGROUND_LEAD
 from benchmarks import accuracy as accuracy_module
@@ -320,6 +321,17 @@ def test_after_unet_looks_at_the_neighbouring_slices():
         one, two = (network(x, query_index=(1,)) for x in (hu, other))
     assert one.shape == (1, 1, 4, 48, 48)
     assert (one - two).abs().max() > 1e-3
+
+
+def test_networks_of_slice_groups_go_by_the_loss_of_the_preset():
+    network = group_model(build_after_unet)
+    batch = {"hu": torch.randn(1, 3, 48, 48) * 100, "labels": torch.zeros(1, 3, 48, 48, dtype=torch.long)}
+    batch["labels"][..., 10:20, 10:20] = 1
+    keys = {"dice": "all", "ce_foreground_weight": 3.0, "ce_hardest": 0.2}
+    with torch.inference_mode():
+        expected = segmentation_loss(network(batch["hu"]), batch["labels"], **keys).total
+        assert group_loss(network, batch, config=dataclasses.replace(TINY.train, **keys)) == expected
+        assert group_loss(network, batch, config=TINY.train) != expected
 
 
 def test_an_adapter_starts_as_the_block_that_it_adapts():
