@@ -36,6 +36,7 @@ from benchmarks.patch_training import (
     patches,
     peak_mib,
     segment_by_patches,
+    with_sound_gradients,
 )
 from benchmarks.slice_rivals import group_loss, groups
 
@@ -150,7 +151,7 @@ def _build(job: Job) -> nn.Module:
     build = job.system.build
     assert build is not None, f"{job.system.title} is not trained by this loop"
     if job.system.kind == "patch":
-        return lead_background(build(job.num_classes), job.num_classes)
+        return with_sound_gradients(lead_background(build(job.num_classes), job.num_classes))
     if job.system.prompted and job.limits.sam_checkpoint:
         sam = read_sam_checkpoint(job.limits.sam_checkpoint)
         model = dataclasses.replace(job.config().model, image_encoder=sam.name)  # type: ignore[arg-type]

@@ -21,7 +21,14 @@ from benchmarks import conventions, figure
 from benchmarks.accuracy import main
 from benchmarks.accuracy_systems import SYSTEMS
 from benchmarks.accuracy_table import draw_waterfall, markdown, summarise, waterfall_of
-from benchmarks.patch_training import fit, lead_background, patches, random_patch, segment_by_patches
+from benchmarks.patch_training import (
+    fit,
+    lead_background,
+    patches,
+    random_patch,
+    segment_by_patches,
+    with_sound_gradients,
+)
 from benchmarks.slice_rivals import AdaptedBlock, build_after_unet, build_msa, group_loss
 
 TINY = preset("tiny")
@@ -231,6 +238,23 @@ def test_every_network_of_patches_builds_and_is_about_as_large_as_ours(name):
     assert logits.shape == (1, 4, 2 * side, side, side)
     torch.testing.assert_close(led[:, 0], logits[:, 0] + BACKGROUND_LEAD)
     assert torch.equal(led[:, 1:], logits[:, 1:])
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_bfloat16_gradients_of_shallow_convolutions_read_no_foreign_memory(depth):
+    convolution = torch.nn.Conv3d(32, 32, 3, padding=1, bias=False)
+    names = list(convolution.state_dict())
+    network = with_sound_gradients(torch.nn.Sequential(convolution))[0]
+    assert list(network.state_dict()) == names
+    image, gradient = torch.randn(2, 2, 32, depth, 4, 4)
+    (exact,) = torch.autograd.grad(network(image), network.weight, gradient)
+    for _ in range(8):
+        scraps = [torch.full((1 << size,), 1e30) for size in range(8, 21)]
+        del scraps  # so that memory which nobody writes is large
+        with torch.autocast("cpu", torch.bfloat16):
+            result = network(image)
+        (found,) = torch.autograd.grad(result, network.weight, gradient.to(result.dtype))
+        assert (found - exact).norm() < 0.01 * exact.norm()
 
 
 def cached(scans, tmp_path):
