@@ -188,9 +188,12 @@ def heading(table: Table, protocol: str) -> str:
 
 
 def caption(table: Table) -> str:
+    commits: dict[str, list[str]] = {}  # of each machine
+    for e in table["environments"]:
+        commit = f"{e['commit']}{' with local changes' if e['dirty'] else ''}"
+        commits.setdefault(f"{e['device']}, torch {e['torch']}", []).append(commit)
     where = [
-        f"{e['device']}, torch {e['torch']}, commit {e['commit']}{' with local changes' if e['dirty'] else ''}"
-        for e in table["environments"]
+        f"{machine}, commit{'s' * (len(found) > 1)} {', '.join(found)}" for machine, found in commits.items()
     ]
     cases = len(table["cases"])
     return (

@@ -214,6 +214,14 @@ def test_means_over_seeds_cases_and_organs_and_the_difference_to_the_best():
     assert f"| U-Net | 45.0 | 40.0 … 50.0 | -15.0 ({span}) | 60.0 | 30.0 |" in text
 
 
+def test_a_table_names_each_machine_once_with_its_commits():
+    rows = [found_row("unet", 0, [[0.5]]), found_row("dynunet", 0, [[0.5]])]
+    for (row, _), commit in zip(rows, ("a1", "b2"), strict=True):
+        row["environment"] = {"device": "x", "torch": "2.13", "commit": commit, "dirty": commit == "b2"}
+    text = markdown({"data": "x", "failed": {}, **summarise(rows)})
+    assert "x, torch 2.13, commits a1, b2 with local changes." in text
+
+
 def test_rows_that_cannot_be_compared_are_refused():
     with pytest.raises(ValueError, match="no finished row"):
         summarise([])
