@@ -245,20 +245,18 @@ def draw(table: Table, path: Path) -> None:
     rows = [row for row in reversed(table["rows"]) if row["mean"] is not None]
     figure = Figure(figsize=(9, 0.9 + 0.34 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
-    colours = [
-        PROMPTED if row["prompted"] else OURS if row["title"].startswith("AFTer-SAM") else RIVAL
-        for row in rows
-    ]
-    means, at = [row["mean"] for row in rows], range(len(rows))
-    below = [row["mean"] - row["interval"][0] for row in rows]
-    above = [row["interval"][1] - row["mean"] for row in rows]
-    left.barh(
-        at, means, xerr=np.clip([below, above], 0, None), color=colours, height=0.65, error_kw={"lw": 1}
-    )
-    right.barh(at, [row["ice"] or 0.0 for row in rows], color=colours, height=0.65)
-    left.set_yticks(at, [title(row) for row in rows])
-    left.set(xlim=(0, 1), title="mean DSC, 95 % interval over scans")
-    right.set(title="inter-slice consistency error, 0 is best")
+    for at, row in enumerate(rows):
+        ours = row["title"].startswith("AFTer-SAM")
+        colour = PROMPTED if row["prompted"] else OURS if ours else RIVAL
+        left.plot(row["interval"], (at, at), color=colour, linewidth=3, alpha=0.4, solid_capstyle="butt")
+        left.plot(row["mean"], at, "o", color=colour)
+        left.annotate(
+            f"{row['mean']:.3f}", (row["mean"], at), (0, 5), textcoords="offset points", ha="center", size=8
+        )
+        right.plot([row["ice"]], [at], "o", color=colour)
+    left.set_yticks(range(len(rows)), [title(row) for row in rows])
+    left.set(ylim=(-0.6, len(rows) - 0.3), title="mean DSC, 95 % interval over scans")
+    right.set(title="inter-slice consistency error,\nless is better")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", linewidth=0.4, color="#d0d0d0")

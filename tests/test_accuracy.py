@@ -20,7 +20,7 @@ from benchmarks import accuracy as accuracy_module
 from benchmarks import conventions, figure
 from benchmarks.accuracy import main
 from benchmarks.accuracy_systems import SYSTEMS
-from benchmarks.accuracy_table import draw_waterfall, markdown, summarise, waterfall_of
+from benchmarks.accuracy_table import draw, draw_waterfall, markdown, summarise, waterfall_of
 from benchmarks.patch_training import (
     fit,
     lead_background,
@@ -220,6 +220,13 @@ def test_a_table_names_each_machine_once_with_its_commits():
         row["environment"] = {"device": "x", "torch": "2.13", "commit": commit, "dirty": commit == "b2"}
     text = markdown({"data": "x", "failed": {}, **summarise(rows)})
     assert "x, torch 2.13, commits a1, b2 with local changes." in text
+
+
+def test_rows_without_a_consistency_error_are_drawn_without_it(tmp_path):
+    table = summarise([found_row("unet", 0, [[0.5]]), found_row("dynunet", 0, [[0.6]])])
+    table["rows"][0]["ice"], table["rows"][1]["interval"] = None, [None, None]
+    draw({"data": "x", "failed": {}, **table}, tmp_path / "table.png")
+    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_rows_that_cannot_be_compared_are_refused():
