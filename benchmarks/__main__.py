@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,11 +48,21 @@ SUBJECTS: dict[str, Cases] = {
 TOTAL_S = {"quick": 480.0, "full": 3600.0}
 
 
-def run(what: str = "quick", *, total_s: float | None = None, case_s: float | None = None) -> dict[str, Any]:
-    """The result of `what` (quick, full or a subject) within `total_s` seconds, `case_s` of timing a case."""
+def run(
+    what: str = "quick",
+    *,
+    subjects: Sequence[str] = (),
+    total_s: float | None = None,
+    case_s: float | None = None,
+    lines: Path | None = None,
+) -> dict[str, Any]:
+    """The result of `what` (quick, full or a subject) within `total_s` seconds, `case_s` of timing a case.
+
+    `subjects` are those of a quick or full run that are measured, all where there is none.
+    Records are appended to `lines` as they are known; what stands there already is not measured again."""
     device = machine.default_device()
     dtype = machine.default_dtype(device)
-    names = list(SUBJECTS) if what in TOTAL_S else [what]
+    names = list(subjects or SUBJECTS) if what in TOTAL_S else [what]
     chosen = {name: SUBJECTS[name](device, dtype, full=what != "quick") for name in names}
     torch.manual_seed(0)
     result = harness.run(
@@ -59,6 +70,7 @@ def run(what: str = "quick", *, total_s: float | None = None, case_s: float | No
         dtype=dtype,
         budget_s=case_s if case_s is not None else 2.0 if what == "quick" else 4.0,
         total_s=total_s if total_s is not None else TOTAL_S.get(what, TOTAL_S["full"]),
+        lines=lines,
     )
     return {"scope": what, **result, "targets": targets(result)}
 
@@ -67,10 +79,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and leave the JSON; 1 where ours was not right."""
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument("what", nargs="?", default="quick", choices=[*TOTAL_S, *SUBJECTS])
+    parser.add_argument(
+        "--subjects",
+        nargs="*",
+        default=(),
+        choices=SUBJECTS,
+        help="subjects of a quick or full run; all by default",
+    )
     parser.add_argument("--budget", type=float, help="seconds in all; 480 for quick, 3600 otherwise")
     parser.add_argument("--case", type=float, help="seconds of timing a case; 2 for quick, 4 otherwise")
+    parser.add_argument(
+        "--lines",
+        type=Path,
+        help="file that keeps each record when it is known; what it holds is not measured again",
+    )
     args = parser.parse_args(argv)
-    result = run(args.what, total_s=args.budget, case_s=args.case)
+    result = run(args.what, subjects=args.subjects, total_s=args.budget, case_s=args.case, lines=args.lines)
     for target in result["targets"]:
         if target["value"] is not None:
             print(f"{target['number']}  {target['what']}: {target['value']:.2f}, target {target['target']}")

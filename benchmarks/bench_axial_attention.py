@@ -51,6 +51,7 @@ GPU_SHAPES = [
     for d in (32, 96, 64)
     for b in (4, 1)
 ]
+COMPILED = Shape(4, 9, 4096, 8, 32)
 GPU_QUICK = [
     (name, s) for name, s in GPU_SHAPES if s.slices == 9 and s.positions == 4096 and s.head_dim != 64
 ]
@@ -153,7 +154,7 @@ def providers(shape: Shape, device: torch.device) -> dict[str, Provider]:
         found[f"SDPA, {name.split('_')[0].lower()}"] = rival(sdpa_by(name))
     if gpu:
         torch.compiler.reset()  # else a few shapes later torch.compile goes eager in silence
-    late = "" if shape.positions == 4096 and shape.slices == 9 else "compiled at N 9, P 4096 alone"
+    late = "" if shape == COMPILED else "compiled at B 4, N 9, P 4096, D 32 alone"
     found["multiply-sum, compiled"] = rival(
         torch.compile(multiply_sum, dynamic=False) if gpu else multiply_sum, no_gpu or late
     )
@@ -166,9 +167,9 @@ def providers(shape: Shape, device: torch.device) -> dict[str, Provider]:
 def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Iterator[Case]:
     gpu = device.type == "cuda"
     for name, shape in (GPU_SHAPES if full else GPU_QUICK) if gpu else CPU_SHAPES:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         b, n, p, m, d = shape
-        packed = torch.randn(b, n, p, 3, m, d, generator=generator).to(device, dtype)
+        packed = torch.randn(b, n, p, 3, m, d, generator=generator, device=device).to(dtype)
         inputs = [t.requires_grad_() for t in packed.unbind(3)]  # views, as a fused projection gives them
         one = packed.numel() // 3 * packed.element_size()
         facts = {"subject": "axial", "name": name, "bytes": 4 * one, "bytes_backward": 7 * one}

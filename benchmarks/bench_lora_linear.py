@@ -125,7 +125,10 @@ def providers(
     }
     if gpu or full:
         torch.compiler.reset()
-        found["PEFT, compiled"] = Provider(peft and torch.compile(peft, dynamic=False), exact, flops, absent)
+        if full:
+            found["PEFT, compiled"] = Provider(
+                peft and torch.compile(peft, dynamic=False), exact, flops, absent
+            )
         found["PEFT form, compiled"] = Provider(torch.compile(peft_form, dynamic=False), exact, flops)
     for backend in ("torch", "augmented", "triton") if gpu else ("torch", "augmented"):
         found[f"ours, {backend}"] = Provider(
@@ -151,10 +154,10 @@ def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Itera
 
 def _case(shape: Shape, device: torch.device, dtype: torch.dtype, full: bool, *, mixed: bool = False) -> Case:
     """One shape; `mixed` has A and B in fp32 beside x and W in `dtype`, under autocast."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def draw(*size: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
-        return (scale * torch.randn(size, generator=generator)).to(device, dtype)
+        return (scale * torch.randn(size, generator=generator, device=device)).to(dtype)
 
     rows, k, n, rank = shape
     thin = torch.float32 if mixed else dtype

@@ -17,7 +17,7 @@ q, k and v are given, and so are rel_h and rel_w: the products that make them ar
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -125,16 +125,21 @@ def padded(
 
 
 def providers(
-    rivals: dict[str, Callable[..., Tensor]], exact: Callable[..., Tensor], flops: int, *, gpu: bool
+    rivals: dict[str, Callable[..., Tensor]],
+    exact: Callable[..., Tensor],
+    flops: int,
+    *,
+    gpu: bool,
+    all_compiled: bool,
 ) -> dict[str, Provider]:
-    """The rivals that can run here, on a GPU compiled too."""
+    """The rivals that can run here; on a GPU FlexAttention and the materialised bias compiled, in a full run all."""
     found = {}
     for name, call in rivals.items():
         if name != "FlexAttention":
             found[name] = Provider(call, exact, flops)
         elif not gpu:
             found[name] = Provider(None, exact, flops, "no gradient on a CPU")
-        if gpu:
+        if gpu and (all_compiled or name in ("FlexAttention", "SDPA, bias")):
             torch.compiler.reset()
             label = name if name == "FlexAttention" else f"{name}, compiled"
             found[label] = Provider(torch.compile(call, dynamic=False), exact, flops)
@@ -145,18 +150,22 @@ def _shapes(device: torch.device, full: bool) -> list[tuple[str, Shape]]:
     return (GPU_SHAPES_FULL if full else GPU_SHAPES) if device.type == "cuda" else CPU_SHAPES
 
 
+def _draw(sizes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    return [torch.randn(s, generator=generator, device=device).to(dtype).requires_grad_() for s in sizes]
+
+
 def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Iterator[Case]:
     """The global attention; `window_cases` has the windowed one."""
     for name, shape in _shapes(device, full):
         b, side, m, d, _ = shape
         p = side**2
-        generator = torch.Generator().manual_seed(0)
         sizes = [(b, p, m, d)] * 3 + [(b, m, side, p), (b, m, p, side)]
-        inputs = [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in sizes]
+        inputs = _draw(sizes, device, dtype)
         flops = 4 * b * m * p * p * d
         exact = partial(reference.rel_pos_attention, grid=(side, side))
         ours = partial(rel_pos_attention, grid=(side, side))
-        found = providers(dict(ATTEND), exact, flops, gpu=device.type == "cuda")
+        found = providers(dict(ATTEND), exact, flops, gpu=device.type == "cuda", all_compiled=full)
         found[OURS] = Provider(ours, exact, flops, role="ours")
         yield {"subject": "rel_pos", "name": name, **shape._asdict()}, inputs, found
 
@@ -165,15 +174,15 @@ def window_cases(device: torch.device, dtype: torch.dtype, full: bool = False) -
     for name, whole in _shapes(device, full):
         shape = whole._replace(window=14)
         b, side, m, d, window = shape
-        generator = torch.Generator().manual_seed(0)
-        sizes = [(b, side, side, 3, m, d), (3 * m * d,), *[(b, side, side, m, window)] * 2]
-        inputs = [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in sizes]
+        inputs = _draw(
+            [(b, side, side, 3, m, d), (3 * m * d,), *[(b, side, side, m, window)] * 2], device, dtype
+        )
         flops = 4 * b * m * side**2 * window**2 * d
         exact = partial(reference.window_attention, window=window)
         rivals: dict[str, Callable[..., Tensor]] = {
             rival: partial(padded, window=window, attend=attend) for rival, attend in ATTEND.items()
         }
-        found = providers(rivals, exact, flops, gpu=device.type == "cuda")
+        found = providers(rivals, exact, flops, gpu=device.type == "cuda", all_compiled=full)
         found[OURS_WINDOWED] = Provider(partial(window_attention, window=window), exact, flops, role="ours")
         yield {"subject": "window", "name": name, **shape._asdict()}, inputs, found
 

@@ -107,13 +107,14 @@ def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Itera
     exact = partial(loop, model=in_fp64(model), config=config, centre_alone=True)
     exact_joint = partial(loop, model=in_fp64(variant(naive)), config=config, centre_alone=False)
     found = {
-        "naive 3D": Provider(partial(anew, model=variant(naive)), exact_joint, 0, role="other"),
-        "+ SDPA": Provider(partial(anew, model=variant(flash)), exact_joint, 0, role="other"),
-        "+ factorised": Provider(partial(anew, model=variant(bench_transformer.library)), exact, 0),
-        "+ axial_fusion": Provider(partial(anew, model=model), exact, 0),
-        "+ centre alone": Provider(partial(anew, model=model, centre_alone=True), exact, 0),
+        "naive 3D": Provider(partial(anew, model=variant(naive)), exact_joint, 0, role="other", captured=False),
+        "+ SDPA": Provider(partial(anew, model=variant(flash)), exact_joint, 0, role="other", captured=False),
+        "+ factorised": Provider(partial(anew, model=variant(bench_transformer.library)), exact, 0, captured=False),
+        "+ axial_fusion": Provider(partial(anew, model=model), exact, 0, captured=False),
+        "+ centre alone": Provider(partial(anew, model=model, centre_alone=True), exact, 0, captured=False),
         OURS: Provider(
-            partial(stream, model=model, config=config, precision=anew.keywords["precision"]), exact, 0, role="ours"
+            partial(stream, model=model, config=config, precision=anew.keywords["precision"]),
+            exact, 0, role="ours", captured=False,
         ),
     }  # fmt: skip
     facts = {"subject": "waterfall", "name": name, **shape._asdict(), "items": depth, "unit": "slices"}

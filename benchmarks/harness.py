@@ -16,12 +16,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from benchmarks import clock
 from benchmarks.machine import RESULTS, default_device, default_dtype, environment, slug
 
 # Largest relative L2 error of an output; a gradient may have twice that.
@@ -42,7 +44,11 @@ class Provider:
     """The public call, another way to the same function, or what is only to be seen beside them: another
     function, or a named backend of ours."""
     checked: Callable[..., Tensor] | None = None
-    """What is compared with the reference in place of `call`: the same without autocast."""
+    """What is compared with the reference in place of `call`: the same without autocast, or on fewer slices."""
+    captured: bool = True
+    """Whether a CUDA graph can be made of it: it copies nothing to or from the host."""
+    forward_only: bool = False
+    """Its backward does not fit on this machine; the output alone is compared and timed."""
 
 
 def measure(
@@ -53,7 +59,9 @@ def measure(
     `inputs` that require a gradient get one, and where none does the forward alone is measured; `budget_s` bounds
     the seconds of timing for the whole case."""
     gate = Gate(inputs)
-    records, right = [], {}
+    records: list[dict[str, Any]] = []
+    right: dict[str, dict[str, list[clock.Call]]] = {}
+    sets = clock.copies(inputs, clock.sets_needed(inputs))
     for name, provider in providers.items():
         record: dict[str, Any] = {
             **case, "provider": name, "role": provider.role, "flops": provider.flops
@@ -62,24 +70,29 @@ def measure(
         if provider.call is None:
             record |= {"status": "missing", "reason": provider.missing}
             continue
-        expected = gate.expected(provider)
         try:
-            record |= gate.check(provider.checked or provider.call, expected)
+            record |= gate.check(provider)
             if record["status"] == "ok":
-                right[name] = runners(provider.call, inputs)
-                record["peak_bytes"] = {kind: peak_bytes(call) for kind, call in right[name].items()}
+                right[name] = runners(provider.call, sets, forward_only=provider.forward_only)
+                record["peak_bytes"] = {kind: peak_bytes(of[0]) for kind, of in right[name].items()}
         except Exception as error:  # whatever a rival raises is its result, not the end of the run
             record |= _failure(error)
             right.pop(name, None)
     for kind in ("forward", "forward_backward"):
         calls = {name: of[kind] for name, of in right.items() if kind in of}
-        share = budget_s / 3 if kind == "forward" else budget_s * 2 / 3
-        times = interleave(calls, budget_s=share)
+        times = clock.times(
+            calls,
+            budget_s=budget_s / 3 if kind == "forward" else budget_s * 2 / 3,
+            uncaptured=[name for name in calls if not providers[name].captured],
+        )
         for record in records:
             if record["provider"] in times:
-                record.setdefault("ms", {})[kind] = summary(times[record["provider"]])
-                if torch.cuda.is_available() and kind == "forward" and record["ms"][kind]["median"] < 1:
-                    record["ms"]["forward_warm"] = summary(warm_times(calls[record["provider"]]))
+                measured, by = times[record["provider"]]
+                record.setdefault("ms", {})[kind] = clock.summary(measured)
+                record["clock"] = by
+                if by == "graph" and clock.summary(measured)["median"] < 1:  # where the host may bind
+                    queued = clock.queued_times(calls[record["provider"]], budget_s=0.05)
+                    record["ms"][f"{kind}_call"] = clock.summary(queued)
     return records
 
 
@@ -91,32 +104,37 @@ class Gate:
         self.grad_output: Tensor | None = None
         self.known: dict[Callable[..., Tensor], list[Tensor | None]] = {}
 
-    def expected(self, provider: Provider) -> list[Tensor | None]:
+    def check(self, provider: Provider) -> dict[str, Any]:
+        """Status and relative L2 errors of the output and of the worst gradient."""
+        call = provider.checked or provider.call
+        assert call is not None
+        expected = self._expected(provider)
+        found = self._outputs(call, self.inputs, forward_only=provider.forward_only)
+        errors = [_relative_error(a, b) for a, b in zip(found, expected[: len(found)], strict=True)]
+        tolerance = TOLERANCE[self.inputs[0].dtype]
+        forward, backward = errors[0], torch.tensor([0.0, *errors[1:]]).max().item()  # NaN wherever it stands
+        right = forward <= tolerance and backward <= 2 * tolerance  # not `>`: a NaN must fail
+        return {"status": "ok" if right else "wrong", "error": {"forward": forward, "backward": backward}}
+
+    def _expected(self, provider: Provider) -> list[Tensor | None]:
         """Output and gradients of the provider's reference in fp64."""
         if provider.reference not in self.known:
             doubles = [t.detach().double().requires_grad_(t.requires_grad) for t in self.inputs]
             self.known[provider.reference] = self._outputs(provider.reference, doubles)
         return self.known[provider.reference]
 
-    def check(self, call: Callable[..., Tensor], expected: Sequence[Tensor | None]) -> dict[str, Any]:
-        """Status and relative L2 errors of the output and of the worst gradient."""
-        found = self._outputs(call, self.inputs)
-        errors = [_relative_error(a, b) for a, b in zip(found, expected, strict=True)]
-        tolerance = TOLERANCE[self.inputs[0].dtype]
-        forward, backward = errors[0], max(errors[1:], default=0.0)
-        # Not `>`: a NaN must fail.
-        right = forward <= tolerance and backward <= 2 * tolerance
-        return {"status": "ok" if right else "wrong", "error": {"forward": forward, "backward": backward}}
-
-    def _outputs(self, call: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    def _outputs(
+        self, call: Callable[..., Tensor], inputs: Sequence[Tensor], *, forward_only: bool = False
+    ) -> list[Tensor | None]:
         """The output, then the gradient of every input that wants one; None where it has no influence."""
-        y = call(*inputs)
+        wanted = [] if forward_only else [t for t in inputs if t.requires_grad]
+        with torch.set_grad_enabled(bool(wanted)):
+            y = call(*inputs)
+        if not wanted:
+            return [y.detach()]
         if self.grad_output is None:
             generator = torch.Generator().manual_seed(1)
             self.grad_output = torch.randn(y.shape, generator=generator).to(self.inputs[0])
-        wanted = [t for t in inputs if t.requires_grad]
-        if not wanted:
-            return [y.detach()]
         grad_output = self.grad_output.to(y)
         return [y.detach(), *torch.autograd.grad(y, wanted, grad_output, allow_unused=True)]
 
@@ -131,22 +149,26 @@ def _relative_error(found: Tensor | None, expected: Tensor | None) -> float:
     return (found.double() - expected).norm().item() / (scale if scale > 0 else 1.0)
 
 
-def runners(call: Callable[..., Tensor], inputs: Sequence[Tensor]) -> dict[str, Callable[[], object]]:
-    """Forward without a graph, and forward with backward to every input that wants a gradient, if one does."""
-    wanted = [t for t in inputs if t.requires_grad]
+def runners(
+    call: Callable[..., Tensor], sets: Sequence[Sequence[Tensor]], *, forward_only: bool = False
+) -> dict[str, list[clock.Call]]:
+    """For each input set, forward without a graph, and forward with backward to every input that wants a gradient."""
 
-    def forward() -> object:
+    def forward(inputs: Sequence[Tensor]) -> object:
         with torch.no_grad():
             return call(*inputs)
 
-    if not wanted:
-        return {"forward": forward}
-    grad_output = torch.randn_like(call(*inputs))
+    found: dict[str, list[clock.Call]] = {"forward": [partial(forward, inputs) for inputs in sets]}
+    if forward_only or not any(t.requires_grad for t in sets[0]):
+        return found
+    with torch.no_grad():
+        grad_output = torch.randn_like(call(*sets[0]))
 
-    def step() -> object:
+    def step(inputs: Sequence[Tensor]) -> object:
+        wanted = [t for t in inputs if t.requires_grad]
         return torch.autograd.grad(call(*inputs), wanted, grad_output, allow_unused=True)
 
-    return {"forward": forward, "forward_backward": step}
+    return found | {"forward_backward": [partial(step, inputs) for inputs in sets]}
 
 
 def _failure(error: BaseException) -> dict[str, str]:
@@ -155,54 +177,6 @@ def _failure(error: BaseException) -> dict[str, str]:
         error, (torch.OutOfMemoryError, MemoryError)
     ) or "can't allocate memory" in str(error)
     return {"status": "out of memory" if out_of_memory else "failed", "reason": text}
-
-
-def interleave(calls: Mapping[str, Callable[[], object]], *, budget_s: float) -> dict[str, list[float]]:
-    """Milliseconds of each call, taken in turns within `budget_s` seconds but at least three times each.
-
-    On a GPU triton's do_bench times with events after emptying the L2 cache; the launch overhead of a call
-    below some 100 µs hides behind that."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    if not calls:
-        return times
-    if torch.cuda.is_available():
-        from triton.testing import do_bench
-
-        for _ in range(3):
-            for name, call in calls.items():
-                share = 1e3 * budget_s / 3 / len(calls)
-                times[name] += do_bench(call, warmup=share / 4, rep=share, return_mode="all")
-        return times
-    began = time.perf_counter()
-    for call in calls.values():  # warm-up, and how long a round is
-        call()
-    rounds = min(max(int(budget_s / (time.perf_counter() - began)), 3), 50)
-    for _ in range(rounds):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            times[name].append(1e3 * (time.perf_counter() - began))
-    return times
-
-
-def warm_times(call: Callable[[], object], *, calls: int = 20, rounds: int = 5) -> list[float]:
-    """GPU milliseconds of a call among calls queued back to back: caches stay filled and launches overlap."""
-    times = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / calls)
-    return times
-
-
-def summary(times: Sequence[float]) -> dict[str, float]:
-    """Median, 20 % and 80 % quantiles and number of `times`."""
-    cuts = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [times[0]] * 9
-    return {"median": statistics.median(times), "q20": cuts[1], "q80": cuts[7], "n": len(times)}
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
@@ -238,12 +212,12 @@ def ceilings(dtype: torch.dtype) -> dict[str, float]:
     target = torch.empty_like(source)
     a = torch.randn(side, side, device=device, dtype=dtype)
     half = a.bfloat16()
-    calls = {
-        "copy": lambda: target.copy_(source),
-        "matmul": lambda: a @ a,
-        "matmul_bfloat16": lambda: half @ half,
+    calls: dict[str, list[clock.Call]] = {
+        "copy": [lambda: target.copy_(source)],
+        "matmul": [lambda: a @ a],
+        "matmul_bfloat16": [lambda: half @ half],
     }
-    times = {name: statistics.median(of) for name, of in interleave(calls, budget_s=1.5).items()}
+    times = {name: statistics.median(of) for name, (of, _) in clock.times(calls, budget_s=1.5).items()}
     return {"copy_bytes_per_s": 2e3 * size / times["copy"]} | {
         f"{name}_flops_per_s": 2e3 * side**3 / times[name] for name in ("matmul", "matmul_bfloat16")
     }
@@ -258,30 +232,27 @@ Cases = Callable[..., Iterable[Case]]
 """cases(device, dtype, full=False), cheap to iterate: what is large is made when a provider is first called."""
 
 
-TIMING = {
-    "gpu": "cold: triton.testing.do_bench, L2 emptied before each call; forward_warm: 20 calls queued back to back",
-    "cpu": "wall clock, providers in turns; caches are as the call before left them",
-}
-
-
 def run(
     cases: Iterable[Case] | Mapping[str, Iterable[Case]],
     *,
     dtype: torch.dtype,
     budget_s: float,
     total_s: float = math.inf,
+    lines: Path | None = None,
 ) -> dict[str, Any]:
     """Measure cases one after the other, `budget_s` seconds of timing each, printing as it goes; ready for JSON.
 
     Several subjects come as a mapping and share `total_s` seconds, checks and references included: each has an
     equal part of what is left when its turn comes, and begins no further case once that is spent. What was not
-    begun is named under `skipped`."""
+    begun is named under `skipped`. Every record is appended to the file `lines` when it is known, and cases that
+    an earlier run left there are not measured again."""
     end = time.perf_counter() + total_s
+    known = [json.loads(text) for text in lines.read_text().splitlines()] if lines and lines.exists() else []
     ceiling, where, name = ceilings(dtype), environment(), str(dtype).removeprefix("torch.")
     copy, matmul = ceiling["copy_bytes_per_s"], ceiling["matmul_flops_per_s"]
     print(f"{where['device']}, {name}: copy {copy / 1e9:.1f} GB/s, matmul {matmul / 1e12:.2f} TFLOP/s")
     subjects = cases if isinstance(cases, Mapping) else {"": cases}
-    records: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = list(known)
     skipped: list[dict[str, str]] = []
     for i, (subject, of_subject) in enumerate(subjects.items()):
         now = time.perf_counter()
@@ -292,7 +263,9 @@ def run(
                     reason = f"its {until - now:.0f} s were spent after {done} cases"
                     skipped.append({"subject": subject, "from": case["name"] or "curve", "reason": reason})
                     break
-                records += _measured(case, inputs, providers, ceiling, budget_s)
+                if any(all(r.get(key) == value for key, value in case.items()) for r in known):
+                    continue
+                records += _measured(case, inputs, providers, ceiling, budget_s, lines)
         except Exception as error:  # a subject that cannot be set up is a result, not the end of the others
             if len(subjects) == 1:
                 raise
@@ -300,7 +273,7 @@ def run(
     for line_of in skipped:
         print(f"{line_of['subject']}: not measured from {line_of['from'] or 'here'} on: {line_of['reason']}")
     return {
-        "environment": where, "dtype": name, "timing": TIMING[where["kind"]], "ceilings": ceiling,
+        "environment": where, "dtype": name, "timing": clock.METHOD[where["kind"]], "ceilings": ceiling,
         "records": records, "skipped": skipped,
     }  # fmt: skip
 
@@ -311,14 +284,21 @@ def _measured(
     providers: Mapping[str, Provider],
     ceiling: Mapping[str, float],
     budget_s: float,
+    lines: Path | None,
 ) -> list[dict[str, Any]]:
-    """The records of one case, each printed."""
+    """The records of one case, each printed and kept in `lines`."""
     hidden = ("subject", "name", "bytes", "bytes_backward", "items", "unit")
     sizes = ", ".join(f"{k} {v}" for k, v in case.items() if k not in hidden)
     print(f"{case['subject']}, {case['name'] or 'curve'}: {sizes}")
     records = measure(case, inputs, providers, budget_s=budget_s)
     for record in records:
         print(line(record, ceiling), flush=True)
+    if lines is not None:
+        with lines.open("a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+    if any("CUDA error" in record.get("reason", "") for record in records):
+        print("CUDA gave this process up; the same command with --lines goes on after this case", flush=True)
+        raise SystemExit(3)
     return records
 
 
@@ -361,8 +341,8 @@ def line(record: Mapping[str, Any], ceiling: Mapping[str, float]) -> str:
     shared = share(record, ceiling)
     if shared is not None:
         notes.append(f"{shared:.0%} of {'copy' if 'bytes' in record else 'matmul'}")
-    if "forward_warm" in record["ms"]:
-        notes.append(f"warm {record['ms']['forward_warm']['median']:.3f}")
+    if "forward_call" in record["ms"]:
+        notes.append(f"call {record['ms']['forward_call']['median']:.3f}")
     if "items" in record:
         notes.append(f"{1e3 * record['items'] / (step or forward)['median']:.3g} {record['unit']}/s")
     text = f"{name} forward {forward['median']:9.2f} ms ({', '.join(notes)})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+COMMIT = "BENCH_COMMIT"  # names the commit where the sources lie without their .git
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -60,7 +62,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton_version,
-        "commit": _output("git", "rev-parse", "--short=12", "HEAD") or "unknown",
+        "commit": os.environ.get(COMMIT) or _output("git", "rev-parse", "--short=12", "HEAD") or "unknown",
         # What this very command and `make figure` write does not make a commit another one.
         "dirty": bool(
             _output(

@@ -45,15 +45,15 @@ def test_speed(benchmark: Callable[..., object], subject: str, index: int, name:
     provider = providers[name]
     if provider.call is None:
         pytest.skip(provider.missing)
-    checked = gate.check(provider.checked or provider.call, gate.expected(provider))
+    checked = gate.check(provider)
     assert checked["status"] == "ok", checked
-    runners = harness.runners(provider.call, inputs)
+    runners = harness.runners(provider.call, [inputs], forward_only=provider.forward_only)
     if kind not in runners:
         pytest.skip("it has no backward here")
     benchmark.group = f"{facts['subject']}, {facts['name']}, {kind}"  # type: ignore[attr-defined]
 
     def call() -> None:
-        runners[kind]()
+        runners[kind][0]()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 

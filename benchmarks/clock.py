@@ -1,0 +1,176 @@
+"""How a call is timed: CUDA graphs on a GPU, the wall clock on a CPU.
+
+On a GPU a call is captured in a CUDA graph, several times over, each time on an input set of its own, and the graph
+is replayed: kernels follow one another as fast as the GPU takes them, whatever Python costs a call, and since the
+sets together exceed the L2 cache several times, every call finds its inputs in memory. What a user who does not
+capture pays is measured beside it: calls queued back to back, the host's share included."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], object]
+METHOD = {
+    "gpu": "GPU time of a CUDA graph of calls on input sets that exceed the L2 cache; *_call: calls queued from"
+    " Python, the host's share included; clock 'events' where a call cannot be captured",
+    "cpu": "wall clock, providers in turns; caches are as the call before left them",
+}
+L2_SIZES = 5  # that the input sets of a graph exceed together
+MOST_SETS = 16
+GRAPH_MS = 4.0  # of GPU work in a graph, so that its launch is not what is measured
+OWN_MS = 20.0  # a call longer than this needs no other input sets
+LONG_MS = 1000.0  # of measurements, after which no other is taken
+
+
+def sets_needed(inputs: Sequence[Tensor]) -> int:
+    """How many sets of these inputs exceed the L2 cache of their GPU; 1 on a CPU."""
+    if inputs[0].device.type != "cuda":
+        return 1
+    l2 = torch.cuda.get_device_properties(inputs[0].device).L2_cache_size
+    held = sum(t.numel() * t.element_size() for t in inputs)
+    return max(1, min(MOST_SETS, -(-L2_SIZES * l2 // max(1, held))))
+
+
+def copies(inputs: Sequence[Tensor], count: int) -> list[list[Tensor]]:
+    """The inputs and `count` − 1 copies of them, of the same strides and the same wish for gradients."""
+    sets = [list(inputs)]
+    for _ in range(count - 1):
+        bases: dict[int, Tensor] = {}  # views of one tensor stay views of one tensor
+
+        def copy(t: Tensor, bases: dict[int, Tensor] = bases) -> Tensor:
+            base = t._base if t._base is not None else t
+            if id(base) not in bases:
+                bases[id(base)] = base.detach().clone()
+            if t._base is None:
+                return bases[id(base)]
+            return bases[id(base)].as_strided(t.shape, t.stride(), t.storage_offset())
+
+        sets.append([copy(t).detach().requires_grad_(t.requires_grad) for t in inputs])
+    return sets
+
+
+def times(
+    calls: Mapping[str, Sequence[Call]], *, budget_s: float, uncaptured: Collection[str] = ()
+) -> dict[str, tuple[list[float], str]]:
+    """Milliseconds of each call, and by which clock. A call comes as one function an input set.
+
+    Calls are timed in turns within `budget_s` seconds, at least three times each; no graph is made of those that are
+    named in `uncaptured`."""
+    if not calls:
+        return {}
+    if torch.cuda.is_available():
+        return _gpu_times(calls, budget_s, uncaptured)
+    return {
+        name: (of, "wall") for name, of in _wall_times({n: c[0] for n, c in calls.items()}, budget_s).items()
+    }
+
+
+def _gpu_times(
+    calls: Mapping[str, Sequence[Call]], budget_s: float, uncaptured: Collection[str]
+) -> dict[str, tuple[list[float], str]]:
+    found: dict[str, tuple[list[float], str]] = {
+        name: ([], "events" if name in uncaptured else "graph") for name in calls
+    }
+    graphs: dict[str, _Graph] = {}
+    share = budget_s / 2 / len(calls)
+    for _ in range(2):  # in turns, so that a GPU that slows down slows all of them
+        for name, of in calls.items():
+            known, clock = found[name]
+            if sum(known) > LONG_MS:
+                continue
+            if clock == "graph":
+                try:
+                    graph = graphs.get(name) or _Graph(of)
+                except RuntimeError:  # it synchronises or copies from the host: not to be captured
+                    torch.cuda.synchronize()
+                    clock = "events"
+                else:
+                    known += _events(graph.replay, budget_s=share, calls=graph.calls)
+                    graphs[name] = graph
+                    if torch.cuda.memory_reserved() > torch.cuda.get_device_properties(0).total_memory // 2:
+                        graphs.clear()  # the results that graphs hold would not fit beside one another
+                        del graph
+                        torch.cuda.empty_cache()
+            if clock == "events":
+                known += queued_times(of, budget_s=share)
+            found[name] = (known, clock)
+    return found
+
+
+class _Graph:
+    """A CUDA graph of calls on every input set in turn, long enough that its launch is not what is timed."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        calls = _worth(calls)
+        one = max(_events(calls[0], budget_s=0.0, calls=1)[0], 1e-3)
+        rounds = max(1, min(16, int(GRAPH_MS / (one * len(calls)))))
+        self.calls = rounds * len(calls)
+        for call in calls:  # what a first call sets up is not captured
+            call()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            for _ in range(rounds):
+                self.kept = [call() for call in calls]  # results lie apart, as inputs do
+        self.replay()
+        torch.cuda.synchronize()
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+def queued_times(calls: Sequence[Call], *, budget_s: float) -> list[float]:
+    """Milliseconds of a call among calls queued back to back from Python: GPU time or the host's, which is longer."""
+    calls = _worth(calls)
+
+    def in_turn() -> None:
+        for call in calls:
+            call()
+
+    return _events(in_turn, budget_s=budget_s, calls=len(calls))
+
+
+def _worth(calls: Sequence[Call]) -> Sequence[Call]:
+    """The calls, or the first alone where it is so long that its inputs leave the cache by themselves."""
+    return calls[:1] if _events(calls[0], budget_s=0.0, calls=1)[-1] > OWN_MS else calls
+
+
+def _events(run: Call, *, budget_s: float, calls: int) -> list[float]:
+    measured: list[float] = []
+    end = time.perf_counter() + budget_s
+    while len(measured) < 3 or (time.perf_counter() < end and len(measured) < 100):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        measured.append(start.elapsed_time(stop) / calls)
+        if sum(measured) * calls > LONG_MS:
+            break
+    return measured
+
+
+def _wall_times(calls: Mapping[str, Call], budget_s: float) -> dict[str, list[float]]:
+    measured: dict[str, list[float]] = {name: [] for name in calls}
+    began = time.perf_counter()
+    for call in calls.values():  # warm-up, and how long a round is
+        call()
+    rounds = min(max(int(budget_s / (time.perf_counter() - began)), 3), 50)
+    for _ in range(rounds):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            measured[name].append(1e3 * (time.perf_counter() - began))
+    return measured
+
+
+def summary(measured: Sequence[float]) -> dict[str, float]:
+    """Median, 20 % and 80 % quantiles and number of times."""
+    cuts = (
+        statistics.quantiles(measured, n=10, method="inclusive") if len(measured) > 1 else [measured[0]] * 9
+    )
+    return {"median": statistics.median(measured), "q20": cuts[1], "q80": cuts[7], "n": len(measured)}
