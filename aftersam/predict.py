@@ -65,6 +65,8 @@ class PredictArgs:
     """Folder for what the encoder makes of each slice: found there, or written for the next prediction."""
     compile: bool = False
     """Compile the model first, which takes a minute and pays back over many scans."""
+    graph: bool = True
+    """Replay each step as a CUDA graph on a GPU. --no-graph launches kernels one by one: slower, and less memory."""
     save_probabilities: bool = False
     """Leave CASE.probabilities.npy beside each mask: float16 (classes, background first, x, y, z)."""
     confidence: bool = False
@@ -89,7 +91,9 @@ def predict_files(args: PredictArgs) -> int:
 
     jobs, folder = _jobs(args)
     jobs = jobs[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]  # torchrun's
-    segmenter = load(args.model, checkpoint=args.checkpoint, device=args.device, compiled=args.compile)
+    segmenter = load(
+        args.model, checkpoint=args.checkpoint, device=args.device, compiled=args.compile, graphs=args.graph
+    )
     names = _kept_labels(args.labels, segmenter.labels)
     compute = functools.partial(
         _compute, segmenter, args, _sliding(args, segmenter), _embeddings(args, segmenter)

@@ -155,14 +155,17 @@ def load(
     checkpoint: Literal["best", "last"] = "best",
     device: str = "auto",
     compiled: bool = False,
+    graphs: bool = True,
 ) -> Segmenter:
     """Load the model that `aftersam.train` left in the folder `run`, LoRA merged, ready to predict.
 
-    `compiled` compiles each step at its first use: a minute that many scans pay back.
+    `compiled` compiles each step at its first use: a minute that many scans pay back. `graphs` replays each step as
+    a CUDA graph where the model is on a GPU: the same masks, without a launch for each of hundreds of kernels.
     Raises ValueError on a missing, truncated or foreign file."""
     import torch
 
     from aftersam.checkpoint import load_weights, read_json
+    from aftersam.graphs import capture_steps
     from aftersam.model.build import build_aftersam, compile_steps, merge_lora, precision_for
 
     run = Path(run)
@@ -176,6 +179,8 @@ def load(
     merge_lora(model)
     if compiled:
         compile_steps(model)
+    if graphs:
+        capture_steps(model)
     if device == "auto":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     where = torch.device(device)

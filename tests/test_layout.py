@@ -27,7 +27,7 @@ PRODUCT = sorted(p for folder in ("aftersam", "kernels", "benchmarks") for p in 
 FLOORS = [
     {"__init__", "config", "metrics", "losses", "figures", "timings", "components"},
     {"schedule", "model", "data", "checkpoint", "embeddings"},
-    {"streaming", "evaluate", "report", "validation"},
+    {"streaming", "graphs", "evaluate", "report", "validation"},
     {"check", "train", "segmenter", "predict", "encode", "export"},
     {"demo", "ablate"},
     {"__main__"},
