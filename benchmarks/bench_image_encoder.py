@@ -149,7 +149,9 @@ def providers(
             found[name] = Provider(partial(run, name, False), exact, count, role=role)
         elif not gpu:
             found[name] = Provider(None, exact, count, "it is compiled on a GPU")
-        if gpu and (full or name in (OURS, "FlexAttention", "SDPA, bias")):
+        elif not full:
+            found[name] = Provider(None, exact, count, "compiled in a full run")
+        if gpu and (full or name in (OURS, "SDPA, bias")):
             label = name if name == "FlexAttention" else f"{name}, compiled"
             other: Any = "other" if name == OURS else "rival"
             found[label] = Provider(partial(run, name, True), exact, count, role=other)
