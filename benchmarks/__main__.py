@@ -29,7 +29,7 @@ from benchmarks import (
     machine,
 )
 from benchmarks.harness import Cases
-from benchmarks.targets import targets
+from benchmarks.targets import line, targets
 
 SUBJECTS: dict[str, Cases] = {
     "axial": bench_axial_attention.cases,
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = run(args.what, subjects=args.subjects, total_s=args.budget, case_s=args.case, lines=args.lines)
     for target in result["targets"]:
         if target["value"] is not None:
-            print(f"{target['number']}  {target['what']}: {target['value']:.2f}, target {target['target']}")
+            print(line(target))
     print(harness.write(result))
     return harness.failed(result)
 
