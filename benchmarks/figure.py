@@ -1,8 +1,9 @@
-"""Draw docs/bench-<device>*.png and docs/accuracy-*.png and write the README's tables.    python -m benchmarks.figure
+"""Draw docs/*.png, write docs/performance.md, docs/accuracy.md and the README's tables.    python -m benchmarks.figure
 
 Takes the newest result of each device in benchmarks/results, one of several subjects before one of a single
-subject: time and memory against N and image size, a waterfall of techniques, a roofline, and one row a case with ours
-beside its best rival. Of the README only what stands between its two markers changes."""
+subject. docs/performance.md has all of it: targets, one row a case with ours beside its best rival, time and memory
+against N and image size, a waterfall of techniques, a roofline. The README has a row a subject, and changes between
+its two markers alone."""
 
 from __future__ import annotations
 
@@ -16,6 +17,12 @@ from typing import Any
 from benchmarks.machine import RESULTS, ROOT, slug
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"  # of write_readme's default
+PERFORMANCE = """# Performance, as measured
+
+`make bench` measures the machine it runs on, `make figure` writes this page from the newest result of each device in
+`benchmarks/results`. Every provider was compared with its own equations in fp64, output and gradients, before it was
+timed ([how](../benchmarks/README.md)). × above 1 is how many times faster ours is than the fastest right rival, below 1
+how much it loses."""
 COLOURS = {
     "naive 3D": "#b0b0b0",
     "SDPA 3D": "#5b7fa6",
@@ -23,6 +30,7 @@ COLOURS = {
     "SDPA factorised, compiled": "#8c5a9e",
     "axial_fusion": "#b3262e",
 }
+KINDS = ("forward", "forward_backward")
 Result = Mapping[str, Any]
 
 
@@ -175,7 +183,7 @@ def table(result: Result) -> str:
         rows.append([shape, *(cell(found.get(p)) for p in providers)])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "| --- |" + " ---: |" * len(providers))
-    return "\n".join([f"**{caption(result)}**", "", *lines])
+    return "\n".join(lines)
 
 
 def caption(result: Result) -> str:
@@ -216,6 +224,54 @@ def rivals_table(result: Result) -> str:
     return "\n".join(lines)
 
 
+def short_table(result: Result) -> str:
+    """Markdown: the first case of each subject, forward / forward + backward, ours beside its best rival."""
+    rows, seen = [], set()
+    for (subject, name), group in groupby(result["records"], key=lambda r: (r["subject"], r["name"])):
+        records = list(group)
+        ours = next((r for r in records if r["role"] == "ours" and "ms" in r), None)
+        if subject in seen or subject == "waterfall" or not name or ours is None:
+            continue
+        best = {
+            kind: min(timed, key=lambda r: r["ms"][kind]["median"])
+            for kind in KINDS
+            if kind in ours["ms"]
+            and (timed := [r for r in records if r["role"] == "rival" and kind in r.get("ms", {})])
+        }
+        if not best:
+            continue
+        seen.add(subject)
+        mine, theirs = ([r["ms"][k]["median"] for k, r in pairs] for pairs in (
+            [(k, ours) for k in best], list(best.items())
+        ))  # fmt: skip
+        gains = " / ".join(f"{b / a:.2f}×" for a, b in zip(mine, theirs, strict=True))
+        names = " / ".join(dict.fromkeys(r["provider"] for r in best.values()))
+        rows.append([f"{subject}, {name}", names, _milliseconds(theirs), _milliseconds(mine), gains])
+    header = ["case, forward / forward + backward", "best library form", "its ms", "ours, ms", "gain"]
+    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
+    lines.insert(1, "| --- | --- | ---: | ---: | ---: |")
+    return "\n".join(lines)
+
+
+def _milliseconds(times: Sequence[float]) -> str:
+    return " / ".join(f"{t:.3g}" for t in times)
+
+
+def targets_table(result: Result) -> str:
+    """Markdown: what was set out to be reached, what this result holds of it, and whether that is enough."""
+    rows = [
+        [t["number"], t["what"] + (f", {t['case']}" if t["case"] else ""), t["rival"] or "–", f"{t['value']:.3g}",
+         t["target"] + (f" ({t['scaled']} here)" if "scaled" in t else ""), t["verdict"]]
+        for t in result.get("targets", ()) if t["value"] is not None and "verdict" in t
+    ]  # fmt: skip
+    if not rows:
+        return ""
+    header = ["", "target", "rival", "measured", "aim", ""]
+    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
+    lines.insert(1, "| --- | --- | --- | ---: | ---: | --- |")
+    return "\n".join(lines)
+
+
 def cell(record: Result | None) -> str:
     """`forward / forward + backward ms, peak MiB` of a record, or why there is none."""
     if record is None:
@@ -238,23 +294,23 @@ def write_readme(readme: Path, sections: Sequence[str], name: str = "bench") -> 
     partial.replace(readme)
 
 
-def readme_sections(result: Result, image: Path) -> list[str]:
-    """Draw what the result allows, `image` and <image>-waterfall.png, <image>-roofline.png; the README's sections."""
+def page_sections(result: Result, image: Path) -> list[str]:
+    """Draw what the result allows, `image` and <image>-waterfall.png, <image>-roofline.png; the page's sections."""
     device = result["environment"]["device"]
-    sections = []
+    sections = [f"## {device}", caption(result)]
+    if targeted := targets_table(result):
+        sections.append(targeted)
     if curve(result):
         draw(result, image)
-        sections += [table(result), f"![time and memory on {device}](docs/{image.name})"]
-    else:
-        sections.append(f"**{caption(result)}**")
+        sections += [table(result), f"![time and memory on {device}]({image.name})"]
     waterfall, roofline = (image.with_name(f"{image.stem}-{kind}.png") for kind in ("waterfall", "roofline"))
     if draw_waterfall(result, waterfall):
-        sections.append(f"![what each technique gains on {device}](docs/{waterfall.name})")
+        sections.append(f"![what each technique gains on {device}]({waterfall.name})")
     if any(r["subject"] != "fusion" for r in result["records"]):
         sections.append(rivals_table(result))
     if draw_roofline(result, roofline):
         sections.append(
-            f"Every forward with counted bytes below what the machine can: [roofline](docs/{roofline.name})."
+            f"Every forward with counted bytes below what the machine can: [roofline]({roofline.name})."
         )
     return sections
 
@@ -282,11 +338,13 @@ def accuracy_sections(results: Path, docs: Path) -> list[str]:
 
 def main() -> int:
     try:
-        sections = []
+        sections, page = [], [PERFORMANCE]
         for result in newest():
-            device = result["environment"]["device"]
-            image = ROOT / "docs" / f"bench-{slug(device)}.png"
-            sections += readme_sections(result, image)
+            image = ROOT / "docs" / f"bench-{slug(result['environment']['device'])}.png"
+            page += page_sections(result, image)
+            sections += [f"**{caption(result)}**", short_table(result)]
+        (ROOT / "docs" / "performance.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
+        sections.append("[Every case, target and picture](docs/performance.md).")
         write_readme(ROOT / "README.md", sections)
         accuracy = accuracy_sections(RESULTS / "accuracy", ROOT / "docs")
         if accuracy:

@@ -236,7 +236,7 @@ def test_the_newest_result_of_a_device_becomes_figure_and_table(result, tmp_path
     assert figure.newest(tmp_path) == [json.loads(json.dumps(result))]
     figure.draw(result, tmp_path / "docs" / "bench.png")
     assert (tmp_path / "docs" / "bench.png").read_bytes().startswith(b"\x89PNG")
-    header, _, row = figure.table(result).splitlines()[2:]
+    header, _, row = figure.table(result).splitlines()
     assert header.count("|") == row.count("|") == 6
     assert row.startswith("| small: 3, 3×3, 16, 2 |")
     assert row.count(" MiB |") == 4
@@ -260,8 +260,8 @@ def test_the_waterfall_has_a_bar_for_each_technique_and_needs_one(result, tmp_pa
         budget_s=0.01,
     )
     assert [r["status"] for r in found["records"]] == ["ok"] * 6
-    sections = figure.readme_sections(found, tmp_path / "bench.png")
-    assert sections[1].endswith("(docs/bench-waterfall.png)")
+    sections = figure.page_sections(found, tmp_path / "bench.png")
+    assert any(s.endswith("(bench-waterfall.png)") for s in sections)
     assert (tmp_path / "bench-waterfall.png").exists()
 
 
@@ -405,8 +405,9 @@ def test_compare_says_what_exceeds_the_spread(tmp_path, capsys):
 
 def test_a_loss_to_a_rival_is_shown(tmp_path):
     result = a_result({"mine": times(1, 2, 3), "theirs": times(0.5, 1, 2), "slow": times(8, 8, 8)})
-    sections = figure.readme_sections(result, tmp_path / "bench.png")
-    assert sections[1].splitlines()[-1] == "| square, x² | theirs, 1 ms | 2 ms | 0.50× |"
+    sections = figure.page_sections(result, tmp_path / "bench.png")
+    assert sections[2].splitlines()[-1] == "| square, x² | theirs, 1 ms | 2 ms | 0.50× |"
+    assert figure.short_table(result).splitlines()[-1] == "| square, x² | theirs | 1 | 2 | 0.50× |"
     assert (tmp_path / "bench-roofline.png").exists()
     readme = tmp_path / "README.md"
     readme.write_text(f"{figure.BEGIN}\n{figure.END}\n")
