@@ -13,7 +13,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from axial_fusion._launch import MAX_TRITON_HEAD_DIM, autocast_dtype, plain_on, select_backend
 from axial_fusion.axial_attention import axial_attention
@@ -21,6 +20,7 @@ from axial_fusion.axial_half import axial_half
 from axial_fusion.lora_linear import lora_linear
 from axial_fusion.lora_qkv import lora_qkv
 from axial_fusion.reference import AttentionWeights, LoRA
+from axial_fusion.row_norm import row_norm
 from axial_fusion.slice_attention import slice_attention
 
 
@@ -144,19 +144,16 @@ def _normed_projections(
     ranks = {None if lora is None else lora.a.shape[0] for lora in (w.lora_q, w.lora_v)}
     apart = query_index is not None or w.norm_weight is None or ranks == {None} or len(ranks) > 1 or dropout_p
     if apart or backend == "torch" or plain_on(x):
-        return _projections(_norm(x, w, eps), w, num_heads, dropout_p, query_index)
+        return _projections(_norm(x, w, eps, backend), w, num_heads, dropout_p, query_index)
     qkv = lora_qkv(x, w.norm_weight, w.norm_bias, w.qkv_weight, w.qkv_bias, w.lora_q, w.lora_v, eps=eps)  # type: ignore[arg-type]
     return qkv.unflatten(-1, (3, num_heads, -1)).unbind(3)  # type: ignore[return-value]  # views
 
 
-def _norm(x: Tensor, w: AttentionWeights, eps: float) -> Tensor:
+def _norm(x: Tensor, w: AttentionWeights, eps: float, backend: str) -> Tensor:
     """LayerNorm with fp32 weights and statistics, its result in the dtype that the projections compute in."""
-    dtype = autocast_dtype(x) or x.dtype
     if w.norm_weight is None:
-        return x.to(dtype)
-    wide = torch.promote_types(x.dtype, w.norm_weight.dtype)
-    bias = None if w.norm_bias is None else w.norm_bias.to(wide)
-    return F.layer_norm(x.to(wide), x.shape[-1:], w.norm_weight.to(wide), bias, eps).to(dtype)
+        return x.to(autocast_dtype(x) or x.dtype)
+    return row_norm(x, w.norm_weight, w.norm_bias, eps=eps, backend="torch" if backend == "torch" else "auto")
 
 
 def _projections(
