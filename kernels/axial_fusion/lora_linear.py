@@ -198,6 +198,7 @@ def _(grad, x, xa, weight, lora_a, lora_b, seed, scaling, dropout_p, backend, ne
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, lora_a, lora_b, seed, *ctx.options = inputs
     ctx.save_for_backward(x, output[1], weight, lora_a, lora_b, seed)
+    ctx.set_materialize_grads(False)  # no zeros for x aᵀ, which nobody differentiates
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -165,6 +165,7 @@ def _(grad, x, mean, rstd, weight, bias, needs):
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, weight, bias, _, _ = inputs
     ctx.save_for_backward(x, output[1], output[2], weight, bias)
+    ctx.set_materialize_grads(False)  # no zeros for the statistics, which nobody differentiates
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
