@@ -150,12 +150,14 @@ def launch_tail(
 
     Where xa (T, r) is given, writes xa and x's copy in out too; else out's first K columns are x."""
     (rows, wide), rank, exact = x.shape, a.shape[0], x.dtype == torch.float32
+    # Exact products, the mask and rows that are loaded an element at a time need registers.
+    narrow = exact or seed is not None or x.stride(0) % 8 or wide % 8
     with _on(x.device):
         lora_tail_kernel[(-(-rows // 64),)](
             x, a, seed, out, xa,
             *_drop(seed, p), rows, x.stride(0), out.stride(0),
             K=wide, R=rank, RANK=block(rank), WIDTH=out.shape[1] - wide, COPY=xa is not None,
-            DROPOUT=seed is not None, BLOCK_T=64, BLOCK_K=32 if exact or seed is not None else 128,
+            DROPOUT=seed is not None, BLOCK_T=64, BLOCK_K=32 if narrow else 128,
             num_warps=8 if exact else 4, num_stages=3,
         )  # fmt: skip
 
