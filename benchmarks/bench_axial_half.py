@@ -2,9 +2,7 @@
 
     library          torch's layer_norm, linear and SDPA, with the transposes that the layout costs
     compiled         the line above through torch.compile (on a GPU)
-    ours, composed   library products around the axial kernel
-    ours, triton     one op that saves x alone for the backward (on a GPU)
-    axial_half       ours: axial_fusion_attention with intra=None, what `auto` chooses
+    axial_half       ours: axial_fusion_attention with intra=None, library products around our kernels on a GPU
 
 On x (B, N, P, C), all weights trained. Bytes counted: x read and y written, the weights once."""
 
@@ -39,9 +37,9 @@ def library(x: Tensor, *weights: Tensor, heads: int) -> Tensor:
     return y.unflatten(0, (b, p)).transpose(1, 2).contiguous()
 
 
-def ours(x: Tensor, *weights: Tensor, heads: int, backend: str = "auto") -> Tensor:
+def ours(x: Tensor, *weights: Tensor, heads: int) -> Tensor:
     inter = AttentionWeights._make([*weights, None, None])
-    return axial_fusion_attention(x, inter, None, num_heads=heads, backend=backend)
+    return axial_fusion_attention(x, inter, None, num_heads=heads)
 
 
 def exact(x: Tensor, *weights: Tensor, heads: int) -> Tensor:
@@ -52,19 +50,12 @@ def providers(shape: Shape, device: torch.device) -> dict[str, Provider]:
     b, n, side, c, m = shape
     tokens, gpu = b * n * side**2, device.type == "cuda"
     flops = 8 * tokens * c * c + 4 * tokens * n * c
-    reference, composed = partial(exact, heads=m), partial(ours, heads=m, backend="composed")
-    call, no_gpu = partial(library, heads=m), "" if gpu else "it needs a GPU"
+    reference, call = partial(exact, heads=m), partial(library, heads=m)
     found = {"library": Provider(call, reference, flops)}
     if gpu:
         torch.compiler.reset()
         found["library, compiled"] = Provider(torch.compile(call, dynamic=False), reference, flops)
-    fused = None if no_gpu else partial(ours, heads=m, backend="triton")
-    return {
-        **found,
-        "ours, composed": Provider(composed, reference, flops, role="other"),
-        "ours, triton": Provider(fused, reference, flops, no_gpu, role="other"),
-        OURS: Provider(partial(ours, heads=m), reference, flops, role="ours"),
-    }
+    return {**found, OURS: Provider(partial(ours, heads=m), reference, flops, role="ours")}
 
 
 def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Iterator[Case]:

@@ -21,13 +21,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from axial_fusion import AttentionWeights, LoRA, _tiles
-from axial_fusion import _axial_half_kernels as half
 from axial_fusion import _lora_kernels as lora
 from axial_fusion import _rel_pos_launch as rel_pos
+from axial_fusion import _tiles
 from axial_fusion.axial_attention import _launch_backward, _launch_forward
 
-qkv = sys.modules["axial_fusion.lora_qkv"]  # named like its op
+qkv, norm = (sys.modules[f"axial_fusion.{name}"] for name in ("lora_qkv", "row_norm"))  # named like their ops
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
 }  # fmt: skip
@@ -52,53 +51,32 @@ def axial_attention(
     _launch_backward(torch.zeros(q.shape, dtype=dtype), q, k, v, None, dim**-0.5, False)
 
 
-def axial_half(
-    dtype: torch.dtype,
-    slices: int,
-    positions: int,
-    channels: int,
-    heads: int,
-    rank: int,
-    *,
-    centre: bool = False,
-) -> None:
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype)
-
-    lora = LoRA(draw(rank, channels), draw(channels, rank)) if rank else None
-    norm = torch.zeros(2, channels).unbind()  # fp32 beside half-precision projections, as under autocast
-    weights = AttentionWeights(
-        draw(3 * channels, channels),
-        draw(3 * channels),
-        draw(channels, channels),
-        draw(channels),
-        *norm,
-        lora,
-        lora,
-    )
-    queries = (slices // 2, 1, 1) if centre else (0, 1, slices)
-    x = draw(1, slices, positions, channels)
-    half.launch_forward(x, weights, heads, queries, True, 1e-6)
-    half.launch_backward(draw(1, queries[2], positions, channels), x, weights, heads, queries, 1e-6, True)
+def row_norm(dtype: torch.dtype, rows: int, channels: int, *, weights: torch.dtype = torch.float32) -> None:
+    x, (gamma, beta) = torch.zeros(2, rows, channels, dtype=dtype), torch.zeros(2, channels, dtype=weights)
+    out = torch.zeros(2 * rows, channels, dtype=dtype)
+    mean, rstd = norm.launch_forward(x, gamma, beta, out, 1e-6)
+    norm.launch_backward(out, x, mean, rstd, gamma, need_x=True, need_weights=True)
+    norm.launch_column_sums(out)
 
 
 def lora_linear(dtype: torch.dtype, rows: int, k: int, n: int, rank: int, *, dropout: bool = False) -> None:
     def draw(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
 
-    x, dy, weight, bias = draw(rows, k), draw(rows, n), draw(n, k), draw(n)
-    a, b = (draw(rank, k), draw(n, rank)) if rank else (None, None)
-    seed = torch.tensor(1) if dropout else None
-    lora.launch_forward(x, weight, bias, a, b, seed, 0.5, 0.1)
-    lora.launch_dx(dy, weight, a, b, seed, 0.5, 0.1)
-    if rank:
-        lora.launch_thin(draw(rows, rank), x, seed, 0.1)
+    x, dy, a, b = draw(rows, k), draw(rows, n), draw(rank, k), draw(n, rank)
+    seed, xa = torch.tensor(1) if dropout else None, draw(rows, rank)
+    lora.launch_tail(x, a, draw(rows, k + lora.tail_width(rank)), seed, 0.1, xa)
+    lora.launch_weight(draw(n, k), b, 0.5)
+    if rank <= lora.MAX_REDUCED_RANK:
+        lora.launch_reduce(dy, x, xa, b, seed, 0.5, 0.1, need_a=True, need_b=True)
 
 
 def lora_qkv(dtype: torch.dtype, rows: int, channels: int, rank: int) -> None:
     x, a = torch.zeros(rows, channels, dtype=dtype), torch.zeros(2 * rank, channels, dtype=dtype)
     gamma, beta = torch.zeros(2, channels).unbind()
-    qkv._normalised(x, gamma, beta, a if rank else None, 1e-6, dtype, "triton")
+    qkv._normalised(x, gamma, beta, a, 1e-6, dtype, "triton")
+    b = torch.zeros(channels, rank)  # LoRA's weights stay fp32
+    lora.launch_weight(torch.zeros(3 * channels, channels, dtype=dtype), b, 0.5, b, 0.5)
 
 
 def rel_pos_attention(dtype: torch.dtype, heads: int, dim: int, height: int, width: int) -> None:
@@ -125,13 +103,14 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "axial, N 9, D 32, packed": lambda dtype: axial_attention(dtype, 9, 9, 4096, 8, 32, packed=True),
     "axial, Nq 1, D 96, P 7": lambda dtype: axial_attention(dtype, 1, 9, 7, 3, 96),
     "axial, N 16, D 24, P 7": lambda dtype: axial_attention(dtype, 16, 16, 7, 3, 24),
-    "half, N 9, D 32, C 256, r 4": lambda dtype: axial_half(dtype, 9, 4096, 256, 8, 4),
-    "half, N 9, D 64, C 768, no LoRA": lambda dtype: axial_half(dtype, 9, 4096, 768, 12, 0),
     "lora, 768 to 2304, r 4": lambda dtype: lora_linear(dtype, 36_864, 768, 2304, 4),
     "lora, 768 to 768, r 64, dropout": lambda dtype: lora_linear(dtype, 4096, 768, 768, 64, dropout=True),
     "lora, 37 to 53, r 3, 7 rows": lambda dtype: lora_linear(dtype, 7, 37, 53, 3),
-    "lora, 256 to 768, no LoRA": lambda dtype: lora_linear(dtype, 4096, 256, 768, 0),
+    "norm, C 256": lambda dtype: row_norm(dtype, 18_432, 256, weights=dtype),
+    "norm, C 37": lambda dtype: row_norm(dtype, 7, 37),
+    "norm, C 4096": lambda dtype: row_norm(dtype, 4096, 4096),
     "qkv, C 256, r 4": lambda dtype: lora_qkv(dtype, 36_864, 256, 4),
+    "qkv, C 768, r 16": lambda dtype: lora_qkv(dtype, 36_864, 768, 16),
     "qkv, C 1280, r 16": lambda dtype: lora_qkv(dtype, 4096, 1280, 16),
     "rel-pos, 64 by 64, D 32": lambda dtype: rel_pos_attention(dtype, 8, 32, 64, 64),
     "rel-pos, 64 by 64, D 64": lambda dtype: rel_pos_attention(dtype, 12, 64, 64, 64),
@@ -140,7 +119,6 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "windows of 14, 64 by 64, D 32": lambda dtype: window_attention(dtype, 8, 32, 64, 64, 14),
     "windows of 14, 64 by 64, D 64": lambda dtype: window_attention(dtype, 12, 64, 64, 64, 14),
     "windows of 14, 64 by 64, D 80": lambda dtype: window_attention(dtype, 16, 80, 64, 64, 14),
-    "half, centre of 9, D 24, C 72, P 7": lambda dtype: axial_half(dtype, 9, 7, 72, 3, 4, centre=True),
 }
 
 

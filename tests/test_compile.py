@@ -15,11 +15,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 ROOT = Path(__file__).parents[1]
 SHARED_MEMORY = {80: 163, 90: 227, 100: 227, 120: 99}  # KiB a block may have
 DTYPES = ["bfloat16", "float16", "float32"]
-SHIPPED = ("N 9, D 32", "768 to", "256 to 768")  # cases whose products must run asynchronously on sm_90
-THIN = (
-    "rows_kernel",
-    "thin_product_kernel",
-)  # a rank of 4 fills no 64-row product: the older instruction serves
+SHIPPED = ("N 9, D 32",)  # cases whose products must run asynchronously on sm_90
+THIN = ("row_norm", "lora")  # of these, no product has 64 rows and columns: the older instruction serves
+NO_PRODUCT = ("row_norm_bwd_kernel", "column_sums_kernel", "lora_weight_kernel")
 
 
 def _built(arch: int, dtype: str) -> subprocess.CompletedProcess:
@@ -51,8 +49,9 @@ def test_every_kernel_builds(arch, dtype, builds):
             continue  # exact products run on the FMA units, where a spill costs less than another tile would
         relative = built["kernel"].startswith("rel_pos")
         assert built["spills"] == 0, built
-        assert built["mma"] > 0, built
+        if not (built["kernel"] in NO_PRODUCT or built["case"].startswith("norm")):
+            assert built["mma"] > 0, built
         shipped = relative or any(name in built["case"] for name in SHIPPED)
-        if arch == 90 and shipped and built["kernel"] not in THIN:
+        if arch == 90 and shipped and not built["kernel"].startswith(THIN):
             assert built["hgmma"] > 0, built
             assert built["waits"] <= 2 or built["waits"] < built["hgmma"], f"every product waits: {built}"

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ from axial_fusion import (
     axial_attention,
     axial_fusion_attention,
     lora_linear,
+    lora_qkv,
     reference,
     rel_pos_attention,
     select_backend,
     slice_attention,
     window_attention,
 )
+from axial_fusion.row_norm import row_norm
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 
@@ -209,6 +212,30 @@ def test_compiles_whole_with_dynamic_sizes():
     for shape in [(2, 3, 5, 8), (3, 4, 6, 8), (2, 5, 9, 8)]:
         x = torch.randn(*shape)
         torch.testing.assert_close(compiled(x), run(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_composed_as_on_a_gpu(rank, monkeypatch):
+    """Norm, LoRA projections and axial attention by Triton: forward and every gradient."""
+    torch.manual_seed(9)
+    fusion = sys.modules["axial_fusion.fusion"]
+    monkeypatch.setattr(fusion, "plain_on", lambda x: False)
+    for op in (row_norm, lora_qkv, axial_attention):
+        triton = partial(op, backend="triton")
+        monkeypatch.setattr(fusion, op.__name__, lambda *a, _op=triton, backend=None, **k: _op(*a, **k))
+    x, inter, intra = (
+        torch.randn(2, 3, 5, 16, requires_grad=True),
+        *(half(16, torch.float32, rank) for _ in "ab"),
+    )
+    given, grad = [x, *tensors(inter, intra)], torch.randn(2, 3, 5, 16)
+    ours, theirs = (
+        run(x, inter, intra, num_heads=2)
+        for run in (axial_fusion_attention, reference.axial_fusion_attention)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    expected = torch.autograd.grad(theirs, given, grad)
+    for mine, truth in zip(torch.autograd.grad(ours, given, grad), expected, strict=True):
+        torch.testing.assert_close(mine, truth, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["axial_attention", "rel_pos_attention", "window_attention"])

@@ -36,9 +36,7 @@ MEASURED: dict[Key, Tile] = {}  # empty until a GPU has measured; `default` is w
 
 def default(key: Key) -> Tile:
     """The tile of a key that nobody has measured: one that builds without spills."""
-    if key.op == "axial_attention":
-        return Tile()
-    return Tile(num_warps=4 if key.head_dim in (16, 32) and key.arch < 100 else 8, num_stages=2)
+    return Tile()
 
 
 def tiles(

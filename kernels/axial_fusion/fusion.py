@@ -9,18 +9,16 @@ that autograd, autocast and torch.compile see ops and no graph break.    Source:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from axial_fusion._launch import MAX_TRITON_HEAD_DIM, autocast_dtype, plain_on, select_backend
+from axial_fusion._launch import autocast_dtype, plain_on, select_backend
 from axial_fusion.axial_attention import axial_attention
-from axial_fusion.axial_half import axial_half
 from axial_fusion.lora_linear import lora_linear
 from axial_fusion.lora_qkv import lora_qkv
 from axial_fusion.reference import AttentionWeights, LoRA
+from axial_fusion.row_norm import row_norm
 from axial_fusion.slice_attention import slice_attention
 
 
@@ -41,8 +39,8 @@ def axial_fusion_attention(
     `inter` are the weights of the attention across slices, `intra` of that within a slice; one of them may be
     None, its half is then left out. `query_index` computes those slices alone, as (B, Nq, ...), with keys from
     all N. `residual` False returns FC_intra(...) without its z' (z' keeps its own). `dropout_p` is of the LoRA
-    branches. `backend` "composed" is library products around the axial kernel, "triton" the axial half as one op
-    that saves x alone for the backward, "torch" plain torch in every part.
+    branches. `backend` "composed" is library products around the kernels of the norm and of axial attention, "torch"
+    plain torch in every part.
 
     Under reentrant checkpointing pass every weight as an argument of the checkpointed function by itself:
     torch looks for tensors that need gradients in the arguments alone, not inside a NamedTuple.
@@ -71,16 +69,7 @@ def axial_fusion_attention(
                 f"axial_fusion_attention: query_index is {query_index}, but x has the slices 0 to {slices - 1}"
             )
     chosen = select_backend("axial_fusion_attention", x, backend=backend).backend
-    if chosen == "triton" and inter is not None:
-        _check_fused(inter, channels // num_heads, dropout_p)
-
-    if inter is not None and chosen == "triton":
-        queries = _progression(query_index, slices)
-        x = axial_half(
-            x, _in_one_dtype(inter, x), num_heads=num_heads, queries=queries,
-            residual=residual or intra is not None, eps=eps,
-        )  # fmt: skip
-    elif inter is not None:
+    if inter is not None:
         q, k, v = _normed_projections(x, inter, num_heads, dropout_p, eps, chosen, query_index)
         o = axial_attention(q, k, v, backend="torch" if chosen == "torch" else "auto")
         kept = _pick(x, query_index) if residual or intra is not None else None
@@ -92,43 +81,6 @@ def axial_fusion_attention(
         o = slice_attention(q, k, v, backend="torch" if backend == "torch" else "auto")
         x = _project(o, intra, x if residual else None, dtype=x.dtype)
     return x if len(grid) == 1 else x.unflatten(2, grid)
-
-
-def _check_fused(w: AttentionWeights, head_dim: int, dropout_p: float) -> None:
-    """Raises ValueError for what the axial half as one op does not do."""
-    ranks = {lora.a.shape[0] for lora in (w.lora_q, w.lora_v) if lora is not None}
-    problem = None
-    if dropout_p and ranks:
-        problem = "it has no dropout on the LoRA branch"
-    elif len(ranks) > 1 or max(ranks, default=0) > 64:
-        problem = f"its LoRA ranks are {sorted(ranks)}, but q and v must share one of at most 64"
-    elif head_dim > MAX_TRITON_HEAD_DIM:
-        problem = f"head dim {head_dim} is above {MAX_TRITON_HEAD_DIM}"
-    if problem:
-        raise ValueError(f"backend 'triton' cannot run axial_fusion_attention here: {problem}")
-
-
-def _progression(index: list[int] | None, slices: int) -> tuple[int, int, int]:
-    """query_index as (first, step, count). Raises ValueError where the distances between its slices differ."""
-    if index is None:
-        return 0, 1, slices
-    step = index[1] - index[0] if len(index) > 1 else 1
-    if any(b - a != step for a, b in pairwise(index)):
-        raise ValueError(
-            f"axial_fusion_attention: query_index is {index}; backend 'triton' takes slices at equal distances"
-        )
-    return index[0], step, len(index)
-
-
-def _in_one_dtype(w: AttentionWeights, x: Tensor) -> AttentionWeights:
-    """The projections in the dtype that products are computed in: autocast's, or x's."""
-    dtype = autocast_dtype(x) or x.dtype
-    return w._replace(
-        qkv_weight=w.qkv_weight.to(dtype),
-        qkv_bias=None if w.qkv_bias is None else w.qkv_bias.to(dtype),
-        out_weight=w.out_weight.to(dtype),
-        out_bias=None if w.out_bias is None else w.out_bias.to(dtype),
-    )
 
 
 def _normed_projections(
@@ -144,19 +96,16 @@ def _normed_projections(
     ranks = {None if lora is None else lora.a.shape[0] for lora in (w.lora_q, w.lora_v)}
     apart = query_index is not None or w.norm_weight is None or ranks == {None} or len(ranks) > 1 or dropout_p
     if apart or backend == "torch" or plain_on(x):
-        return _projections(_norm(x, w, eps), w, num_heads, dropout_p, query_index)
+        return _projections(_norm(x, w, eps, backend), w, num_heads, dropout_p, query_index)
     qkv = lora_qkv(x, w.norm_weight, w.norm_bias, w.qkv_weight, w.qkv_bias, w.lora_q, w.lora_v, eps=eps)  # type: ignore[arg-type]
     return qkv.unflatten(-1, (3, num_heads, -1)).unbind(3)  # type: ignore[return-value]  # views
 
 
-def _norm(x: Tensor, w: AttentionWeights, eps: float) -> Tensor:
+def _norm(x: Tensor, w: AttentionWeights, eps: float, backend: str) -> Tensor:
     """LayerNorm with fp32 weights and statistics, its result in the dtype that the projections compute in."""
-    dtype = autocast_dtype(x) or x.dtype
     if w.norm_weight is None:
-        return x.to(dtype)
-    wide = torch.promote_types(x.dtype, w.norm_weight.dtype)
-    bias = None if w.norm_bias is None else w.norm_bias.to(wide)
-    return F.layer_norm(x.to(wide), x.shape[-1:], w.norm_weight.to(wide), bias, eps).to(dtype)
+        return x.to(autocast_dtype(x) or x.dtype)
+    return row_norm(x, w.norm_weight, w.norm_bias, eps=eps, backend="torch" if backend == "torch" else "auto")
 
 
 def _projections(

@@ -4,15 +4,18 @@ W and B A are never merged, which in bf16 would round a small B A away. Three en
 
 torch       bias and the thin product first, onto which the library adds x Wᵀ up: y is written, read and written again
 augmented   one library product [x | x Aᵀ] [W | s B]ᵀ of K + r: y is written once, x is copied for its tail
-triton      one product whose main loop multiplies each tile of x by A as well (_lora_kernels.py): y is written once,
-            nothing is copied
+triton      the same product, its operands written in one pass each; dA and dB from one pass over dY and x
+            (_lora_kernels.py)
 
 x and the thin x Aᵀ are saved. With d = scaling · dY B, the gradients are
 
     dX = dY W + dropout'(d A)        dA = dᵀ dropout(X)        dB = scaling · dYᵀ (dropout(X) Aᵀ)
 
-The augmented engine takes dY W and d from one product dY [W | s B], the Triton one from one loop over dY. Dropout's
-mask is a hash of the element's index and the seed, so no engine keeps it in memory for the backward."""
+The augmented engine takes dY W and d from one product dY [W | s B]. Dropout's mask is a hash of the element's index and
+the seed, so no engine keeps it in memory for the backward.
+
+On an H100 (bf16, 36,864 rows, 768 to 2304, r 4), frozen 195 us, the Triton engine takes 284 us forward, augmented 313,
+torch 381; kernels that multiply x by A inside the large product took 287 to 453."""
 
 from __future__ import annotations
 
@@ -34,6 +37,7 @@ from axial_fusion._launch import (
     select_backend,
 )
 from axial_fusion.reference import dropout_mask
+from axial_fusion.row_norm import column_sums
 
 _onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 ALIGN = 8  # columns of a tail: the library's fast products want rows of a multiple of 16 bytes
@@ -90,7 +94,19 @@ def _joined(wide: Tensor, thin: Tensor) -> Tensor:
     return torch.cat([wide, F.pad(thin, (0, -thin.shape[1] % ALIGN))], 1)
 
 
-_FORWARD = {"torch": _plain_forward, "augmented": _augmented_forward, "triton": kernels.launch_forward}
+def _triton_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, seed: Tensor | None,
+    scaling: float, p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if a is None or b is None:
+        return F.linear(x, weight, bias), x.new_empty(0)
+    (rows, wide), rank = x.shape, a.shape[0]
+    joined, xa = x.new_empty(rows, wide + kernels.tail_width(rank)), x.new_empty(rows, rank)
+    kernels.launch_tail(x, a, joined, seed, p, xa)
+    return F.linear(joined, kernels.launch_weight(weight, b, scaling), bias), xa
+
+
+_FORWARD = {"torch": _plain_forward, "augmented": _augmented_forward, "triton": _triton_forward}
 
 _OP = "axial_fusion::lora_linear"
 _INPUTS = "Tensor? lora_a, Tensor? lora_b, Tensor? seed, float scaling, float dropout_p, str backend"
@@ -135,36 +151,33 @@ def _backward_op(
     dy, rows = _rows_of(grad), _rows_of(x)  # (T, N), (T, K)
     a, b = _thin_weights(x, lora_a, lora_b)
     fused = backend == "triton" and rows.numel() > 0 and weight.numel() > 0
-    dx = da = db = d = empty
+    dx = da = db = empty
+    sums: list[Tensor | None] = [None, None]  # dA and dB where the kernel gives them
     if a is None or b is None:
-        if needs[0]:
-            dx = (
-                kernels.launch_dx(dy, weight.contiguous(), None, None, None, 1.0, 0.0)[0]
-                if fused
-                else dy @ weight
+        dx = dy @ weight if needs[0] else empty
+    elif needs[0] or needs[3] or needs[4]:
+        rank = b.shape[1]
+        if fused and rank <= kernels.MAX_REDUCED_RANK:
+            d, *sums = kernels.launch_reduce(
+                dy, rows, xa, b, seed, scaling, dropout_p, need_a=needs[3], need_b=needs[4]
             )
-    else:
-        if needs[0] and fused:
-            dx, d = kernels.launch_dx(dy, weight.contiguous(), a, b, seed, scaling, dropout_p)
+            a = F.pad(a, (0, 0, 0, d.shape[1] - rank))  # the library is slow on a rank of 4
         elif needs[0] and backend == "augmented":
             both = dy @ _joined(weight, scaling * b)
-            dx, d = both[:, : x.shape[-1]], both[:, x.shape[-1] : x.shape[-1] + b.shape[1]]
+            dx, d = both[:, : x.shape[-1]], both[:, x.shape[-1] : x.shape[-1] + rank]
             dx = torch.addmm(dx, d, a) if seed is None else dx + _masked(d @ a, seed, dropout_p)
         else:
             d = scaling * (dy @ b)
-            dx = _masked(d @ a, seed, dropout_p).addmm_(dy, weight) if needs[0] else empty
+        if needs[0] and backend != "augmented":
+            dx = _masked(d @ a, seed, dropout_p).addmm_(dy, weight)
         if needs[3] and lora_a is not None:
-            da = (
-                kernels.launch_thin(d, rows, seed, dropout_p)
-                if fused
-                else d.t() @ _masked(rows, seed, dropout_p)
-            )
+            da = d.t() @ _masked(rows, seed, dropout_p) if sums[0] is None else sums[0]
             da = da.to(lora_a.dtype)
         if needs[4] and lora_b is not None:
-            db = kernels.launch_thin(xa, dy, None, 0.0).t() if fused else dy.t() @ xa
-            db = (scaling * db).to(lora_b.dtype).contiguous()
+            db = scaling * (dy.t() @ xa) if sums[1] is None else sums[1]
+            db = db.to(lora_b.dtype).contiguous()
     dw = dy.t() @ rows if needs[1] else empty
-    dbias = dy.sum(0) if needs[2] else empty
+    dbias = column_sums(dy) if needs[2] else empty
     return dx.reshape(x.shape) if needs[0] else empty, dw, dbias, da, db
 
 
@@ -185,6 +198,7 @@ def _(grad, x, xa, weight, lora_a, lora_b, seed, scaling, dropout_p, backend, ne
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, lora_a, lora_b, seed, *ctx.options = inputs
     ctx.save_for_backward(x, output[1], weight, lora_a, lora_b, seed)
+    ctx.set_materialize_grads(False)  # no zeros for x aᵀ, which nobody differentiates
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:

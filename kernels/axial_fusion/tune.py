@@ -20,11 +20,9 @@ from axial_fusion import _tiles, reference
 from axial_fusion._launch import BACKENDS, FASTEST, SliceKey, slice_key
 from axial_fusion._tiles import Key, Tile
 from axial_fusion.axial_attention import axial_attention
-from axial_fusion.fusion import axial_fusion_attention
-from axial_fusion.reference import AttentionWeights
 from axial_fusion.slice_attention import slice_attention
 
-OPS = ("axial_attention", "axial_half", "axial_half_backward", "slice_attention")
+OPS = ("axial_attention", "slice_attention")
 TOLERANCE = {
     torch.float32: 1e-5,
     torch.float16: 4e-3,
@@ -65,11 +63,10 @@ def tune(
     unknown op."""
     if op not in OPS:
         raise ValueError(f"op is {op!r}; there are {', '.join(OPS)}")
-    channels = heads * head_dim if op.startswith("axial_half") else 0
     small, large = (
         _Problem(op, slices, head_dim, heads, p, dtype, device) for p in (min(positions, 19), positions)
     )
-    key: Key | SliceKey = Key(op, _tiles.arch(small.inputs[0].device), dtype, slices, head_dim, channels)
+    key: Key | SliceKey = Key(op, _tiles.arch(small.inputs[0].device), dtype, slices, head_dim)
     table: dict[Any, Any] = _tiles.MEASURED
     if op == "slice_attention":
         key, table = slice_key(small.inputs[0]), FASTEST
@@ -100,52 +97,24 @@ class _Problem:
     ) -> None:
         generator = torch.Generator().manual_seed(0)
 
-        def draw(*shape: int, scale: float = 1.0) -> Tensor:
-            return (scale * torch.randn(shape, generator=generator)).to(device, dtype).requires_grad_()
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
 
-        self.op, self.heads, self.backend = op, heads, "triton"
-        c = heads * head_dim
-        if op in ("axial_attention", "slice_attention"):
-            self.inputs = [draw(1, slices, positions, heads, head_dim) for _ in range(3)]
-        else:
-            s = c**-0.5
-            self.inputs = [draw(1, slices, positions, c), draw(3 * c, c, scale=s), draw(3 * c), draw(c, c, scale=s),
-                           draw(c), draw(c), draw(c)]  # fmt: skip
-        self.backward = op != "axial_half"
+        self.op, self.backend = op, "triton"
+        self.inputs = [draw(1, slices, positions, heads, head_dim) for _ in range(3)]
 
     def run(self) -> list[Tensor]:
-        """The result, and its gradients where the backward is what is tuned or shares the tile."""
-        if self.op == "slice_attention":
-            q, k, v = self.inputs
-            y = slice_attention(q, k, v, backend=self.backend)
-        elif self.op == "axial_attention":
-            y = axial_attention(*self.inputs, backend=self.backend)
-        else:
-            x, *weights = self.inputs
-            y = axial_fusion_attention(
-                x,
-                AttentionWeights._make([*weights, None, None]),
-                None,
-                num_heads=self.heads,
-                backend=self.backend,
-            )
-        return self._with_gradients(y, self.inputs)
+        """The result and its gradients."""
+        q, k, v = self.inputs
+        attend = slice_attention if self.op == "slice_attention" else axial_attention
+        return self._with_gradients(attend(q, k, v, backend=self.backend), self.inputs)
 
     def exact(self) -> list[Tensor]:
         wide = [t.detach().double().requires_grad_() for t in self.inputs]
-        if self.op == "slice_attention":
-            y = reference.slice_attention(wide[0], wide[1], wide[2])
-        elif self.op == "axial_attention":
-            y = reference.axial_attention(wide[0], wide[1], wide[2])
-        else:
-            x, *weights = wide
-            inter = AttentionWeights._make([*weights, None, None])
-            y = reference.axial_fusion_attention(x, inter, None, num_heads=self.heads)
-        return self._with_gradients(y, wide)
+        attend = reference.slice_attention if self.op == "slice_attention" else reference.axial_attention
+        return self._with_gradients(attend(wide[0], wide[1], wide[2]), wide)
 
     def _with_gradients(self, y: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-        if not self.backward:
-            return [y]
         weight = torch.linspace(-1, 1, y.shape[-1], device=y.device, dtype=y.dtype)
         return [y, *torch.autograd.grad(y, inputs, weight.expand_as(y))]
 
