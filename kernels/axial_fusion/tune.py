@@ -10,7 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable
-from itertools import product
+from itertools import chain, product
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from axial_fusion.fusion import axial_fusion_attention
 from axial_fusion.reference import AttentionWeights
 from axial_fusion.slice_attention import slice_attention
 
-OPS = ("axial_attention", "axial_half", "axial_half_backward", "slice_attention")
+OPS = ("axial_attention", "axial_attention_backward", "axial_half", "axial_half_backward", "slice_attention")
 TOLERANCE = {
     torch.float32: 1e-5,
     torch.float16: 4e-3,
@@ -44,7 +44,10 @@ def candidates(op: str) -> Iterable[Tile | str]:
     """Tiles worth trying for N up to 64, or the backends that are fused without torch.compile."""
     if op == "slice_attention":
         return (name for name in BACKENDS[op] if name not in ("flex", "torch"))
-    return (Tile(*sizes) for sizes in product((16, 32, 64, 128), (2, 4, 8), (1, 2, 3)))
+    if op.startswith("axial_attention"):  # no loop, so no stages; wgmma was wrong here: 4 warps share heads
+        one_head = (Tile(*sizes) for sizes in product((16, 32, 64), (1, 2)))
+        return chain(one_head, (Tile(16, warps, 1, heads) for warps, heads in product((2, 4, 8), (2, 4, 8))))
+    return (Tile(*sizes) for sizes in product((16, 32, 64, 128), (1, 2, 4, 8), (1, 2, 3)))
 
 
 def tune(
@@ -105,20 +108,20 @@ class _Problem:
 
         self.op, self.heads, self.backend = op, heads, "triton"
         c = heads * head_dim
-        if op in ("axial_attention", "slice_attention"):
+        if op == "slice_attention" or op.startswith("axial_attention"):
             self.inputs = [draw(1, slices, positions, heads, head_dim) for _ in range(3)]
         else:
             s = c**-0.5
             self.inputs = [draw(1, slices, positions, c), draw(3 * c, c, scale=s), draw(3 * c), draw(c, c, scale=s),
                            draw(c), draw(c), draw(c)]  # fmt: skip
-        self.backward = op != "axial_half"
+        self.backward = op not in ("axial_attention", "axial_half")
 
     def run(self) -> list[Tensor]:
-        """The result, and its gradients where the backward is what is tuned or shares the tile."""
+        """The result, and its gradients where the backward is what is tuned or shares the choice."""
         if self.op == "slice_attention":
             q, k, v = self.inputs
             y = slice_attention(q, k, v, backend=self.backend)
-        elif self.op == "axial_attention":
+        elif self.op.startswith("axial_attention"):
             y = axial_attention(*self.inputs, backend=self.backend)
         else:
             x, *weights = self.inputs
@@ -135,7 +138,7 @@ class _Problem:
         wide = [t.detach().double().requires_grad_() for t in self.inputs]
         if self.op == "slice_attention":
             y = reference.slice_attention(wide[0], wide[1], wide[2])
-        elif self.op == "axial_attention":
+        elif self.op.startswith("axial_attention"):
             y = reference.axial_attention(wide[0], wide[1], wide[2])
         else:
             x, *weights = wide
