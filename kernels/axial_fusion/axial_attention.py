@@ -1,7 +1,7 @@
 """Attention across slices at each position: softmax(scale · q kᵀ) v over the N slices of a group.
 
-N is tiny (9) and D is 32: the products cost little, and the op is bound by memory. A tile holds whole softmax rows of
-one position, or of as many as fit, so the backward recomputes them and nothing but q, k and v is saved. Each output
+N is tiny (9) and D is 32: the products cost little, and the op is bound by memory. A tile holds whole softmax rows, of
+one position or of several, so the backward recomputes them and nothing but q, k and v is saved. Each output
 is written once, without atomics. A program takes one head, or HEADS neighbouring heads as one batched product, whose
 rows of D elements are contiguous in memory. Heads are the fastest axis of the grid: neighbours share cache lines.
 Traffic: forward reads q, k, v and writes y; backward reads these and dY and writes dq, dk, dv.
@@ -10,7 +10,8 @@ Scores between positions of one tile are masked. Where a tile holds one position
 A default tile holds one position where N ≥ 9 forward, and where N ≥ 9 and D ≤ 64 backward. In other tiles an inf or
 NaN reaches the tile's few positions, since 0 · inf is NaN, and no further.
 
-Tiles are too small for wgmma: it takes 64 rows, and its sums of two parts of D were wrong on an H100 (Triton 3.6).
+Tiles keep off wgmma, which Triton takes for 64 rows and 4 warps: on an H100 (Triton 3.6) the sum of D's two parts,
+64 + 32, came out wrong there.
 
 Gradients, with p the softmax's rows: dv = pᵀ dY, dp = dY vᵀ, ds = p · (dp − Σ p · dp),
 dq = scale · ds k, dk = scale · dsᵀ q."""
