@@ -5,7 +5,8 @@ The error may be at most 2× (gradients 3×) that of torch in the same dtype, wi
 import pytest
 import torch
 
-from axial_fusion import axial_attention, reference, select_backend
+from axial_fusion import _tiles, axial_attention, reference, select_backend
+from axial_fusion._tiles import Key, Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]
@@ -21,7 +22,12 @@ SHAPES = {  # B, Nq, N, P, M, D
     "centre query": (2, 1, 9, 10, 2, 32),
     "odd head dim": (1, 3, 3, 23, 2, 24),
     "80": (1, 5, 5, 14, 1, 80),
+    "80, several tiles": (1, 9, 9, 11, 1, 80),
     "96": (1, 9, 9, 8, 1, 96),
+    "3 heads": (2, 9, 9, 3, 3, 32),
+    "8 heads": (1, 9, 9, 5, 8, 32),
+    "12 heads, 3 positions a tile": (1, 5, 5, 7, 12, 24),
+    "2 heads of 20 slices": (1, 20, 20, 2, 2, 32),
     "128": (1, 4, 4, 17, 1, 128),
     "16 slices": (1, 16, 16, 7, 1, 32),
     "33 slices": (2, 33, 33, 2, 1, 16),
@@ -81,6 +87,51 @@ def test_masks(causal, lengths, queries):
     if lengths is not None:
         options["lengths"] = torch.tensor(lengths, device=DEVICE)
     check(inputs((2, queries, 5, 13, 2, 16), torch.float32), torch.float32, **options)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
+def test_scale_of_any_sign(scale):
+    check(inputs((1, 9, 9, 5, 8, 16), torch.float16), torch.float16, scale=scale)
+
+
+def test_strided_lengths():
+    lengths = torch.tensor([4, 9, 0, 9, 2, 9], device=DEVICE)[::2]
+    check(inputs((3, 5, 5, 4, 8, 16), torch.float16), torch.float16, lengths=lengths)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [32, 48])
+@pytest.mark.parametrize(
+    "tile",
+    [Tile(16, 4, 1, 8), Tile(16, 4, 1, 4), Tile(32, 4, 1, 2), Tile(16, 1), Tile(32, 2), Tile(64, 2)],
+    ids=str,
+)
+def test_every_tile(tile, head_dim, dtype, monkeypatch):
+    for op in ("axial_attention", "axial_attention_backward"):
+        arch = _tiles.arch(torch.empty(0, device=DEVICE).device)
+        monkeypatch.setitem(_tiles.MEASURED, Key(op, arch, dtype, 9, head_dim), tile)
+    check(inputs((1, 9, 9, 8, 8, head_dim), dtype), dtype)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # NumPy's, of the interpreter
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize(("slices", "heads", "head_dim"), [(9, 8, 32), (16, 8, 32), (9, 3, 32), (12, 2, 64)])
+def test_what_is_not_finite_stays_in_its_position(slices, heads, head_dim, value):
+    """Forward and gradients of every other position are bit for bit what they were."""
+    shape = (1, slices, slices, 5, heads, head_dim)
+    grad = torch.ones(1, slices, 5, heads, head_dim, device=DEVICE, dtype=torch.float16)
+
+    def run(spoiled):
+        tensors = inputs(shape, torch.float16)
+        with torch.no_grad():
+            for tensor in tensors if spoiled else ():
+                tensor[:, slices // 2, 2] = value
+        y = axial_attention(*tensors, backend="triton")
+        return [t[:, :, [0, 1, 3, 4]] for t in (y, *torch.autograd.grad(y, tensors, grad))]
+
+    clean, spoiled = run(False), run(True)
+    assert all(t.isfinite().all() for t in clean)
+    assert all(torch.equal(a, b) for a, b in zip(clean, spoiled, strict=True))
 
 
 def test_packed_and_strided_inputs_are_read_in_place():

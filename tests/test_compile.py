@@ -45,6 +45,10 @@ def test_every_kernel_builds(arch, dtype, builds):
     for built in rows:
         assert built["lines"] > 100, "no code was disassembled"
         assert built["shared"] <= SHARED_MEMORY[arch] * 1024, built
+        axial = built["kernel"].startswith("_axial_attention")
+        if axial:  # an H100 summed D's two parts wrongly in wgmma; the kernels' tiles must keep off it
+            assert built["hgmma"] == 0, built
+            assert built["spills"] == 0 or "N 64" in built["case"], built
         if dtype == "float32":
             continue  # exact products run on the FMA units, where a spill costs less than another tile would
         relative = built["kernel"].startswith("rel_pos")
@@ -52,6 +56,6 @@ def test_every_kernel_builds(arch, dtype, builds):
         if not (built["kernel"] in NO_PRODUCT or built["case"].startswith("norm")):
             assert built["mma"] > 0, built
         shipped = relative or any(name in built["case"] for name in SHIPPED)
-        if arch == 90 and shipped and not built["kernel"].startswith(THIN):
+        if arch == 90 and shipped and not axial and not built["kernel"].startswith(THIN):
             assert built["hgmma"] > 0, built
             assert built["waits"] <= 2 or built["waits"] < built["hgmma"], f"every product waits: {built}"

@@ -13,39 +13,84 @@ from torch import Tensor
 
 
 class Tile(NamedTuple):
-    """Rows of a tile (positions times slices, filled from below), warps, and stages of the loads' pipeline."""
+    """Rows of a tile (positions times slices, filled from below), warps, stages of the loads' pipeline, and heads.
+
+    `heads` is the most that one program takes of them."""
 
     rows: int = 64
     num_warps: int = 4
     num_stages: int = 1
+    heads: int = 1
 
 
 class Key(NamedTuple):
-    """What a tile is chosen by. `arch` is 90 for sm_90 and 0 in Triton's interpreter; C is 0 without projections."""
+    """What a tile is chosen by. `arch` is 90 for sm_90 and 0 in Triton's interpreter."""
 
     op: str
     arch: int
     dtype: torch.dtype
     slices: int
     head_dim: int
-    channels: int = 0
 
 
-MEASURED: dict[Key, Tile] = {}  # empty until a GPU has measured; `default` is what compiles without spills
+MEASURED: dict[Key, Tile] = {}  # entries of the tuner; all else is `default`
 
 
 def default(key: Key) -> Tile:
-    """The tile of a key that nobody has measured: one that builds without spills."""
+    """The tile of a key without an entry: one that builds without spills where N is 32 at most."""
+    if key.op == "axial_attention":
+        return _forward(key)
+    if key.op == "axial_attention_backward":
+        return _backward(key)
     return Tile()
 
 
-def tiles(
-    op: str, x: Tensor, num_queries: int, num_keys: int, head_dim: int, channels: int = 0
-) -> dict[str, int]:
-    """Kernel arguments for `op` on x's device and dtype: positions a tile, its rows, warps and stages."""
-    key = Key(op, arch(x.device), x.dtype, max(num_queries, num_keys), head_dim, channels)
-    tile = MEASURED.get(key) or default(key)
-    group = max(1, tile.rows // key.slices)
+# Axial attention on an H100 (torch 2.11, Triton 3.6): µs at B 4, P 4096, M 8 in bf16, q, k and v views of one tensor.
+# Each number is of the fastest kernel tried with such a tile. 16 rows hold 3 positions of 5 slices.
+# "wrong": products of 64 rows run on wgmma, and ptxas 12.8 miscompiles those of D's two parts, 64 + 32
+# (tests/kernel_builds.py, wrong_descriptors).
+#                   16 rows, 8 heads,   16 rows,   32 rows,   64 rows,
+#                             4 warps     1 warp    2 warps    4 warps
+# N 9   D 32   fwd             104.0      113.2      116.0      112.8
+#              bwd             227.6      199.8      206.7      210.1
+# N 5   D 32   fwd              58.0          -       62.6       62.9
+#              bwd             108.3          -      113.1      115.6
+# N 16  D 32   fwd             179.6      203.1      204.5      213.1
+#              bwd             336.4      389.2      385.6      389.5
+# N 9   D 96   fwd             450.9      329.3      329.0      wrong
+#              bwd                 -      714.4      627.5      758.4
+# What follows takes the best of each row, the one with the fewest positions a tile where two are within 1 %, and
+# extends it by rule. fp32, whose products run on the FMA units, was not measured: its tiles build without spills.
+def _forward(key: Key) -> Tile:
+    if key.dtype != torch.float32 and key.head_dim <= 32:
+        return Tile(16, 4, 1, heads=max(1, 128 // block(key.slices)))
+    return _one_head(key, 16)
+
+
+def _backward(key: Key) -> Tile:
+    if key.dtype == torch.float32:
+        return _one_head(key, 16)
+    used = 16 // key.slices * key.slices  # rows of 16 that hold a slice
+    if key.head_dim <= 32 and used >= 12:
+        return Tile(16, 4, 1, heads=8)
+    return _one_head(key, 32 if key.head_dim > 64 else 16)
+
+
+def _one_head(key: Key, rows: int) -> Tile:
+    if key.dtype == torch.float32:
+        return Tile(rows, 8 if key.head_dim > 64 or key.slices > 16 else 4)
+    return Tile(rows, 1 if max(rows, key.slices) <= 16 else 2)  # fewer than the 4 warps that wgmma takes
+
+
+def choose(op: str, x: Tensor, slices: int, head_dim: int) -> Tile:
+    """The tile of `op` on x's device and dtype."""
+    key = Key(op, arch(x.device), x.dtype, slices, head_dim)
+    return MEASURED.get(key) or default(key)
+
+
+def packed(tile: Tile, num_queries: int, num_keys: int) -> dict[str, int]:
+    """Kernel arguments of a tile: positions in it, its rows, warps and stages."""
+    group = max(1, tile.rows // max(num_queries, num_keys))
     return {
         "GROUP": group,
         "BLOCK_Q": block(group * num_queries),

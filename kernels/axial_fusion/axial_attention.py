@@ -1,11 +1,17 @@
 """Attention across slices at each position: softmax(scale · q kᵀ) v over the N slices of a group.
 
-N is tiny (9) and D is 32, so one position is far too small for a matrix unit and the op is bound by memory.
-The Triton kernel packs 64 // N positions into one 64-row tile and masks all but the block diagonal of its scores:
-64 × 64 products where 9 × 9 are wanted cost less than the traffic they hide behind. A tile holds whole softmax
-rows, so the backward recomputes them and nothing but q, k, v is saved; each output is written once, without
-atomics. Heads are the fastest axis of the grid: the rows of D elements that neighbours read share cache lines.
+N is tiny (9) and D is 32: the products cost little, and the op is bound by memory. A tile holds whole softmax rows, of
+one position or of several, so the backward recomputes them and nothing but q, k and v is saved. Each output
+is written once, without atomics. A program takes one head, or HEADS neighbouring heads as one batched product, whose
+rows of D elements are contiguous in memory. Heads are the fastest axis of the grid: neighbours share cache lines.
 Traffic: forward reads q, k, v and writes y; backward reads these and dY and writes dq, dk, dv.
+
+Scores between positions of one tile are masked. Where a tile holds one position, an inf or NaN stays in its position.
+A default tile holds one position where N ≥ 9 forward, and where N ≥ 9 and D ≤ 64 backward. In other tiles an inf or
+NaN reaches the tile's few positions, since 0 · inf is NaN, and no further.
+
+Tiles keep off wgmma, which Triton takes for 64 rows and 4 warps: on an H100 (Triton 3.6) the sum of D's two parts,
+64 + 32, came out wrong there.
 
 Gradients, with p the softmax's rows: dv = pᵀ dY, dp = dY vᵀ, ds = p · (dp − Σ p · dp),
 dq = scale · ds k, dk = scale · dsᵀ q."""
@@ -13,6 +19,8 @@ dq = scale · ds k, dk = scale · dsᵀ q."""
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from math import gcd
 from typing import Any
 
 import torch
@@ -32,7 +40,7 @@ from axial_fusion._launch import (
     softmax_scale,
 )
 from axial_fusion._rows import jit
-from axial_fusion._tiles import split, tiles
+from axial_fusion._tiles import Tile, choose, packed, split
 from axial_fusion.reference import axial_mask
 
 try:
@@ -43,8 +51,10 @@ except ImportError:  # the kernels below then stay plain functions that nothing 
 
 @jit
 def _rows(tile, batch, head, P, stride_b, stride_n, stride_p, stride_m,
-          SLICES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Rows of a tile, position by position and slice by slice: offset, slice, position in the tile, mask."""
+          SLICES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr = 1):  # fmt: skip
+    """Rows of a tile, position by position and slice by slice: offset, slice, position in the tile, mask.
+
+    Offsets are [BLOCK] for one head, else [BLOCK, HEADS]."""
     row = tl.arange(0, BLOCK)
     local = row // SLICES
     index = row % SLICES
@@ -52,6 +62,8 @@ def _rows(tile, batch, head, P, stride_b, stride_n, stride_p, stride_m,
     mask = (row < GROUP * SLICES) & (position < P)
     offs = batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_m
     offs += index.to(tl.int64) * stride_n + position.to(tl.int64) * stride_p
+    if HEADS > 1:
+        offs = offs[:, None] + (tl.arange(0, HEADS).to(tl.int64) * stride_m)[None, :]
     return offs, index, local, mask
 
 
@@ -60,19 +72,27 @@ def _tile(ptr, offs, mask, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.const
     """Pointers and mask of columns START .. START + WIDTH − 1 of the rows at `offs`; columns past D are masked."""
     offs_d = START + tl.arange(0, WIDTH)
     mask_d = mask[:, None] & (offs_d < D)[None, :] if START + WIDTH > D else mask[:, None]
-    return ptr + offs[:, None] + offs_d[None, :], mask_d
+    if len(offs.shape) == 1:
+        ptrs = ptr + offs[:, None] + offs_d[None, :]
+    else:
+        ptrs = ptr + offs[:, :, None] + offs_d[None, None, :]
+        mask_d = mask_d[:, None, :]
+    return ptrs, mask_d
 
 
 @jit
 def _load(ptr, offs, mask, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """[rows, WIDTH] of one head, or [HEADS, rows, WIDTH]."""
     ptrs, mask_d = _tile(ptr, offs, mask, START, WIDTH, D)
-    return tl.load(ptrs, mask=mask_d, other=0.0)
+    x = tl.load(ptrs, mask=mask_d, other=0.0)
+    return x if len(offs.shape) == 1 else x.permute(1, 0, 2)
 
 
 @jit
 def _store(ptr, offs, mask, x, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
     ptrs, mask_d = _tile(ptr, offs, mask, START, WIDTH, D)
-    tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=mask_d)
+    x = x.to(ptr.dtype.element_ty)
+    tl.store(ptrs, x if len(offs.shape) == 1 else x.permute(1, 0, 2), mask=mask_d)
 
 
 @jit
@@ -89,12 +109,23 @@ def _visible(local_q, index_q, mask_q, local_k, index_k, mask_k, lengths_ptr, ba
 
 @jit
 def _probabilities(s, visible, scale):
-    """Softmax rows of scores s before their division: exp(scale · s − maximum), and 1 / its row sums."""
+    """Softmax rows of scores s before their division: exp(scale · s − maximum), and 1 / its row sums.
+
+    s [..., BLOCK_Q, BLOCK_K]; `scale` may have any sign."""
+    AXIS: tl.constexpr = len(s.shape) - 1
     s = tl.where(visible, s * (scale * 1.4426950408889634), -float("inf"))  # log2(e): hardware has exp2
-    top = tl.max(s, 1)
-    p = tl.exp2(s - tl.where(top == -float("inf"), 0.0, top)[:, None])
-    total = tl.sum(p, 1)
+    top = tl.max(s, AXIS)
+    p = tl.exp2(s - tl.expand_dims(tl.where(top == -float("inf"), 0.0, top), AXIS))
+    total = tl.sum(p, AXIS)
     return p, 1.0 / tl.where(total == 0.0, 1.0, total)  # a query without keys gives 0
+
+
+@jit
+def _place(tiles, M, HEADS: tl.constexpr):
+    """A program's tile, batch element and first head."""
+    groups = M // HEADS
+    pid = tl.program_id(0)
+    return (pid // groups) % tiles, pid // (groups * tiles), pid % groups * HEADS
 
 
 @jit
@@ -104,32 +135,30 @@ def _axial_attention_fwd_kernel(
     stride_qb, stride_qn, stride_qp, stride_qm,
     stride_kb, stride_kn, stride_kp, stride_km,
     stride_vb, stride_vn, stride_vp, stride_vm,
-    stride_yb, stride_yn, stride_yp, stride_ym,
-    NQ: tl.constexpr, N: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    NQ: tl.constexpr, N: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, HEADS: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    head = pid % M
-    tile = (pid // M) % tiles
-    batch = pid // (M * tiles)
+    """y (B, Nq, P, M, D), contiguous. Tiles of q, k and v are [HEADS, rows, columns], without HEADS where it is 1."""
+    tile, batch, head = _place(tiles, M, HEADS)
+    stride_yn = tl.cast(P, tl.int64) * M * D
     offs_q, index_q, local_q, mask_q = _rows(
-        tile, batch, head, P, stride_qb, stride_qn, stride_qp, stride_qm, NQ, GROUP, BLOCK_Q
+        tile, batch, head, P, stride_qb, stride_qn, stride_qp, stride_qm, NQ, GROUP, BLOCK_Q, HEADS
     )
     offs_k, index_k, local_k, mask_k = _rows(
-        tile, batch, head, P, stride_kb, stride_kn, stride_kp, stride_km, N, GROUP, BLOCK_K
+        tile, batch, head, P, stride_kb, stride_kn, stride_kp, stride_km, N, GROUP, BLOCK_K, HEADS
     )
     offs_v, _, _, _ = _rows(
-        tile, batch, head, P, stride_vb, stride_vn, stride_vp, stride_vm, N, GROUP, BLOCK_K
+        tile, batch, head, P, stride_vb, stride_vn, stride_vp, stride_vm, N, GROUP, BLOCK_K, HEADS
     )
     offs_y, _, _, _ = _rows(
-        tile, batch, head, P, stride_yb, stride_yn, stride_yp, stride_ym, NQ, GROUP, BLOCK_Q
+        tile, batch, head, P, NQ * stride_yn, stride_yn, M * D, D, NQ, GROUP, BLOCK_Q, HEADS
     )
 
-    q0 = _load(q_ptr, offs_q, mask_q, 0, D0, D)  # [BLOCK_Q, D0]
-    k0 = _load(k_ptr, offs_k, mask_k, 0, D0, D)  # [BLOCK_K, D0]
+    q0 = _load(q_ptr, offs_q, mask_q, 0, D0, D)  # [HEADS, BLOCK_Q, D0]
+    k0 = _load(k_ptr, offs_k, mask_k, 0, D0, D)  # [HEADS, BLOCK_K, D0]
     v0 = _load(v_ptr, offs_v, mask_k, 0, D0, D)
-    s = tl.dot(q0, tl.trans(k0), input_precision="ieee")  # [BLOCK_Q, BLOCK_K]
+    s = tl.dot(q0, tl.trans(k0), input_precision="ieee")  # [HEADS, BLOCK_Q, BLOCK_K]
     if D1 > 0:
         q1 = _load(q_ptr, offs_q, mask_q, D0, D1, D)
         k1 = _load(k_ptr, offs_k, mask_k, D0, D1, D)
@@ -139,11 +168,12 @@ def _axial_attention_fwd_kernel(
         local_q, index_q, mask_q, local_k, index_k, mask_k, lengths_ptr, batch, NQ, N, CAUSAL, HAS_LENGTHS
     )
     p, share = _probabilities(s, visible, scale)
+    share = tl.expand_dims(share, len(s.shape) - 1)
     p = p.to(v0.dtype)
-    _store(y_ptr, offs_y, mask_q, tl.dot(p, v0, input_precision="ieee") * share[:, None], 0, D0, D)
+    _store(y_ptr, offs_y, mask_q, tl.dot(p, v0, input_precision="ieee") * share, 0, D0, D)
     if D1 > 0:
         v1 = _load(v_ptr, offs_v, mask_k, D0, D1, D)
-        _store(y_ptr, offs_y, mask_q, tl.dot(p, v1, input_precision="ieee") * share[:, None], D0, D1, D)
+        _store(y_ptr, offs_y, mask_q, tl.dot(p, v1, input_precision="ieee") * share, D0, D1, D)
 
 
 @jit
@@ -154,41 +184,35 @@ def _axial_attention_bwd_kernel(
     stride_qb, stride_qn, stride_qp, stride_qm,
     stride_kb, stride_kn, stride_kp, stride_km,
     stride_vb, stride_vn, stride_vp, stride_vm,
-    stride_xb, stride_xn, stride_xp, stride_xm,
-    stride_yb, stride_yn, stride_yp, stride_ym,
-    NQ: tl.constexpr, N: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    NQ: tl.constexpr, N: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, HEADS: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
 ):  # fmt: skip
-    """dq has the strides x; dk and dv have the strides y."""
-    pid = tl.program_id(0)
-    head = pid % M
-    tile = (pid // M) % tiles
-    batch = pid // (M * tiles)
+    """dq (B, Nq, P, M, D), dk and dv (B, N, P, M, D), contiguous; g is dY. Tiles as in the forward."""
+    tile, batch, head = _place(tiles, M, HEADS)
+    stride_n = tl.cast(P, tl.int64) * M * D  # of what is written
     offs_g, index_q, local_q, mask_q = _rows(
-        tile, batch, head, P, stride_gb, stride_gn, stride_gp, stride_gm, NQ, GROUP, BLOCK_Q
+        tile, batch, head, P, stride_gb, stride_gn, stride_gp, stride_gm, NQ, GROUP, BLOCK_Q, HEADS
     )
     offs_q, _, _, _ = _rows(
-        tile, batch, head, P, stride_qb, stride_qn, stride_qp, stride_qm, NQ, GROUP, BLOCK_Q
+        tile, batch, head, P, stride_qb, stride_qn, stride_qp, stride_qm, NQ, GROUP, BLOCK_Q, HEADS
     )
     offs_k, index_k, local_k, mask_k = _rows(
-        tile, batch, head, P, stride_kb, stride_kn, stride_kp, stride_km, N, GROUP, BLOCK_K
+        tile, batch, head, P, stride_kb, stride_kn, stride_kp, stride_km, N, GROUP, BLOCK_K, HEADS
     )
     offs_v, _, _, _ = _rows(
-        tile, batch, head, P, stride_vb, stride_vn, stride_vp, stride_vm, N, GROUP, BLOCK_K
+        tile, batch, head, P, stride_vb, stride_vn, stride_vp, stride_vm, N, GROUP, BLOCK_K, HEADS
     )
-    offs_x, _, _, _ = _rows(
-        tile, batch, head, P, stride_xb, stride_xn, stride_xp, stride_xm, NQ, GROUP, BLOCK_Q
+    offs_dq, _, _, _ = _rows(
+        tile, batch, head, P, NQ * stride_n, stride_n, M * D, D, NQ, GROUP, BLOCK_Q, HEADS
     )
-    offs_y, _, _, _ = _rows(
-        tile, batch, head, P, stride_yb, stride_yn, stride_yp, stride_ym, N, GROUP, BLOCK_K
-    )
+    offs_dk, _, _, _ = _rows(tile, batch, head, P, N * stride_n, stride_n, M * D, D, N, GROUP, BLOCK_K, HEADS)
 
-    q0 = _load(q_ptr, offs_q, mask_q, 0, D0, D)  # [BLOCK_Q, D0]
-    k0 = _load(k_ptr, offs_k, mask_k, 0, D0, D)  # [BLOCK_K, D0]
+    q0 = _load(q_ptr, offs_q, mask_q, 0, D0, D)  # [HEADS, BLOCK_Q, D0]
+    k0 = _load(k_ptr, offs_k, mask_k, 0, D0, D)  # [HEADS, BLOCK_K, D0]
     g0 = _load(g_ptr, offs_g, mask_q, 0, D0, D)
     v0 = _load(v_ptr, offs_v, mask_k, 0, D0, D)
-    s = tl.dot(q0, tl.trans(k0), input_precision="ieee")  # [BLOCK_Q, BLOCK_K]
+    s = tl.dot(q0, tl.trans(k0), input_precision="ieee")  # [HEADS, BLOCK_Q, BLOCK_K]
     dp = tl.dot(g0, tl.trans(v0), input_precision="ieee")
     if D1 > 0:
         q1 = _load(q_ptr, offs_q, mask_q, D0, D1, D)
@@ -202,41 +226,56 @@ def _axial_attention_bwd_kernel(
         local_q, index_q, mask_q, local_k, index_k, mask_k, lengths_ptr, batch, NQ, N, CAUSAL, HAS_LENGTHS
     )
     p, share = _probabilities(s, visible, scale)
-    p = p * share[:, None]
-    ds = p * (dp - tl.sum(p * dp, 1)[:, None]) * scale
-    p = tl.trans(p.to(q0.dtype))  # [BLOCK_K, BLOCK_Q]
+    AXIS: tl.constexpr = len(s.shape) - 1
+    p = p * tl.expand_dims(share, AXIS)
+    ds = p * (dp - tl.expand_dims(tl.sum(p * dp, AXIS), AXIS)) * scale
+    p = tl.trans(p.to(q0.dtype))  # [HEADS, BLOCK_K, BLOCK_Q]
     ds = ds.to(q0.dtype)
     ds_t = tl.trans(ds)
-    _store(dv_ptr, offs_y, mask_k, tl.dot(p, g0, input_precision="ieee"), 0, D0, D)
-    _store(dq_ptr, offs_x, mask_q, tl.dot(ds, k0, input_precision="ieee"), 0, D0, D)
-    _store(dk_ptr, offs_y, mask_k, tl.dot(ds_t, q0, input_precision="ieee"), 0, D0, D)
+    _store(dv_ptr, offs_dk, mask_k, tl.dot(p, g0, input_precision="ieee"), 0, D0, D)
+    _store(dq_ptr, offs_dq, mask_q, tl.dot(ds, k0, input_precision="ieee"), 0, D0, D)
+    _store(dk_ptr, offs_dk, mask_k, tl.dot(ds_t, q0, input_precision="ieee"), 0, D0, D)
     if D1 > 0:
-        _store(dv_ptr, offs_y, mask_k, tl.dot(p, g1, input_precision="ieee"), D0, D1, D)
-        _store(dq_ptr, offs_x, mask_q, tl.dot(ds, k1, input_precision="ieee"), D0, D1, D)
-        _store(dk_ptr, offs_y, mask_k, tl.dot(ds_t, q1, input_precision="ieee"), D0, D1, D)
+        _store(dv_ptr, offs_dk, mask_k, tl.dot(p, g1, input_precision="ieee"), D0, D1, D)
+        _store(dq_ptr, offs_dq, mask_q, tl.dot(ds, k1, input_precision="ieee"), D0, D1, D)
+        _store(dk_ptr, offs_dk, mask_k, tl.dot(ds_t, q1, input_precision="ieee"), D0, D1, D)
+
+
+@lru_cache(maxsize=256)
+def _config(tile: Tile, sizes: torch.Size, slices: int) -> tuple[int, int, dict[str, int]]:
+    """Programs, tiles of a batch element and the kernels' constants, for q of `sizes` and N slices."""
+    batch, num_queries, positions, heads, dim = sizes
+    together = gcd(tile.heads, heads)  # heads of one program
+    constants = {"NQ": num_queries, "N": slices, "D": dim, "HEADS": together} | split(dim)
+    constants |= packed(tile, num_queries, slices)
+    constants["num_warps"] = max(1, tile.num_warps * together // tile.heads)
+    count = -(-positions // constants["GROUP"])
+    return batch * count * (heads // together), count, constants
 
 
 def _launch_forward(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool
 ) -> Tensor:
     q, k, v = _last_axis_contiguous(q, k, v)
-    batch, num_queries, positions, heads, dim = q.shape
-    y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    sizes, slices = q.shape, k.shape[1]
+    y = torch.empty(sizes, dtype=q.dtype, device=q.device)
     if y.numel() == 0:
         return y
-    if k.shape[1] == 0:
+    if slices == 0:
         return y.zero_()
-    config = tiles("axial_attention", q, num_queries, k.shape[1], dim) | split(dim)
-    count = -(-positions // config["GROUP"])
+    tile = choose("axial_attention", q, max(sizes[1], slices), sizes[4])
+    programs, count, constants = _config(tile, sizes, slices)
+    qb, qn, qp, qm, _ = q.stride()
+    kb, kn, kp, km, _ = k.stride()
+    vb, vn, vp, vm, _ = v.stride()
     with _on(q.device):
-        _axial_attention_fwd_kernel[(batch * count * heads,)](
+        _axial_attention_fwd_kernel[(programs,)](
             q, k, v, lengths, y,
-            scale, positions, heads, count,
-            q.stride(0), q.stride(1), q.stride(2), q.stride(3),
-            k.stride(0), k.stride(1), k.stride(2), k.stride(3),
-            v.stride(0), v.stride(1), v.stride(2), v.stride(3),
-            y.stride(0), y.stride(1), y.stride(2), y.stride(3),
-            NQ=num_queries, N=k.shape[1], D=dim, CAUSAL=causal, HAS_LENGTHS=lengths is not None, **config,
+            scale, sizes[2], sizes[3], count,
+            qb, qn, qp, qm,
+            kb, kn, kp, km,
+            vb, vn, vp, vm,
+            CAUSAL=causal, HAS_LENGTHS=lengths is not None, **constants,
         )  # fmt: skip
     return y
 
@@ -245,23 +284,25 @@ def _launch_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, q, k, v = _last_axis_contiguous(grad, q, k, v)
-    batch, num_queries, positions, heads, dim = q.shape
+    sizes, slices = q.shape, k.shape[1]
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    config = tiles("axial_attention", q, num_queries, k.shape[1], dim) | split(dim)
-    count = -(-positions // config["GROUP"])
+    tile = choose("axial_attention_backward", q, max(sizes[1], slices), sizes[4])
+    programs, count, constants = _config(tile, sizes, slices)
+    gb, gn, gp, gm, _ = grad.stride()
+    qb, qn, qp, qm, _ = q.stride()
+    kb, kn, kp, km, _ = k.stride()
+    vb, vn, vp, vm, _ = v.stride()
     with _on(q.device):
-        _axial_attention_bwd_kernel[(batch * count * heads,)](
+        _axial_attention_bwd_kernel[(programs,)](
             grad, q, k, v, lengths, dq, dk, dv,
-            scale, positions, heads, count,
-            grad.stride(0), grad.stride(1), grad.stride(2), grad.stride(3),
-            q.stride(0), q.stride(1), q.stride(2), q.stride(3),
-            k.stride(0), k.stride(1), k.stride(2), k.stride(3),
-            v.stride(0), v.stride(1), v.stride(2), v.stride(3),
-            dq.stride(0), dq.stride(1), dq.stride(2), dq.stride(3),
-            dk.stride(0), dk.stride(1), dk.stride(2), dk.stride(3),
-            NQ=num_queries, N=k.shape[1], D=dim, CAUSAL=causal, HAS_LENGTHS=lengths is not None, **config,
+            scale, sizes[2], sizes[3], count,
+            gb, gn, gp, gm,
+            qb, qn, qp, qm,
+            kb, kn, kp, km,
+            vb, vn, vp, vm,
+            CAUSAL=causal, HAS_LENGTHS=lengths is not None, **constants,
         )  # fmt: skip
     return dq, dk, dv
 
@@ -270,9 +311,14 @@ def _last_axis_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
+_HERE = nullcontext()
+
+
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
 
 
 def _plain_forward(
@@ -416,6 +462,7 @@ def axial_attention(
             )
         if lengths.device != q.device:
             raise ValueError(f"axial_attention: lengths is on {lengths.device} but q is on {q.device}")
+        lengths = lengths.contiguous()
     chosen = select_backend("axial_attention", q, k, v, backend=backend).backend
     scale = softmax_scale(scale, q.shape[-1])
     if chosen == "torch" and plain_on(q):
