@@ -8,6 +8,7 @@ To add a kernel, add a case: a function of a dtype that calls its launcher on te
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -188,7 +189,31 @@ def build(kernel: JITFunction, args: tuple, keywords: dict, arch: int) -> dict[s
         "mma": sass.count("MMA"),
         "hgmma": sass.count("HGMMA"),
         "waits": sass.count("WARPGROUP.DEPBAR"),
+        "wrong_descriptors": wrong_descriptors(sass),
     }
+
+
+def wrong_descriptors(sass: str) -> list[str]:
+    """Instructions that take the upper word of a wgmma descriptor from a register that does not hold zero.
+
+    ptxas 12.8, which Triton 3.6 and 3.7 bring along, makes such code where one shared buffer is read as tiles of two
+    swizzles, as heads of 64 + 32 channels were. On an H100 every kernel with such an instruction was wrong (relative
+    errors of 0.3 to 0.8) or read memory that is not there, and every other one was right; ptxas 13.0 compiles the
+    same PTX to code that is right."""
+    last: dict[str, str] = {}  # uniform register -> the instruction that wrote it last
+    found = []
+    for text in sass.splitlines():
+        line = re.sub(r"/\*.*?\*/", "", text).strip().rstrip(" ;")
+        upper = re.match(r"UIADD3\.X UR\d+, (UR\w+), (-?0x[0-9a-f]+), URZ, UP\d", line)
+        if upper and (int(upper[2], 16) & 0xFFFFFFFF) >> 30:  # the two bits that say how a tile is swizzled
+            zero = upper[1] == "URZ" or re.fullmatch(r"UMOV UR\d+, URZ", last.get(upper[1], ""))
+            found += [] if zero else [line]
+        written = re.match(r"(?:@!?U?P\w+ )?([A-Z0-9.]+) (?:UP\d, )?UR(\d+)\b", line)
+        if written:
+            last[f"UR{written[2]}"] = line
+            if ".64" in written[1] or ".WIDE" in written[1]:
+                last[f"UR{int(written[2]) + 1}"] = line
+    return found
 
 
 def main(arch: int, dtype: torch.dtype) -> list[dict[str, Any]]:

@@ -5,7 +5,14 @@ The error may be at most 2× (gradients 3×) that of torch in the same dtype, wi
 import pytest
 import torch
 
-from axial_fusion import reference, rel_pos_attention, select_backend, window_attention
+from axial_fusion import (
+    _rel_pos_launch,
+    _tiles,
+    reference,
+    rel_pos_attention,
+    select_backend,
+    window_attention,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]
@@ -28,6 +35,28 @@ WINDOWS = {  # B, M, D, (H', W'), window
     "3 on 5 by 4": (2, 2, 32, (5, 4), 3),
     "4 on 8 by 4": (1, 1, 16, (8, 4), 4),
     "1 on 2 by 3": (1, 1, 16, (2, 3), 1),
+}
+# The tiles of half precision: widths of 16, 32, 64 and 128 keys, each whole (nothing is masked) and not, at D in one
+# part and in two.
+HALF_GRIDS = {  # B, M, D, (H', W')
+    "64 wide, whole, D 64": (1, 2, 64, (2, 64)),
+    "64 wide, whole, D 80": (2, 1, 80, (2, 64)),
+    "64 wide, whole, D 96": (1, 1, 96, (2, 64)),
+    "64 wide, odd, D 80": (1, 1, 80, (3, 50)),
+    "32 wide, whole, D 64": (2, 1, 64, (4, 32)),
+    "32 wide, whole, D 80": (1, 1, 80, (4, 32)),
+    "20 wide, odd, D 48": (1, 2, 48, (5, 20)),
+    "20 wide, odd, D 96": (1, 1, 96, (5, 20)),
+    "16 wide, whole, D 80": (1, 1, 80, (8, 16)),
+    "14 wide, odd, D 64": (1, 1, 64, (5, 14)),
+    "100 wide, D 80": (1, 1, 80, (2, 100)),
+}
+HALF_WINDOWS = {  # B, M, D, (H', W'), window
+    "14 on 5 by 16, D 64": (1, 2, 64, (5, 16), 14),
+    "14 on 15 by 4, D 96": (1, 1, 96, (15, 4), 14),
+    "20 on 6 by 21, D 64": (1, 1, 64, (6, 21), 20),
+    "20 on 21 by 5, D 80": (1, 1, 80, (21, 5), 20),
+    "33 on 3 by 34, D 24": (1, 1, 24, (3, 34), 33),
 }
 
 
@@ -98,6 +127,58 @@ def test_windows_match_the_reference(shape, dtype):
     check(window_attention, reference.window_attention, tensors, window=shape[-1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shape", HALF_GRIDS.values(), ids=HALF_GRIDS)
+def test_every_tile_of_a_grid(shape, dtype):
+    tensors = grid_inputs(*shape, dtype)
+    check(rel_pos_attention, reference.rel_pos_attention, tensors, grid=shape[-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shape", HALF_WINDOWS.values(), ids=HALF_WINDOWS)
+def test_every_tile_of_windows(shape, dtype):
+    tensors = window_inputs(*shape, dtype)
+    check(window_attention, reference.window_attention, tensors, window=shape[-1])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU takes its own tiles alone")
+@pytest.mark.parametrize("arch", [80, 100])
+def test_tiles_of_other_devices(arch, monkeypatch):
+    monkeypatch.setattr(_tiles, "arch", lambda device: arch)
+    _rel_pos_launch._config.cache_clear()
+    tensors = grid_inputs(1, 1, 80, (2, 64), torch.float16)
+    check(rel_pos_attention, reference.rel_pos_attention, tensors, grid=(2, 64))
+    tensors = window_inputs(1, 1, 64, (5, 16), 14, torch.float16)
+    check(window_attention, reference.window_attention, tensors, window=14)
+    _rel_pos_launch._config.cache_clear()
+
+
+@pytest.mark.parametrize(("dtype", "grid"), [(torch.float32, (16, 8)), (torch.float16, (4, 64))], ids=str)
+def test_rows_and_columns_of_keys_that_a_table_masks(dtype, grid):
+    """-inf in rel_h or rel_w masks keys, those of the first tiles too."""
+    q, k, v, rel_h, rel_w = (t.detach() for t in grid_inputs(1, 1, 16, grid, dtype))
+    rel_h[:, :, : grid[0] - 2] = -torch.inf
+    rel_w[..., 1::2] = -torch.inf
+    tensors = [q, k, v, rel_h, rel_w]
+    y = rel_pos_attention(*(t.requires_grad_() for t in tensors), grid=grid, backend="triton")
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    exact = reference.rel_pos_attention(*wide, grid=grid)
+    assert error(y, exact) < 2 * FLOOR[dtype]
+    grads = zip(torch.autograd.grad(y.sum(), tensors), torch.autograd.grad(exact.sum(), wide), strict=True)
+    assert all(error(mine, true) < 5 * FLOOR[dtype] for mine, true in grads)
+
+
+@pytest.mark.filterwarnings("ignore:(divide by zero|invalid value):RuntimeWarning")
+def test_a_query_without_keys_is_nan_like_its_softmax():
+    q, k, v, rel_h, rel_w = (t.detach() for t in grid_inputs(1, 1, 16, (4, 4), torch.float32))
+    rel_h[..., 3] = -torch.inf
+    y = rel_pos_attention(q, k, v, rel_h, rel_w, grid=(4, 4), backend="triton")
+    exact = reference.rel_pos_attention(*(t.double() for t in (q, k, v, rel_h, rel_w)), grid=(4, 4))
+    assert torch.equal(y.isnan(), exact.isnan())
+    assert y[:, 3].isnan().all()
+    assert error(y[:, 4:], exact[:, 4:]) < 1e-6
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.3])
 def test_any_scale(scale):
     tensors = grid_inputs(1, 1, 16, (5, 7), torch.float32)
@@ -112,6 +193,8 @@ def test_packed_and_strided_inputs_are_read_as_they_are():
     for tensors in ([*packed, *turned], [q.detach(), *strided, *turned]):
         tensors = [t.requires_grad_() for t in tensors]
         check(rel_pos_attention, reference.rel_pos_attention, tensors, grid=(5, 7))
+    spread = [rel.detach()[:1].expand_as(rel).requires_grad_() for rel in (rel_h, rel_w)]
+    check(rel_pos_attention, reference.rel_pos_attention, [q, k, v, *spread], grid=(5, 7))
     qkv, *rest = window_inputs(2, 2, 16, (5, 4), 3, torch.float32)
     turned = qkv.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     check(window_attention, reference.window_attention, [turned, *rest], window=3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,21 +14,82 @@ from axial_fusion._rel_pos_kernels import rel_pos_bwd_dkv_kernel, rel_pos_bwd_dq
 from axial_fusion._tiles import block, split
 from axial_fusion.axial_attention import _last_axis_contiguous, _on
 
+# Tiles of sm_90 in half precision: (queries, keys, warps, stages) where D is at most 64, 80 and 128, by the padded
+# width of a row of keys. A tile of keys is whole rows. Measured on an H100 in bf16 (torch 2.11, Triton 3.6), each
+# kernel alone, in us, against the 128 queries by 64 keys on 8 warps of before:
+#   64 by 64, B 4, M 12, D 64: forward 1103 to 581, dq 1244 to 860, dkv 3291 to 1410
+#   32 by 32, B 8, M 12, D 64: forward 182 to 91, dq 201 to 177, dkv 523 to 193
+#   64 by 64, B 2, M 16, D 80: forward 861 to 838, dq wrong to 873, dkv 2789 to 1467
+#   windows of 14 on 64 by 64, B 4, M 12, D 64: forward 187 to 157, dkv 566 to 296
+# dq in those windows was timed with 64 keys in two stages (248 to 236), and on 32 by 32 with 32 keys in one (164 to
+# 138); 32 keys in two stages were not. Every other tile is the nearest one that compiles without spills.
+_HOPPER = {
+    "forward": {
+        16: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+        32: ((64, 32, 4, 3), (128, 32, 8, 2), (128, 64, 8, 2)),
+        64: ((64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 2)),
+        128: ((64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2)),
+    },
+    "dq": {
+        16: ((64, 32, 4, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
+        32: ((64, 32, 4, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
+        64: ((64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 2)),
+        128: ((32, 128, 8, 1), (32, 128, 8, 1), (32, 128, 8, 1)),
+    },
+    "dkv": {
+        16: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+        32: ((32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
+        64: ((64, 64, 4, 1), (64, 128, 8, 1), (32, 128, 8, 1)),
+        128: ((32, 128, 8, 1), (16, 128, 8, 1), (16, 128, 8, 1)),
+    },
+}
 
-def _config(kernel: str, q: Tensor, window: tuple[int, int], *, padded: bool) -> dict[str, Any]:
-    """Tile sizes of a kernel: what compiles without spills for q's device, dtype and head size.
 
-    On Hopper and data-centre Blackwell, accumulators lie across two warp groups or outside the registers. Elsewhere
-    tiles are smaller; where a tile has fewer queries than keys, warps divide its keys and not its queries."""
+@lru_cache(maxsize=4096)
+def _config(
+    kernel: str, device: torch.device, dtype: torch.dtype, dim: int, window: tuple[int, int], padded: bool
+) -> dict[str, Any]:
+    """Tile sizes of a kernel, how it takes D, and whether it needs masks (FULL: no)."""
     height, width = window
-    dim = q.shape[-1]
     columns = block(width)
-    keys = max(64, columns)
+    arch = _tiles.arch(device)
+    hopper = dtype != torch.float32 and arch in (0, 90)
+    if hopper:
+        rows, keys, warps, stages = _HOPPER[kernel][columns][0 if dim <= 64 else 1 if dim <= 80 else 2]
+    else:
+        rows, keys, warps, stages = _elsewhere(kernel, arch, dtype, dim, columns, padded)
+    pair = kernel == "forward" and keys == columns == 32
+    step = 2 if pair else keys // columns  # rows of keys
+    full = not padded and width == columns and height * width % rows == 0 and height % step == 0
+    config = {"BLOCK_M": rows, "BLOCK_N": keys, "COLUMNS": columns, "num_warps": warps, "num_stages": stages}
+    if kernel == "forward":
+        config["PAIR"] = pair
+    parts = not hopper or (64 < dim <= 80 and (columns in (32, 64) or kernel == "forward"))
+    return config | _widths(dim, parts=parts) | {"FULL": full}
+
+
+def _widths(dim: int, *, parts: bool) -> dict[str, int]:
+    """D as one power of two, or as two `parts` where they are less than that: 80 = 64 + 16.
+
+    Two parts with one stage of loads gave a wrong dq on an H100 (D 80, relative error 0.4), and with two stages a
+    right one. sm_90 therefore takes D in parts only where one width would cost most, and then in two stages."""
+    widths = split(dim)
+    whole = block(dim)
+    return widths if parts and widths["D0"] + widths["D1"] < whole else {"D0": whole, "D1": 0}
+
+
+def _elsewhere(
+    kernel: str, arch: int, dtype: torch.dtype, dim: int, columns: int, padded: bool
+) -> tuple[int, int, int, int]:
+    """Queries, keys, warps and stages of fp32 and of other devices: these compile without spills; none was timed.
+
+    On data-centre Blackwell, accumulators lie outside the registers. Elsewhere tiles are smaller; where a tile has
+    fewer queries than keys, warps divide its keys and not its queries."""
     rows, warps, stages = 128, 8, 1
-    if q.dtype == torch.float32:
+    if dtype == torch.float32:
         rows = 32 if dim <= 96 else 16
-    elif (arch := _tiles.arch(q.device)) in (0, 90, 100, 103):
-        wide = kernel == "dkv" and arch >= 100 and dim > 64  # one stage spills there under Triton 3.6
+    elif arch in (100, 103):
+        wide = kernel == "dkv" and dim > 64  # one stage spills there under Triton 3.6
         stages = 2 if kernel == "forward" or wide else 1
         if kernel == "dkv" or (kernel == "dq" and padded and dim > 64):
             rows = 64
@@ -38,12 +101,7 @@ def _config(kernel: str, q: Tensor, window: tuple[int, int], *, padded: bool) ->
             warps = 2 if dim <= 32 else 4 if dim <= 64 else 8
     else:
         rows, warps = 32 if dim <= 32 else 16, 4
-    if columns > 64:
-        rows //= 2
-    config = {"BLOCK_M": rows, "num_warps": warps, "num_stages": stages, "COLUMNS": columns, "BLOCK_N": keys}
-    if kernel != "dkv":
-        config["EVEN"] = columns == width and height % (keys // columns) == 0
-    return config | split(dim)
+    return rows // 2 if columns > 64 else rows, max(64, columns), warps, stages
 
 
 class _Problem:
@@ -74,10 +132,10 @@ class _Problem:
         self, kernel: Any, name: str, tiles_of: str, before: tuple, after: tuple, strides: tuple = ()
     ) -> None:
         """Run `kernel` over tiles of queries or of keys: pointers `before` and `after` those of all kernels."""
-        config = _config(name, self.q, self.window, padded=self.pad is not None)
+        config = self.config(name)
         tiles = self.tiles(name, tiles_of)
         q, k, rel_h, rel_w = self.q, self.k, self.rel_h, self.rel_w
-        with _on(q.device):
+        with _current(q.device):
             kernel[(self.windows * self.heads * tiles,)](
                 *before, q, k, self.v, self.pad, rel_h, rel_w, *after,
                 self.scale, self.heads, *self.grid, *self.window, tiles,
@@ -88,8 +146,11 @@ class _Problem:
                 D=self.dim, WINDOWED=self.pad is not None, **config,
             )  # fmt: skip
 
+    def config(self, name: str) -> dict[str, Any]:
+        return _config(name, self.q.device, self.q.dtype, self.dim, self.window, self.pad is not None)
+
     def tiles(self, name: str, of: str) -> int:
-        config = _config(name, self.q, self.window, padded=self.pad is not None)
+        config = self.config(name)
         height, width = self.window
         if of == "queries":
             return -(-height * width // config["BLOCK_M"])
@@ -179,3 +240,10 @@ def _windows(
     rel_h, rel_w = (rel.flatten(1, 2).transpose(1, 2) for rel in (rel_h, rel_w))  # (B, M, P, window)
     grid = (qkv.shape[1], qkv.shape[2])
     return _Problem((q, k, v), (rel_h, rel_w), qkv_bias.contiguous(), grid, (window, window), scale)
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a tensor's device the one that Triton launches on; where it is, entering a context would cost time."""
+    if device.type == "cuda" and device.index == torch.cuda.current_device():
+        return nullcontext()
+    return _on(device)
