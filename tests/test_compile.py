@@ -15,7 +15,12 @@ pytest.importorskip("triton", reason="triton is not installed")
 ROOT = Path(__file__).parents[1]
 SHARED_MEMORY = {80: 163, 90: 227, 100: 227, 120: 99}  # KiB a block may have
 DTYPES = ["bfloat16", "float16", "float32"]
-SHIPPED = ("N 9, D 32", "768 to", "256 to 768")  # cases whose products must run asynchronously on sm_90
+SHIPPED = (
+    "N 9, D 32",
+    "768 to",
+    "256 to 768",
+    "slice",
+)  # cases whose products must run asynchronously on sm_90
 THIN = (
     "rows_kernel",
     "thin_product_kernel",
