@@ -323,14 +323,14 @@ def test_threads_share_no_state():
 
 
 def test_the_backward_says_which_library_it_takes(monkeypatch):
-    """cuDNN from sm_90, flash from sm_80 and for one position or strict determinism; torch refuses cuDNN off a GPU."""
+    """cuDNN from sm_90 where torch says that it can; flash from sm_80, and for a single position."""
     module = sys.modules["axial_fusion.slice_attention"]  # named like its op
     q = torch.zeros(1, 2, 8, 16, dtype=torch.float16)
     monkeypatch.setattr(torch.backends.cuda, "can_use_cudnn_attention", lambda params: True)
     for capability, positions, takes in (((9, 0), 8, True), ((8, 0), 8, False), ((9, 0), 1, False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
         assert module._cudnn_runs(*(q[:, :, :positions],) * 3) is takes
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch, "is_deterministic_algorithms_warn_only_enabled", lambda: False)
-    assert torch.are_deterministic_algorithms_enabled()  # by nan_memory
-    assert not module._cudnn_runs(q, q, q)
+    monkeypatch.undo()
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        assert not module._cudnn_runs(q, q, q)
