@@ -4,7 +4,8 @@
     sdpa, flash, xformers    fused attentions of others, where they are installed and run on the device
     sdpa_...          SDPA held to its flash, cuDNN or memory-efficient kernel
     flex              FlexAttention, compiled, on a GPU; it has no gradient on a CPU
-    slice_attention   ours: what `auto` chooses among them, no kernel of its own
+    triton            the kernel of this package, wherever it runs
+    slice_attention   ours: what `auto` chooses among all of them
 
 On q, k, v (B, N, P, M, D), as the projections leave them."""
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -55,7 +56,8 @@ def providers(shape: Shape, inputs: list[torch.Tensor]) -> dict[str, Provider]:
         if backend == "flex" and device.type == "cuda":
             torch.compiler.reset()
             call = torch.compile(call, dynamic=False)  # type: ignore[assignment]
-        found[backend] = Provider(None if missing else call, exact, flops, missing)
+        role: Any = "other" if backend == "triton" else "rival"
+        found[backend] = Provider(None if missing else call, exact, flops, missing, role)
     return {**found, OURS: Provider(slice_attention, exact, flops, role="ours")}
 
 

@@ -21,9 +21,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from axial_fusion import _lora_kernels as lora
 from axial_fusion import _rel_pos_launch as rel_pos
+from axial_fusion import _slice_kernels as slices
 from axial_fusion import _tiles
 from axial_fusion.axial_attention import _launch_backward, _launch_forward
 
@@ -99,6 +101,13 @@ def window_attention(dtype: torch.dtype, heads: int, dim: int, height: int, widt
     rel_pos.launch_window_backward(y, qkv, bias, rel, rel, y, lse, window, dim**-0.5)
 
 
+def slice_attention(dtype: torch.dtype, positions: int, heads: int, dim: int) -> None:
+    if dtype == torch.float32:
+        return  # half precisions alone
+    q, k, v = torch.zeros(2, positions, 3, heads, dim, dtype=dtype).unbind(2)
+    slices.launch_forward(q, k, v, dim**-0.5)
+
+
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     "axial, N 9, D 32": lambda dtype: axial_attention(dtype, 9, 9, 4096, 8, 32),
     "axial, N 9, D 32, packed": lambda dtype: axial_attention(dtype, 9, 9, 4096, 8, 32, packed=True),
@@ -128,6 +137,11 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "windows of 14, 64 by 64, D 32": lambda dtype: window_attention(dtype, 8, 32, 64, 64, 14),
     "windows of 14, 64 by 64, D 64": lambda dtype: window_attention(dtype, 12, 64, 64, 64, 14),
     "windows of 14, 64 by 64, D 80": lambda dtype: window_attention(dtype, 16, 80, 64, 64, 14),
+    "slice, P 1024, D 16": lambda dtype: slice_attention(dtype, 1024, 8, 16),
+    "slice, P 4096, D 32": lambda dtype: slice_attention(dtype, 4096, 8, 32),
+    "slice, P 4096, D 64": lambda dtype: slice_attention(dtype, 4096, 8, 64),
+    "slice, P 257, D 32": lambda dtype: slice_attention(dtype, 257, 3, 32),
+    "slice, P 257, D 64": lambda dtype: slice_attention(dtype, 257, 3, 64),
 }
 
 
@@ -165,6 +179,8 @@ def build(kernel: JITFunction, args: tuple, keywords: dict, arch: int) -> dict[s
             continue
         if isinstance(value, torch.Tensor):
             signature[name], aligned = "*" + TYPES[value.dtype], value.data_ptr() % 16 == 0
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, int):
             signature[name], aligned = ("i32" if abs(value) < 2**31 else "i64"), value % 16 == 0
         else:

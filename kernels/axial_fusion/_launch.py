@@ -27,6 +27,7 @@ Op = Literal[
 BACKENDS: dict[str, tuple[str, ...]] = {
     "axial_attention": ("triton", "torch"),
     "slice_attention": (
+        "triton",
         "sdpa",
         "sdpa_flash",
         "sdpa_cudnn",
@@ -47,6 +48,7 @@ INSTALLED = {name: find_spec(name) is not None for name in ("triton", "flash_att
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")  # Triton reads it once, as we do
 MAX_TRITON_SLICES = 64  # one tile holds every slice of a position
 MAX_TRITON_HEAD_DIM = 128
+SLICE_HEAD_DIMS = (16, 32, 64)  # of slice_attention on Triton
 MAX_TRITON_RANK = 64
 MAX_TRITON_CHANNELS = 4096  # one tile holds a row that is normalised
 MAX_TRITON_COLUMNS = 128  # one tile holds a row of keys; half as many in fp32
@@ -61,7 +63,13 @@ class SliceKey(NamedTuple):
     head_dim: int
 
 
-FASTEST: dict[SliceKey, str] = {}  # slice_attention's, empty until axial_fusion.tune has measured
+# slice_attention's, as axial_fusion.tune prints it. H100: 1.05 (D 64) to 1.28 times (D 32) as fast as cuDNN, the next.
+FASTEST: dict[SliceKey, str] = {
+    SliceKey((9, 0), torch.bfloat16, 32): "triton",
+    SliceKey((9, 0), torch.bfloat16, 64): "triton",
+    SliceKey((9, 0), torch.float16, 32): "triton",
+    SliceKey((9, 0), torch.float16, 64): "triton",
+}
 
 
 class Choice(NamedTuple):
@@ -111,13 +119,19 @@ def _fastest(op: str, tensors: tuple[Tensor, ...]) -> Choice:
             return Choice("triton", "a row is read once: 15.7 us against 48.9 us on an H100")
         return Choice("triton", "no score leaves the chip")
     if op == "slice_attention":
-        measured = FASTEST.get(slice_key(first)) if FASTEST else None
+        if under_transform(tensors):
+            return Choice("torch", "plain products alone have a forward-mode derivative and every transform")
+        key = slice_key(first)
+        measured = FASTEST.get(key)
         if measured and not _obstacle(op, measured, tensors):
-            return Choice(measured, "measured fastest for this device, dtype and head size")
-        # On a CPU, oneDNN's bf16 matmuls outrun the flash kernel until the scores leave the cache.
-        if first.device.type == "cpu" and first.dtype in HALF and first.shape[2] <= 512:
+            device = "sm_{}{}".format(*key.capability)
             return Choice(
-                "torch", "half precision and at most 512 positions on a CPU: plain matmuls are faster"
+                measured, f"measured fastest on {device} for {dtype_name(key.dtype)}, D {key.head_dim}"
+            )
+        most = {torch.float16: 512, torch.bfloat16: 128}.get(first.dtype, 0)
+        if first.device.type == "cpu" and first.shape[2] <= most and not no_derivative(*tensors):
+            return Choice(
+                "torch", f"a gradient of at most {most} positions on a CPU: plain products are faster"
             )
         return Choice("sdpa", "torch picks the fastest fused attention for the device")
     if op == "lora_linear" and len(tensors) > 2 and not under_transform(tensors):
@@ -140,15 +154,19 @@ def _fastest(op: str, tensors: tuple[Tensor, ...]) -> Choice:
 
 def slice_key(q: Tensor) -> SliceKey:
     """The key of q (..., D)."""
-    capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else (0, 0)
-    return SliceKey(capability, q.dtype, q.shape[-1])
+    return SliceKey(_capability(q.device), q.dtype, q.shape[-1])
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace a query of the device
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def _obstacle(op: str, backend: str, tensors: tuple[Tensor, ...]) -> str | None:
     """Why `backend` cannot run `op` on these tensors, or None."""
     first = tensors[0]
     if backend in ("torch", "sdpa", "composed"):
-        return None  # these have every derivative
+        return None  # torch differentiates these, or says itself what it cannot
     if under_transform(tensors):
         return "it has no forward-mode derivative and no torch.func transform; the torch backend has both"
     if backend == "augmented":
@@ -188,6 +206,11 @@ def _triton_obstacle(op: str, tensors: tuple[Tensor, ...]) -> str | None:
     if op in ("lora_linear", "lora_qkv"):
         rank = tensors[2].shape[0] if len(tensors) > 2 else 1
         return f"rank {rank} is above {MAX_TRITON_RANK}" if rank > MAX_TRITON_RANK else None
+    if op == "slice_attention":
+        if first.dtype not in HALF:
+            return f"it needs float16 or bfloat16, found {dtype_name(first.dtype)}"
+        dims = ", ".join(map(str, SLICE_HEAD_DIMS))
+        return f"head dim {first.shape[-1]} is not {dims}" if first.shape[-1] not in SLICE_HEAD_DIMS else None
     if op != "axial_fusion_attention" and first.shape[-1] > MAX_TRITON_HEAD_DIM:
         return f"head dim {first.shape[-1]} is above {MAX_TRITON_HEAD_DIM}"
     if op in ("rel_pos_attention", "window_attention"):

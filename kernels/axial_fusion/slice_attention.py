@@ -1,62 +1,230 @@
-"""Attention among the positions of each slice: FlashAttention by dispatch, no kernel of our own.
+"""Attention among the positions of each slice: a Triton kernel where it was measured fastest, else the libraries'.
 
-Every backend but `torch` is a fused attention that somebody maintains and that registers its own operator and
-gradient: torch's SDPA (its own choice, or held to flash, cuDNN or memory-efficient), flash-attn, xformers,
-FlexAttention. `torch` writes the scores to memory; it has every derivative and is the fastest at small P in half
-precision on a CPU. `auto` on a GPU is what `axial_fusion.tune slice_attention` measured, else SDPA's own choice."""
+The Triton backend (_slice_kernels.py) is a forward alone: its y and log-sum-exp are what cuDNN's and FlashAttention's
+backwards start from, and cuDNN's was the fastest backward at every size measured on an H100.
+The other backends are fused attentions that somebody maintains and that register their own operator and gradient:
+torch's SDPA (its own choice, or its flash, cuDNN or memory-efficient kernel), flash-attn, xformers, FlexAttention.
+`torch` writes the scores to memory, in fp32; it has every derivative. `auto` on a GPU is what `_launch.FASTEST` holds,
+measured by `axial_fusion.tune slice_attention`, else SDPA's own choice.
+
+Gradients, with p = exp(scale · q kᵀ − lse): dv = pᵀ dY, dp = dY vᵀ, ds = p · (dp − Σ y · dY),
+dq = scale · ds k, dk = scale · dsᵀ q."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import register_flop_formula
 
-from axial_fusion._launch import autocast, check_alike, check_shapes, select_backend, softmax_scale
+from axial_fusion._launch import (
+    autocast,
+    autocast_dtype,
+    check_alike,
+    check_shapes,
+    no_second_derivative,
+    select_backend,
+    softmax_scale,
+)
+from axial_fusion._slice_kernels import launch_forward
+
+# Torch's cuDNN backward then reads another layout of lse.
+_RAGGED = os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "0") == "1"
+
+_OP = "axial_fusion::slice_attention"
+torch.library.define(_OP, "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)")
+torch.library.define(
+    f"{_OP}_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, float scale) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl(_OP, "CompositeExplicitAutograd")
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """y (B, N, P, M, D), contiguous, and its log-sum-exp (B, N, M, P) in fp32."""
+    y, lse = launch_forward(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale)
+    return y.unflatten(0, q.shape[:2]), lse.unflatten(0, q.shape[:2])
+
+
+@torch.library.register_fake(_OP)
+def _(q, k, v, scale):
+    batch, slices, positions, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, slices, heads, positions), dtype=torch.float32)
+
+
+@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd")
+def _backward_op(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if q.numel() == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    shape = q.shape[:2]
+    tensors = (grad.contiguous(), q, k, v, y)
+    grad, q, k, v, y = (t.flatten(0, 1).transpose(1, 2) for t in tensors)  # (B', M, P, D)
+    dq, dk, dv = _library_backward(grad, q, k, v, y, lse.flatten(0, 1), scale)
+    dq, dk, dv = (t.transpose(1, 2).contiguous().unflatten(0, shape) for t in (dq, dk, dv))
+    return dq, dk, dv
+
+
+@torch.library.register_fake(f"{_OP}_backward")
+def _(grad, q, k, v, y, lse, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _library_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v (B', M, P, D) by the fastest backward that runs here.
+
+    cuDNN on sm_90 and later, where torch says that it can; else FlashAttention from sm_80; else plain products. Both
+    libraries take 16-byte steps through memory, so that q, k and v of other strides are copied."""
+    if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device) < (8, 0):
+        return _plain_backward(grad, q, k, v, y, lse, scale)
+    q, k, v = (_aligned(t) for t in (q, k, v))
+    positions = q.shape[2]
+    unused = torch.empty(2, dtype=torch.int64, device=q.device)  # dropout's seed and offset
+    if _cudnn_runs(q, k, v):
+        return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            grad, q, k, v, y, lse.unsqueeze(-1), unused[0], unused[1], None, None, None, positions, positions,
+            0.0, False, scale=scale,
+        )  # fmt: skip
+    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        grad, q, k, v, y, lse, None, None, positions, positions, 0.0, False, unused.view(torch.uint64), unused[0],
+        scale=scale,
+    )  # fmt: skip
+
+
+def _cudnn_runs(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether cuDNN's backward serves q, k and v; torch says no where determinism is asked for."""
+    if _RAGGED or q.shape[2] == 1 or torch.cuda.get_device_capability(q.device) < (9, 0):
+        return False
+    cuda = torch.backends.cuda
+    return cuda.can_use_cudnn_attention(cuda.SDPAParams(q, k, v, None, 0.0, False, False))
+
+
+def _aligned(t: Tensor) -> Tensor:
+    steps = (t.data_ptr(), *(stride * t.element_size() for stride in t.stride()[:3]))
+    usual = t.stride(-1) == 1 and 0 not in t.stride() and not any(step % 16 for step in steps)
+    return t if usual else t.clone(memory_format=torch.contiguous_format)
+
+
+def _plain_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = q.dtype
+    grad, q, k, v, y = (t.float() for t in (grad, q, k, v, y))
+    p = (scale * (q @ k.transpose(-1, -2)) - lse.unsqueeze(-1)).exp()
+    dp = grad @ v.transpose(-1, -2)
+    ds = scale * p * (dp - (grad * y).sum(-1, keepdim=True))
+    dq, dk, dv = (t.to(dtype) for t in (ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ grad))
+    return dq, dk, dv
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (*torch.ops.axial_fusion.slice_attention_backward(grad, *ctx.saved_tensors, ctx.scale), None)
+
+
+torch.library.register_autograd(_OP, _backward, setup_context=_save)
+torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("slice_attention"))
+
+
+@register_flop_formula(torch.ops.axial_fusion.slice_attention)
+def _flops(q_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Two products of (P, D) and (D, P) a head, a multiply-add counted as two."""
+    batch, slices, positions, heads, dim = q_shape
+    return 4 * batch * slices * heads * positions * positions * dim
+
+
+@register_flop_formula(torch.ops.axial_fusion.slice_attention_backward)
+def _backward_flops(grad_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Five products: the scores again, dp, dq, dk and dv."""
+    return 5 * _flops(grad_shape) // 2
+
+
+# The libraries' backends. q, k, v (B', M, P, D) -> the same. A kernel of SDPA is called by its own operator:
+# sdpa_kernel would switch the others off for every thread of the process.
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """q, k, v (B', P, M, D) -> the same; the transposes are views."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
-def _held(to: SDPBackend, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    with sdpa_kernel(to):
-        return _sdpa(q, k, v, scale)
+def _sdpa_flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)[0]
+    dim = q.shape[-1]
+    q, k, v = (F.pad(t, (0, -dim % 8)) if dim % 8 else t for t in (q, k, v))
+    return aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0][..., :dim]
 
 
-def _torch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return ((q @ k.transpose(-1, -2) * scale).softmax(-1) @ v).transpose(1, 2)
+def _sdpa_cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, _wanted(q, k, v), scale=scale)[0]
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    from flash_attn import flash_attn_func
+def _sdpa_efficient(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, None, _wanted(q, k, v), scale=scale
+    )[0]
 
-    return flash_attn_func(q, k, v, softmax_scale=scale)
 
-
-def _xformers(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    from xformers.ops import memory_efficient_attention
-
-    return memory_efficient_attention(q, k, v, scale=scale)
+def _wanted(*tensors: Tensor) -> bool:
+    """Whether a backward may follow, which needs the log-sum-exp."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
+    return flex_attention(q, k, v, scale=scale)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B', P, M, D), the layout of flash-attn and xformers
+    return flash_attn_func(q, k, v, softmax_scale=scale).transpose(1, 2)
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return flex_attention(q, k, v, scale=scale).transpose(1, 2)
+    return memory_efficient_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
-_RUN: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
+def _torch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Half precision computes in fp32: scores of some tens, rounded to it, would move the weights by per cents."""
+    dtype = q.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    with _no_autocast(q):
+        q, k, v = (t.to(wide) for t in (q, k, v))
+        return (((q * scale) @ k.transpose(-1, -2)).softmax(-1) @ v).to(dtype)
+
+
+def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    if autocast_dtype(tensor) is None:
+        return nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+_LIBRARIES: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
     "sdpa": _sdpa,
-    "sdpa_flash": partial(_held, SDPBackend.FLASH_ATTENTION),
-    "sdpa_cudnn": partial(_held, SDPBackend.CUDNN_ATTENTION),
-    "sdpa_efficient": partial(_held, SDPBackend.EFFICIENT_ATTENTION),
+    "sdpa_flash": _sdpa_flash,
+    "sdpa_cudnn": _sdpa_cudnn,
+    "sdpa_efficient": _sdpa_efficient,
     "flash": _flash,
     "xformers": _xformers,
     "flex": _flex,
@@ -69,13 +237,19 @@ def slice_attention(
 ) -> Tensor:
     """Attention among the positions of each slice: q, k, v (B, N, P, M, D) -> (B, N, P, M, D).
 
-    `scale` is D^-½ where None; `backend` auto, sdpa, sdpa_flash, sdpa_cudnn, sdpa_efficient, flash, xformers, flex or
-    torch. FlexAttention is fused only inside torch.compile, so that auto never takes it. Autocast casts q, k, v.
+    `scale` is D^-½ where None; `backend` auto, triton, sdpa, sdpa_flash, sdpa_cudnn, sdpa_efficient, flash, xformers,
+    flex or torch. Triton needs float16 or bfloat16 and D 16, 32 or 64. FlexAttention is fused only inside
+    torch.compile, so that auto never takes it. Autocast casts q, k, v. Softmax in fp32.
     Raises ValueError on a shape, dtype, device or backend mismatch."""
     letters = "B N P M D"
     check_shapes("slice_attention", {"q": (q, letters), "k": (k, letters), "v": (v, letters)})
     q, k, v = autocast(q, k, v)
     check_alike("slice_attention", q=q, k=k, v=v)
-    run = _RUN[select_backend("slice_attention", q, k, v, backend=backend).backend]
-    y = run(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), softmax_scale(scale, q.shape[-1]))
-    return y.unflatten(0, q.shape[:2])
+    chosen = select_backend("slice_attention", q, k, v, backend=backend).backend
+    scale = softmax_scale(scale, q.shape[-1])
+    if chosen == "triton":
+        return torch.ops.axial_fusion.slice_attention(q, k, v, scale)[0]
+    run = _torch if q.numel() == 0 else _LIBRARIES[chosen]  # no library promises to take empty tensors
+    shape = q.shape[:2]
+    q, k, v = (t.flatten(0, 1).transpose(1, 2) for t in (q, k, v))
+    return run(q, k, v, scale).transpose(1, 2).unflatten(0, shape)
