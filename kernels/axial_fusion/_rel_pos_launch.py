@@ -56,6 +56,8 @@ def _config(
     hopper = dtype != torch.float32 and arch in (0, 90)
     if hopper:
         rows, keys, warps, stages = _HOPPER[kernel][columns][0 if dim <= 64 else 1 if dim <= 80 else 2]
+        if kernel == "dkv" and 32 < width < 64 and dim <= 80:
+            rows, keys, warps, stages = 32, 64, 4, 2  # masks take registers
     else:
         rows, keys, warps, stages = _elsewhere(kernel, arch, dtype, dim, columns, padded)
     pair = kernel == "forward" and keys == columns == 32
@@ -89,8 +91,7 @@ def _elsewhere(
     if dtype == torch.float32:
         rows = 32 if dim <= 96 else 16
     elif arch in (100, 103):
-        wide = kernel == "dkv" and dim > 64  # one stage spills there under Triton 3.6
-        stages = 2 if kernel == "forward" or wide else 1
+        stages = 1 if kernel == "dq" else 2  # dkv spills in one stage under Triton 3.6
         if kernel == "dkv" or (kernel == "dq" and padded and dim > 64):
             rows = 64
     elif kernel == "forward":
