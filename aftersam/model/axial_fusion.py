@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from aftersam.model.image_encoder import Linear
+from aftersam.model.image_encoder import Linear, RowNorm
 from axial_fusion import AxialFusionAttention
 
 
@@ -105,7 +105,7 @@ class AxialFusionBlock(nn.Module):
         self.attention = AxialFusionAttention(
             dim, num_heads, rank=rank, alpha=alpha, dropout=dropout, attention=attention
         )
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = RowNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(
             Linear(dim, int(dim * mlp_ratio)), nn.GELU(), Linear(int(dim * mlp_ratio), dim)
         )

@@ -21,6 +21,7 @@ from aftersam.model.sam import CLASSIFIER
 from axial_fusion import lora_linear, rel_pos_attention, window_attention
 from axial_fusion.lora_linear import dense_linear
 from axial_fusion.modules import merge_update
+from axial_fusion.row_norm import row_norm
 
 if TYPE_CHECKING:
     from aftersam.model.tiny_vit import TinyViT
@@ -95,9 +96,9 @@ class EncoderBlock(nn.Module):
 
     def __init__(self, dim: int, attention: EncoderAttention, mlp: nn.Module) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = RowNorm(dim, eps=1e-6)
         self.attn = attention
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = RowNorm(dim, eps=1e-6)
         self.mlp = mlp
 
     def forward(self, x: Tensor) -> Tensor:
@@ -157,6 +158,13 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return dense_linear(x, self.weight, self.bias)
+
+
+class RowNorm(nn.LayerNorm):
+    """nn.LayerNorm in one pass over the rows on a GPU, its result in the dtype that the next product takes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return row_norm(x, self.weight, self.bias, eps=self.eps)
 
 
 class ConvStem(nn.Module):
