@@ -89,7 +89,7 @@ def _elsewhere(
     fewer queries than keys, warps divide its keys and not its queries."""
     rows, warps, stages = 128, 8, 1
     if dtype == torch.float32:
-        rows = 32 if dim <= 96 else 16
+        rows = 32 if dim <= (96 if kernel == "dkv" else 32) else 16
     elif arch in (100, 103):
         stages = 1 if kernel == "dq" else 2  # dkv spills in one stage under Triton 3.6
         if kernel == "dkv" or (kernel == "dq" and padded and dim > 64):
