@@ -40,10 +40,10 @@ SUBJECTS: dict[str, Cases] = {
     "window": bench_rel_pos.window_cases,
     "encoder": bench_image_encoder.cases,
     "predict": bench_predict.cases,
-    "transformer": bench_transformer.cases,
     "train_step": bench_train_step.cases,
+    "transformer": bench_transformer.cases,
+    "fusion": bench_fusion.cases,
     "waterfall": bench_waterfall.cases,
-    "fusion": bench_fusion.cases,  # last: it has what the others leave
 }
 TOTAL_S = {"quick": 480.0, "full": 3600.0}
 

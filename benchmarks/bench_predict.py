@@ -47,8 +47,8 @@ SHAPES = [("tiny, 48 px", Shape("tiny", 16, 5, 48))]
 LARGE_CPU = [("ViT-B, 256 px", Shape("vit_b", 24, 9, 256))]
 GPU_SHAPES = [
     (f"ViT-B, {px} px, {depth} slices", Shape("vit_b", depth, 9, px))
-    for px in (1024, 512)
     for depth in (200, 24)
+    for px in (1024, 512)
 ]
 CHECKED = 12  # slices that are compared with fp64, in which ViT-B on a whole scan would take minutes
 LOOPED = 24  # slices of the longest scan that the re-encoding loop is timed on

@@ -189,7 +189,9 @@ def window_cases(device: torch.device, dtype: torch.dtype, full: bool = False) -
         rivals: dict[str, Callable[..., Tensor]] = {
             rival: partial(padded, window=window, attend=attend) for rival, attend in ATTEND.items()
         }
-        compiled = ALL if full else COMPILED if d == 64 else ()
+        compiled = (
+            ALL if full else ("SDPA, bias",) if d == 64 else ()
+        )  # Inductor of torch 2.11 fails on the other
         found = providers(rivals, exact, flops, gpu=device.type == "cuda", compiled=compiled)
         found[OURS_WINDOWED] = Provider(partial(window_attention, window=window), exact, flops, role="ours")
         yield {"subject": "window", "name": name, **shape._asdict()}, inputs, found

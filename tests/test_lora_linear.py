@@ -413,6 +413,7 @@ def test_the_choice_of_engine_is_told():
     assert "rounds y once" in half.reason
     with torch.autocast("cpu", torch.bfloat16):
         assert select_backend("lora_linear", x, torch.zeros(24, 32), torch.zeros(4, 32)) == half
+    x = torch.zeros(3, 32, device=DEVICE)
     with pytest.raises(ValueError, match="rank 65"):
         select_backend("lora_linear", x, torch.zeros(24, 32), torch.zeros(65, 32), backend="triton")
 
