@@ -70,7 +70,7 @@ def library(x: Tensor, attention: AxialFusionAttention) -> Tensor:
 
 
 def equations(x: Tensor, attention: AxialFusionAttention) -> Tensor:
-    """The reference of one block's attention; its scores are made again in the backward, or six blocks would not fit."""
+    """One block's attention in the reference. Its scores are made again in the backward: six blocks' would not fit."""
 
     def whole(x: Tensor, *w: Tensor) -> Tensor:
         inter, intra = (AttentionWeights._make([*w[i : i + 6], None, None]) for i in (0, 6))

@@ -252,8 +252,15 @@ def run(
     begun is named under `skipped`. Every record is appended to the file `lines` when it is known, and cases that
     an earlier run left there are not measured again."""
     end = time.perf_counter() + total_s
-    known = [json.loads(text) for text in lines.read_text().splitlines()] if lines and lines.exists() else []
-    ceiling, where, name = ceilings(dtype), environment(), str(dtype).removeprefix("torch.")
+    head, known = read(lines) if lines and lines.exists() else ({}, [])
+    if not head:
+        name, where = str(dtype).removeprefix("torch."), environment()
+        head = {
+            "environment": where, "dtype": name, "timing": clock.METHOD[where["kind"]], "ceilings": ceilings(dtype),
+        }  # fmt: skip
+        if lines is not None:
+            lines.write_text(json.dumps({"head": head}) + "\n")
+    ceiling, where, name = head["ceilings"], head["environment"], head["dtype"]
     copy, matmul = ceiling["copy_bytes_per_s"], ceiling["matmul_flops_per_s"]
     print(f"{where['device']}, {name}: copy {copy / 1e9:.1f} GB/s, matmul {matmul / 1e12:.2f} TFLOP/s")
     subjects = cases if isinstance(cases, Mapping) else {"": cases}
@@ -277,10 +284,13 @@ def run(
             skipped.append({"subject": subject, "from": "", **_failure(error)})
     for line_of in skipped:
         print(f"{line_of['subject']}: not measured from {line_of['from'] or 'here'} on: {line_of['reason']}")
-    return {
-        "environment": where, "dtype": name, "timing": clock.METHOD[where["kind"]], "ceilings": ceiling,
-        "records": records, "skipped": skipped,
-    }  # fmt: skip
+    return {**head, "records": records, "skipped": skipped}
+
+
+def read(lines: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a run left in its file of lines: machine and ceilings, and the records."""
+    head, *records = (json.loads(text) for text in lines.read_text().splitlines())
+    return head["head"], records
 
 
 def _measured(

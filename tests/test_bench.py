@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import sys
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -36,6 +37,7 @@ from benchmarks import (
     predict_options,
 )
 from benchmarks.__main__ import SUBJECTS
+from benchmarks.__main__ import main as bench_main
 from benchmarks.bench_fusion import OURS, Shape
 from benchmarks.harness import Provider, measure
 from benchmarks.targets import TARGETS, flop_share, line, targets, training_minutes
@@ -537,3 +539,33 @@ def test_options_are_measured_on_the_cases_that_the_run_did_not_train_on(tmp_pat
     assert all(f"| {name} |" in printed for name in rows)
     assert predict_options.main([*asked, "--cases", "nobody"]) == 2
     assert "no case 'nobody'" in capsys.readouterr().err
+
+
+def test_a_run_that_was_stopped_goes_on_from_its_lines_and_can_be_collected(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def counted(x):
+        calls.append(1)
+        return x * x
+
+    def cases():
+        for name in ("a", "b"):
+            facts = {**SQUARE, "name": name}
+            yield facts, [torch.ones(8)], {"ours": Provider(counted, square, 8, role="ours")}
+
+    lines = tmp_path / "lines.jsonl"
+    first = harness.run(cases(), dtype=torch.float32, budget_s=0.01, lines=lines)
+    head, *records = lines.read_text().splitlines()
+    lines.write_text("\n".join([head, records[0]]) + "\n")  # as a run that was killed after its first case
+    before = len(calls)
+    again = harness.run(cases(), dtype=torch.float32, budget_s=0.01, lines=lines)
+    assert [r["name"] for r in again["records"]] == ["a", "b"]
+    assert again["records"][0] == first["records"][0]
+    assert again["ceilings"] == first["ceilings"]
+    assert before < len(calls) < 2 * before
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(harness.write, "__defaults__", (tmp_path,))
+    assert bench_main(["quick", "--collect", str(lines)]) == 0
+    written = json.loads(Path(capsys.readouterr().out.split()[-1]).read_text())
+    assert written["records"] == again["records"]
+    assert {t["number"] for t in written["targets"]} == {f"T{i}" for i in range(1, 11)}
