@@ -104,7 +104,7 @@ class Gate:
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self.inputs = inputs
-        self.grad_output: Tensor | None = None
+        self.grad_outputs: dict[torch.Size, Tensor] = {}  # one a shape: a part of the output may be compared
         self.known: dict[Callable[..., Tensor], list[Tensor | None]] = {}
 
     def check(self, provider: Provider) -> dict[str, Any]:
@@ -112,7 +112,10 @@ class Gate:
         call = provider.checked or provider.call
         assert call is not None
         expected = self._expected(provider)
-        found = self._outputs(call, self.inputs, forward_only=provider.forward_only)
+        with torch.backends.cudnn.flags(
+            allow_tf32=False
+        ):  # by default cuDNN rounds fp32 convolutions to TF32
+            found = self._outputs(call, self.inputs, forward_only=provider.forward_only)
         errors = [_relative_error(a, b) for a, b in zip(found, expected[: len(found)], strict=True)]
         tolerance = TOLERANCE[self.inputs[0].dtype]
         forward, backward = errors[0], torch.tensor([0.0, *errors[1:]]).max().item()  # NaN wherever it stands
@@ -135,10 +138,10 @@ class Gate:
             y = call(*inputs)
         if not wanted:
             return [y.detach()]
-        if self.grad_output is None:
+        if y.shape not in self.grad_outputs:
             generator = torch.Generator().manual_seed(1)
-            self.grad_output = torch.randn(y.shape, generator=generator).to(self.inputs[0])
-        grad_output = self.grad_output.to(y)
+            self.grad_outputs[y.shape] = torch.randn(y.shape, generator=generator).to(self.inputs[0])
+        grad_output = self.grad_outputs[y.shape].to(y)
         return [y.detach(), *torch.autograd.grad(y, wanted, grad_output, allow_unused=True)]
 
 

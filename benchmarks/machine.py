@@ -63,14 +63,17 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton_version,
         "commit": os.environ.get(COMMIT) or _output("git", "rev-parse", "--short=12", "HEAD") or "unknown",
-        # What this very command and `make figure` write does not make a commit another one.
-        "dirty": bool(
-            _output(
-                "git", "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs", ":!README.md"
-            )
-        ),
+        "dirty": _dirty(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _dirty() -> bool:
+    """Whether tracked files differ from the commit; what this command and `make figure` write does not count.
+
+    Nor do untracked files, such as wheels and caches that travelled to a machine without a network."""
+    written = (":!benchmarks/results", ":!docs", ":!README.md")
+    return bool(_output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", *written))
 
 
 def cpu_model() -> str:

@@ -267,6 +267,23 @@ def test_the_waterfall_has_a_bar_for_each_technique_and_needs_one(result, tmp_pa
     assert (tmp_path / "bench-waterfall.png").exists()
 
 
+def test_a_part_of_the_output_may_be_compared_beside_others():
+    """As attention over all tokens is, whose fp64 form would take minutes on the whole."""
+
+    def part(x):
+        return square(x[:3])
+
+    found = {
+        "whole": Provider(square, square, 8, role="ours"),
+        "part": Provider(square, part, 8, checked=part),
+        "wrong part": Provider(square, part, 8, checked=lambda x: 1.01 * part(x)),
+    }
+    for order in (found, dict(reversed(found.items()))):
+        records = measure(SQUARE, [torch.linspace(-1, 1, 8, requires_grad=True)], order, budget_s=0.01)
+        statuses = {r["provider"]: r["status"] for r in records}
+        assert statuses == {"whole": "ok", "part": "ok", "wrong part": "wrong"}
+
+
 def test_the_table_shows_what_was_wrong(result):
     result["records"][0].pop("ms")
     result["records"][0]["status"] = "wrong"
