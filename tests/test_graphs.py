@@ -30,6 +30,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(graphs, "DEVICE", "cpu")
 
 
@@ -44,7 +47,7 @@ def doubled(log):
 @torch.no_grad()
 def test_the_third_call_of_a_shape_is_a_replay_of_the_second(gpu):
     log = []
-    step = Replayed(doubled(log), torch.nn.Linear(2, 2), [])
+    step = Replayed(doubled(log), torch.nn.Linear(2, 2), graphs._Shared())
     x = torch.ones(3)
     for _ in range(2):
         y, (skip,) = step(x, (x,), query_index=(1,))
@@ -64,7 +67,7 @@ def test_the_third_call_of_a_shape_is_a_replay_of_the_second(gpu):
 @torch.no_grad()
 def test_other_shapes_options_and_weights_are_other_graphs(gpu):
     log, model = [], torch.nn.Linear(2, 2)
-    step = Replayed(doubled(log), model, [])
+    step = Replayed(doubled(log), model, graphs._Shared())
     for _ in range(2):
         step(torch.ones(3))
         step(torch.ones(4))
@@ -78,9 +81,39 @@ def test_other_shapes_options_and_weights_are_other_graphs(gpu):
     assert len(step.recordings) == graphs.MOST_GRAPHS
 
 
+def test_a_graph_recorded_in_inference_mode_serves_other_modes_and_takes_lists(gpu):
+    log = []
+    step = Replayed(doubled(log), torch.nn.Linear(2, 2), graphs._Shared())
+    with torch.inference_mode():
+        for _ in range(2):
+            step(torch.ones(3), query_index=[0, 2])
+    with torch.no_grad():
+        step(torch.zeros(3), query_index=[0, 2])
+    assert (Graph.replays, len(log)) == (2, 2)
+
+
+@torch.no_grad()
+def test_what_cannot_be_captured_or_computes_nothing_is_called_as_it_is(gpu, monkeypatch):
+    calls = []
+
+    def refused(x):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return x + 1
+
+    step = Replayed(refused, torch.nn.Linear(2, 2), graphs._Shared())
+    for _ in range(3):
+        assert torch.equal(step(torch.ones(2)), torch.full((2,), 2.0))
+    passed_on = Replayed(lambda x: (x,), torch.nn.Linear(2, 2), graphs._Shared())
+    for _ in range(3):
+        assert torch.equal(passed_on(torch.ones(2))[0], torch.ones(2))
+    assert Graph.replays == 0
+
+
 def test_where_a_gradient_is_wanted_nothing_is_captured(gpu):
     log = []
-    step = Replayed(doubled(log), torch.nn.Linear(2, 2), [])
+    step = Replayed(doubled(log), torch.nn.Linear(2, 2), graphs._Shared())
     for _ in range(3):
         step(torch.ones(3))
     assert len(log) == 3
@@ -106,7 +139,12 @@ def test_a_replayed_model_gives_its_own_logits():
     torch.manual_seed(0)
     model = build_aftersam(config, 3).eval().cuda()
     volumes = [torch.randn(1, config.num_slices, 48, 48, device="cuda") for _ in range(4)]
-    expected = [model(hu, query_index=(1,)) for hu in volumes]
-    capture_steps(model)
-    for hu, logits in zip(volumes, expected, strict=True):
-        assert torch.equal(model(hu, query_index=(1,)), logits)
+    with torch.autocast("cuda", torch.bfloat16):
+        expected = [model(hu, query_index=(1,)) for hu in volumes]
+        capture_steps(model)
+        found = [model(hu, query_index=(1,)) for hu in volumes]
+    found += [None] * len(volumes)
+    with torch.autocast("cuda", torch.bfloat16):  # casts of the first context are gone
+        found[len(volumes) :] = [model(hu, query_index=(1,)) for hu in volumes]
+    for logits, exact in zip(found, 2 * expected, strict=True):
+        assert torch.equal(logits, exact)
