@@ -189,9 +189,8 @@ def window_cases(device: torch.device, dtype: torch.dtype, full: bool = False) -
         rivals: dict[str, Callable[..., Tensor]] = {
             rival: partial(padded, window=window, attend=attend) for rival, attend in ATTEND.items()
         }
-        compiled = (
-            ALL if full else ("SDPA, bias",) if d == 64 else ()
-        )  # Inductor of torch 2.11 fails on the other
+        # In windows, Inductor of torch 2.11 fails to compile FlexAttention.
+        compiled = ALL if full else ("SDPA, bias",) if d == 64 else ()
         found = providers(rivals, exact, flops, gpu=device.type == "cuda", compiled=compiled)
         found[OURS_WINDOWED] = Provider(partial(window_attention, window=window), exact, flops, role="ours")
         yield {"subject": "window", "name": name, **shape._asdict()}, inputs, found

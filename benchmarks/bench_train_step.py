@@ -168,7 +168,7 @@ def case(
     naive = partial(bench_transformer.joint, attend=bench_transformer.bench_fusion.materialised)
     forms: dict[str, tuple[Callable[..., Tensor], Any, Any]] = {
         "naive 3D": (sdpa, naive, naive),
-        "SDPA factorised": (sdpa, bench_transformer.library, bench_transformer.equations),
+        "SDPA factorised": (sdpa, bench_transformer.library, bench_transformer.remade),
     }
     found = {}
     positions = (config.image_size // model.encoder.patch) ** 2

@@ -70,13 +70,18 @@ def library(x: Tensor, attention: AxialFusionAttention) -> Tensor:
 
 
 def equations(x: Tensor, attention: AxialFusionAttention) -> Tensor:
-    """One block's attention in the reference. Its scores are made again in the backward: six blocks' would not fit."""
+    return _equations(attention.num_heads, x, *_weights(attention))
 
-    def whole(x: Tensor, *w: Tensor) -> Tensor:
-        inter, intra = (AttentionWeights._make([*w[i : i + 6], None, None]) for i in (0, 6))
-        return reference.axial_fusion_attention(x, inter, intra, num_heads=attention.num_heads)
 
-    return checkpoint(whole, x, *_weights(attention), use_reentrant=False)  # type: ignore[no-any-return]
+def remade(x: Tensor, attention: AxialFusionAttention) -> Tensor:
+    """The equations, their scores made again in the backward: in fp64 those of six blocks would not fit."""
+    weights = _weights(attention)  # as they are now, not as a functional call leaves them behind
+    return checkpoint(_equations, attention.num_heads, x, *weights, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def _equations(heads: int, x: Tensor, *w: Tensor) -> Tensor:
+    inter, intra = (AttentionWeights._make([*w[i : i + 6], None, None]) for i in (0, 6))
+    return reference.axial_fusion_attention(x, inter, intra, num_heads=heads)
 
 
 def joint_equations(x: Tensor, attention: AxialFusionAttention) -> Tensor:
@@ -122,7 +127,7 @@ def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Itera
         rest = 16 * tokens * c * c  # the MLP
         whole = blocks * (rest + 8 * tokens * c * c + 4 * tokens * n * positions * c)
         ours = blocks * (rest + 16 * tokens * c * c + 4 * tokens * (n + positions) * c)
-        exact, exact_joint = form(model, equations), form(model, joint_equations)
+        exact, exact_joint = form(model, remade), form(model, joint_equations)
         naive = partial(joint, attend=bench_fusion.materialised)
         scores = 2 * b * m * (n * positions) ** 2 * dtype.itemsize  # scores and probabilities of one block
         free = machine.free_bytes()

@@ -63,7 +63,7 @@ class SliceKey(NamedTuple):
     head_dim: int
 
 
-# slice_attention's, as axial_fusion.tune prints it. H100: 1.05 (D 64) to 1.28 times (D 32) as fast as cuDNN, the next.
+# slice_attention's, as axial_fusion.tune prints it. H100, bf16: 1.09 (D 64) to 1.41 times (D 32) as fast as cuDNN.
 FASTEST: dict[SliceKey, str] = {
     SliceKey((9, 0), torch.bfloat16, 32): "triton",
     SliceKey((9, 0), torch.bfloat16, 64): "triton",
@@ -104,20 +104,21 @@ def _fastest(op: str, tensors: tuple[Tensor, ...]) -> Choice:
         "rel_pos_attention",
         "window_attention",
         "row_norm",
-        "axial_fusion_attention",
     ):
         if first.device.type == "cpu":
             return Choice("torch", "a CPU tensor: library matmuls are fastest there")
         obstacle = _obstacle(op, "triton", tensors)
         if obstacle:
             return Choice("torch", obstacle)
-        if op == "axial_fusion_attention":
-            return Choice(
-                "composed", "library products between our kernels: 120 us a half on an H100, 133 us as one op"
-            )
         if op == "row_norm":
             return Choice("triton", "a row is read once: 15.7 us against 48.9 us on an H100")
         return Choice("triton", "no score leaves the chip")
+    if op == "axial_fusion_attention":
+        if first.device.type == "cpu":
+            return Choice("torch", "a CPU tensor: library matmuls are fastest there")
+        if under_transform(tensors):
+            return Choice("torch", "plain products alone have a forward-mode derivative and every transform")
+        return Choice("composed", "library products between our kernels, each of which picks its own backend")
     if op == "slice_attention":
         if under_transform(tensors):
             return Choice("torch", "plain products alone have a forward-mode derivative and every transform")
@@ -138,7 +139,7 @@ def _fastest(op: str, tensors: tuple[Tensor, ...]) -> Choice:
         if first.device.type == "cuda":
             if _triton_obstacle(op, tensors) is None:
                 return Choice(
-                    "triton", "x is read and joined with its update in one pass: 284 us on an H100, not 313"
+                    "triton", "x is read and joined with its update in one pass: 265 us on an H100, not 316"
                 )
             return Choice("augmented", "one product of K + r writes y once")
         if (autocast_dtype(first) or first.dtype) in HALF:
@@ -211,7 +212,7 @@ def _triton_obstacle(op: str, tensors: tuple[Tensor, ...]) -> str | None:
             return f"it needs float16 or bfloat16, found {dtype_name(first.dtype)}"
         dims = ", ".join(map(str, SLICE_HEAD_DIMS))
         return f"head dim {first.shape[-1]} is not {dims}" if first.shape[-1] not in SLICE_HEAD_DIMS else None
-    if op != "axial_fusion_attention" and first.shape[-1] > MAX_TRITON_HEAD_DIM:
+    if first.shape[-1] > MAX_TRITON_HEAD_DIM:
         return f"head dim {first.shape[-1]} is above {MAX_TRITON_HEAD_DIM}"
     if op in ("rel_pos_attention", "window_attention"):
         columns = tensors[-1].shape[-1]  # of rel_w

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -73,8 +72,8 @@ def _config(
 def _widths(dim: int, *, parts: bool) -> dict[str, int]:
     """D as one power of two, or as two `parts` where they are less than that: 80 = 64 + 16.
 
-    Two parts with one stage of loads gave a wrong dq on an H100 (D 80, relative error 0.4), and with two stages a
-    right one. sm_90 therefore takes D in parts only where one width would cost most, and then in two stages."""
+    ptxas 12.8 miscompiled dq in two parts with one stage of loads (D 80, relative error 0.4 on an H100). sm_90 takes D
+    in parts only where one width would cost most, in forms that `wrong_descriptors` of the compile tests passes."""
     widths = split(dim)
     whole = block(dim)
     return widths if parts and widths["D0"] + widths["D1"] < whole else {"D0": whole, "D1": 0}
@@ -92,17 +91,19 @@ def _elsewhere(
         rows = 32 if dim <= (96 if kernel == "dkv" else 32) else 16
     elif arch in (100, 103):
         stages = 1 if kernel == "dq" else 2  # dkv spills in one stage under Triton 3.6
-        if kernel == "dkv" or (kernel == "dq" and padded and dim > 64):
+        if kernel == "dkv":
+            rows = 32
+        elif kernel == "dq" and padded:
             rows = 64
     elif kernel == "forward":
-        rows, warps = 64 if dim <= 64 else 32, 4
+        rows, warps = 64 if dim <= 64 and not padded else 32, 4
+    elif arch >= 120:
+        rows, warps = 16, 4
     elif kernel == "dq":
-        rows, warps = 64 if dim <= 32 and not padded else 32, 4
-        if padded:
-            warps = 2 if dim <= 32 else 4 if dim <= 64 else 8
+        rows, warps = 32, 8 if padded or dim > 32 else 4
     else:
         rows, warps = 32 if dim <= 32 else 16, 4
-    return rows // 2 if columns > 64 else rows, max(64, columns), warps, stages
+    return max(16, rows // 2) if columns > 64 else rows, max(64, columns), warps, stages
 
 
 class _Problem:
@@ -136,7 +137,7 @@ class _Problem:
         config = self.config(name)
         tiles = self.tiles(name, tiles_of)
         q, k, rel_h, rel_w = self.q, self.k, self.rel_h, self.rel_w
-        with _current(q.device):
+        with _on(q.device):
             kernel[(self.windows * self.heads * tiles,)](
                 *before, q, k, self.v, self.pad, rel_h, rel_w, *after,
                 self.scale, self.heads, *self.grid, *self.window, tiles,
@@ -241,10 +242,3 @@ def _windows(
     rel_h, rel_w = (rel.flatten(1, 2).transpose(1, 2) for rel in (rel_h, rel_w))  # (B, M, P, window)
     grid = (qkv.shape[1], qkv.shape[2])
     return _Problem((q, k, v), (rel_h, rel_w), qkv_bias.contiguous(), grid, (window, window), scale)
-
-
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a tensor's device the one that Triton launches on; where it is, entering a context would cost time."""
-    if device.type == "cuda" and device.index == torch.cuda.current_device():
-        return nullcontext()
-    return _on(device)

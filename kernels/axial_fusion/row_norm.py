@@ -35,7 +35,7 @@ def _tile(channels: int) -> dict[str, int]:
 
 
 def _groups(x: Tensor) -> Tensor:
-    """x (..., C) as (B, P, C), copied only where two strides and contiguous channels cannot say it."""
+    """x (..., C) as (B, P, C), copied only where no such view exists."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     return x.reshape(x.shape[0] if x.dim() > 2 else 1, -1, x.shape[-1])
 
@@ -83,7 +83,7 @@ def launch_backward(
 def column_sums(x: Tensor) -> Tensor:
     """x (T, C) with contiguous rows -> its sum over rows (C,), a bias gradient, in x's dtype.
 
-    On a GPU in two steps, both in fp32: sums of about a thousand blocks, then theirs."""
+    On a GPU in two steps, both in fp32: about a thousand partial sums, then the sum of these."""
     if x.device.type != "cuda" or not x.numel() or select_backend("row_norm", x).backend != "triton":
         return x.sum(0)
     return launch_column_sums(x).sum(0).to(x.dtype)
