@@ -66,7 +66,7 @@ class PredictArgs:
     compile: bool = False
     """Compile the model first, which takes a minute and pays back over many scans."""
     graph: bool = True
-    """Replay each step as a CUDA graph on a GPU. --no-graph launches kernels one by one: slower, and less memory."""
+    """Replay each step as a CUDA graph on a GPU. --no-graph launches kernels one by one, which takes less memory."""
     save_probabilities: bool = False
     """Leave CASE.probabilities.npy beside each mask: float16 (classes, background first, x, y, z)."""
     confidence: bool = False

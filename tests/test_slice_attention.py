@@ -242,11 +242,12 @@ def test_what_triton_does_not_offer():
 
 
 def test_auto_takes_triton_where_it_was_measured_fastest(monkeypatch):
-    q = torch.randn(1, 2, 600, 2, 32, device=DEVICE).half()
+    q = torch.randn(1, 2, 600, 2, 32, device=DEVICE).bfloat16()
     monkeypatch.setattr(_launch, "_capability", lambda device: (9, 0))
     chosen = select_backend("slice_attention", q, q, q)
     assert chosen.backend == "triton"
-    assert chosen.reason == "measured fastest on sm_90 for float16, D 32"
+    assert chosen.reason == "measured fastest on sm_90 for bfloat16, D 32"
+    assert select_backend("slice_attention", q.half()).backend == "sdpa"  # not measured
     assert select_backend("slice_attention", q[..., :24]).backend == "sdpa"
     assert select_backend("slice_attention", q.float()).backend == "sdpa"
     monkeypatch.setattr(_launch, "_capability", lambda device: (8, 0))

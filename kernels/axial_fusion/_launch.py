@@ -67,8 +67,6 @@ class SliceKey(NamedTuple):
 FASTEST: dict[SliceKey, str] = {
     SliceKey((9, 0), torch.bfloat16, 32): "triton",
     SliceKey((9, 0), torch.bfloat16, 64): "triton",
-    SliceKey((9, 0), torch.float16, 32): "triton",
-    SliceKey((9, 0), torch.float16, 64): "triton",
 }
 
 
