@@ -8,6 +8,7 @@ nothing for recomputation. Bytes, where a case counts them, are what any impleme
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -81,6 +82,8 @@ def measure(
             right.pop(name, None)
             if LOST in record["reason"]:
                 return records
+        if record["status"] == "out of memory":
+            _release()
     for kind in ("forward", "forward_backward"):
         calls = {name: of[kind] for name, of in right.items() if kind in of}
         times = clock.times(
@@ -183,6 +186,13 @@ def _failure(error: BaseException) -> dict[str, str]:
         error, (torch.OutOfMemoryError, MemoryError)
     ) or "can't allocate memory" in str(error)
     return {"status": "out of memory" if out_of_memory else "failed", "reason": text}
+
+
+def _release() -> None:
+    """Give back what a failed call held: later cases would pay for an allocator that has nothing left."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
