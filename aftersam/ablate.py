@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from aftersam.config import Config, preset
+from aftersam.files import read_json, write_text
 
 if TYPE_CHECKING:
     from aftersam.data.dataset import Dataset
@@ -105,8 +106,10 @@ def ablate(args: AblateArgs) -> dict[str, Any]:
         result[table] = {**summarise(columns), "prompted": prompted}
         ablation_figure(result[table], args.output / f"table-{table}.png", title=TITLES[table])
     text = "\n\n".join(markdown(table, found) for table, found in result.items())
-    (args.output / "tables.md").write_text(text + "\n", encoding="utf-8")
-    (args.output / "tables.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_text(args.output / "tables.md", text + "\n")
+    write_text(
+        args.output / "tables.json", json.dumps(result, indent=1) + "\n"
+    )  # NaN where no case has an organ
     Console(soft_wrap=True).print(text, markup=False, highlight=False)
     return result
 
@@ -134,7 +137,6 @@ def _share_cores(jobs: int) -> None:
 
 def _row(args: AblateArgs, name: str, change: Mapping[str, Any], seed: int) -> Row:
     """DSC of every case and organ for one variant and seed, trained unless its scores are there."""
-    from aftersam.checkpoint import read_json
     from aftersam.data.dataset import find_dataset, split
     from aftersam.evaluate import evaluate
     from aftersam.predict import PredictArgs, predict_files

@@ -1,20 +1,16 @@
-"""Runs on disk: weights and training state as one safetensors file each, facts as JSON.
-
-A file is written under a temporary name and renamed, so that a reader or a resumed run sees the old state or
-the new one, never a half. Nothing is ever unpickled."""
+"""Runs on disk: weights and training state as one safetensors file each, facts as JSON.""" ""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from aftersam.files import read_tensors, write_tensors, write_text
 
 OPTIMIZER = "optimizer/"  # prefix of optimiser tensors; model tensors carry their own names
 RNG = "rng/"
@@ -22,7 +18,7 @@ RNG = "rng/"
 
 def save_weights(path: Path, model: nn.Module, facts: dict[str, Any]) -> None:
     """Write the model's state dict and `facts` (JSON values) to `path`, atomically."""
-    _write(path, whole_state(model), facts)
+    write_tensors(path, whole_state(model), facts)
 
 
 def save_training(
@@ -44,14 +40,14 @@ def save_training(
     if torch.cuda.is_available():
         tensors[f"{RNG}cuda"] = torch.cuda.get_rng_state()
     if write:
-        _write(path, tensors, facts)
+        write_tensors(path, tensors, facts)
 
 
 def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
     """Load the weights in `path` strictly into `model` and return the stored facts.
 
     Raises ValueError on a truncated or foreign file, or on weights of another architecture."""
-    tensors, facts = _read(path)
+    tensors, facts = read_tensors(path)
     _load_model(path, model, tensors)
     return facts
 
@@ -60,7 +56,7 @@ def load_training(path: Path, model: nn.Module) -> dict[str, Any]:
     """Restore the weights and the generator that `save_training` wrote and return its facts.
 
     Raises ValueError like `load_weights`."""
-    tensors, facts = _read(path)
+    tensors, facts = read_tensors(path)
     if f"{RNG}cpu" not in tensors:
         raise ValueError(f"{path} holds weights without training state, so it cannot be resumed")
     _load_model(path, model, tensors)
@@ -72,7 +68,7 @@ def load_training(path: Path, model: nn.Module) -> dict[str, Any]:
 
 def load_moments(path: Path, optimizer: torch.optim.Optimizer) -> None:
     """Restore the optimiser's moments, each sharded as its parameter is by now."""
-    tensors, _ = _read(path)
+    tensors, _ = read_tensors(path)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -85,29 +81,12 @@ def load_moments(path: Path, optimizer: torch.optim.Optimizer) -> None:
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    temporary.replace(path)
-
-
-def read_json(path: Path) -> Any:
-    """The JSON in `path`. Raises ValueError in one sentence where it is missing or broken."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-
-
 def trim_history(path: Path, step: int) -> None:
     """Drop what a killed run logged after its last checkpoint, at `step`: those steps are done again."""
     if path.exists():
         lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
         kept = [line for line in lines if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept))
+        write_text(path, "".join(line + "\n" for line in kept))
 
 
 def provenance() -> dict[str, Any]:
@@ -142,31 +121,6 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
 def _whole(value: Tensor) -> Tensor:
     value = value.full_tensor() if isinstance(value, DTensor) else value
     return value.detach().cpu().contiguous()
-
-
-def _write(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(tensors, temporary, metadata={"aftersam": json.dumps(facts)})
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; train writes best.safetensors and last.safetensors")
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get("aftersam", "null"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    if facts is None:
-        raise ValueError(f"{path} was not written by aftersam.train")
-    return tensors, facts
 
 
 def _load_model(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:

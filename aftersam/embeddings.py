@@ -7,8 +7,6 @@ SAM's features take 2 MB a slice at 1024 px, in fp16."""
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,8 @@ import torch
 from aftersam.config import Config
 from aftersam.data.slice_group import plane_windows, window_crops
 from aftersam.data.transforms import AIR_HU, Box
+from aftersam.device import autocast
+from aftersam.files import renamed_folder
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.image_encoder import SliceFeatures
 
@@ -92,19 +92,16 @@ class Embeddings:
         batch_size: int,
         progress: Callable[[int], None] | None,
     ) -> None:
-        """Fill a temporary folder and rename it; another process that was quicker wins."""
+        """Write the features of `hu` into the folder `home`, which appears only when complete."""
         device = next(self.model.parameters()).device
-        autocast = torch.autocast(device.type, dtype=self.precision, enabled=self.precision != torch.float32)
-        temporary = home.with_name(f".{os.getpid()}.{home.name}")
         files: list[np.ndarray] = []
-        try:
-            temporary.mkdir(parents=True)
+        with renamed_folder(home) as temporary:
             for start in range(0, len(hu), batch_size):
                 some = range(start, min(start + batch_size, len(hu)))
                 images = window_crops(
                     hu, some, windows, self.size, AIR_HU, stem_slices=self.model.stem_slices
                 )
-                with autocast:
+                with autocast(device, self.precision):
                     features = self.model.encoder(self.model.image(images.to(device).float()))
                 levels = [
                     level.unflatten(0, (-1, len(windows))).half().cpu().numpy()
@@ -122,12 +119,6 @@ class Embeddings:
                     progress(len(some))
             for file in files:
                 file.flush()  # type: ignore[attr-defined]  # a memory map
-            os.rename(temporary, home)
-        except OSError as error:
-            if not home.is_dir():
-                raise OSError(f"{home} could not be written: {error.strerror or error}") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_still(config: Config) -> None:

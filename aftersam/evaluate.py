@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import tyro
 
+from aftersam.files import NIFTI, case_id, write_json
 from aftersam.metrics import Convention, OrganScore, score_organ
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 DRAWS = 10_000
 RELIABLE_CASES = 10  # below it, a bootstrap over cases says little
-NIFTI = (".nii.gz", ".nii")
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,6 @@ def evaluate(
     if theirs is not None:
         metrics["paired"] = {"against": str(against), **_paired(scores, other)}
     if output is not None:
-        from aftersam.checkpoint import write_json
-
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, metrics)
     if not quiet:
@@ -320,10 +318,8 @@ def masks_in(folder: Path) -> dict[str, Path]:
         raise ValueError(f"{folder} is not a folder")
     found = {}
     for path in sorted(folder.iterdir()):
-        for ending in NIFTI:
-            if path.name.endswith(ending) and not path.name.startswith("."):
-                found[path.name.removesuffix(ending).removesuffix("_0000")] = path
-                break
+        if path.name.endswith(NIFTI) and not path.name.startswith("."):
+            found[case_id(path)] = path
     if not found:
         raise ValueError(f"{folder} holds no mask that ends in .nii.gz or .nii")
     return found

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from aftersam.files import NIFTI, remove_leftovers, renamed, write_json
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from aftersam.segmenter import Prepared, Segmenter
     from aftersam.streaming import Sliding
 
-NIFTI = (".nii.gz", ".nii")
 DICOM = ".dcm"
 
 
@@ -261,8 +262,7 @@ def _write(job: _Job, found: _Found, mask: Path, names: dict[int, str], args: Pr
     Returns what to tell the user. Raises OSError where a file cannot be written."""
     import numpy as np
 
-    from aftersam.checkpoint import write_json
-    from aftersam.data.volume import remove_leftovers, renamed, to_nifti, write_confidence, write_labels
+    from aftersam.data.volume import to_nifti, write_confidence, write_labels
     from aftersam.metrics import organ_statistics
 
     labels, volume, timings = found.labels, job.prepared.volume, job.prepared.timings

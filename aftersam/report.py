@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from aftersam.files import read_json, write_text
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -52,8 +54,6 @@ def write_report(
     labels: Path | None = None,
 ) -> Path:
     """Write the page to `output`; parts whose files are not given are left out. Raises ValueError on bad files."""
-    from aftersam.checkpoint import read_json
-    from aftersam.data.volume import renamed
     from aftersam.figures import box_figure, curves_figure
 
     result = read_json(metrics)
@@ -84,8 +84,7 @@ def write_report(
         parts.append(f"<h2>Not scored</h2><ul>{lines}</ul>")
     page = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>AFTer-SAM</title><style>{STYLE}</style>\n'
     output.parent.mkdir(parents=True, exist_ok=True)
-    with renamed(output) as temporary:
-        temporary.write_text(page + "\n".join(parts) + "\n</html>\n", encoding="utf-8")
+    write_text(output, page + "\n".join(parts) + "\n</html>\n")
     return output
 
 

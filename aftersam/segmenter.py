@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,11 +161,11 @@ def load(
     `compiled` compiles each step at its first use: a minute that many scans pay back. `graphs` replays each step as
     a CUDA graph where the model is on a GPU: the same masks, without a launch for each of hundreds of kernels.
     Raises ValueError on a missing, truncated or foreign file."""
-    import torch
-
-    from aftersam.checkpoint import load_weights, read_json
+    from aftersam.checkpoint import load_weights
+    from aftersam.device import dtype_for, find_device
+    from aftersam.files import read_json
     from aftersam.graphs import capture_steps
-    from aftersam.model.build import build_aftersam, compile_steps, merge_lora, precision_for
+    from aftersam.model.build import build_aftersam, compile_steps, merge_lora
 
     run = Path(run)
     if not (run / "config.json").is_file():
@@ -181,17 +180,13 @@ def load(
         compile_steps(model)
     if graphs:
         capture_steps(model)
-    if device == "auto":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    where = torch.device(device)
+    where = find_device(device)
     spacing = facts["spacing_mm"]
     return Segmenter(
         model.to(where).eval(),
         config,
         labels,
         None if spacing is None else tuple(spacing),
-        {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
-            precision_for(config.train.precision, where.type), torch.float32
-        ),
+        dtype_for(config.train.precision, where.type),
         tuple(facts.get("one_piece", ())),
     )

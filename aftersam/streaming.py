@@ -5,7 +5,6 @@ group still needs them; each group then fuses N of them and decodes its centre. 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections import defaultdict
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 from aftersam.config import ModelConfig
 from aftersam.data.slice_group import plane_windows, slice_group, window_crops
 from aftersam.data.transforms import AIR_HU, body_slices, swap_labels
+from aftersam.device import autocast
 from aftersam.embeddings import StoredScan
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.image_encoder import SliceFeatures
@@ -178,7 +178,7 @@ def stream_logits(
             del ring[d]
         new = [d for d in needed if d not in ring]
         targets = [group[p] for group in groups for p in positions]
-        with _autocast(device, precision):
+        with autocast(device, precision):
             with timings.stage("encode"):
                 for start in range(0, len(new), batch_size):
                     some = new[start : start + batch_size]
@@ -370,9 +370,3 @@ def _assemble(
     total /= seen.clamp_min(torch.finfo(seen.dtype).tiny)
     total[0] += torch.where(seen > 0, 0.0, OUTSIDE)
     return total
-
-
-def _autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager[None]:
-    if precision == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=precision)

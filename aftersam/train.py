@@ -87,13 +87,12 @@ class _Run:
 
     def _start(self, device: str) -> None:
         """Devices, precision, trackers and seeds."""
-        import torch
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
         from accelerate.tracking import filter_trackers
         from accelerate.utils import set_seed
 
-        from aftersam.model.build import precision_for
+        from aftersam.device import DTYPES, precision_for
 
         config = self.config.train
         self.precision = precision_for(config.precision, device)
@@ -111,7 +110,7 @@ class _Run:
         self.device = self.accelerator.device
         if self.precision == "fp16" and self.device.type == "cpu":  # where nothing scales the gradients
             raise ValueError("precision fp16 needs a GPU to train on; use bf16 or fp32")
-        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
+        self.dtype = DTYPES[self.precision]
         set_seed(config.seed)
 
     def _read(self, args: TrainArgs, stored: dict[str, Any]) -> Dataset:
@@ -203,8 +202,9 @@ class _Run:
 
     def _write(self, args: TrainArgs, dataset: Dataset, sam: SamCheckpoint | None) -> None:
         """What repeats the run, config.json, and what its weights need beside it, run.json."""
-        from aftersam.checkpoint import provenance, trim_history, write_json
+        from aftersam.checkpoint import provenance, trim_history
         from aftersam.components import one_piece
+        from aftersam.files import write_json
 
         trim_history(self.output / "history.jsonl", self.progress.step)
         if args.resume:
@@ -391,8 +391,8 @@ class _Run:
 
 def _configuration(args: TrainArgs) -> tuple[Config, SamCheckpoint | None, dict[str, Any]]:
     """The configuration with every open choice made, SAM's weights if any, and run.json of a run to resume."""
-    from aftersam.checkpoint import read_json
     from aftersam.embeddings import check_still
+    from aftersam.files import read_json
     from aftersam.model.build import resolve_encoder
     from aftersam.model.sam import read_sam_checkpoint
 
@@ -423,7 +423,7 @@ def parse(argv: Sequence[str] | None, kind: Any = TrainArgs, about: str | None =
     given = {name: _peek(argv, name) for name in ("--preset", "--config-file", "--sam-checkpoint")}
     name = given["--preset"] or ("paper" if given["--sam-checkpoint"] else "small")
     if given["--config-file"]:
-        from aftersam.checkpoint import read_json
+        from aftersam.files import read_json
 
         config = from_dict(Config, read_json(Path(given["--config-file"])), where=given["--config-file"])
     else:

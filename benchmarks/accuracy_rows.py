@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from aftersam.checkpoint import read_json, write_json
 from aftersam.components import drop_small_parts, one_piece
 from aftersam.config import DataConfig
 from aftersam.data.cache import CachedCase, cache_cases
 from aftersam.data.transforms import preprocess, resample
 from aftersam.data.volume import read_image, read_labels, write_labels
+from aftersam.files import read_json, write_json
 from aftersam.model.sam import read_sam_checkpoint
 from aftersam.predict import PredictArgs, predict_files
 from aftersam.segmenter import load

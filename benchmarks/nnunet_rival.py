@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aftersam.checkpoint import read_json, write_json
 from aftersam.data.dataset import mirror_pairs
+from aftersam.files import read_json, write_json
 from aftersam.schedule import Progress
 
 if TYPE_CHECKING:

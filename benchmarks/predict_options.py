@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from aftersam.checkpoint import read_json, write_json
 from aftersam.data.dataset import Case, find_dataset, mirror_pairs
 from aftersam.data.volume import Volume, open_probabilities, read_image, read_labels
 from aftersam.embeddings import Embeddings
+from aftersam.files import read_json, write_json
 from aftersam.metrics import dice
 from aftersam.segmenter import Prepared, Segmenter, load
 from aftersam.streaming import Sliding

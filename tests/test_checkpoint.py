@@ -13,13 +13,12 @@ from aftersam.checkpoint import (
     load_moments,
     load_training,
     load_weights,
-    read_json,
     save_training,
     save_weights,
     whole_state,
-    write_json,
 )
 from aftersam.config import preset
+from aftersam.files import read_json, write_json
 from aftersam.model.build import build_aftersam, shard
 
 
@@ -135,7 +134,7 @@ def test_a_failed_write_leaves_the_old_state_and_no_debris(tmp_path, monkeypatch
         filename.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("aftersam.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_weights(path, nn.Linear(3, 2), {"step": 2})
     monkeypatch.undo()

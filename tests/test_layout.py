@@ -25,7 +25,7 @@ PRODUCT = sorted(p for folder in ("aftersam", "kernels", "benchmarks") for p in 
 
 # Imports point down these floors or stay on one; kernels, below them all, has a test of its own.
 FLOORS = [
-    {"__init__", "config", "metrics", "losses", "figures", "timings", "components"},
+    {"__init__", "config", "files", "device", "metrics", "losses", "figures", "timings", "components"},
     {"schedule", "model", "data", "checkpoint", "embeddings"},
     {"streaming", "graphs", "evaluate", "report", "validation"},
     {"check", "train", "segmenter", "predict", "encode", "export"},

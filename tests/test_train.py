@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from aftersam import train as training
-from aftersam.checkpoint import read_json, write_json
 from aftersam.config import Config, from_dict, preset, to_dict
 from aftersam.data.phantom import write_dataset
+from aftersam.files import read_json, write_json
 from aftersam.losses import segmentation_loss
 from aftersam.schedule import group_loader
 from aftersam.train import main, parse

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from aftersam.data.volume import NIFTI, case_name, read_grid, read_labels, renamed
+from aftersam.data.volume import read_grid, read_labels
+from aftersam.files import NIFTI, case_id, write_json
 
 FOLDS = 5
 SEGTHOR_LABELS = {1: "esophagus", 2: "heart", 3: "trachea", 4: "aorta"}
@@ -80,8 +81,7 @@ def split(
     if not 0 <= fold < len(folds):
         raise ValueError(f"fold is {fold}, but {dataset.root} has the folds 0 to {len(folds) - 1}")
     if write_to is not None:
-        with renamed(write_to) as temporary:
-            temporary.write_text(json.dumps(folds, indent=1) + "\n")
+        write_json(write_to, folds)
     return folds[fold]["train"], folds[fold]["val"]
 
 
@@ -164,7 +164,7 @@ def _scans(folder: Path) -> dict[str, Path]:
     files = sorted(p for p in folder.iterdir() if p.name.endswith(NIFTI) and not p.name.startswith("."))
     scans: dict[str, Path] = {}
     for path in files:
-        name = case_name(path).removesuffix("_0000")
+        name = case_id(path)
         if name in scans:
             raise ValueError(f"{path} and {scans[name]} are the same case twice")
         scans[name] = path
@@ -210,7 +210,7 @@ def _decathlon(root: Path, description: dict[str, Any]) -> Dataset:
         if not isinstance(entry, dict) or not {"image", "label"} <= entry.keys():
             raise ValueError(f"{where} lists the training case {entry!r}; an image and a label are needed")
         image, label = root / entry["image"], root / entry["label"]
-        cases.append(Case(case_name(image).removesuffix("_0000"), image, label))
+        cases.append(Case(case_id(image), image, label))
     return Dataset(
         str(description.get("name", root.resolve().name)),
         "Medical Segmentation Decathlon",

@@ -6,7 +6,6 @@ the neighbouring slices tell them apart."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 import tyro
+
+from aftersam.files import write_json
 
 LABELS = {1: "esophagus", 2: "trachea", 3: "spinal_cord", 4: "lung_left", 5: "lung_right", 6: "heart"}
 ESOPHAGUS, TRACHEA, CORD, LUNG_LEFT, LUNG_RIGHT, HEART = LABELS
@@ -317,7 +318,7 @@ def write_dataset(output: Path | str, *, cases: int, seed: int = 0) -> Path:
         "file_ending": ".nii.gz",
         "name": "Phantom",
     }
-    (output / "dataset.json").write_text(json.dumps(description, indent=1) + "\n")
+    write_json(output / "dataset.json", description)
     return output
 
 

@@ -39,15 +39,6 @@ def resolve_encoder(config: Config, *, pretrained: bool) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, encoder=encoder))
 
 
-def precision_for(wanted: str, device: str) -> str:
-    """fp32, bf16 or fp16: what `precision` means on this machine."""
-    if wanted != "auto":
-        return wanted
-    if device != "cpu" and torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
-
-
 def build_aftersam(config: ModelConfig, num_classes: int, *, sam: SamCheckpoint | None = None) -> AfterSAM:
     """The model that `config` describes, for `num_classes` classes, background included.
 

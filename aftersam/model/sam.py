@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from aftersam.config import ENCODERS
+from aftersam.files import unfinished
 
 
 class Download(NamedTuple):
@@ -207,8 +208,7 @@ def _downloaded(download: Download, *, progress: bool) -> Path:
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with unfinished(path) as temporary:
         try:
             digest = _fetch(download.url, temporary, progress=progress)
         except OSError as error:
@@ -219,9 +219,6 @@ def _downloaded(download: Download, *, progress: bool) -> Path:
             raise OSError(
                 f"{download.url} has SHA-256 {digest[:12]}…, but SAM's file has {download.sha256[:12]}…; try again"
             )
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
