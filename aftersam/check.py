@@ -155,9 +155,10 @@ def slices_per_second(dataset: Dataset, ids: Sequence[str], config: Config, *, s
     """Slices that training's own loader gives a second with nothing to wait for; scans are read from a cache."""
     from itertools import islice
 
+    from aftersam.data.cache import cache_cases
     from aftersam.data.dataset import mirror_pairs
-    from aftersam.data.slice_group import SliceGroups, cache_cases
-    from aftersam.schedule import group_loader
+    from aftersam.data.slice_group import SliceGroups
+    from aftersam.training.schedule import group_loader
 
     with tempfile.TemporaryDirectory() as folder:
         cached = cache_cases(dataset, ids, config.data, Path(folder), training=ids)

@@ -15,10 +15,10 @@ import tyro
 
 from aftersam.config import Config
 from aftersam.files import NIFTI
-from aftersam.train import parse
+from aftersam.training.arguments import parse
 
 if TYPE_CHECKING:
-    from aftersam.embeddings import Embeddings
+    from aftersam.inference.feature_cache import Embeddings
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def encode_scans(args: EncodeArgs) -> int:
 
 def _from_run(args: EncodeArgs) -> tuple[Embeddings, tuple[float, float, float] | None]:
     """The store for a run's encoder, and the spacing that the run works at."""
-    from aftersam.embeddings import Embeddings
-    from aftersam.segmenter import load
+    from aftersam.inference.feature_cache import Embeddings
+    from aftersam.inference.segmenter import load
 
     assert args.model is not None
     segmenter = load(args.model, checkpoint=args.checkpoint, device=args.device)
@@ -92,9 +92,9 @@ def _from_sam(args: EncodeArgs) -> tuple[Embeddings, tuple[float, float, float] 
     import dataclasses
 
     from aftersam.device import dtype_for, find_device
-    from aftersam.embeddings import Embeddings
+    from aftersam.inference.feature_cache import Embeddings
     from aftersam.model.build import build_aftersam
-    from aftersam.model.sam import read_sam_checkpoint
+    from aftersam.model.sam_checkpoint import read_sam_checkpoint
 
     assert args.sam_checkpoint is not None
     config, spacing = args.config, args.config.data.spacing_mm

@@ -25,7 +25,7 @@ import tyro
 if TYPE_CHECKING:
     import torch
 
-    from aftersam.segmenter import Segmenter
+    from aftersam.inference.segmenter import Segmenter
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def export_model(args: ExportArgs) -> Path:
     import torch
 
     from aftersam.files import renamed_folder, write_json
-    from aftersam.segmenter import load
+    from aftersam.inference.segmenter import load
 
     if args.output.exists():
         raise ValueError(f"{args.output} exists already; choose another --output")

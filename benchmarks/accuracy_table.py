@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from aftersam.evaluate import bootstrap_interval, mean_of
+from aftersam.evaluation.statistics import bootstrap_interval, mean_of
 from aftersam.files import read_json, write_json
 from benchmarks.accuracy_systems import SYSTEMS
 

@@ -9,17 +9,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from aftersam.checkpoint import (
-    load_moments,
-    load_training,
-    load_weights,
-    save_training,
-    save_weights,
-    whole_state,
-)
 from aftersam.config import preset
 from aftersam.files import read_json, write_json
-from aftersam.model.build import build_aftersam, shard
+from aftersam.model.build import build_aftersam, load_weights
+from aftersam.training.checkpoint import load_moments, load_training, save_training, save_weights
+from aftersam.training.sharding import shard, whole_state
 
 
 def trained(steps: int = 2):

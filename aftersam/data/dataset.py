@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -253,3 +254,19 @@ def _stored_folds(path: Path, ids: list[str]) -> list[dict[str, list[str]]]:
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a list of folds with train and val: {error}") from error
     return folds
+
+
+def link_cases(dataset: Dataset, ids: Collection[str], home: Path) -> None:
+    """Make home/images and home/labels: links, named by case, to the scans and labels of the cases `ids`.
+
+    Raises ValueError on a case without a label."""
+    for case in dataset.cases:
+        if case.id not in ids:
+            continue
+        if case.label is None:
+            raise ValueError(f"{case.image} has no label to be scored by")
+        for folder, file in (("images", case.image), ("labels", case.label)):
+            (home / folder).mkdir(parents=True, exist_ok=True)
+            ending = ".nii.gz" if file.name.endswith(".gz") else ".nii"
+            with contextlib.suppress(FileExistsError):  # of a command before, or beside this one
+                (home / folder / f"{case.id}{ending}").symlink_to(file.resolve())

@@ -18,13 +18,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aftersam.config import ModelConfig
-from aftersam.data.slice_group import plane_windows, slice_group, window_crops
-from aftersam.data.transforms import AIR_HU, body_slices, swap_labels
+from aftersam.data.augment import swap_labels
+from aftersam.data.stored_features import StoredScan
+from aftersam.data.transforms import body_slices
+from aftersam.data.volume import AIR_HU
+from aftersam.data.windows import plane_windows, slice_group, window_crops
 from aftersam.device import autocast
-from aftersam.embeddings import StoredScan
+from aftersam.inference.timings import Timings
 from aftersam.model.aftersam import AfterSAM
-from aftersam.model.image_encoder import SliceFeatures
-from aftersam.timings import Timings
+from aftersam.model.layers import SliceFeatures
 
 OUTSIDE = 30.0  # background's lead, in logits, where no window looked
 Box = tuple[int, int, int, int]  # top, bottom, left, right in pixels, ends excluded
@@ -184,7 +186,11 @@ def stream_logits(
                     some = new[start : start + batch_size]
                     images = window_crops(hu, some, windows, size, AIR_HU, stem_slices=model.stem_slices)
                     images = images.to(device).float()
-                    features = model.encode(images, None if stored is None else stored.read(some, device))
+                    known = None
+                    if stored is not None:
+                        levels = stored.read(some, device)
+                        known = SliceFeatures(levels[0], levels[1:])
+                    features = model.encode(images, known)
                     for i, d in enumerate(some):
                         part = slice(i * len(windows), (i + 1) * len(windows))
                         ring[d] = SliceFeatures(

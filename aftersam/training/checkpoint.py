@@ -1,4 +1,4 @@
-"""Runs on disk: weights and training state as one safetensors file each, facts as JSON.""" ""
+"""A run's files: weights and training state as one safetensors file each, and what made the run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from aftersam.files import read_tensors, write_tensors, write_text
+from aftersam.model.build import TRAINING_STATE, load_tensors
+from aftersam.training.sharding import whole, whole_state
 
-OPTIMIZER = "optimizer/"  # prefix of optimiser tensors; model tensors carry their own names
-RNG = "rng/"
+OPTIMIZER, RNG = TRAINING_STATE  # prefixes of tensors besides weights, which carry their own names
 
 
 def save_weights(path: Path, model: nn.Module, facts: dict[str, Any]) -> None:
@@ -35,21 +36,12 @@ def save_training(
     tensors = whole_state(model)
     for index, moments in optimizer.state_dict()["state"].items():
         for name, value in moments.items():
-            tensors[f"{OPTIMIZER}{index}/{name}"] = _whole(torch.as_tensor(value))
+            tensors[f"{OPTIMIZER}{index}/{name}"] = whole(torch.as_tensor(value))
     tensors[f"{RNG}cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors[f"{RNG}cuda"] = torch.cuda.get_rng_state()
     if write:
         write_tensors(path, tensors, facts)
-
-
-def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
-    """Load the weights in `path` strictly into `model` and return the stored facts.
-
-    Raises ValueError on a truncated or foreign file, or on weights of another architecture."""
-    tensors, facts = read_tensors(path)
-    _load_model(path, model, tensors)
-    return facts
 
 
 def load_training(path: Path, model: nn.Module) -> dict[str, Any]:
@@ -59,7 +51,7 @@ def load_training(path: Path, model: nn.Module) -> dict[str, Any]:
     tensors, facts = read_tensors(path)
     if f"{RNG}cpu" not in tensors:
         raise ValueError(f"{path} holds weights without training state, so it cannot be resumed")
-    _load_model(path, model, tensors)
+    load_tensors(path, model, tensors)
     torch.set_rng_state(tensors[f"{RNG}cpu"])
     if torch.cuda.is_available() and f"{RNG}cuda" in tensors:
         torch.cuda.set_rng_state(tensors[f"{RNG}cuda"])
@@ -111,26 +103,3 @@ def source_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip() + ("+" if changed.stdout.strip() else "")
-
-
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state dict on the CPU; shards are gathered, for which every process must ask."""
-    return {name: _whole(value) for name, value in model.state_dict().items()}
-
-
-def _whole(value: Tensor) -> Tensor:
-    value = value.full_tensor() if isinstance(value, DTensor) else value
-    return value.detach().cpu().contiguous()
-
-
-def _load_model(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    weights = {k: v for k, v in tensors.items() if not k.startswith((OPTIMIZER, RNG))}
-    expected = model.state_dict()
-    wrong = [k for k in expected if k not in weights or weights[k].shape != expected[k].shape]
-    wrong += [k for k in weights if k not in expected]
-    if wrong:
-        raise ValueError(
-            f"{path} holds another architecture than the configuration: {len(wrong)} of {len(expected)} "
-            f"tensors differ, first {wrong[0]!r}"
-        )
-    model.load_state_dict(weights)
