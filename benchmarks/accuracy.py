@@ -22,10 +22,9 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from aftersam.ablate import link_cases
-from aftersam.checkpoint import read_json, write_json
-from aftersam.data.dataset import find_dataset, split
-from aftersam.evaluate import evaluate
+from aftersam.data.dataset import find_dataset, link_cases, split
+from aftersam.evaluation.scoring import evaluate
+from aftersam.files import read_json, write_json
 from benchmarks.accuracy_rows import predict_row, train_row
 from benchmarks.accuracy_systems import SYSTEMS, Job, Limits
 from benchmarks.accuracy_table import write_table

@@ -13,9 +13,9 @@ from aftersam.config import preset
 from aftersam.data.cache import cache_cases
 from aftersam.data.dataset import find_dataset
 from aftersam.data.phantom import LABELS, make_phantom
-from aftersam.losses import segmentation_loss
-from aftersam.model.image_encoder import build_image_encoder
+from aftersam.model.build import build_image_encoder
 from aftersam.model.mask_decoder import BACKGROUND_LEAD
+from aftersam.training.losses import segmentation_loss
 from benchmarks import accuracy as accuracy_module
 from benchmarks import conventions, figure
 from benchmarks.accuracy import main
