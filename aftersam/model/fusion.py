@@ -65,15 +65,16 @@ class AxialFusionTransformer(nn.Module):
         if positions.shape[0] not in (1, slices):
             raise ValueError(f"a group of {slices} slices, but the positions are for {positions.shape[0]}")
         x = embedding.movedim(2, -1) + positions.to(embedding.dtype)  # (B, N, h, w, C)
-        # (B, N, P, C), dense: else every sum would keep the strides of the features, whose channels come first.
-        x = x.flatten(2, 3).contiguous()
+        x = x.flatten(2, 3)  # (B, N, P, C), strided as the features are: channels first
+        if x.is_cuda:  # there each strided sum and copy of the blocks takes twice a dense one's time
+            x = x.contiguous()
         for i, block in enumerate(self.blocks):
             queries = query_index if i == len(self.blocks) - 1 else None
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, queries, use_reentrant=False)
             else:
                 x = block(x, queries)
-        return x.movedim(-1, 2).contiguous().unflatten(-1, (height, width))
+        return x.unflatten(2, (height, width)).movedim(-1, 2)
 
     def freeze_projections(self) -> None:
         """The paper's equations: W_Q, W_K, W_V stay as they are, LoRA alone changes q and v."""
