@@ -13,37 +13,37 @@ from typing import Any
 
 import torch
 
-from benchmarks import (
-    bench_axial_attention,
-    bench_axial_half,
-    bench_fusion,
-    bench_image_encoder,
-    bench_lora_linear,
-    bench_predict,
-    bench_rel_pos,
-    bench_slice_attention,
-    bench_train_step,
-    bench_transformer,
-    bench_waterfall,
-    harness,
-    machine,
-)
+from benchmarks import harness, machine
 from benchmarks.harness import Cases
+from benchmarks.speed import (
+    axial_attention,
+    axial_half,
+    fusion,
+    image_encoder,
+    lora_linear,
+    predict,
+    rel_pos,
+    slice_attention,
+    train_step,
+    transformer,
+    waterfall,
+    window,
+)
 from benchmarks.targets import line, targets
 
 SUBJECTS: dict[str, Cases] = {
-    "axial": bench_axial_attention.cases,
-    "axial_half": bench_axial_half.cases,
-    "lora": bench_lora_linear.cases,
-    "slice": bench_slice_attention.cases,
-    "rel_pos": bench_rel_pos.cases,
-    "window": bench_rel_pos.window_cases,
-    "encoder": bench_image_encoder.cases,
-    "predict": bench_predict.cases,
-    "train_step": bench_train_step.cases,
-    "transformer": bench_transformer.cases,
-    "fusion": bench_fusion.cases,
-    "waterfall": bench_waterfall.cases,
+    "axial": axial_attention.cases,
+    "axial_half": axial_half.cases,
+    "lora": lora_linear.cases,
+    "slice": slice_attention.cases,
+    "rel_pos": rel_pos.cases,
+    "window": window.cases,
+    "encoder": image_encoder.cases,
+    "predict": predict.cases,
+    "train_step": train_step.cases,
+    "transformer": transformer.cases,
+    "fusion": fusion.cases,
+    "waterfall": waterfall.cases,
 }
 TOTAL_S = {"quick": 480.0, "full": 3600.0}
 

@@ -20,26 +20,13 @@ from aftersam.model.build import build_aftersam
 from aftersam.model.image_encoder import build_image_encoder
 from aftersam.train import main as train
 from axial_fusion import reference
-from benchmarks import (
-    bench_axial_attention,
-    bench_fusion,
-    bench_image_encoder,
-    bench_predict,
-    bench_rel_pos,
-    bench_train_step,
-    bench_waterfall,
-    clock,
-    compare,
-    figure,
-    first_contact,
-    harness,
-    machine,
-    predict_options,
-)
+from benchmarks import clock, compare, figure, first_contact, harness, machine, predict_options
 from benchmarks.__main__ import SUBJECTS
 from benchmarks.__main__ import main as bench_main
-from benchmarks.bench_fusion import OURS, Shape
 from benchmarks.harness import Provider, measure
+from benchmarks.speed import axial_attention, fusion, image_encoder, predict, rel_pos, train_step, waterfall
+from benchmarks.speed import window as windowed
+from benchmarks.speed.fusion import OURS, Shape
 from benchmarks.targets import TARGETS, flop_share, line, targets, training_minutes
 
 SMALL = Shape(2, 3, 3, 16, 2)
@@ -150,8 +137,8 @@ def test_environment_says_what_a_number_needs():
 
 
 def test_every_provider_of_the_fusion_is_right():
-    tensors = bench_fusion.inputs(SMALL, torch.float32, torch.device("cpu"))
-    records = measure(SQUARE, tensors, bench_fusion.providers(SMALL), budget_s=0.01)
+    tensors = fusion.inputs(SMALL, torch.float32, torch.device("cpu"))
+    records = measure(SQUARE, tensors, fusion.providers(SMALL), budget_s=0.01)
     assert [(r["provider"], r["status"]) for r in records] == [
         (name, "ok") for name in ("naive 3D", "SDPA 3D", "SDPA factorised", OURS)
     ]
@@ -159,20 +146,20 @@ def test_every_provider_of_the_fusion_is_right():
 
 def test_chunks_do_not_change_the_reference(monkeypatch):
     """The fp64 equations against softmax over whole rows by torch, on their own path."""
-    x, *weights = bench_fusion.inputs(SMALL, torch.float64, torch.device("cpu"))
-    expected = bench_fusion.joint_attention(x, *weights, heads=2, attend=F.scaled_dot_product_attention)
-    found = bench_fusion.reference_joint(x, *weights, heads=2)
+    x, *weights = fusion.inputs(SMALL, torch.float64, torch.device("cpu"))
+    expected = fusion.joint_attention(x, *weights, heads=2, attend=F.scaled_dot_product_attention)
+    found = fusion.reference_joint(x, *weights, heads=2)
     torch.testing.assert_close(found, expected)
     split, sizes = torch.Tensor.split, []
     monkeypatch.setattr(torch.Tensor, "split", lambda t, n, dim: sizes.append(n) or split(t, 5, dim))
-    torch.testing.assert_close(bench_fusion.reference_joint(x, *weights, heads=2), expected)
+    torch.testing.assert_close(fusion.reference_joint(x, *weights, heads=2), expected)
     assert sizes
 
 
 @pytest.mark.parametrize("name", ["naive 3D", "SDPA factorised"])
 def test_flops_are_those_that_torch_counts(name):
-    provider = bench_fusion.providers(SMALL)[name]
-    tensors = bench_fusion.inputs(SMALL, torch.float32, torch.device("cpu"))
+    provider = fusion.providers(SMALL)[name]
+    tensors = fusion.inputs(SMALL, torch.float32, torch.device("cpu"))
     # The counter knows the products of the math path, not the fused kernel of the CPU.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         provider.call(*tensors)
@@ -184,20 +171,20 @@ def test_encoder_flops_are_those_that_torch_counts():
         encoder = build_image_encoder("vit_b", image_size=320)
         with FlopCounterMode(display=False) as counter:
             encoder(torch.empty(1, 3, 320, 320))
-    assert counter.get_total_flops() == bench_image_encoder.flops("vit_b", 320)
+    assert counter.get_total_flops() == image_encoder.flops("vit_b", 320)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_provider_of_the_encoder_is_right(dtype):
-    shape = bench_image_encoder.Shape("vit_b", 48, 2)
-    found = bench_image_encoder.providers(shape, torch.device("cpu"), dtype)
+    shape = image_encoder.Shape("vit_b", 48, 2)
+    found = image_encoder.providers(shape, torch.device("cpu"), dtype)
     gate = harness.Gate([torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0)).to(dtype)])
     for name, provider in found.items():
         assert (provider.call is None) == (name == "FlexAttention")
         if provider.call is not None:
             assert gate.check(provider)["status"] == "ok", name
-    bench_image_encoder.encoder.cache_clear()
-    bench_image_encoder.weights.cache_clear()
+    image_encoder.encoder.cache_clear()
+    image_encoder.weights.cache_clear()
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -215,8 +202,8 @@ def test_every_form_of_relative_positions_is_right(window):
     else:
         inputs = [*torch.randn(3, 1, 16, 2, 16), torch.randn(1, 2, 4, 16), torch.randn(1, 2, 16, 4)]
         expected = reference.rel_pos_attention(*inputs, grid=(4, 4))
-    for attend in bench_rel_pos.ATTEND.values():
-        y = bench_rel_pos.padded(*inputs, window=window, attend=attend) if window else attend(*inputs)
+    for attend in rel_pos.ATTEND.values():
+        y = windowed.padded(*inputs, window=window, attend=attend) if window else attend(*inputs)
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -226,7 +213,7 @@ def result(monkeypatch):
     monkeypatch.setattr(harness, "ceilings", lambda dtype: CEILING)
     cpu, dtype = torch.device("cpu"), torch.float32
     shapes = [("small", SMALL), ("", SMALL._replace(slices=1))]
-    cases = [bench_fusion.case(name, shape, cpu, dtype) for name, shape in shapes]
+    cases = [fusion.case(name, shape, cpu, dtype) for name, shape in shapes]
     return harness.run(cases, dtype=dtype, budget_s=0.01)
 
 
@@ -255,9 +242,9 @@ def test_curves_run_along_slices_and_image_size():
 
 def test_the_waterfall_has_a_bar_for_each_technique_and_needs_one(result, tmp_path, monkeypatch):
     assert not figure.draw_waterfall(result, tmp_path / "none.png")
-    monkeypatch.setattr(bench_waterfall, "CPU_SHAPE", ("tiny", bench_waterfall.Shape(3, 3, 64, "small", 1)))
+    monkeypatch.setattr(waterfall, "CPU_SHAPE", ("tiny", waterfall.Shape(3, 3, 64, "small", 1)))
     found = harness.run(
-        {"waterfall": bench_waterfall.cases(torch.device("cpu"), torch.float32)},
+        {"waterfall": waterfall.cases(torch.device("cpu"), torch.float32)},
         dtype=torch.float32,
         budget_s=0.01,
     )
@@ -311,8 +298,8 @@ def test_no_result_is_an_error_that_says_what_to_run(tmp_path):
 
 
 def test_rivals_that_are_absent_are_named():
-    shape = bench_axial_attention.Shape(1, 2, 3, 1, 16)
-    found = bench_axial_attention.providers(shape, torch.device("cpu"))
+    shape = axial_attention.Shape(1, 2, 3, 1, 16)
+    found = axial_attention.providers(shape, torch.device("cpu"))
     absent = {name: p.missing for name, p in found.items() if p.call is None}
     assert absent["FlexAttention"] == "no gradient on a CPU"
     assert {"varlen", "xformers"} <= absent.keys()
@@ -342,10 +329,8 @@ def test_without_a_gradient_the_forward_alone_is_timed():
 @pytest.mark.parametrize("encoder", ["lora", "frozen"])
 def test_every_form_of_a_training_step_is_right(encoder):
     """In fp32, loss and gradient; what is timed in bf16 is the same function to its rounding."""
-    config = dataclasses.replace(
-        bench_train_step._SMALL, image_size=64, num_slices=3, num_blocks=1, encoder=encoder
-    )
-    _, inputs, found = bench_train_step.case("small", config, torch.device("cpu"), torch.bfloat16)
+    config = dataclasses.replace(train_step.SMALL, image_size=64, num_slices=3, num_blocks=1, encoder=encoder)
+    _, inputs, found = train_step.case("small", config, torch.device("cpu"), torch.bfloat16)
     gate = harness.Gate(inputs)
     for name, provider in found.items():
         assert gate.check(provider)["status"] == "ok", name
@@ -353,7 +338,7 @@ def test_every_form_of_a_training_step_is_right(encoder):
         assert loss != provider.checked(*inputs), "autocast is not on"
         assert loss.item() == pytest.approx(provider.checked(*inputs).item(), rel=1e-2)
     assert inputs[1].numel() == sum(
-        p.numel() for p in build_aftersam(config, bench_train_step.CLASSES).parameters() if p.requires_grad
+        p.numel() for p in build_aftersam(config, train_step.CLASSES).parameters() if p.requires_grad
     )
 
 
@@ -494,18 +479,16 @@ def test_a_target_has_its_rival_and_a_verdict_and_absolute_ones_go_by_the_gpus_o
 
 
 def test_the_flops_of_prediction_are_those_that_running_it_takes():
-    shape = bench_predict.Shape("tiny", 7, 3, 48)
+    shape = predict.Shape("tiny", 7, 3, 48)
     hu = 300 * torch.randn(7, 48, 48, generator=torch.Generator().manual_seed(0))
     found, counted = [], []
-    for call in (bench_predict.stream, bench_predict.loop):
+    for call in (predict.stream, predict.loop):
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             found.append(call(hu, shape))
         counted.append(counter.get_total_flops())
-    assert counted == pytest.approx(bench_predict.flops(shape), rel=1e-3)  # positions are made once a batch
+    assert counted == pytest.approx(predict.flops(shape), rel=1e-3)  # positions are made once a batch
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(
-        found[0].double(), bench_predict.exact(hu.double(), shape), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(found[0].double(), predict.exact(hu.double(), shape), rtol=1e-4, atol=1e-4)
 
 
 def test_a_gain_as_part_of_the_flop_ratio():

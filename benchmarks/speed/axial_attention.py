@@ -1,4 +1,4 @@
-"""Attention across slices, the op alone.    python -m benchmarks.bench_axial_attention
+"""Attention across slices, the op alone.    python -m benchmarks.speed.axial_attention
 
     einsum            the equation as torch.einsum writes it
     multiply-sum      products and sums that broadcast, no matrix product; compiled on a GPU

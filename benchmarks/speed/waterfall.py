@@ -1,4 +1,4 @@
-"""A volume's logits, one technique after the other.    python -m benchmarks.bench_waterfall
+"""A volume's logits, one technique after the other.    python -m benchmarks.speed.waterfall
 
     naive 3D          each group anew; attention over all its N·P tokens, scores in memory; every slice decoded
     + SDPA            the same without scores in memory
@@ -28,9 +28,10 @@ from aftersam.data.slice_group import slice_group
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.build import build_aftersam
 from aftersam.streaming import stream_logits
-from benchmarks import bench_fusion, bench_transformer, harness
-from benchmarks.bench_transformer import Attention
+from benchmarks import harness
 from benchmarks.harness import Case, Provider
+from benchmarks.speed import fusion, transformer
+from benchmarks.speed.transformer import Attention
 
 OURS = "+ encoded once"
 
@@ -96,11 +97,11 @@ def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Itera
     def variant(attend: Attention) -> AfterSAM:
         changed = copy.copy(model)
         changed._modules = dict(model._modules)  # every part shared but the fusion
-        changed.fusion = bench_transformer.with_attention(model.fusion, attend)  # type: ignore[arg-type]
+        changed.fusion = transformer.with_attention(model.fusion, attend)  # type: ignore[arg-type]
         return changed
 
-    naive: Attention = partial(bench_transformer.joint, attend=bench_fusion.materialised)
-    flash: Attention = partial(bench_transformer.joint, attend=F.scaled_dot_product_attention)
+    naive: Attention = partial(transformer.joint, attend=fusion.materialised)
+    flash: Attention = partial(transformer.joint, attend=F.scaled_dot_product_attention)
     anew = partial(
         loop, config=config, centre_alone=False, precision=None if dtype == torch.float32 else dtype
     )
@@ -109,7 +110,7 @@ def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Itera
     found = {
         "naive 3D": Provider(partial(anew, model=variant(naive)), exact_joint, 0, role="other", captured=False),
         "+ SDPA": Provider(partial(anew, model=variant(flash)), exact_joint, 0, role="other", captured=False),
-        "+ factorised": Provider(partial(anew, model=variant(bench_transformer.library)), exact, 0, captured=False),
+        "+ factorised": Provider(partial(anew, model=variant(transformer.library)), exact, 0, captured=False),
         "+ axial_fusion": Provider(partial(anew, model=model), exact, 0, captured=False),
         "+ centre alone": Provider(partial(anew, model=model, centre_alone=True), exact, 0, captured=False),
         OURS: Provider(

@@ -1,4 +1,4 @@
-"""A training step of the whole model: forward, loss, backward.    python -m benchmarks.bench_train_step
+"""A training step of the whole model: forward, loss, backward.    python -m benchmarks.speed.train_step
 
     naive 3D           LoRA as PEFT composes it; SAM's attention with its bias in memory, through SDPA; blocks that
                        attend over all N·P tokens, scores in memory
@@ -32,13 +32,14 @@ from aftersam.model.aftersam import AfterSAM
 from aftersam.model.build import build_aftersam
 from aftersam.model.image_encoder import EncoderAttention, LoRAQKV
 from aftersam.model.sam import segment_anything_modeling
-from benchmarks import bench_transformer, harness, machine
+from benchmarks import harness, machine
 from benchmarks.harness import Case, Provider
+from benchmarks.speed import fusion, transformer
 
 OURS = "train_step"
 CLASSES = 5
 
-_SMALL = ModelConfig(
+SMALL = ModelConfig(
     image_encoder="small",
     image_size=128,
     encoder="lora",
@@ -47,11 +48,11 @@ _SMALL = ModelConfig(
     num_slices=5,
     output_stride=1,
 )
-_VIT_B = ModelConfig(encoder="lora", output_stride=2)
-CPU_SHAPES = [("small, 128 px", _SMALL)]
-CPU_FULL = [("ViT-B, 256 px", dataclasses.replace(_VIT_B, image_size=256, num_slices=3, num_blocks=2))]
+VIT_B = ModelConfig(encoder="lora", output_stride=2)
+CPU_SHAPES = [("small, 128 px", SMALL)]
+CPU_FULL = [("ViT-B, 256 px", dataclasses.replace(VIT_B, image_size=256, num_slices=3, num_blocks=2))]
 GPU_SHAPES = [
-    (f"ViT-B {encoder}, {px} px", dataclasses.replace(_VIT_B, image_size=px, encoder=encoder))  # type: ignore[arg-type]
+    (f"ViT-B {encoder}, {px} px", dataclasses.replace(VIT_B, image_size=px, encoder=encoder))  # type: ignore[arg-type]
     for encoder in ("frozen", "lora")
     for px in (1024, 512)
 ]
@@ -125,14 +126,14 @@ def equations(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 def composed(
-    model: AfterSAM, attend: Callable[..., Tensor], fuse: bench_transformer.Attention, *, frugal: bool = False
+    model: AfterSAM, attend: Callable[..., Tensor], fuse: transformer.Attention, *, frugal: bool = False
 ) -> AfterSAM:
     """`model` with its encoder's attention and its blocks' attention computed by `attend` and `fuse`; same weights."""
     model = copy.deepcopy(model)
     for block in model.encoder.blocks:  # type: ignore[union-attr]
         block.attn = _Attention(block.attn, attend, frugal=frugal)  # type: ignore[arg-type]
     for block in model.fusion.blocks:  # type: ignore[union-attr]
-        block.attention = bench_transformer._Attention(block.attention, fuse)  # type: ignore[arg-type]
+        block.attention = transformer.OtherAttention(block.attention, fuse)  # type: ignore[arg-type]
     return model
 
 
@@ -165,10 +166,10 @@ def case(
     hu = 300 * torch.randn(shape, device=device)
     labels = torch.randint(CLASSES, shape, device=device)
     vector = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]).to(device)
-    naive = partial(bench_transformer.joint, attend=bench_transformer.bench_fusion.materialised)
+    naive = partial(transformer.joint, attend=fusion.materialised)
     forms: dict[str, tuple[Callable[..., Tensor], Any, Any]] = {
         "naive 3D": (sdpa, naive, naive),
-        "SDPA factorised": (sdpa, bench_transformer.library, bench_transformer.remade),
+        "SDPA factorised": (sdpa, transformer.library, transformer.remade),
     }
     found = {}
     positions = (config.image_size // model.encoder.patch) ** 2

@@ -1,4 +1,4 @@
-"""The low-rank layer against the frozen one and the usual ways to adapt it.    python -m benchmarks.bench_lora_linear
+"""The low-rank layer against the frozen one and the usual ways to adapt it.    python -m benchmarks.speed.lora_linear
 
     frozen            F.linear alone: what the layer costs without LoRA, another function than the rest
     PEFT              its own layer, where it is installed; PEFT form is base(x) + scaling · B(A(x)), as it computes it

@@ -1,4 +1,4 @@
-"""Six fusion blocks, MLPs included.    python -m benchmarks.bench_transformer
+"""Six fusion blocks, MLPs included.    python -m benchmarks.speed.transformer
 
     naive 3D          each block attends over all N·P tokens, scores in memory
     SDPA 3D           the same through scaled_dot_product_attention
@@ -24,8 +24,9 @@ from torch.utils.checkpoint import checkpoint
 
 from aftersam.model.axial_fusion import AxialFusionTransformer
 from axial_fusion import AttentionWeights, AxialFusionAttention, reference
-from benchmarks import bench_fusion, harness, machine
+from benchmarks import harness, machine
 from benchmarks.harness import Case, Provider
+from benchmarks.speed import fusion
 
 OURS = "transformer"
 
@@ -45,7 +46,7 @@ CHECKED_SIDE = 16  # tokens a side on which the 3D forms are compared with fp64
 Attention = Callable[[Tensor, AxialFusionAttention], Tensor]
 
 
-class _Attention(nn.Module):
+class OtherAttention(nn.Module):
     """Stands in a block for its attention, with the same weights under the same names."""
 
     def __init__(self, known: AxialFusionAttention, attend: Attention) -> None:
@@ -61,12 +62,12 @@ def _weights(attention: AxialFusionAttention) -> list[Tensor]:
     return [t for half in (attention.inter, attention.intra) for t in half.weights()[:6]]  # type: ignore[union-attr, misc]
 
 
-def joint(x: Tensor, attention: AxialFusionAttention, attend: bench_fusion.Attend) -> Tensor:
-    return bench_fusion.joint_attention(x, *_weights(attention), heads=attention.num_heads, attend=attend)
+def joint(x: Tensor, attention: AxialFusionAttention, attend: fusion.Attend) -> Tensor:
+    return fusion.joint_attention(x, *_weights(attention), heads=attention.num_heads, attend=attend)
 
 
 def library(x: Tensor, attention: AxialFusionAttention) -> Tensor:
-    return bench_fusion.sdpa_factorised(x, *_weights(attention), heads=attention.num_heads)
+    return fusion.sdpa_factorised(x, *_weights(attention), heads=attention.num_heads)
 
 
 def equations(x: Tensor, attention: AxialFusionAttention) -> Tensor:
@@ -86,7 +87,7 @@ def _equations(heads: int, x: Tensor, *w: Tensor) -> Tensor:
 
 def joint_equations(x: Tensor, attention: AxialFusionAttention) -> Tensor:
     """Attention over all N·P tokens, written out, a gigabyte of scores at a time."""
-    y = bench_fusion.equations(x.flatten(1, 2), _weights(attention)[:6], attention.num_heads)
+    y = fusion.equations(x.flatten(1, 2), _weights(attention)[:6], attention.num_heads)
     return y.view_as(x)
 
 
@@ -98,7 +99,7 @@ def with_attention(model: AxialFusionTransformer, attend: Attention) -> AxialFus
     """A copy of `model` whose blocks compute their attention by `attend`."""
     model = copy.deepcopy(model)
     for block in model.blocks:
-        block.attention = _Attention(block.attention, attend)  # type: ignore[arg-type]
+        block.attention = OtherAttention(block.attention, attend)  # type: ignore[arg-type]
     return model
 
 
@@ -128,7 +129,7 @@ def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Itera
         whole = blocks * (rest + 8 * tokens * c * c + 4 * tokens * n * positions * c)
         ours = blocks * (rest + 16 * tokens * c * c + 4 * tokens * (n + positions) * c)
         exact, exact_joint = form(model, remade), form(model, joint_equations)
-        naive = partial(joint, attend=bench_fusion.materialised)
+        naive = partial(joint, attend=fusion.materialised)
         scores = 2 * b * m * (n * positions) ** 2 * dtype.itemsize  # scores and probabilities of one block
         free = machine.free_bytes()
         missing = f"its scores need {scores / 2**30:.0f} GiB" if scores > free else ""

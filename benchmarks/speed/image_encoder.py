@@ -1,8 +1,8 @@
-"""SAM's image encoders against segment_anything's own.    python -m benchmarks.bench_image_encoder
+"""SAM's image encoders against segment_anything's own.    python -m benchmarks.speed.image_encoder
 
     segment-anything    its ImageEncoderViT with the same weights: scores, bias and probabilities in memory
     SDPA, bias          the same with scaled_dot_product_attention, the bias materialised as its mask
-    one-hot             the same with the bias as a product inside SDPA (bench_rel_pos)
+    one-hot             the same with the bias as a product inside SDPA (rel_pos.py)
     FlexAttention       the same with rel_h and rel_w captured by the score function; on a GPU, compiled
     image_encoder       ours
     ..., compiled       each block through torch.compile, on a GPU
@@ -24,8 +24,8 @@ from aftersam.config import ENCODERS
 from aftersam.model.image_encoder import build_image_encoder
 from aftersam.model.sam import segment_anything_modeling
 from benchmarks import harness
-from benchmarks.bench_rel_pos import flex, one_hot, sdpa_bias
 from benchmarks.harness import Case, Provider
+from benchmarks.speed.rel_pos import flex, one_hot, sdpa_bias
 
 OURS = "image_encoder"
 RIVALS: dict[str, Callable[..., Tensor] | None] = {

@@ -1,4 +1,4 @@
-"""The half across slices: norm, projections, attention, output, residual.    python -m benchmarks.bench_axial_half
+"""The half across slices: norm, projections, attention, output, residual.    python -m benchmarks.speed.axial_half
 
     library          torch's layer_norm, linear and SDPA, with the transposes that the layout costs
     compiled         the line above through torch.compile (on a GPU)
@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from axial_fusion import AttentionWeights, axial_fusion_attention
-from benchmarks import bench_fusion, harness
-from benchmarks.bench_fusion import Shape
+from benchmarks import harness
 from benchmarks.harness import Case, Provider
+from benchmarks.speed import fusion
+from benchmarks.speed.fusion import Shape
 
 OURS = "axial_half"
 CPU_SHAPES = [("small, 128 px", Shape(1, 5, 16, 128, 4)), ("SAM, 512 px", Shape(1, 9, 32, 256, 8))]
@@ -33,7 +34,7 @@ GPU_SHAPES = [
 def library(x: Tensor, *weights: Tensor, heads: int) -> Tensor:
     b, _, p, _ = x.shape
     across = x.transpose(1, 2).flatten(0, 1)  # (B·P, N, C)
-    y = bench_fusion.half(across, weights, heads, F.scaled_dot_product_attention)
+    y = fusion.half(across, weights, heads, F.scaled_dot_product_attention)
     return y.unflatten(0, (b, p)).transpose(1, 2).contiguous()
 
 
@@ -43,7 +44,7 @@ def ours(x: Tensor, *weights: Tensor, heads: int) -> Tensor:
 
 
 def exact(x: Tensor, *weights: Tensor, heads: int) -> Tensor:
-    return torch.stack([bench_fusion.equations(g.transpose(0, 1), weights, heads).transpose(0, 1) for g in x])
+    return torch.stack([fusion.equations(g.transpose(0, 1), weights, heads).transpose(0, 1) for g in x])
 
 
 def providers(shape: Shape, device: torch.device) -> dict[str, Provider]:
@@ -61,7 +62,7 @@ def providers(shape: Shape, device: torch.device) -> dict[str, Provider]:
 def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Iterator[Case]:
     gpu = device.type == "cuda"
     for name, shape in (GPU_SHAPES if full else GPU_SHAPES[:2]) if gpu else CPU_SHAPES:
-        inputs = bench_fusion.inputs(shape, dtype, device)[:7]
+        inputs = fusion.inputs(shape, dtype, device)[:7]
         moved = (2 * inputs[0].numel() + sum(t.numel() for t in inputs[1:])) * dtype.itemsize
         facts = {"subject": "axial half", "name": name, **shape._asdict()}
         # Bound by bytes on a GPU alone; a CPU computes the projections for longer than it reads x.

@@ -1,4 +1,4 @@
-"""The paper's pair of attentions against attention over all N·P tokens.    python -m benchmarks.bench_fusion
+"""The paper's pair of attentions against attention over all N·P tokens.    python -m benchmarks.speed.fusion
 
 Every provider is a whole pre-norm residual attention on x (B, N, P, C), projections included, all weights
 trained:

@@ -1,4 +1,4 @@
-"""A volume's logits: each slice encoded once, or each group anew.    python -m benchmarks.bench_predict
+"""A volume's logits: each slice encoded once, or each group anew.    python -m benchmarks.speed.predict
 
     re-encoding     the whole model on the group about each slice, one group at a time
     stream_logits   ours: features of a slice are kept while a group still needs them

@@ -1,6 +1,4 @@
-"""SAM's attention with relative positions, global and windowed.    python -m benchmarks.bench_rel_pos
-
-Global, over one grid (H', W'):
+"""SAM's attention with relative positions over one grid (H', W').    python -m benchmarks.speed.rel_pos
 
     segment-anything    scores, bias and probabilities in memory, as its Attention computes them
     SDPA, bias          scaled_dot_product_attention with the bias (B, M, P, P) as its mask
@@ -9,10 +7,8 @@ Global, over one grid (H', W'):
     rel_pos_attention   ours
     ..., compiled       through torch.compile, on a GPU
 
-Windowed, on a grid that is not a whole number of windows: all rivals pad the grid after the norm, as segment-anything
-does, and attend for padded queries too; window_attention, ours, computes the real ones alone.
-
-q, k and v are given, and so are rel_h and rel_w: the products that make them are the same for all."""
+q, k and v are given, and so are rel_h and rel_w: the products that make them are the same for all. window.py has the
+windowed attention of the same shapes."""
 
 from __future__ import annotations
 
@@ -25,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from axial_fusion import reference, rel_pos_attention, window_attention
+from axial_fusion import reference, rel_pos_attention
 from benchmarks import harness
 from benchmarks.harness import Case, Provider
 
-OURS, OURS_WINDOWED = "rel_pos_attention", "window_attention"
+OURS = "rel_pos_attention"
 
 
 class Shape(NamedTuple):
@@ -100,32 +96,8 @@ ATTEND = {
     "one-hot": one_hot,
     "FlexAttention": flex,
 }
-
-
 ALL = tuple(ATTEND)
 COMPILED = ("FlexAttention", "SDPA, bias")  # in a quick run, at head dim 64
-
-
-def padded(
-    qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor, *, window: int, attend: Callable[..., Tensor]
-) -> Tensor:
-    """qkv (B, H', W', 3, M, D) -> (B, H', W', M, D) by whole windows of a padded grid."""
-    b, height, width, _, m, d = qkv.shape
-    down, right = -height % window, -width % window
-    fill = qkv_bias.view(3, m, d)
-    qkv = torch.cat([qkv, fill.expand(b, height, right, 3, m, d)], 2)
-    qkv = torch.cat([qkv, fill.expand(b, down, width + right, 3, m, d)], 1)
-    rel_h, rel_w = (F.pad(t, (0, 0, 0, 0, 0, right, 0, down)) for t in (rel_h, rel_w))
-
-    def windows(t: Tensor) -> Tensor:  # (B, Hp, Wp, ...) -> (windows, window², ...)
-        t = t.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3)
-        return t.flatten(3, 4).flatten(0, 2)
-
-    q, k, v = windows(qkv).unbind(2)
-    bias_h, bias_w = (windows(t).transpose(1, 2) for t in (rel_h, rel_w))  # (windows, M, window², window)
-    y = attend(q, k, v, bias_h.transpose(-1, -2), bias_w)
-    y = y.unflatten(1, (window, window)).unflatten(0, (b, (height + down) // window, -1))
-    return y.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width].contiguous()
 
 
 def providers(
@@ -152,22 +124,21 @@ def providers(
     return found
 
 
-def _shapes(device: torch.device, full: bool) -> list[tuple[str, Shape]]:
+def shapes_of(device: torch.device, full: bool) -> list[tuple[str, Shape]]:
     return (GPU_SHAPES_FULL if full else GPU_SHAPES) if device.type == "cuda" else CPU_SHAPES
 
 
-def _draw(sizes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+def draw(sizes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator(device).manual_seed(0)
     return [torch.randn(s, generator=generator, device=device).to(dtype).requires_grad_() for s in sizes]
 
 
 def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Iterator[Case]:
-    """The global attention; `window_cases` has the windowed one."""
-    for name, shape in _shapes(device, full):
+    for name, shape in shapes_of(device, full):
         b, side, m, d, _ = shape
         p = side**2
         sizes = [(b, p, m, d)] * 3 + [(b, m, side, p), (b, m, p, side)]
-        inputs = _draw(sizes, device, dtype)
+        inputs = draw(sizes, device, dtype)
         flops = 4 * b * m * p * p * d
         exact = partial(reference.rel_pos_attention, grid=(side, side))
         ours = partial(rel_pos_attention, grid=(side, side))
@@ -177,24 +148,5 @@ def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Itera
         yield {"subject": "rel_pos", "name": name, **shape._asdict()}, inputs, found
 
 
-def window_cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Iterator[Case]:
-    for name, whole in _shapes(device, full):
-        shape = whole._replace(window=14)
-        b, side, m, d, window = shape
-        inputs = _draw(
-            [(b, side, side, 3, m, d), (3 * m * d,), *[(b, side, side, m, window)] * 2], device, dtype
-        )
-        flops = 4 * b * m * side**2 * window**2 * d
-        exact = partial(reference.window_attention, window=window)
-        rivals: dict[str, Callable[..., Tensor]] = {
-            rival: partial(padded, window=window, attend=attend) for rival, attend in ATTEND.items()
-        }
-        # In windows, Inductor of torch 2.11 fails to compile FlexAttention.
-        compiled = ALL if full else ("SDPA, bias",) if d == 64 else ()
-        found = providers(rivals, exact, flops, gpu=device.type == "cuda", compiled=compiled)
-        found[OURS_WINDOWED] = Provider(partial(window_attention, window=window), exact, flops, role="ours")
-        yield {"subject": "window", "name": name, **shape._asdict()}, inputs, found
-
-
 if __name__ == "__main__":
-    sys.exit(harness.main(cases) or harness.main(window_cases))
+    sys.exit(harness.main(cases))

@@ -1,4 +1,4 @@
-"""Attention within each slice, by every backend that runs here.    python -m benchmarks.bench_slice_attention
+"""Attention within each slice, by every backend that runs here.    python -m benchmarks.speed.slice_attention
 
     torch             scores in memory
     sdpa, flash, xformers    fused attentions of others, where they are installed and run on the device
