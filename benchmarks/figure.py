@@ -317,7 +317,7 @@ def page_sections(result: Result, image: Path) -> list[str]:
 
 def accuracy_sections(results: Path, docs: Path) -> list[str]:
     """Draw every accuracy.json of the folder `results` and write docs/accuracy.md; the README's sections, if any."""
-    from benchmarks import accuracy_table
+    from benchmarks.accuracy import table as accuracy_table
 
     sections, pages = [], []
     for path in sorted(results.glob("*.json")):

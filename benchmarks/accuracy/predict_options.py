@@ -1,4 +1,4 @@
-"""What prediction's options cost and gain on your data.    python -m benchmarks.predict_options -m RUN --data DATASET
+"""What prediction's options cost and gain.    python -m benchmarks.accuracy.predict_options -m RUN --data DATASET
 
 Each option in turn on each scan: seconds of encoding, fusing, decoding and upsampling (reading and the mask's own file
 are the same for all), DSC against the labels on the scan's own grid. Unless --cases names others, the scans are those
@@ -153,7 +153,7 @@ def chosen(run: Path, data: Path, ids: str | None) -> list[Case]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.predict_options", description=__doc__)
+    parser = argparse.ArgumentParser(prog="benchmarks.accuracy.predict_options", description=__doc__)
     parser.add_argument("-m", "--model", type=Path, required=True, help="folder of a training run")
     parser.add_argument("--data", type=Path, required=True, help="data set with labels")
     parser.add_argument("--cases", help="comma-separated ids; those that the run validated on unless given")
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cases = chosen(args.model, args.data, args.cases)
         rows = summary(measure(load(args.model, device=args.device), cases))
     except (ValueError, OSError) as error:
-        print(f"benchmarks.predict_options: {error}", file=sys.stderr)
+        print(f"benchmarks.accuracy.predict_options: {error}", file=sys.stderr)
         return 2
     where = machine.environment()
     print(table(rows))

@@ -26,7 +26,7 @@ from aftersam.model.image_encoder import EncoderBlock, ImageEncoder, SliceFeatur
 from aftersam.model.mask_decoder import MaskDecoder
 from aftersam.model.sam import SamCheckpoint
 from aftersam.schedule import batches
-from benchmarks.patch_training import Batch, lead_background
+from benchmarks.accuracy.rivals.patch_training import Batch, lead_background
 
 UNET_CHANNELS = (24, 48, 96, 192)  # at strides 1, 2, 4 and 8: ours has a token every 8 pixels, too
 

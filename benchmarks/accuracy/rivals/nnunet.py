@@ -17,8 +17,8 @@ from aftersam.data.dataset import mirror_pairs
 from aftersam.schedule import Progress
 
 if TYPE_CHECKING:
-    from benchmarks.accuracy_systems import Job
-    from benchmarks.patch_training import Spent
+    from benchmarks.accuracy.rivals.patch_training import Spent
+    from benchmarks.accuracy.systems import Job
 
 NUMBER, NAME = 1, "Dataset001_accuracy"  # nnU-Net's names for a data set
 CONFIGURATIONS = {"nnU-Net 2D": "2d", "nnU-Net 3D": "3d_fullres"}
@@ -33,7 +33,7 @@ def train(job: Job) -> Spent:
     )
     from safetensors.torch import save_model
 
-    from benchmarks.patch_training import Spent, peak_mib
+    from benchmarks.accuracy.rivals.patch_training import Spent, peak_mib
 
     root = _paths(job)
     _export(job, root / "raw" / NAME)

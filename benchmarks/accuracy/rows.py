@@ -1,4 +1,4 @@
-"""One row of the accuracy table: a system trained on the split within the limits, and the held-out scans segmented.
+"""One row of the accuracy table: a system trained on the split within the limits, the held-out scans segmented, scored.
 
 Every system reads the same preprocessed cache; ours goes through aftersam.train and aftersam.predict, the others
 through one loop. Of organs that are one piece in every training label all lose small parts."""
@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,16 +21,17 @@ from aftersam.checkpoint import read_json, write_json
 from aftersam.components import drop_small_parts, one_piece
 from aftersam.config import DataConfig
 from aftersam.data.cache import CachedCase, cache_cases
+from aftersam.data.dataset import find_dataset, split
 from aftersam.data.transforms import preprocess, resample
 from aftersam.data.volume import read_image, read_labels, write_labels
+from aftersam.evaluate import evaluate
 from aftersam.model.sam import read_sam_checkpoint
 from aftersam.predict import PredictArgs, predict_files
 from aftersam.segmenter import load
 from aftersam.streaming import predict_volume
 from aftersam.train import TrainArgs, train
-from benchmarks import nnunet_rival
-from benchmarks.accuracy_systems import Job
-from benchmarks.patch_training import (
+from benchmarks.accuracy.rivals import nnunet
+from benchmarks.accuracy.rivals.patch_training import (
     Spent,
     fit,
     lead_background,
@@ -38,7 +41,78 @@ from benchmarks.patch_training import (
     segment_by_patches,
     with_sound_gradients,
 )
-from benchmarks.slice_rivals import group_loss, groups
+from benchmarks.accuracy.rivals.slice_groups import group_loss, groups
+from benchmarks.accuracy.systems import SYSTEMS, Job, Limits
+from benchmarks.machine import environment, slug
+
+
+def run_row(name: str, seed: int, limits: Limits, data: Path, output: Path) -> None:
+    """Train, predict and score the row of the system `name`, whichever of it is not done, in the folder `output`.
+
+    Raises ValueError where the row is there with other settings."""
+    torch.set_num_threads(limits.threads)
+    system = SYSTEMS[name]
+    home, scans = output / "rows" / f"{name}-seed-{seed}", output / "held-out"
+    settings = _plain({"data": data.resolve(), **limits._asdict()})
+    if (home / "spent.json").exists() and read_json(home / "settings.json") != settings:
+        raise ValueError(f"{home} was made with other settings; delete it or choose another --output")
+    if (home / "row.json").exists():
+        return
+    dataset = find_dataset(data)
+    training, held_out = split(dataset, limits.fold, 0)
+    job = Job(system, seed, home, limits, dataset, training, held_out, output / "cache", scans)
+    print(f"{system.title}, seed {seed}", flush=True)
+    if not (home / "spent.json").exists():
+        shutil.rmtree(home, ignore_errors=True)  # of an interrupted training
+        home.mkdir(parents=True)
+        write_json(home / "settings.json", settings)
+        spent = train_row(job)
+        write_json(home / "spent.json", {**spent._asdict(), "environment": environment()})
+    facts = predict_row(job)
+    limited = limits.max_minutes is not None or limits.max_steps is not None
+    row = {
+        "system": name,
+        "title": system.title + (f" {limits.preset}" if name in ("aftersam", "aftersam_2d") else ""),
+        "seed": seed,
+        "protocol": "equal budget" if limited else "own recipe",
+        "note": f"{system.note}; {_start(limits, name)}",
+        **facts,
+        **read_json(home / "spent.json"),
+        "limits": limits._asdict(),
+    }
+    _score(home / "masks", scans / "labels", home, row)
+
+
+def score_elsewhere(output: Path, name: str, masks: Path) -> None:
+    """Score the masks of another tool as the row `name` of the table in `output`."""
+    home = output / "rows" / f"elsewhere-{slug(name)}"
+    home.mkdir(parents=True, exist_ok=True)
+    row = {
+        "system": slug(name),
+        "title": name,
+        "seed": 0,
+        "protocol": "own recipe",
+        "note": "masks made elsewhere",
+    }
+    _score(masks, output / "held-out" / "labels", home, row)
+
+
+def _score(masks: Path, labels: Path, home: Path, row: dict[str, Any]) -> None:
+    """Leave metrics.json, then row.json, which says that the row is done. Raises ValueError on a missing mask."""
+    metrics = evaluate(masks, labels, output=home / "metrics.json", quiet=True)
+    if metrics["problems"]:
+        raise ValueError(f"every row needs all cases: {next(iter(metrics['problems'].values()))}")
+    write_json(home / "row.json", _plain({**row, "prompted": metrics["prompted"]}))
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back: paths are strings, tuples lists."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _start(limits: Limits, name: str) -> str:
+    pretrained = limits.sam_checkpoint and (name == "msa" or name.startswith("aftersam"))
+    return "from SAM's weights" if pretrained else "from scratch"
 
 
 def train_row(job: Job) -> Spent:
@@ -184,8 +258,8 @@ def _facts(model: nn.Module, spacing_mm: Any, precision: torch.dtype) -> dict[st
 
 
 TRAIN: dict[str, Callable[[Job], Spent]] = {
-    "patch": _train_patch, "group": _train_group, "ours": _train_ours, "nnunet": nnunet_rival.train,
+    "patch": _train_patch, "group": _train_group, "ours": _train_ours, "nnunet": nnunet.train,
 }  # fmt: skip
 PREDICT: dict[str, Callable[[Job], dict[str, Any]]] = {
-    "patch": _predict_patch, "group": _predict_group, "ours": _predict_ours, "nnunet": nnunet_rival.predict,
+    "patch": _predict_patch, "group": _predict_group, "ours": _predict_ours, "nnunet": nnunet.predict,
 }  # fmt: skip

@@ -8,10 +8,8 @@ from the rows that are there."""
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,17 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 
 from aftersam.ablate import link_cases
 from aftersam.checkpoint import read_json, write_json
 from aftersam.data.dataset import find_dataset, split
-from aftersam.evaluate import evaluate
-from benchmarks.accuracy_rows import predict_row, train_row
-from benchmarks.accuracy_systems import SYSTEMS, Job, Limits
-from benchmarks.accuracy_table import write_table
-from benchmarks.machine import environment, slug
+from benchmarks.accuracy.rows import run_row, score_elsewhere
+from benchmarks.accuracy.systems import SYSTEMS, Limits
+from benchmarks.accuracy.table import write_table
 
 
 @dataclass(frozen=True)
@@ -39,7 +34,7 @@ class AccuracyArgs:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder of rows, masks and table; rows that it holds already are kept."""
     systems: tuple[str, ...] = ()
-    """Rows to train: names of SYSTEMS in benchmarks/accuracy_systems.py, such as unet dynunet aftersam."""
+    """Rows to train: names of SYSTEMS in benchmarks/accuracy/systems.py, such as unet dynunet aftersam."""
     predictions: tuple[str, ...] = ()
     """Masks made elsewhere, NAME=FOLDER: scored and placed in the table."""
     max_minutes: float | None = None
@@ -80,17 +75,18 @@ def accuracy(args: AccuracyArgs) -> dict[str, Any]:
     scans = args.output / "held-out"
     link_cases(dataset, held_out, scans)
     write_json(scans / "dataset.json", {"labels": {name: value for value, name in dataset.labels.items()}})
-    # one process a row: its peak memory and its number of threads are its own
+    # One process a row: its peak memory and its number of threads are its own. Such a process can import rows.py,
+    # but not this file, which is __main__.
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     spawn = multiprocessing.get_context("spawn")
-    failed = {}
+    limits, failed = limits_of(args), {}
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as rows:
         for name in args.systems:
             if SYSTEMS[name].missing():
                 continue
             for seed in args.seeds:
                 try:
-                    rows.submit(run_row, args, name, seed).result()
+                    rows.submit(run_row, name, seed, limits, args.data, args.output).result()
                 except Exception as error:  # of any of the packages: the other rows are worth having
                     failed[SYSTEMS[name].title] = f"{type(error).__name__}: {error}".splitlines()[0]
                     print(f"{SYSTEMS[name].title} failed: {error}", file=sys.stderr)
@@ -100,70 +96,8 @@ def accuracy(args: AccuracyArgs) -> dict[str, Any]:
     return write_table(args.output, data=dataset.name, failed=failed, waterfall=waterfall)
 
 
-def run_row(args: AccuracyArgs, name: str, seed: int) -> None:
-    """Train, predict and score one row, whichever of it is not done. Raises ValueError where it has other settings."""
-    torch.set_num_threads(args.threads)
-    limits, system = limits_of(args), SYSTEMS[name]
-    home, scans = args.output / "rows" / f"{name}-seed-{seed}", args.output / "held-out"
-    settings = _plain({"data": args.data.resolve(), **limits._asdict()})
-    if (home / "spent.json").exists() and read_json(home / "settings.json") != settings:
-        raise ValueError(f"{home} was made with other settings; delete it or choose another --output")
-    if (home / "row.json").exists():
-        return
-    dataset = find_dataset(args.data)
-    training, held_out = split(dataset, args.fold, 0)
-    job = Job(system, seed, home, limits, dataset, training, held_out, args.output / "cache", scans)
-    print(f"{system.title}, seed {seed}", flush=True)
-    if not (home / "spent.json").exists():
-        shutil.rmtree(home, ignore_errors=True)  # of an interrupted training
-        home.mkdir(parents=True)
-        write_json(home / "settings.json", settings)
-        spent = train_row(job)
-        write_json(home / "spent.json", {**spent._asdict(), "environment": environment()})
-    facts = predict_row(job)
-    limited = args.max_minutes is not None or args.max_steps is not None
-    row = {
-        "system": name,
-        "title": system.title + (f" {args.preset}" if name in ("aftersam", "aftersam_2d") else ""),
-        "seed": seed,
-        "protocol": "equal budget" if limited else "own recipe",
-        "note": f"{system.note}; {_start(args, name)}",
-        **facts,
-        **read_json(home / "spent.json"),
-        "limits": limits._asdict(),
-    }
-    _score(home / "masks", scans / "labels", home, row)
-
-
-def score_elsewhere(output: Path, name: str, masks: Path) -> None:
-    """Score the masks of another tool as the row `name` of the table in `output`."""
-    home = output / "rows" / f"elsewhere-{slug(name)}"
-    home.mkdir(parents=True, exist_ok=True)
-    row = {
-        "system": slug(name),
-        "title": name,
-        "seed": 0,
-        "protocol": "own recipe",
-        "note": "masks made elsewhere",
-    }
-    _score(masks, output / "held-out" / "labels", home, row)
-
-
-def _score(masks: Path, labels: Path, home: Path, row: dict[str, Any]) -> None:
-    """Leave metrics.json, then row.json, which says that the row is done. Raises ValueError on a missing mask."""
-    metrics = evaluate(masks, labels, output=home / "metrics.json", quiet=True)
-    if metrics["problems"]:
-        raise ValueError(f"every row needs all cases: {next(iter(metrics['problems'].values()))}")
-    write_json(home / "row.json", _plain({**row, "prompted": metrics["prompted"]}))
-
-
 def limits_of(args: AccuracyArgs) -> Limits:
     return Limits(**{key: getattr(args, key) for key in Limits._fields})
-
-
-def _start(args: AccuracyArgs, name: str) -> str:
-    pretrained = args.sam_checkpoint and (name == "msa" or name.startswith("aftersam"))
-    return "from SAM's weights" if pretrained else "from scratch"
 
 
 def _named_folder(given: str) -> tuple[str, Path]:
@@ -173,13 +107,8 @@ def _named_folder(given: str) -> tuple[str, Path]:
     return name, Path(folder)
 
 
-def _plain(value: Any) -> Any:
-    """As JSON gives it back: paths are strings, tuples lists."""
-    return json.loads(json.dumps(value, default=str))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    args = tyro.cli(AccuracyArgs, args=argv, description=__doc__)
+    args = tyro.cli(AccuracyArgs, args=argv, prog="benchmarks.accuracy", description=__doc__)
     try:
         table = accuracy(args)
     except (ValueError, OSError) as error:

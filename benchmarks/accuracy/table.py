@@ -12,7 +12,7 @@ import numpy as np
 
 from aftersam.checkpoint import read_json, write_json
 from aftersam.evaluate import bootstrap_interval, mean_of
-from benchmarks.accuracy_systems import SYSTEMS
+from benchmarks.accuracy.systems import SYSTEMS
 
 BUDGET = ("max_minutes", "max_steps", "threads", "fold")  # limits that rows of an equal budget have in common
 FACTS = ("system", "title", "protocol", "note", "prompted", "parameters", "spacing_mm", "precision")

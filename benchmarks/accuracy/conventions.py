@@ -1,6 +1,6 @@
 """What conventions do to a score: docs/conventions.png and the table of docs/evaluation.md.
 
-    python -m benchmarks.conventions
+    python -m benchmarks.accuracy.conventions
 
 Six phantoms and one set of masks, scored three times by aftersam.evaluate, and once more after references and masks
 were resampled to half the resolution in the plane, as pipelines do that validate on what their network sees. The masks

@@ -18,8 +18,8 @@ from aftersam.config import Config, DataConfig, preset
 from aftersam.data.cache import CachedCase, cache_cases
 from aftersam.data.dataset import Case, Dataset
 from aftersam.model.build import precision_for
+from benchmarks.accuracy.rivals.slice_groups import build_after_unet, build_msa
 from benchmarks.machine import absent
-from benchmarks.slice_rivals import build_after_unet, build_msa
 
 Preset = Literal["paper", "best", "small", "tiny"]
 

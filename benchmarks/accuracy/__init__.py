@@ -1,0 +1,1 @@
+"""Segmentation accuracy: every system trained and scored alike, what conventions and options change of a score."""
