@@ -9,10 +9,10 @@ __all__ = ["AfterSAM", "Segmenter", "build_aftersam", "load", "predict_volume"]
 
 _HOME = {
     "AfterSAM": "aftersam.model.aftersam",
-    "Segmenter": "aftersam.segmenter",
+    "Segmenter": "aftersam.inference.segmenter",
     "build_aftersam": "aftersam.model.build",
-    "load": "aftersam.segmenter",
-    "predict_volume": "aftersam.streaming",
+    "load": "aftersam.inference.segmenter",
+    "predict_volume": "aftersam.inference.sliding",
 }
 
 

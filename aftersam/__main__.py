@@ -28,7 +28,7 @@ COMMANDS = {
     "ablate": Command("aftersam.ablate", "the paper's ablation tables on your data"),
     "check": Command("aftersam.check", "look through a data set before training on it"),
     "demo": Command("aftersam.demo", "synthetic scans, training, masks, scores, report"),
-    "phantom": Command("aftersam.data.phantom", "write synthetic thorax scans with their labels"),
+    "phantom": Command("aftersam.phantom", "write synthetic thorax scans with their labels"),
 }
 
 

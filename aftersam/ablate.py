@@ -7,13 +7,12 @@ and a PNG of each."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import shutil
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -23,9 +22,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from aftersam.config import Config, preset
+from aftersam.evaluation.statistics import summarise
+from aftersam.files import read_json, write_text
 
 if TYPE_CHECKING:
-    from aftersam.data.dataset import Dataset
+    pass
 
 TABLES: dict[str, dict[str, dict[str, Any]]] = {  # columns in the paper's order; the last is what others are held to
     "3": {
@@ -85,7 +86,7 @@ def ablate(args: AblateArgs) -> dict[str, Any]:
     Raises ValueError on bad input."""
     from rich.console import Console
 
-    from aftersam.figures import ablation_figure
+    from aftersam.evaluation.figures import ablation_figure
 
     if "small" in args.table and args.preset != "small":
         raise ValueError(f"table small shows what the preset small is made of, not {args.preset}")
@@ -105,8 +106,10 @@ def ablate(args: AblateArgs) -> dict[str, Any]:
         result[table] = {**summarise(columns), "prompted": prompted}
         ablation_figure(result[table], args.output / f"table-{table}.png", title=TITLES[table])
     text = "\n\n".join(markdown(table, found) for table, found in result.items())
-    (args.output / "tables.md").write_text(text + "\n", encoding="utf-8")
-    (args.output / "tables.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_text(args.output / "tables.md", text + "\n")
+    write_text(
+        args.output / "tables.json", json.dumps(result, indent=1) + "\n"
+    )  # NaN where no case has an organ
     Console(soft_wrap=True).print(text, markup=False, highlight=False)
     return result
 
@@ -134,11 +137,11 @@ def _share_cores(jobs: int) -> None:
 
 def _row(args: AblateArgs, name: str, change: Mapping[str, Any], seed: int) -> Row:
     """DSC of every case and organ for one variant and seed, trained unless its scores are there."""
-    from aftersam.checkpoint import read_json
-    from aftersam.data.dataset import find_dataset, split
-    from aftersam.evaluate import evaluate
-    from aftersam.predict import PredictArgs, predict_files
-    from aftersam.train import TrainArgs, train
+    from aftersam.data.dataset import find_dataset, link_cases, split
+    from aftersam.evaluation.scoring import evaluate
+    from aftersam.inference.pipeline import PredictArgs, predict_files
+    from aftersam.training.arguments import TrainArgs
+    from aftersam.training.run import train
 
     home = args.output / f"{name}-seed-{seed}"
     if not (home / "metrics.json").exists():
@@ -171,22 +174,6 @@ def _row(args: AblateArgs, name: str, change: Mapping[str, Any], seed: int) -> R
     }
 
 
-def link_cases(dataset: Dataset, ids: Collection[str], home: Path) -> None:
-    """Make home/images and home/labels: links, named by case, to the scans and labels of the cases `ids`.
-
-    Raises ValueError on a case without a label."""
-    for case in dataset.cases:
-        if case.id not in ids:
-            continue
-        if case.label is None:
-            raise ValueError(f"{case.image} has no label to be scored by")
-        for folder, file in (("images", case.image), ("labels", case.label)):
-            (home / folder).mkdir(parents=True, exist_ok=True)
-            ending = ".nii.gz" if file.name.endswith(".gz") else ".nii"
-            with contextlib.suppress(FileExistsError):  # of a command before, or beside this one
-                (home / folder / f"{case.id}{ending}").symlink_to(file.resolve())
-
-
 def row_config(args: AblateArgs, change: Mapping[str, Any], seed: int) -> Config:
     """The preset with one variant's keys and the budget; no validation, since nothing is chosen by it."""
     config = preset(args.preset)
@@ -198,52 +185,6 @@ def row_config(args: AblateArgs, change: Mapping[str, Any], seed: int) -> Config
         changed = dataclasses.replace(getattr(config, part), **{key: value})
         config = dataclasses.replace(config, **{part: changed})
     return config
-
-
-def summarise(columns: Mapping[str, Sequence[Mapping[str, Mapping[str, float]]]]) -> dict[str, Any]:
-    """Scores of each column (seeds -> case -> organ -> DSC) to means, deviations over seeds, and p-values.
-
-    A case's score is first averaged over seeds; the two-sided Wilcoxon test then pairs cases with the last column."""
-    import numpy as np
-    from scipy.stats import wilcoxon
-
-    first = next(iter(columns.values()))[0]
-    cases = sorted(first)
-    organs = [*next(iter(first.values())), "Average"]
-
-    def matrix(seeds: Sequence[Mapping[str, Mapping[str, float]]]) -> np.ndarray:
-        values = np.array(
-            [[[seed[case][organ] for organ in organs[:-1]] for case in cases] for seed in seeds]
-        )
-        return np.concatenate(
-            [values, np.nanmean(values, -1, keepdims=True)], -1
-        )  # (seeds, cases, organs + 1)
-
-    values = {column: matrix(seeds) for column, seeds in columns.items()}
-    *_, last = values
-    table: dict[str, Any] = {
-        "cases": len(cases),
-        "seeds": len(values[last]),
-        "against": last,
-        "columns": {},
-        "tests": {},
-    }
-    for column, found in values.items():
-        means = np.nanmean(found, axis=1)  # (seeds, organs + 1)
-        deviation = means.std(0, ddof=1) if len(means) > 1 else np.zeros(means.shape[1])
-        table["columns"][column] = {
-            organ: {"mean": float(m), "std": float(s)}
-            for organ, m, s in zip(organs, means.mean(0), deviation, strict=True)
-        }
-        if column == last:
-            continue
-        tests = {}
-        for i, organ in enumerate(organs):
-            ours, theirs = (np.nanmean(values[c][..., i], axis=0) for c in (last, column))
-            difference = (ours - theirs)[np.isfinite(ours - theirs)]
-            tests[organ] = float(wilcoxon(difference).pvalue) if np.any(difference) else 1.0
-        table["tests"][column] = tests
-    return table
 
 
 def markdown(name: str, table: Mapping[str, Any]) -> str:

@@ -120,10 +120,10 @@ def step_seconds(config: Config, num_classes: int, device: str) -> float:
     """The time of one optimiser step on this machine: the faster of two real ones."""
     import torch
 
-    from aftersam.model.build import precision_for
+    from aftersam.device import autocast, dtype_for
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision_for("auto", device))
-    with torch.device(device), torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+    where = torch.device(device)
+    with where, autocast(where, dtype_for("auto", device)):
         times: list[float] = []
         _one_step(config, num_classes, times)
         return min(times)
@@ -155,9 +155,10 @@ def slices_per_second(dataset: Dataset, ids: Sequence[str], config: Config, *, s
     """Slices that training's own loader gives a second with nothing to wait for; scans are read from a cache."""
     from itertools import islice
 
+    from aftersam.data.cache import cache_cases
     from aftersam.data.dataset import mirror_pairs
-    from aftersam.data.slice_group import SliceGroups, cache_cases
-    from aftersam.schedule import group_loader
+    from aftersam.data.slice_group import SliceGroups
+    from aftersam.training.schedule import group_loader
 
     with tempfile.TemporaryDirectory() as folder:
         cached = cache_cases(dataset, ids, config.data, Path(folder), training=ids)
@@ -211,9 +212,9 @@ def check(data: Path, *, preset_name: str = "small", num_workers: int | None = N
     bad = [report for report in reports if report.problem is not None]
     for report in bad:
         console.print(f"{report.id}: {report.problem}", soft_wrap=True, markup=False, highlight=False)
-    import torch
+    from aftersam.device import find_device
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device("auto").type
     config = preset(preset_name)
     if num_workers is not None:
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, num_workers=num_workers))

@@ -43,11 +43,12 @@ def demo(args: DemoArgs) -> dict[str, Any]:
     Raises ValueError where the folder holds a demo already."""
     from aftersam.data.phantom import LABELS, write_dataset
     from aftersam.data.volume import read_image, read_labels
-    from aftersam.evaluate import evaluate
-    from aftersam.figures import overlay_png
-    from aftersam.predict import PredictArgs, predict_files
-    from aftersam.report import write_report
-    from aftersam.train import TrainArgs, train
+    from aftersam.evaluation.figures import overlay_png
+    from aftersam.evaluation.page import write_report
+    from aftersam.evaluation.scoring import evaluate
+    from aftersam.inference.pipeline import PredictArgs, predict_files
+    from aftersam.training.arguments import TrainArgs
+    from aftersam.training.run import train
 
     out, began = args.output, time.monotonic()
     if (out / "run").exists():

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from aftersam.config import Config
-from aftersam.train import parse
+from aftersam.files import NIFTI
+from aftersam.training.arguments import parse
 
 if TYPE_CHECKING:
-    from aftersam.embeddings import Embeddings
-
-NIFTI = (".nii.gz", ".nii")
+    from aftersam.inference.feature_cache import Embeddings
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,8 @@ def encode_scans(args: EncodeArgs) -> int:
 
 def _from_run(args: EncodeArgs) -> tuple[Embeddings, tuple[float, float, float] | None]:
     """The store for a run's encoder, and the spacing that the run works at."""
-    from aftersam.embeddings import Embeddings
-    from aftersam.segmenter import load
+    from aftersam.inference.feature_cache import Embeddings
+    from aftersam.inference.segmenter import load
 
     assert args.model is not None
     segmenter = load(args.model, checkpoint=args.checkpoint, device=args.device)
@@ -92,11 +91,10 @@ def _from_sam(args: EncodeArgs) -> tuple[Embeddings, tuple[float, float, float] 
     """The store for the encoder that a training with these keys would freeze, and its spacing."""
     import dataclasses
 
-    import torch
-
-    from aftersam.embeddings import Embeddings
-    from aftersam.model.build import build_aftersam, precision_for
-    from aftersam.model.sam import read_sam_checkpoint
+    from aftersam.device import dtype_for, find_device
+    from aftersam.inference.feature_cache import Embeddings
+    from aftersam.model.build import build_aftersam
+    from aftersam.model.sam_checkpoint import read_sam_checkpoint
 
     assert args.sam_checkpoint is not None
     config, spacing = args.config, args.config.data.spacing_mm
@@ -104,12 +102,8 @@ def _from_sam(args: EncodeArgs) -> tuple[Embeddings, tuple[float, float, float] 
         raise ValueError("spacing_mm is median, which depends on the training set; give three lengths in mm")
     sam = read_sam_checkpoint(args.sam_checkpoint)
     model = dataclasses.replace(config.model, image_encoder=sam.name, encoder="frozen")  # type: ignore[arg-type]
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
-        precision_for(config.train.precision, device), torch.float32
-    )
+    device = find_device(args.device)
+    precision = dtype_for(config.train.precision, device.type)
     built = build_aftersam(model, num_classes=2, sam=sam).to(device)
     store = Embeddings(args.output, built, image_size=model.image_size, precision=precision)
     return store, None if spacing == "native" else spacing

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -27,7 +25,7 @@ import tyro
 if TYPE_CHECKING:
     import torch
 
-    from aftersam.segmenter import Segmenter
+    from aftersam.inference.segmenter import Segmenter
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,8 @@ def export_model(args: ExportArgs) -> Path:
     where it cannot be written."""
     import torch
 
-    from aftersam.checkpoint import write_json
-    from aftersam.segmenter import load
+    from aftersam.files import renamed_folder, write_json
+    from aftersam.inference.segmenter import load
 
     if args.output.exists():
         raise ValueError(f"{args.output} exists already; choose another --output")
@@ -67,22 +65,16 @@ def export_model(args: ExportArgs) -> Path:
             "ONNX needs the package onnxscript (pip install 'aftersam[export]'), or --format torch"
         )
     segmenter = load(args.model, checkpoint=args.checkpoint, device="cpu")
-    temporary = args.output.with_name(f".{os.getpid()}.{args.output.name}")
-    try:
-        temporary.mkdir(parents=True)
-        with _quiet():
-            for name, part in parts(segmenter).items():
-                if args.format != "onnx":
-                    torch.export.save(part.program, temporary / f"{name}.pt2")
-                if args.format != "torch":
-                    onnx: Any = torch.onnx.export(
-                        part.program, input_names=part.inputs, output_names=part.outputs, verbose=False
-                    )
-                    onnx.save(temporary / f"{name}.onnx")  # weights beyond 2 GB go into a file beside it
+    with renamed_folder(args.output) as temporary, _quiet():
+        for name, part in parts(segmenter).items():
+            if args.format != "onnx":
+                torch.export.save(part.program, temporary / f"{name}.pt2")
+            if args.format != "torch":
+                onnx: Any = torch.onnx.export(
+                    part.program, input_names=part.inputs, output_names=part.outputs, verbose=False
+                )
+                onnx.save(temporary / f"{name}.onnx")  # weights beyond 2 GB go into a file beside it
         write_json(temporary / "preprocessing.json", preprocessing(segmenter))
-        temporary.rename(args.output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return args.output
 
 

@@ -4,29 +4,15 @@ Curves, the table of organs, a box plot, and the best, the median and the worst 
 
 from __future__ import annotations
 
-import base64
-import html
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import tyro
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 900px; margin: 2rem auto; color: #1b1f24; }
-h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-td, th { padding: .25rem .8rem; text-align: right; }
-td:first-child, th:first-child { text-align: left; }
-tr { border-bottom: 1px solid #e3e6ea; } tr.mean { font-weight: 600; }
-img { max-width: 100%; border-radius: 4px; } p.facts { color: #57606a; margin-top: .2rem; }
-"""
+from aftersam.evaluation.page import write_report
 
 
 @dataclass(frozen=True)
@@ -40,135 +26,6 @@ class ReportArgs:
     """Folder of the scans; with --predictions and --labels, cases are drawn."""
     predictions: Path | None = None
     labels: Path | None = None
-
-
-def write_report(
-    output: Path,
-    metrics: Path,
-    *,
-    run: Path | None = None,
-    images: Path | None = None,
-    predictions: Path | None = None,
-    labels: Path | None = None,
-) -> Path:
-    """Write the page to `output`; parts whose files are not given are left out. Raises ValueError on bad files."""
-    from aftersam.checkpoint import read_json
-    from aftersam.data.volume import renamed
-    from aftersam.figures import box_figure, curves_figure
-
-    result = read_json(metrics)
-    if "mean_dsc" not in result:
-        raise ValueError(f"{metrics} was not written by aftersam.evaluate: it has no mean_dsc")
-    parts = [f"<h1>AFTer-SAM: {_shown(result['mean_dsc'])} mean DSC</h1>"]
-    parts.append(f'<p class="facts">{html.escape(_facts(result, run))}</p>')
-    parts += ["<h2>Organs</h2>", _table(result)]
-    per_organ = {
-        organ: [
-            case[organ]["dsc"]
-            for case in result["cases"].values()
-            if case.get(organ, {}).get("dsc") is not None
-        ]
-        for organ in result["organs"]
-    }
-    parts.append(_picture(box_figure(per_organ), "DSC of each organ and case"))
-    if run is not None and (run / "history.jsonl").is_file():
-        parts += [
-            "<h2>Training</h2>",
-            _picture(curves_figure(run / "history.jsonl"), "loss and validation DSC"),
-        ]
-    if images is not None and predictions is not None and labels is not None:
-        parts.append("<h2>Cases</h2>")
-        parts += _overlays(result, images, predictions, labels)
-    if result["problems"]:
-        lines = "".join(f"<li>{html.escape(text)}</li>" for text in result["problems"].values())
-        parts.append(f"<h2>Not scored</h2><ul>{lines}</ul>")
-    page = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>AFTer-SAM</title><style>{STYLE}</style>\n'
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with renamed(output) as temporary:
-        temporary.write_text(page + "\n".join(parts) + "\n</html>\n", encoding="utf-8")
-    return output
-
-
-def _overlays(result: dict[str, Any], images: Path, predictions: Path, labels: Path) -> list[str]:
-    """Pictures of the best, the median and the worst case."""
-    from aftersam.data.volume import read_image, read_labels
-    from aftersam.evaluate import label_names_near, masks_in, mean_of
-    from aftersam.figures import overlay_figure
-
-    files = [masks_in(folder) for folder in (images, predictions, labels)]
-    names = label_names_near(None, labels, predictions)
-    means = {
-        case: mean_of([organ["dsc"] for organ in organs.values() if organ["dsc"] is not None])
-        for case, organs in result["cases"].items()
-        if all(case in found for found in files)
-    }
-    ranked = sorted(means, key=lambda case: -means[case])
-    chosen = (
-        dict(zip(["best", "median", "worst"], [ranked[0], ranked[len(ranked) // 2], ranked[-1]], strict=True))
-        if ranked
-        else {}
-    )
-    pictures = []
-    for rank, case in chosen.items():
-        scan = read_image(files[0][case])
-        mask, truth = (read_labels(found[case], like=scan).array for found in files[1:])
-        known = names or {int(v): f"label {v}" for v in sorted({*truth.ravel(), *mask.ravel()}) if v}
-        figure = overlay_figure(scan.array, mask, scan.spacing_mm, known, reference=truth)
-        pictures.append(f"<h3>{rank}: {html.escape(case)}, mean DSC {_shown(means[case])}</h3>")
-        pictures.append(_picture(figure, f"{rank} case, prediction and reference"))
-    return pictures
-
-
-def _table(result: dict[str, Any]) -> str:
-    nsd = f"nsd_{result['nsd_tolerance_mm']:g}mm"
-    headings = ["organ", "DSC", "95 % interval", "HD95 mm", "missed", nsd.replace("_", " "), "ICE", "gaps"]
-    rows = ["<tr>" + "".join(f"<th>{text}</th>" for text in headings) + "</tr>"]
-    for organ, row in result["organs"].items():
-        cells = [
-            html.escape(organ), _shown(row["dsc"]), _span(row["dsc_interval"]), _shown(row["hd95_mm"], 1),
-            str(row["missed"]), _shown(row[nsd]), _shown(row["ice"]), str(row["gaps"]),
-        ]  # fmt: skip
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    mean = [_shown(result["mean_dsc"]), _span(result["mean_dsc_interval"])]
-    rows.append(
-        '<tr class="mean"><td>mean</td>'
-        + "".join(f"<td>{cell}</td>" for cell in mean)
-        + "<td></td>" * 5
-        + "</tr>"
-    )
-    note = (
-        ""
-        if result["interval_reliable"]
-        else f"<p>Intervals over {result['num_cases']} cases are unreliable.</p>"
-    )
-    return f"<table>{''.join(rows)}</table>{note}"
-
-
-def _facts(result: dict[str, Any], run: Path | None) -> str:
-    facts = f"{result['num_cases']} cases, DSC of empty masks as {result['convention']} has it"
-    if run is None or not (run / "run.json").is_file():
-        return facts
-    about, config = json.loads((run / "run.json").read_text()), json.loads((run / "config.json").read_text())
-    model = config["model"]
-    return (
-        f"{facts}; trained on {about['dataset']}: {model['image_encoder']} encoder, attention {model['attention']}, "
-        f"{model['num_slices']} slices, {model['num_blocks']} blocks, {model['image_size']} px"
-    )
-
-
-def _picture(figure: Figure, alt: str) -> str:
-    from aftersam.figures import png_bytes
-
-    data = base64.b64encode(png_bytes(figure)).decode()
-    return f'<p><img alt="{html.escape(alt)}" src="data:image/png;base64,{data}"></p>'
-
-
-def _shown(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _span(interval: list[float] | None) -> str:
-    return "–" if interval is None else f"{interval[0]:.3f}–{interval[1]:.3f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

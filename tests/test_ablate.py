@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from aftersam.ablate import TABLES, AblateArgs, ablate, main, markdown, row_config, summarise
+from aftersam.ablate import TABLES, AblateArgs, ablate, main, markdown, row_config
 from aftersam.data.phantom import write_dataset
-from aftersam.figures import ablation_figure
+from aftersam.evaluation.figures import ablation_figure
+from aftersam.evaluation.statistics import summarise
 from aftersam.model.build import build_aftersam
 
 

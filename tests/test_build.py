@@ -6,11 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aftersam.checkpoint import read_json, write_json
 from aftersam.config import preset
 from aftersam.data.phantom import write_dataset
-from aftersam.model.build import build_aftersam, merge_lora, resolve_encoder
-from aftersam.model.sam import read_sam_checkpoint, sam_shapes
+from aftersam.files import read_json, write_json
+from aftersam.model.build import build_aftersam, resolve_encoder
+from aftersam.model.lora import merge_lora
+from aftersam.model.sam_checkpoint import read_sam_checkpoint, sam_shapes
 from aftersam.predict import main as predict_main
 from aftersam.train import main as train_main
 

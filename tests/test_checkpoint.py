@@ -9,18 +9,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from aftersam.checkpoint import (
-    load_moments,
-    load_training,
-    load_weights,
-    read_json,
-    save_training,
-    save_weights,
-    whole_state,
-    write_json,
-)
 from aftersam.config import preset
-from aftersam.model.build import build_aftersam, shard
+from aftersam.files import read_json, write_json
+from aftersam.model.build import build_aftersam, load_weights
+from aftersam.training.checkpoint import load_moments, load_training, save_training, save_weights
+from aftersam.training.sharding import shard, whole_state
 
 
 def trained(steps: int = 2):
@@ -135,7 +128,7 @@ def test_a_failed_write_leaves_the_old_state_and_no_debris(tmp_path, monkeypatch
         filename.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("aftersam.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_weights(path, nn.Linear(3, 2), {"step": 2})
     monkeypatch.undo()

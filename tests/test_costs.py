@@ -128,7 +128,7 @@ def test_what_a_fusion_block_keeps_for_the_backward(side, plain):
     10 for the MLP, and so does ours; x alone under checkpointing."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from aftersam.model.axial_fusion import AxialFusionBlock, AxialFusionTransformer
+    from aftersam.model.fusion import AxialFusionBlock, AxialFusionTransformer
 
     kept = {}
     with FakeTensorMode():

@@ -16,12 +16,15 @@ from hypothesis import strategies as st
 from aftersam.check import CaseReport, needs, slices_per_second, step_seconds
 from aftersam.check import main as check_main
 from aftersam.config import DataConfig, preset
+from aftersam.data.augment import augment
 from aftersam.data.cache import cache_cases
 from aftersam.data.dataset import find_dataset, median_spacing, mirror_pairs, split
 from aftersam.data.phantom import write_dataset
-from aftersam.data.slice_group import SliceGroups, slice_group, window_crops
-from aftersam.data.transforms import AIR_HU, augment, body_box, normalise, preprocess, resample
-from aftersam.data.volume import read_image, read_labels
+from aftersam.data.slice_group import SliceGroups
+from aftersam.data.transforms import body_box, preprocess, resample
+from aftersam.data.volume import AIR_HU, read_image, read_labels
+from aftersam.data.windows import slice_group, window_crops
+from aftersam.model.layers import normalise
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 

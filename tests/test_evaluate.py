@@ -6,7 +6,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from aftersam.evaluate import evaluate, main
+from aftersam.evaluate import main
+from aftersam.evaluation.scoring import evaluate
 from aftersam.report import main as report_main
 
 AFFINE = np.diag([-2.0, -2.0, 4.0, 1.0])

@@ -12,13 +12,14 @@ import torch
 from torch.nn import functional as F
 
 import aftersam
-from aftersam.checkpoint import save_weights, write_json
 from aftersam.config import Config, ModelConfig, to_dict
-from aftersam.data.slice_group import slice_group
+from aftersam.data.windows import slice_group
 from aftersam.export import main, parts, preprocessing
+from aftersam.files import write_json
+from aftersam.inference.sliding import stream_logits
 from aftersam.model.aftersam import GroupDecoder, SliceEncoder
 from aftersam.model.build import build_aftersam
-from aftersam.streaming import stream_logits
+from aftersam.training.checkpoint import save_weights
 
 LABELS = {1: "heart", 2: "aorta"}
 

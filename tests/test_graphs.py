@@ -8,9 +8,9 @@ import dataclasses
 import pytest
 import torch
 
-from aftersam import graphs
 from aftersam.config import preset
-from aftersam.graphs import Replayed, capture_steps
+from aftersam.inference import graphs
+from aftersam.inference.graphs import Replayed, capture_steps
 from aftersam.model.build import build_aftersam
 
 

@@ -6,14 +6,11 @@ from torch.nn import functional as F
 
 from aftersam.config import ENCODERS, EncoderSize
 from aftersam.model import image_encoder
-from aftersam.model.image_encoder import (
-    ConvStem,
-    LoRAQKV,
-    add_encoder_lora,
-    build_image_encoder,
-    load_image_encoder_state,
-)
-from aftersam.model.sam import sam_shapes, segment_anything_modeling
+from aftersam.model.build import build_image_encoder
+from aftersam.model.layers import ConvStem
+from aftersam.model.lora import LoRAQKV, add_encoder_lora
+from aftersam.model.sam_checkpoint import load_image_encoder_state, sam_shapes
+from aftersam.model.segment_anything import segment_anything_modeling
 
 MINI = EncoderSize(24, 2, 2, (1,), window=3, patch=4, out_channels=8)  # like vit_b in kind, small in size
 OFFICIAL = ["vit_b", "vit_l", "vit_h"]

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from email.parser import Parser
 from importlib import import_module
 from pathlib import Path
@@ -25,11 +26,11 @@ PRODUCT = sorted(p for folder in ("aftersam", "kernels", "benchmarks") for p in 
 
 # Imports point down these floors or stay on one; kernels, below them all, has a test of its own.
 FLOORS = [
-    {"__init__", "config", "metrics", "losses", "figures", "timings", "components"},
-    {"schedule", "model", "data", "checkpoint", "embeddings"},
-    {"streaming", "graphs", "evaluate", "report", "validation"},
-    {"check", "train", "segmenter", "predict", "encode", "export"},
-    {"demo", "ablate"},
+    {"__init__", "config", "files", "device"},
+    {"data", "model"},
+    {"inference", "evaluation"},
+    {"training"},
+    set(COMMANDS),
     {"__main__"},
 ]
 HEAVY = ("torch", "monai", "nibabel", "matplotlib", "accelerate", "scipy")
@@ -93,6 +94,85 @@ def test_kernels_import_torch_and_triton_alone(path):
     assert {name.split(".")[0] for name in imported(path)} <= allowed
 
 
+def modules(package: Path) -> dict[str, Path]:
+    """The files of a package by their dotted names."""
+    named = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        named[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return named
+
+
+def import_graph(package: Path, *, types: bool) -> dict[str, set[str]]:
+    """Which modules of a package each of them imports, also inside functions; for type hints too if asked."""
+    files = modules(package)
+    return {name: _edges(name, path, files, types=types) for name, path in files.items()}
+
+
+def _edges(own: str, path: Path, files: dict[str, Path], *, types: bool) -> set[str]:
+    found = set()
+    home = own.split(".") if path.stem == "__init__" else own.split(".")[:-1]
+    for node in _imports(ast.parse(path.read_text(encoding="utf-8")), types=types):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+            continue
+        base = ".".join([*home[: len(home) - node.level + 1], *filter(None, [node.module])])
+        if not node.level:
+            base = node.module or ""
+        for alias in node.names:
+            name = f"{base}.{alias.name}"
+            found.add(name if name in files else base)
+    return {name for name in found if name in files} - {own}
+
+
+def _imports(node: ast.AST, *, types: bool) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The import statements in `node`; with `types` False those under `if TYPE_CHECKING` are left out."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.Import, ast.ImportFrom)):
+            yield child
+        elif types or not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield from _imports(child, types=types)
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a ring, the first again at the end; empty where there is no ring."""
+    finished: set[str] = set()
+
+    def follow(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return [*way[way.index(name) :], name]
+        if name not in finished:
+            for other in sorted(graph[name]):
+                if found := follow(other, [*way, name]):
+                    return found
+            finished.add(name)
+        return []
+
+    return next((found for name in graph if (found := follow(name, []))), [])
+
+
+def test_circles_are_seen(tmp_path):
+    package = tmp_path / "ring"
+    package.mkdir()
+    lines = {
+        "__init__": "from .a import f",
+        "a": "def f():\n    from ring import b",
+        "b": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ring.a import f\nfrom ring.c import x",
+        "c": "from .a import f",
+    }
+    for name, text in lines.items():
+        (package / f"{name}.py").write_text(text)
+    assert circle(import_graph(package, types=False)) == ["ring.a", "ring.b", "ring.c", "ring.a"]
+    (package / "c.py").write_text("from math import pi")
+    assert circle(import_graph(package, types=False)) == []
+    assert circle(import_graph(package, types=True)) == ["ring.a", "ring.b", "ring.a"]
+
+
+@pytest.mark.parametrize("package", ["aftersam", "kernels/axial_fusion", "benchmarks"])
+def test_no_two_files_import_each_other(package):
+    assert circle(import_graph(ROOT / package, types=False)) == []
+
+
 def floor(module: str) -> int:
     """The floor of a dotted module of aftersam."""
     name = module.split(".")[1] if "." in module else "__init__"
@@ -101,17 +181,27 @@ def floor(module: str) -> int:
     return found[0]
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "aftersam").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT / "aftersam"))
-)
-def test_imports_point_down_the_floors(path):
-    own = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for name in imported(path):
-        is_module = name.startswith("aftersam.") and (
-            ROOT / name.split(".")[0] / name.split(".")[1]
-        ).with_suffix("")
-        if is_module and (is_module.is_dir() or is_module.with_suffix(".py").exists()):
+def test_imports_point_down_the_floors():
+    for own, names in import_graph(ROOT / "aftersam", types=True).items():
+        for name in names:
             assert floor(name) <= floor(own), f"{own} imports {name} from a floor above its own"
+
+
+def test_model_and_data_know_of_each_other_by_types_alone():
+    for own, names in import_graph(ROOT / "aftersam", types=False).items():
+        wing = own.split(".")[1:2]
+        other = {"data": "model", "model": "data"}.get(*wing) if wing else None
+        assert not [name for name in names if name.startswith(f"aftersam.{other}.")], own
+
+
+def test_no_command_imports_a_command():
+    graph = import_graph(ROOT / "aftersam", types=True)
+    commands = {command.module for command in COMMANDS.values()}
+    assert {own: graph[own] & commands for own in commands} == {own: set() for own in commands}
+
+
+def test_the_root_holds_commands_and_little_else():
+    assert len(list((ROOT / "aftersam").glob("*.py"))) <= 16
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=lambda p: str(p.relative_to(ROOT)))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from aftersam.losses import segmentation_loss
+from aftersam.training.losses import segmentation_loss
 
 
 def certain(labels, classes, scale=20.0):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aftersam.metrics import dice, gaps, hd95_mm, inter_slice_consistency_error, nsd, score_organ
+from aftersam.evaluation.metrics import dice, gaps, hd95_mm, inter_slice_consistency_error, nsd, score_organ
 
 SPACING = (5.0, 2.0, 1.0)  # mm, (d, h, w)
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from aftersam.data.dataset import find_dataset
-from aftersam.data.phantom import LABELS, main, make_phantom
+from aftersam.data.phantom import LABELS, make_phantom
+from aftersam.phantom import main
 
 
 @pytest.fixture(scope="module")

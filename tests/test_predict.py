@@ -15,13 +15,13 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
 import aftersam
-from aftersam.checkpoint import save_weights
-from aftersam.components import drop_small_parts
 from aftersam.data.phantom import write_dataset
+from aftersam.inference.postprocess import drop_small_parts
+from aftersam.inference.segmenter import Segmenter
 from aftersam.model.image_encoder import ImageEncoder
 from aftersam.predict import main
-from aftersam.segmenter import Segmenter
 from aftersam.train import main as train_main
+from aftersam.training.checkpoint import save_weights
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import torch
 import aftersam
 from aftersam.config import ModelConfig
 from aftersam.data.phantom import write_dataset
-from aftersam.evaluate import evaluate
+from aftersam.evaluation.scoring import evaluate
 from aftersam.model.build import build_aftersam
 from aftersam.model.prompts import LabelPrompts, box_corners, clicks
-from aftersam.model.sam import segment_anything_modeling
+from aftersam.model.segment_anything import segment_anything_modeling
 from aftersam.predict import main as predict_main
 from aftersam.train import main as train_main
 

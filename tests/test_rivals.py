@@ -9,9 +9,9 @@ import torch
 from aftersam.config import preset
 from aftersam.data.cache import cache_cases
 from aftersam.data.dataset import find_dataset
-from aftersam.losses import segmentation_loss
-from aftersam.model.image_encoder import build_image_encoder
+from aftersam.model.build import build_image_encoder
 from aftersam.model.mask_decoder import BACKGROUND_LEAD
+from aftersam.training.losses import segmentation_loss
 from benchmarks.accuracy.rivals.patch_training import (
     fit,
     lead_background,

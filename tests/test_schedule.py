@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from aftersam.config import preset
-from aftersam.schedule import Progress, batches, learning_rate, steps_in_epoch
+from aftersam.training.schedule import Progress, batches, learning_rate, steps_in_epoch
 
 
 def test_schedules():

@@ -8,8 +8,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from aftersam.model.build import build_aftersam
-from aftersam.model.image_encoder import build_image_encoder
+from aftersam.model.build import build_aftersam, build_image_encoder
 from axial_fusion import reference
 from bench_cases import SMALL, SQUARE
 from benchmarks import harness

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from aftersam.timings import STAGES, Timings
+from aftersam.inference.timings import STAGES, Timings
 
 
 def test_stages_add_up():

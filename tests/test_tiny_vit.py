@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from aftersam.config import ENCODERS, Stage, preset
-from aftersam.model.build import build_aftersam
-from aftersam.model.image_encoder import add_encoder_lora, build_image_encoder, load_image_encoder_state
-from aftersam.model.sam import CLASSIFIER, read_sam_checkpoint, sam_shapes
-from aftersam.model.tiny_vit import TinyViTAttention, TinyViTBlock
+from aftersam.model.build import build_aftersam, build_image_encoder
+from aftersam.model.lora import add_encoder_lora
+from aftersam.model.sam_checkpoint import load_image_encoder_state, read_sam_checkpoint, sam_shapes
+from aftersam.model.tiny_vit import CLASSIFIER, TinyViTAttention, TinyViTBlock
 
 
 @pytest.fixture(scope="module")

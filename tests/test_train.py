@@ -14,13 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aftersam import train as training
-from aftersam.checkpoint import read_json, write_json
 from aftersam.config import Config, from_dict, preset, to_dict
 from aftersam.data.phantom import write_dataset
-from aftersam.losses import segmentation_loss
-from aftersam.schedule import group_loader
-from aftersam.train import main, parse
+from aftersam.files import read_json, write_json
+from aftersam.train import main
+from aftersam.training import run as training
+from aftersam.training.arguments import TrainArgs, parse
+from aftersam.training.losses import segmentation_loss
+from aftersam.training.schedule import group_loader
 
 FAST = ["--image-size", "48", "--num-blocks", "1", "--device", "cpu", "--precision", "fp32"]
 
@@ -36,14 +37,20 @@ def arguments(data, output, *more):
     return ["--data", str(data), "--output", str(output), "--preset", "tiny", *FAST, *more]
 
 
+def arguments_of(argv):
+    return parse(argv, TrainArgs, None)
+
+
 def test_presets_and_limits_on_the_command_line(tmp_path):
-    assert parse(["--data", "d", "--output", "o"]).config.model.image_encoder == "small"
-    assert parse(["--data", "d", "--output", "o", "--sam-checkpoint", "vit_b"]).config == preset("paper")
-    minutes = parse(["--data", "d", "--output", "o", "--max-minutes", "60"]).config.train
+    assert arguments_of(["--data", "d", "--output", "o"]).config.model.image_encoder == "small"
+    assert arguments_of(["--data", "d", "--output", "o", "--sam-checkpoint", "vit_b"]).config == preset(
+        "paper"
+    )
+    minutes = arguments_of(["--data", "d", "--output", "o", "--max-minutes", "60"]).config.train
     assert (minutes.max_steps, minutes.max_minutes) == (None, 60.0)
     stored = dataclasses.replace(Config(), train=dataclasses.replace(Config().train, seed=7))
     write_json(tmp_path / "config.json", to_dict(stored))
-    again = parse(
+    again = arguments_of(
         ["--data", "d", "--output", "o", "--config", str(tmp_path / "config.json"), "--batch-size", "3"]
     )
     assert (again.config.train.seed, again.config.train.batch_size) == (7, 3)
@@ -51,7 +58,7 @@ def test_presets_and_limits_on_the_command_line(tmp_path):
 
 def test_a_misspelt_flag_names_the_nearest(capsys):
     with pytest.raises(SystemExit) as stop:
-        parse(["--data", "d", "--output", "o", "--num-slice", "3"])
+        arguments_of(["--data", "d", "--output", "o", "--num-slice", "3"])
     assert stop.value.code == 2
     assert "--num-slices" in capsys.readouterr().err
 
@@ -228,7 +235,7 @@ def test_scaled_gradients_are_clipped_at_their_true_size(phantoms, tmp_path, mon
 
 
 def test_deep_supervision_adds_the_loss_of_the_coarse_logits(phantoms, tmp_path):
-    run = training._Run(parse(arguments(phantoms, tmp_path / "run", "--deep-supervision", "0.25")))
+    run = training._Run(arguments_of(arguments(phantoms, tmp_path / "run", "--deep-supervision", "0.25")))
     config = run.config.train
     batch = next(iter(group_loader(run.groups, config, rank=0, world=1, start=0)))
     _, coarse = run.model(batch["hu"], coarse=True)

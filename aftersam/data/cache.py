@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from aftersam.config import DataConfig
 from aftersam.data.dataset import Case, Dataset, median_spacing
 from aftersam.data.transforms import preprocess, resample
 from aftersam.data.volume import Volume, read_image, read_labels
+from aftersam.files import renamed_folder
 
 VERSION = 1  # of what is stored and how it is computed; a change makes every cache anew
 
@@ -145,23 +145,15 @@ def foreground_rows(labels: np.ndarray) -> np.ndarray:
 def _write(
     home: Path, case: str, image: Volume, labels: Volume, spacing_mm: tuple[float, float, float] | None
 ) -> None:
-    """Fill a temporary folder and rename it; another process that was quicker wins."""
+    """Preprocess one case into the folder `home`, which appears only when complete."""
     ready = preprocess(image, spacing_mm)
     label = resample(labels.array, image.spacing_mm, ready.spacing_mm, labels=True)
-    temporary = home.with_name(f".{os.getpid()}.{home.name}")
-    try:
-        temporary.mkdir()
+    with renamed_folder(home) as temporary:
         np.save(temporary / "hu.npy", np.ascontiguousarray(ready.array))
         np.save(temporary / "labels.npy", np.ascontiguousarray(label))
         np.save(temporary / "foreground.npy", foreground_rows(label))
         facts = {"id": case, "shape": label.shape, "spacing_mm": ready.spacing_mm, "box": ready.box}
         (temporary / "case.json").write_text(json.dumps(facts))
-        os.rename(temporary, home)
-    except OSError as error:
-        if not home.is_dir():
-            raise OSError(f"{home} could not be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _feed(digest: hashlib.blake2b, path: Path) -> None:

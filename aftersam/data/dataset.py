@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from aftersam.data.volume import NIFTI, case_name, read_grid, read_labels, renamed
+from aftersam.data.volume import read_grid, read_labels
+from aftersam.files import NIFTI, case_id, write_json
 
 FOLDS = 5
 SEGTHOR_LABELS = {1: "esophagus", 2: "heart", 3: "trachea", 4: "aorta"}
@@ -80,8 +82,7 @@ def split(
     if not 0 <= fold < len(folds):
         raise ValueError(f"fold is {fold}, but {dataset.root} has the folds 0 to {len(folds) - 1}")
     if write_to is not None:
-        with renamed(write_to) as temporary:
-            temporary.write_text(json.dumps(folds, indent=1) + "\n")
+        write_json(write_to, folds)
     return folds[fold]["train"], folds[fold]["val"]
 
 
@@ -164,7 +165,7 @@ def _scans(folder: Path) -> dict[str, Path]:
     files = sorted(p for p in folder.iterdir() if p.name.endswith(NIFTI) and not p.name.startswith("."))
     scans: dict[str, Path] = {}
     for path in files:
-        name = case_name(path).removesuffix("_0000")
+        name = case_id(path)
         if name in scans:
             raise ValueError(f"{path} and {scans[name]} are the same case twice")
         scans[name] = path
@@ -210,7 +211,7 @@ def _decathlon(root: Path, description: dict[str, Any]) -> Dataset:
         if not isinstance(entry, dict) or not {"image", "label"} <= entry.keys():
             raise ValueError(f"{where} lists the training case {entry!r}; an image and a label are needed")
         image, label = root / entry["image"], root / entry["label"]
-        cases.append(Case(case_name(image).removesuffix("_0000"), image, label))
+        cases.append(Case(case_id(image), image, label))
     return Dataset(
         str(description.get("name", root.resolve().name)),
         "Medical Segmentation Decathlon",
@@ -253,3 +254,19 @@ def _stored_folds(path: Path, ids: list[str]) -> list[dict[str, list[str]]]:
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a list of folds with train and val: {error}") from error
     return folds
+
+
+def link_cases(dataset: Dataset, ids: Collection[str], home: Path) -> None:
+    """Make home/images and home/labels: links, named by case, to the scans and labels of the cases `ids`.
+
+    Raises ValueError on a case without a label."""
+    for case in dataset.cases:
+        if case.id not in ids:
+            continue
+        if case.label is None:
+            raise ValueError(f"{case.image} has no label to be scored by")
+        for folder, file in (("images", case.image), ("labels", case.label)):
+            (home / folder).mkdir(parents=True, exist_ok=True)
+            ending = ".nii.gz" if file.name.endswith(".gz") else ".nii"
+            with contextlib.suppress(FileExistsError):  # of a command before, or beside this one
+                (home / folder / f"{case.id}{ending}").symlink_to(file.resolve())

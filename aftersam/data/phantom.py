@@ -1,20 +1,13 @@
-"""Synthetic thorax CT with six labelled organs.    python -m aftersam.data.phantom -o scans --cases 12
-
-Anatomy differs from seed to seed; grey values overlap between organs, so that no threshold finds them. The
-esophagus is a tube among lymph nodes of its own grey value, size and place that live in one or two slices: only
-the neighbouring slices tell them apart."""
+"""Synthetic thorax CT with six labelled organs, painted organ by organ from shapes in mm."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import tyro
+
+from aftersam.files import write_json
 
 LABELS = {1: "esophagus", 2: "trachea", 3: "spinal_cord", 4: "lung_left", 5: "lung_right", 6: "heart"}
 ESOPHAGUS, TRACHEA, CORD, LUNG_LEFT, LUNG_RIGHT, HEART = LABELS
@@ -24,16 +17,6 @@ BEHIND_THE_HEART = -33.0  # mm from the spine: where the esophagus and the nodes
 
 AIR, GAS, LUNG, FAT, MEDIASTINUM, WATER = -1000, -950, -840, -100, -75, 10  # HU before noise
 SOFT, MUSCLE, BLOOD, LIVER, MARROW, DISC, BONE = 35, 50, 45, 60, 180, 80, 550
-
-
-@dataclass(frozen=True)
-class PhantomArgs:
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder of the data set, made if needed: imagesTr, labelsTr, dataset.json (nnU-Net raw)."""
-    cases: int = 12
-    """Scans to write."""
-    seed: int = 0
-    """Case i is the phantom of seed + i."""
 
 
 class Phantom(NamedTuple):
@@ -317,19 +300,5 @@ def write_dataset(output: Path | str, *, cases: int, seed: int = 0) -> Path:
         "file_ending": ".nii.gz",
         "name": "Phantom",
     }
-    (output / "dataset.json").write_text(json.dumps(description, indent=1) + "\n")
+    write_json(output / "dataset.json", description)
     return output
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = tyro.cli(PhantomArgs, args=argv, description=__doc__)
-    try:
-        print(f"{write_dataset(args.output, cases=args.cases, seed=args.seed)}: {args.cases} scans")
-    except (ValueError, OSError) as error:
-        print(f"aftersam.data.phantom: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

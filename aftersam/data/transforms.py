@@ -1,4 +1,4 @@
-"""Volumes to what the model sees: body box, resampling, HU windows, and augmentation of training groups."""
+"""Volumes to what the model sees: body box and resampling."""
 
 from __future__ import annotations
 
@@ -11,30 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from aftersam.config import DataConfig
-from aftersam.data.volume import AIR_HU, Volume
+from aftersam.data.volume import Volume
 
-__all__ = [
-    "AIR_HU",
-    "Preprocessed",
-    "augment",
-    "body_box",
-    "body_slices",
-    "normalise",
-    "preprocess",
-    "resample",
-]
-
-PIXEL_MEAN = (123.675, 116.28, 103.53)  # SAM's, of RGB in 0...255
-PIXEL_STD = (58.395, 57.12, 57.375)
 SAME_SPACING_MM = 1e-3
-NOISE_HU = 30.0  # largest standard deviation that augmentation adds
-ROTATION, SCALE, SHIFT = (
-    math.radians(10),
-    0.1,
-    0.03,
-)  # largest affine change; the shift as a share of the width
-ELASTIC_NODES, ELASTIC_SHIFT = 6, 0.12  # nodes across the plane; standard deviation in nodes' distances
 BODY_HU = -400  # between air and fat; lungs are inside the body's outline anyway
 
 Box = tuple[int, int, int, int]  # top, bottom, left, right in pixels, ends excluded
@@ -47,23 +26,6 @@ class Preprocessed(NamedTuple):
     array: np.ndarray  # (D, H, W) int16 HU at the model's spacing, over the scan's own extent
     spacing_mm: Spacing  # as asked for: sizes are rounded, extents kept, so the true one differs by < 1/(2n)
     box: Box  # of the body in the plane
-
-
-def normalise(hu: Tensor, windows: Sequence[tuple[float, float]], *, unit: bool = False) -> Tensor:
-    """hu (..., H, W) -> image (..., 3, H, W): three HU windows as SAM's normalised RGB; one window is repeated.
-
-    `unit` leaves the channels in [0, 1]."""
-    if len(windows) not in (1, 3):
-        raise ValueError(f"windows has {len(windows)} HU ranges, but must have 1 or 3")
-    windows = list(windows) * (3 // len(windows))
-    channels = [((hu - low) / (high - low)).clamp(0, 1) for low, high in windows]
-    if unit:
-        return torch.stack(channels, dim=-3)
-    # (255 x - mean) / std, one multiply-add a channel
-    scaled = [
-        x * (255 / std) - mean / std for x, mean, std in zip(channels, PIXEL_MEAN, PIXEL_STD, strict=True)
-    ]
-    return torch.stack(scaled, dim=-3)
 
 
 def preprocess(volume: Volume, spacing_mm: Spacing | None) -> Preprocessed:
@@ -200,70 +162,3 @@ def _resize(planes: Tensor, shape: Sequence[int]) -> Tensor:
     if tuple(planes.shape[-2:]) == tuple(shape):
         return planes
     return F.interpolate(planes, size=tuple(shape), mode="bilinear", align_corners=False, antialias=True)
-
-
-def augment(
-    images: np.ndarray,
-    labels: np.ndarray,
-    generator: np.random.Generator,
-    config: DataConfig,
-    label_swap: dict[int, int],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Random changes of one group: images (N, H, W) float32 HU and labels (N, H, W), every draw from `generator`.
-
-    One displacement field and one set of intensity changes serve all slices: the neighbours stay neighbours.
-    Labels move with their nearest pixel. `mirror` swaps the labels that `label_swap` pairs."""
-    chosen = {name for name in config.augmentation if generator.random() < config.augmentation_probability}
-    if chosen & {"elastic", "affine"}:
-        images, labels = _deform(
-            images, labels, generator, elastic="elastic" in chosen, affine="affine" in chosen
-        )
-    if "mirror" in chosen:
-        images, labels = images[..., ::-1], swap_labels(labels[..., ::-1], label_swap)
-    if (
-        "intensity" in chosen
-    ):  # from air upwards: a scanner's calibration and contrast agent differ, air does not
-        gain, shift = generator.uniform(0.9, 1.1), generator.uniform(-20, 20)
-        images = (images - AIR_HU) * np.float32(gain) + np.float32(AIR_HU + shift)
-    if "noise" in chosen:
-        deviation = np.float32(generator.uniform(0, NOISE_HU))
-        images = images + deviation * generator.standard_normal(images.shape, dtype=np.float32)
-    return np.ascontiguousarray(images), np.ascontiguousarray(labels)
-
-
-def _deform(
-    images: np.ndarray, labels: np.ndarray, generator: np.random.Generator, *, elastic: bool, affine: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Both (N, H, W) sampled along one random 2D grid: bilinear for images, nearest for labels, air from outside."""
-    from monai.transforms import RandAffineGrid, RandDeformGrid, Resample
-
-    height, width = images.shape[-2:]
-    spacing = max(height, width) // ELASTIC_NODES
-    strength = ELASTIC_SHIFT * spacing if elastic else 0.0
-    seeds = generator.integers(2**32, size=2)
-    deform = RandDeformGrid(spacing=spacing, magnitude_range=(strength, strength))
-    deform.set_random_state(int(seeds[0]))
-    grid = torch.as_tensor(deform((height, width)))  # (3, nodes, nodes): homogeneous pixel coordinates
-    if affine:
-        turn = RandAffineGrid(
-            rotate_range=ROTATION, scale_range=(SCALE, SCALE), translate_range=SHIFT * width
-        )
-        turn.set_random_state(int(seeds[1]))
-        grid = torch.as_tensor(turn(grid=grid))
-    grid = F.interpolate(grid[None], scale_factor=spacing, mode="bicubic", align_corners=False)[0]
-    top, left = (grid.shape[-2] - height) // 2, (grid.shape[-1] - width) // 2
-    grid = grid[:, top : top + height, left : left + width]
-    sample = Resample(padding_mode="zeros")
-    moved = sample(torch.from_numpy(images) - AIR_HU, grid, mode="bilinear").numpy() + np.float32(AIR_HU)
-    moved_labels = sample(torch.from_numpy(labels).float(), grid, mode="nearest").numpy()
-    return moved, moved_labels.astype(labels.dtype)
-
-
-def swap_labels(labels: np.ndarray, label_swap: dict[int, int]) -> np.ndarray:
-    """Labels with every value replaced by its counterpart in `label_swap`."""
-    table = np.arange(
-        max(int(labels.max(initial=0)), *label_swap, *label_swap.values(), 0) + 1, dtype=labels.dtype
-    )
-    for value, other in label_swap.items():
-        table[value] = other
-    return table[labels]

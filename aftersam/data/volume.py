@@ -7,10 +7,8 @@ the very grid that its scan came with. World coordinates are NIfTI's: mm, RAS.""
 from __future__ import annotations
 
 import contextlib
-import glob
 import gzip
 import json
-import os
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -20,11 +18,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from aftersam.files import NIFTI, case_name, renamed, write_json
+
 if TYPE_CHECKING:
     import nibabel as nib
 
 AIR_HU = -1000
-NIFTI = (".nii.gz", ".nii")
 CANONICAL = ("S", "P", "L")  # where the indices d, h and w of an array rise to
 SAME_GRID = 0.1  # of a voxel: how far a label's corners may lie from its image's
 
@@ -153,9 +152,7 @@ def write_labels(
         raise ValueError(f"{path} must end in .nii or .nii.gz to be written")
     image = to_nifti(labels, like, names)
     if names is not None:  # the mask last: where it is, all is there
-        with renamed(path.with_name(case_name(path) + ".json")) as temporary:
-            about = {**_names_json(names), **(facts or {})}
-            temporary.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        write_json(path.with_name(case_name(path) + ".json"), {**_names_json(names), **(facts or {})})
     with renamed(path) as temporary:
         image.to_filename(temporary)  # gz at nibabel's level 1: 9 takes 18 times as long
 
@@ -197,35 +194,6 @@ def read_grid(path: Path | str) -> tuple[tuple[int, int, int], tuple[float, floa
     volume = _canonical(empty, image, str(path))
     d, h, w = volume.array.shape
     return (d, h, w), volume.spacing_mm
-
-
-def case_name(path: Path) -> str:
-    """File name without NIfTI's endings."""
-    for ending in NIFTI:
-        if path.name.endswith(ending):
-            return path.name.removesuffix(ending)
-    return path.name
-
-
-@contextlib.contextmanager
-def renamed(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` with the same endings, renamed to it on success and removed on failure."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"{path} could not be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_leftovers(folder: Path, case: str) -> None:
-    """Delete what a killed process left of the files of `case` in `folder` under temporary names."""
-    for left in folder.glob(f".*.{glob.escape(case)}.*"):
-        process = left.name.split(".")[1]
-        if process.isdigit() and process != str(os.getpid()):
-            left.unlink(missing_ok=True)
 
 
 def _open(path: Path) -> nib.Nifti1Image:

@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from aftersam.data.transforms import normalise
-from aftersam.model.axial_fusion import AxialFusionTransformer
-from aftersam.model.image_encoder import ImageEncoder, SliceFeatures
+from aftersam.model.fusion import AxialFusionTransformer
+from aftersam.model.image_encoder import ImageEncoder
+from aftersam.model.layers import SliceFeatures, normalise
 from aftersam.model.mask_decoder import MaskDecoder
 from aftersam.model.tiny_vit import TinyViT
 

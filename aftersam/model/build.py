@@ -1,27 +1,31 @@
-"""Configuration to AfterSAM: builds the parts, loads SAM's weights, freezes, adds LoRA. Knows every key, no tensor."""
+"""Configuration to AfterSAM: builds the parts, loads weights, freezes, adds LoRA. The one reader of every key."""
 
 from __future__ import annotations
 
 import dataclasses
-import warnings
+from pathlib import Path
+from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from aftersam.checkpoint import whole_state
-from aftersam.config import ENCODERS, Config, ModelConfig
+from aftersam.config import ENCODERS, Config, EncoderSize, ModelConfig
+from aftersam.files import read_tensors
 from aftersam.model.aftersam import AfterSAM
-from aftersam.model.axial_fusion import AxialFusionBlock, AxialFusionTransformer
+from aftersam.model.fusion import AxialFusionTransformer
 from aftersam.model.image_encoder import (
-    ConvStem,
+    EncoderAttention,
     EncoderBlock,
-    add_encoder_lora,
-    build_image_encoder,
-    load_image_encoder_state,
+    ImageEncoder,
+    PatchEmbed,
+    StridedPatchEmbed,
 )
-from aftersam.model.mask_decoder import MaskDecoder, add_decoder_lora, load_mask_decoder_state
-from aftersam.model.sam import SamCheckpoint
-from aftersam.model.tiny_vit import TinyViTBlock
+from aftersam.model.layers import MLP, ConvStem, build_neck
+from aftersam.model.lora import add_decoder_lora, add_encoder_lora
+from aftersam.model.mask_decoder import MaskDecoder
+from aftersam.model.sam_checkpoint import SamCheckpoint, load_image_encoder_state, load_mask_decoder_state
+from aftersam.model.tiny_vit import TinyViT
+
+TRAINING_STATE = ("optimizer/", "rng/")  # prefixes of what last.safetensors holds besides weights
 
 
 def resolve_encoder(config: Config, *, pretrained: bool) -> Config:
@@ -37,15 +41,6 @@ def resolve_encoder(config: Config, *, pretrained: bool) -> Config:
             "give --sam-checkpoint, or use --encoder full"
         )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, encoder=encoder))
-
-
-def precision_for(wanted: str, device: str) -> str:
-    """fp32, bf16 or fp16: what `precision` means on this machine."""
-    if wanted != "auto":
-        return wanted
-    if device != "cpu" and torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
 def build_aftersam(config: ModelConfig, num_classes: int, *, sam: SamCheckpoint | None = None) -> AfterSAM:
@@ -103,46 +98,61 @@ def build_aftersam(config: ModelConfig, num_classes: int, *, sam: SamCheckpoint 
     )  # fmt: skip
 
 
-def shard(model: AfterSAM, device: torch.device) -> None:
-    """Spread weights, gradients and moments over the processes, block by block (FSDP2), in place.
+def build_image_encoder(name: str, *, image_size: int, in_channels: int = 3) -> ImageEncoder | TinyViT:
+    """The encoder called `name` in `config.ENCODERS` for square images of `image_size` px, weights random.
 
-    Blocks are the units since what is inside them is read by their own forward alone."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard  # slow to import
-
-    if not torch.distributed.is_initialized():
-        raise ValueError("shard is for several processes; start them with torchrun")
-    # the losses do nothing in place to the logits, which are a view
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    model.to(device)
-    for block in [
-        m for m in model.modules() if isinstance(m, (EncoderBlock, TinyViTBlock, AxialFusionBlock))
-    ]:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-
-
-def whole_copy(model: AfterSAM, config: ModelConfig, num_classes: int) -> AfterSAM:
-    """A copy of a sharded model with all its weights, on the CPU; every process must ask."""
-    state = whole_state(model)
-    with torch.device("meta"):
-        copy = build_aftersam(config, num_classes)
-    copy.load_state_dict(state, assign=True)
-    return copy
-
-
-def merge_lora(model: nn.Module) -> None:
-    """Fold every LoRA update of `model` into its weight, in place, for inference."""
-    for module in model.modules():
-        if hasattr(module, "merge"):
-            module.merge()
+    Raises ValueError for an unknown name or a size that its patches do not divide."""
+    if name not in ENCODERS:
+        raise ValueError(f"image_encoder is {name!r}, but must be one of {', '.join(ENCODERS)}")
+    size = ENCODERS[name]
+    if image_size <= 0 or image_size % size.patch:
+        raise ValueError(
+            f"image_size is {image_size}, but must be a multiple of {name}'s patch of {size.patch}"
+        )
+    if size.stages:
+        return TinyViT(size, in_channels=in_channels)
+    grid = (image_size // size.patch,) * 2
+    stem = ConvStem(in_channels, channels=(16, 32, 64)) if size.stem else None
+    patch_embed: nn.Module
+    if stem is not None:
+        patch_embed = StridedPatchEmbed(stem.skip_channels[-1], size.dim)
+    else:
+        patch_embed = PatchEmbed(size.patch, in_channels, size.dim)
+    return ImageEncoder(
+        patch_embed,
+        [_block(size, i, grid) for i in range(size.depth)],
+        build_neck(size.dim, size.out_channels),
+        grid=grid,
+        patch=size.patch,
+        dim=size.dim,
+        stem=stem,
+    )
 
 
-def compile_steps(model: AfterSAM, *, backend: str = "inductor") -> None:
-    """Compile what prediction calls of `model`, in place: the encoder, the fusion and the decoder, each whole.
+def _block(size: EncoderSize, index: int, grid: tuple[int, int]) -> EncoderBlock:
+    window = 0 if index in size.global_blocks else size.window
+    attention = EncoderAttention(size.dim, size.num_heads, grid=grid, window=window)
+    return EncoderBlock(size.dim, attention, MLP(size.dim))
 
-    A batch size is compiled for once as it is, and once more for all others."""
-    for part in (model.encoder, model.fusion, model.decoder):
-        if part is not None:
-            part.compile(fullgraph=True, backend=backend)
+
+def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
+    """Load the weights in `path` strictly into `model` and return the stored facts.
+
+    Raises ValueError on a truncated or foreign file, or on weights of another architecture."""
+    tensors, facts = read_tensors(path)
+    load_tensors(path, model, tensors)
+    return facts
+
+
+def load_tensors(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Load the weights among `tensors`, read from `path`, into `model`. Raises ValueError where the names differ."""
+    weights = {k: v for k, v in tensors.items() if not k.startswith(TRAINING_STATE)}
+    expected = model.state_dict()
+    wrong = [k for k in expected if k not in weights or weights[k].shape != expected[k].shape]
+    wrong += [k for k in weights if k not in expected]
+    if wrong:
+        raise ValueError(
+            f"{path} holds another architecture than the configuration: {len(wrong)} of {len(expected)} "
+            f"tensors differ, first {wrong[0]!r}"
+        )
+    model.load_state_dict(weights)

@@ -8,32 +8,19 @@ Source: segment_anything/modeling/image_encoder.py; ViTDet, arXiv 2203.16527; re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from aftersam.config import ENCODERS, EncoderSize
-from aftersam.model.sam import CLASSIFIER
-from axial_fusion import lora_linear, rel_pos_attention, window_attention
+from aftersam.model.layers import ConvStem, Linear, RowNorm, SliceFeatures
+from axial_fusion import rel_pos_attention, window_attention
 from axial_fusion.lora_linear import dense_linear
-from axial_fusion.modules import merge_update
-from axial_fusion.row_norm import row_norm
 
 if TYPE_CHECKING:
-    from aftersam.model.tiny_vit import TinyViT
-
-PREFIX = "image_encoder."  # of the encoder's tensors in SAM's state dict
-
-
-class SliceFeatures(NamedTuple):
-    """Features of T slices: `embedding` (T, C, h, w) and `skips` ((T, c, H/s, W/s), ...), finest first."""
-
-    embedding: Tensor
-    skips: tuple[Tensor, ...]
+    pass
 
 
 class ImageEncoder(nn.Module):
@@ -141,83 +128,6 @@ class EncoderAttention(nn.Module):
         return self.proj(x.flatten(-2))
 
 
-class MLP(nn.Module):
-    """SAM's MLPBlock, by its names."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.lin1 = Linear(dim, 4 * dim)
-        self.lin2 = Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lin2(F.gelu(self.lin1(x)))
-
-
-class Linear(nn.Linear):
-    """nn.Linear by the fastest library product."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return dense_linear(x, self.weight, self.bias)
-
-
-class RowNorm(nn.LayerNorm):
-    """nn.LayerNorm in one pass over the rows on a GPU, its result in the dtype that the next product takes."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return row_norm(x, self.weight, self.bias, eps=self.eps)
-
-
-class ConvStem(nn.Module):
-    """Convolutions at strides 1, 2 and 4, each level's features a skip for the decoder.
-
-    GroupNorm: statistics of one slice alone, so that a slice encoded by itself is a slice encoded in a batch.
-    Few channels at stride 1, where memory traffic and not arithmetic takes the time."""
-
-    def __init__(self, in_channels: int, *, channels: tuple[int, ...]) -> None:
-        super().__init__()
-        self.skip_channels = channels
-        fine, *coarser = channels
-        levels: list[nn.Module] = [ConvBlock(in_channels, fine)]
-        for before, after in zip(channels, coarser, strict=False):
-            levels.append(nn.Sequential(ConvBlock(before, after, stride=2), ResidualBlock(after)))
-        self.levels = nn.ModuleList(levels)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """images (T, in, H, W) -> ((T, c, H/s, W/s) for s = 1, 2, 4)."""
-        skips = []
-        x = images
-        for level in self.levels:
-            x = level(x)
-            skips.append(x)
-        return tuple(skips)
-
-
-class ConvBlock(nn.Sequential):
-    """3×3 convolution, GroupNorm, ReLU."""
-
-    def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1) -> None:
-        super().__init__(
-            nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
-            nn.GroupNorm(max(out_channels // 8, 1), out_channels),
-            nn.ReLU(inplace=True),
-        )
-        nn.init.kaiming_normal_(self[0].weight, nonlinearity="relu")
-
-
-class ResidualBlock(nn.Module):
-    """x + norm(conv(block(x))), then ReLU."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.block = ConvBlock(channels, channels)
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm = nn.GroupNorm(max(channels // 8, 1), channels)
-        nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.norm(self.conv(self.block(x))))
-
-
 class PatchEmbed(nn.Module):
     """SAM's patch embedding under its names, as a product that writes tokens (T, h, w, dim) where they stay."""
 
@@ -243,174 +153,8 @@ class StridedPatchEmbed(nn.Module):
         return self.proj(x).permute(0, 2, 3, 1)
 
 
-class LayerNorm2d(nn.Module):
-    """LayerNorm over the channels of (T, C, h, w), as SAM's and with its names, in one pass."""
-
-    def __init__(self, channels: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
-        return x.permute(0, 3, 1, 2)
-
-
-class LoRAQKV(Linear):
-    """A fused projection (3C, C) to q, k, v with LoRA on q and v: q = (W_Q + s·B_Q A_Q) x, v likewise.
-
-    The base weights keep their names. `heads` above 1 says that rows go by head, (M, 3, D), as in TinyViT.
-    Source: LoRA, arXiv 2106.09685, and the paper's section 3.3."""
-
-    def __init__(
-        self,
-        linear: nn.Linear,
-        rank: int,
-        alpha: float | None = None,
-        dropout: float = 0.0,
-        *,
-        heads: int = 1,
-    ) -> None:
-        super().__init__(linear.in_features, linear.out_features, device="meta")
-        self.heads = heads
-        self.weight, self.bias = linear.weight, linear.bias
-        self.scaling = (rank if alpha is None else alpha) / rank
-        self.dropout = dropout
-        self.merged = False
-        dim = linear.in_features
-        for part in "qv":
-            a = nn.Parameter(linear.weight.new_empty(rank, dim))
-            nn.init.kaiming_uniform_(a, a=5**0.5)
-            self.register_parameter(f"lora_{part}_a", a)
-            self.register_parameter(f"lora_{part}_b", nn.Parameter(linear.weight.new_zeros(dim, rank)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.merged:
-            return super().forward(x)
-        a, b = self._stacked()
-        dropout = self.dropout if self.training else 0.0
-        return lora_linear(x, self.weight, self.bias, a, b, scaling=self.scaling, dropout_p=dropout)
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Fold the update into the weight, for inference: computed in fp32, rounded once."""
-        self._fold(1.0)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Take the update out of the weight again, to within one rounding."""
-        self._fold(-1.0)
-
-    def _fold(self, sign: float) -> None:
-        if self.merged == (sign > 0):
-            return
-        merge_update(self.weight, *self._stacked(), sign * self.scaling)
-        self.merged = sign > 0
-
-    def _stacked(self) -> tuple[Tensor, Tensor]:
-        """Both pairs as one: A (2r, C), and B (3C, 2r) with B_Q and B_V on its diagonal, zeros for k."""
-        q, v = self.lora_q_b, self.lora_v_b
-        rank = q.shape[1]
-        b = torch.cat([F.pad(q, (0, rank)), q.new_zeros(q.shape[0], 2 * rank), F.pad(v, (rank, 0))])
-        if self.heads > 1:
-            b = b.unflatten(0, (3, self.heads, -1)).transpose(0, 1).flatten(0, 2)
-        return torch.cat([self.lora_q_a, self.lora_v_a]), b
-
-
-def build_image_encoder(name: str, *, image_size: int, in_channels: int = 3) -> ImageEncoder | TinyViT:
-    """The encoder called `name` in `config.ENCODERS` for square images of `image_size` px, weights random.
-
-    Raises ValueError for an unknown name or a size that its patches do not divide."""
-    if name not in ENCODERS:
-        raise ValueError(f"image_encoder is {name!r}, but must be one of {', '.join(ENCODERS)}")
-    size = ENCODERS[name]
-    if image_size <= 0 or image_size % size.patch:
-        raise ValueError(
-            f"image_size is {image_size}, but must be a multiple of {name}'s patch of {size.patch}"
-        )
-    if size.stages:
-        from aftersam.model.tiny_vit import TinyViT
-
-        return TinyViT(size, in_channels=in_channels)
-    grid = (image_size // size.patch,) * 2
-    stem = ConvStem(in_channels, channels=(16, 32, 64)) if size.stem else None
-    patch_embed: nn.Module
-    if stem is not None:
-        patch_embed = StridedPatchEmbed(stem.skip_channels[-1], size.dim)
-    else:
-        patch_embed = PatchEmbed(size.patch, in_channels, size.dim)
-    return ImageEncoder(
-        patch_embed,
-        [_block(size, i, grid) for i in range(size.depth)],
-        build_neck(size.dim, size.out_channels),
-        grid=grid,
-        patch=size.patch,
-        dim=size.dim,
-        stem=stem,
-    )
-
-
-def load_image_encoder_state(encoder: ImageEncoder | TinyViT, state: Mapping[str, Tensor]) -> None:
-    """Load SAM's `image_encoder.*` tensors strictly, position tables interpolated to the encoder's grid.
-
-    The classifier that MobileSAM's file carries is left out.
-
-    Raises ValueError that names the first tensor that is missing, unknown or of another shape."""
-    weights = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
-    weights = {k: v for k, v in weights.items() if PREFIX + k not in CLASSIFIER}
-    expected = encoder.state_dict()
-    for key, value in expected.items():
-        if key not in weights:
-            raise ValueError(f"the SAM weights lack {PREFIX}{key}, which this encoder needs")
-        if weights[key].shape != value.shape:
-            weights[key] = _interpolated(key, weights[key], value.shape)
-    unknown = sorted(weights.keys() - expected.keys())
-    if unknown:
-        raise ValueError(f"the SAM weights hold {PREFIX}{unknown[0]}, which this encoder does not have")
-    encoder.load_state_dict(weights)
-
-
-def add_encoder_lora(
-    encoder: ImageEncoder | TinyViT, rank: int, alpha: float | None = None, dropout: float = 0.0
-) -> None:
-    """Put LoRA on q and v of every attention of `encoder`, in place. `alpha` None means alpha = rank."""
-    for attention in [module for module in encoder.modules() if hasattr(module, "qkv_by_head")]:
-        heads = attention.num_heads if attention.qkv_by_head else 1
-        attention.qkv = LoRAQKV(attention.qkv, rank, alpha, dropout, heads=heads)
-
-
-def _block(size: EncoderSize, index: int, grid: tuple[int, int]) -> EncoderBlock:
-    window = 0 if index in size.global_blocks else size.window
-    attention = EncoderAttention(size.dim, size.num_heads, grid=grid, window=window)
-    return EncoderBlock(size.dim, attention, MLP(size.dim))
-
-
-def build_neck(dim: int, out_channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(dim, out_channels, 1, bias=False),
-        LayerNorm2d(out_channels),
-        nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
-        LayerNorm2d(out_channels),
-    )
-
-
 def _relative(table: Tensor, queries: int, keys: int) -> Tensor:
     """table (2·keys − 1, D) -> (queries, keys, D): entry [i, j] for the distance (i mod keys) − j."""
     i = torch.arange(queries, device=table.device) % keys
     j = torch.arange(keys, device=table.device)
     return table[i[:, None] - j + keys - 1]
-
-
-def _interpolated(key: str, value: Tensor, shape: torch.Size) -> Tensor:
-    """A position table for another grid: linear in each direction, as SAM's get_rel_pos does."""
-    if key == "pos_embed" and value.dim() == 4 and value.shape[-1] == shape[-1]:
-        table = F.interpolate(
-            value.permute(0, 3, 1, 2), size=shape[1:3], mode="bilinear", align_corners=False
-        )
-        return table.permute(0, 2, 3, 1)
-    if ".rel_pos_" in key and value.dim() == 2 and value.shape[-1] == shape[-1]:
-        return F.interpolate(value.T[None], size=shape[0], mode="linear", align_corners=False)[0].T
-    raise ValueError(
-        f"the SAM weights have {PREFIX}{key} of shape {tuple(value.shape)}, but this encoder needs {tuple(shape)}"
-    )

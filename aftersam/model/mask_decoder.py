@@ -9,17 +9,16 @@ Source: segment_anything/modeling/mask_decoder.py; the skips are U-Net's, arXiv 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from aftersam.model.image_encoder import ConvBlock, LayerNorm2d
+from aftersam.model.layers import ConvBlock, LayerNorm2d, without_autocast
 from aftersam.model.prompts import LabelPrompts
-from aftersam.model.sam import segment_anything_modeling, without_autocast
-from axial_fusion import LoRALinear
+from aftersam.model.segment_anything import segment_anything_modeling
 
 # In logits: at the first step nearly all is background, as in a scan.    Source: RetinaNet's prior, arXiv 1708.02002
 BACKGROUND_LEAD = 5.0
@@ -183,88 +182,7 @@ class ImageToTokenTransformer(nn.Module):
         return tokens, x
 
 
-def load_mask_decoder_state(
-    decoder: MaskDecoder, state: Mapping[str, Tensor], *, noise: float = 0.1, seed: int = 0
-) -> None:
-    """Load what the decoder shares with SAM's `mask_decoder.*` and `prompt_encoder.*`.
-
-    Class tokens and hypernetworks all start as SAM's mask token 0 and its hypernetwork, with Gaussian noise of
-    `noise` times each tensor's standard deviation, drawn from `seed`. SAM's other mask tokens, its IoU token and
-    head and its mask prompts have no place here. Skip fusions start silent and added stages as copies
-    of each pixel, so that the first logits are SAM's masks.
-
-    Raises ValueError that names the first tensor that is missing or of another shape."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def noisy(value: Tensor) -> Tensor:
-        drawn = torch.randn(value.shape, generator=generator, dtype=torch.float32).to(value)
-        return value + noise * value.std() * drawn if value.numel() > 1 else value
-
-    weights = decoder.state_dict()
-    for key, value in weights.items():
-        found, seeded = _sam_tensor(key, state)
-        if found is None:
-            continue
-        if found.shape != (value.shape[1:] if key == "class_tokens.weight" else value.shape):
-            raise ValueError(
-                f"the SAM weights do not fit the decoder's {key}: they have the shape {tuple(found.shape)}, "
-                f"it needs {tuple(value.shape)}"
-            )
-        if key == "class_tokens.weight":
-            found = found.expand_as(value)
-        weights[key] = noisy(found.clone()) if seeded else found
-    decoder.load_state_dict(weights)
-    with torch.no_grad():
-        for fusion in decoder.fusions.values():
-            fusion.block[1].weight.zero_()
-        for stage in decoder.added_stages:
-            stage[0].weight.copy_(torch.eye(stage[0].out_channels)[..., None, None])
-            stage[0].bias.zero_()
-        decoder.class_bias.zero_()
-
-
-def add_decoder_lora(
-    decoder: MaskDecoder, rank: int, alpha: float | None = None, dropout: float = 0.0
-) -> None:
-    """Freeze `decoder` but for its class tokens, hypernetworks, biases and added layers, and for LoRA on q and v
-    of its attentions, put there in place. `alpha` None means alpha = rank."""
-    decoder.requires_grad_(False)
-    for module in list(decoder.transformer.modules()):
-        for name in ("q_proj", "v_proj"):
-            linear = getattr(module, name, None)
-            if isinstance(linear, nn.Linear):
-                setattr(module, name, LoRALinear.from_linear(linear, rank, alpha, dropout))
-    for part in (
-        decoder.class_tokens,
-        decoder.output_hypernetworks_mlps,
-        decoder.added_stages,
-        decoder.fusions,
-    ):
-        part.requires_grad_(True)
-    decoder.class_bias.requires_grad_(True)
-
-
 def _skip_levels(stages: int, output_stride: int, levels: int) -> list[int | None]:
     """For each stage, coarse to fine, the index of the skip (stride 2^index) at its stride, or None."""
     strides = [output_stride << (stages - 1 - i) for i in range(stages)]
     return [level if (level := stride.bit_length() - 1) < levels else None for stride in strides]
-
-
-def _sam_tensor(key: str, state: Mapping[str, Tensor]) -> tuple[Tensor | None, bool]:
-    """SAM's tensor for the decoder's `key`, and whether noise is added; None for what only we have."""
-    part, _, rest = key.partition(".")
-    if part in ("transformer", "output_upscaling"):
-        source, seeded = f"mask_decoder.{key}", False
-    elif part in ("no_mask_embed", "pe_layer"):
-        source, seeded = f"prompt_encoder.{key}", False
-    elif part == "prompts":
-        source, seeded = f"prompt_encoder.{rest}", False
-    elif part == "class_tokens":
-        source, seeded = "mask_decoder.mask_tokens.weight", True
-    elif part == "output_hypernetworks_mlps":
-        source, seeded = f"mask_decoder.{part}.0.{rest.partition('.')[2]}", True
-    else:
-        return None, False
-    if source not in state:
-        raise ValueError(f"the SAM weights lack {source}, which the decoder needs")
-    return state[source][0] if part == "class_tokens" else state[source], seeded

@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from aftersam.model.sam import segment_anything_modeling, without_autocast
+from aftersam.model.layers import without_autocast
+from aftersam.model.segment_anything import segment_anything_modeling
 
 POSITIVE, TOP_LEFT, BOTTOM_RIGHT = 1, 2, 3  # SAM's rows of point_embeddings; 0 is a click on background
 

@@ -14,7 +14,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from aftersam.config import EncoderSize, Stage
-from aftersam.model.image_encoder import Linear, SliceFeatures, build_neck
+from aftersam.model.layers import Linear, SliceFeatures, build_neck
+
+CLASSIFIER = {  # of ImageNet, on top of MobileSAM's encoder, never run
+    "image_encoder.norm_head.weight": (320,), "image_encoder.norm_head.bias": (320,),
+    "image_encoder.head.weight": (1000, 320), "image_encoder.head.bias": (1000,),
+}  # fmt: skip
 
 
 class TinyViT(nn.Module):

@@ -19,9 +19,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from aftersam.ablate import link_cases
-from aftersam.checkpoint import read_json, write_json
-from aftersam.data.dataset import find_dataset, split
+from aftersam.data.dataset import find_dataset, link_cases, split
+from aftersam.files import read_json, write_json
 from benchmarks.accuracy.rows import run_row, score_elsewhere
 from benchmarks.accuracy.systems import SYSTEMS, Limits
 from benchmarks.accuracy.table import write_table

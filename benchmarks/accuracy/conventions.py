@@ -19,8 +19,9 @@ import numpy as np
 
 from aftersam.data.phantom import HEART, TRACHEA, write_dataset
 from aftersam.data.transforms import resample
-from aftersam.evaluate import evaluate, mean_of
-from aftersam.metrics import Convention
+from aftersam.evaluation.metrics import Convention
+from aftersam.evaluation.scoring import evaluate
+from aftersam.evaluation.statistics import mean_of
 from benchmarks.figure import write_readme
 from benchmarks.machine import ROOT
 

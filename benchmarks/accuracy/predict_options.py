@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from aftersam.checkpoint import read_json, write_json
 from aftersam.data.dataset import Case, find_dataset, mirror_pairs
 from aftersam.data.volume import Volume, open_probabilities, read_image, read_labels
-from aftersam.embeddings import Embeddings
-from aftersam.metrics import dice
-from aftersam.segmenter import Prepared, Segmenter, load
-from aftersam.streaming import Sliding
+from aftersam.evaluation.metrics import dice
+from aftersam.files import read_json, write_json
+from aftersam.inference.feature_cache import Embeddings
+from aftersam.inference.segmenter import Prepared, Segmenter, load
+from aftersam.inference.sliding import Sliding
 from benchmarks import machine
 
 EXACT = "none"

@@ -17,19 +17,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from aftersam.checkpoint import read_json, write_json
-from aftersam.components import drop_small_parts, one_piece
 from aftersam.config import DataConfig
 from aftersam.data.cache import CachedCase, cache_cases
 from aftersam.data.dataset import find_dataset, split
 from aftersam.data.transforms import preprocess, resample
 from aftersam.data.volume import read_image, read_labels, write_labels
-from aftersam.evaluate import evaluate
-from aftersam.model.sam import read_sam_checkpoint
-from aftersam.predict import PredictArgs, predict_files
-from aftersam.segmenter import load
-from aftersam.streaming import predict_volume
-from aftersam.train import TrainArgs, train
+from aftersam.evaluation.scoring import evaluate
+from aftersam.files import read_json, write_json
+from aftersam.inference.pipeline import PredictArgs, predict_files
+from aftersam.inference.postprocess import drop_small_parts, one_piece
+from aftersam.inference.segmenter import load
+from aftersam.inference.sliding import predict_volume
+from aftersam.model.sam_checkpoint import read_sam_checkpoint
+from aftersam.training.arguments import TrainArgs
+from aftersam.training.run import train
 from benchmarks.accuracy.rivals import nnunet
 from benchmarks.accuracy.rivals.patch_training import (
     Spent,

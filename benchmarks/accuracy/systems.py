@@ -17,7 +17,7 @@ from torch import nn
 from aftersam.config import Config, DataConfig, preset
 from aftersam.data.cache import CachedCase, cache_cases
 from aftersam.data.dataset import Case, Dataset
-from aftersam.model.build import precision_for
+from aftersam.device import precision_for
 from benchmarks.accuracy.rivals.slice_groups import build_after_unet, build_msa
 from benchmarks.machine import absent
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from aftersam.checkpoint import read_json, write_json
-from aftersam.evaluate import bootstrap_interval, mean_of
+from aftersam.evaluation.statistics import bootstrap_interval, mean_of
+from aftersam.files import read_json, write_json
 from benchmarks.accuracy.systems import SYSTEMS
 
 BUDGET = ("max_minutes", "max_steps", "threads", "fold")  # limits that rows of an equal budget have in common

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from aftersam.config import ENCODERS
-from aftersam.model.image_encoder import build_image_encoder
-from aftersam.model.sam import segment_anything_modeling
+from aftersam.model.build import build_image_encoder
+from aftersam.model.segment_anything import segment_anything_modeling
 from benchmarks import harness
 from benchmarks.harness import Case, Provider
 from benchmarks.speed.rel_pos import flex, one_hot, sdpa_bias

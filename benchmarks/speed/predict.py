@@ -24,11 +24,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from aftersam.config import ModelConfig, preset
-from aftersam.data.slice_group import slice_group
-from aftersam.graphs import capture_steps
+from aftersam.data.windows import slice_group
+from aftersam.inference.graphs import capture_steps
+from aftersam.inference.sliding import stream_logits
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.build import build_aftersam
-from aftersam.streaming import stream_logits
 from benchmarks import harness
 from benchmarks.harness import Case, Provider
 

@@ -27,11 +27,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from aftersam.config import ModelConfig
-from aftersam.losses import segmentation_loss
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.build import build_aftersam
-from aftersam.model.image_encoder import EncoderAttention, LoRAQKV
-from aftersam.model.sam import segment_anything_modeling
+from aftersam.model.image_encoder import EncoderAttention
+from aftersam.model.lora import LoRAQKV
+from aftersam.model.segment_anything import segment_anything_modeling
+from aftersam.training.losses import segmentation_loss
 from benchmarks import harness, machine
 from benchmarks.harness import Case, Provider
 from benchmarks.speed import fusion, transformer

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from aftersam.model.axial_fusion import AxialFusionTransformer
+from aftersam.model.fusion import AxialFusionTransformer
 from axial_fusion import AttentionWeights, AxialFusionAttention, reference
 from benchmarks import harness, machine
 from benchmarks.harness import Case, Provider

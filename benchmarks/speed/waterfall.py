@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aftersam.config import ModelConfig, preset
-from aftersam.data.slice_group import slice_group
+from aftersam.data.windows import slice_group
+from aftersam.inference.sliding import stream_logits
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.build import build_aftersam
-from aftersam.streaming import stream_logits
 from benchmarks import harness
 from benchmarks.harness import Case, Provider
 from benchmarks.speed import fusion, transformer

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aftersam.checkpoint import read_json, write_json
 from aftersam.data.dataset import mirror_pairs
-from aftersam.schedule import Progress
+from aftersam.files import read_json, write_json
+from aftersam.training.schedule import Progress
 
 if TYPE_CHECKING:
     from benchmarks.accuracy.rivals.patch_training import Spent
@@ -99,7 +99,7 @@ def _plans(job: Job) -> Path:
 
 def _export(job: Job, raw: Path) -> None:
     """The training cases as a raw data set of nnU-Net's: links to the scans and labels, and a dataset.json."""
-    from aftersam.ablate import link_cases
+    from aftersam.data.dataset import link_cases
 
     link_cases(job.dataset, job.training, raw)
     (raw / "labels").rename(raw / "labelsTr")

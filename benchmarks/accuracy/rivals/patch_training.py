@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from aftersam.config import TrainConfig
 from aftersam.data.cache import CachedCase
 from aftersam.data.volume import AIR_HU
-from aftersam.losses import segmentation_loss
+from aftersam.inference.sliding import resample_stream
 from aftersam.model.mask_decoder import BACKGROUND_LEAD
-from aftersam.schedule import Progress, batches, learning_rate
-from aftersam.streaming import resample_stream
+from aftersam.training.losses import segmentation_loss
+from aftersam.training.schedule import Progress, batches, learning_rate
 
 WINDOW_HU = (-200.0, 400.0)
 FOREGROUND = 0.66  # share of patches about an organ, as in our own presets

@@ -18,14 +18,15 @@ from torch.utils.data import DataLoader
 from aftersam.config import ENCODERS, Config, ModelConfig, TrainConfig
 from aftersam.data.cache import CachedCase
 from aftersam.data.slice_group import SliceGroups
-from aftersam.losses import segmentation_loss
 from aftersam.model.aftersam import AfterSAM
-from aftersam.model.axial_fusion import AxialFusionTransformer
 from aftersam.model.build import build_aftersam
-from aftersam.model.image_encoder import EncoderBlock, ImageEncoder, SliceFeatures
+from aftersam.model.fusion import AxialFusionTransformer
+from aftersam.model.image_encoder import EncoderBlock, ImageEncoder
+from aftersam.model.layers import SliceFeatures
 from aftersam.model.mask_decoder import MaskDecoder
-from aftersam.model.sam import SamCheckpoint
-from aftersam.schedule import batches
+from aftersam.model.sam_checkpoint import SamCheckpoint
+from aftersam.training.losses import segmentation_loss
+from aftersam.training.schedule import batches
 from benchmarks.accuracy.rivals.patch_training import Batch, lead_background
 
 UNET_CHANNELS = (24, 48, 96, 192)  # at strides 1, 2, 4 and 8: ours has a token every 8 pixels, too

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from aftersam.config import ModelConfig
-from aftersam.figures import overlay_png
-from aftersam.metrics import dice
-from aftersam.streaming import predict_volume
+from aftersam.evaluation.figures import overlay_png
+from aftersam.evaluation.metrics import dice
+from aftersam.inference.sliding import predict_volume
 
 if TYPE_CHECKING:
     from aftersam.data.cache import CachedCase
-    from aftersam.embeddings import StoredScan
+    from aftersam.data.stored_features import StoredScan
     from aftersam.model.aftersam import AfterSAM
 
 

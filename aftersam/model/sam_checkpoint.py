@@ -7,26 +7,29 @@ github.com/ChaoningZhang/MobileSAM."""
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
-import importlib
-import importlib.util
 import os
 import pickle
-import sys
 import urllib.request
 import zipfile
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from aftersam.config import ENCODERS
+from aftersam.files import unfinished
+from aftersam.model.segment_anything import segment_anything_modeling
+from aftersam.model.tiny_vit import CLASSIFIER, TinyViT
+
+if TYPE_CHECKING:
+    from aftersam.model.image_encoder import ImageEncoder
+    from aftersam.model.mask_decoder import MaskDecoder
 
 
 class Download(NamedTuple):
@@ -52,12 +55,10 @@ DOWNLOADS: dict[str, Download] = {
         "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
     ),
 }
-CLASSIFIER = {  # of ImageNet, on top of MobileSAM's encoder, never run
-    "image_encoder.norm_head.weight": (320,), "image_encoder.norm_head.bias": (320,),
-    "image_encoder.head.weight": (1000, 320), "image_encoder.head.bias": (1000,),
-}  # fmt: skip
 OPTIONAL = {"pixel_mean": (3, 1, 1), "pixel_std": (3, 1, 1)}  # buffers that some files carry
-_PRIVATE_NAME = "aftersam.model._segment_anything"
+
+
+PREFIX = "image_encoder."  # of the encoder's tensors in SAM's state dict
 
 
 class SamCheckpoint(NamedTuple):
@@ -92,8 +93,6 @@ def read_sam_checkpoint(path_or_name: str | Path, *, progress: bool = True) -> S
 @cache
 def sam_shapes(name: str) -> dict[str, torch.Size]:
     """The shape of every tensor of SAM called `name`, from segment-anything's own modules and our TinyViT."""
-    from aftersam.model.tiny_vit import TinyViT  # which builds on this file
-
     size, image_size = ENCODERS[name], 1024
     grid = (image_size // size.patch,) * 2
     sam = segment_anything_modeling("sam")
@@ -123,34 +122,6 @@ def sam_shapes(name: str) -> dict[str, torch.Size]:
         )  # fmt: skip
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     return shapes | {key: torch.Size(shape) for key, shape in CLASSIFIER.items() if size.stages}
-
-
-@cache
-def segment_anything_modeling(module: str) -> ModuleType:
-    """segment_anything.modeling.`module`, loaded under a private name.
-
-    segment_anything/__init__ is not run: it imports torchvision for the predictor, which is not used here."""
-    if _PRIVATE_NAME not in sys.modules:
-        found = importlib.util.find_spec("segment_anything")
-        if found is None or found.origin is None:
-            raise ImportError("segment-anything is not installed; pip install segment-anything")
-        folder = Path(found.origin).parent / "modeling"
-        spec = importlib.util.spec_from_file_location(
-            _PRIVATE_NAME, folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        package = importlib.util.module_from_spec(spec)
-        sys.modules[_PRIVATE_NAME] = package
-        spec.loader.exec_module(package)
-    return importlib.import_module(f"{_PRIVATE_NAME}.{module}")
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Autocast off. Where it is off, or on the meta device, which has none, nothing shows in an exported graph."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -207,8 +178,7 @@ def _downloaded(download: Download, *, progress: bool) -> Path:
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with unfinished(path) as temporary:
         try:
             digest = _fetch(download.url, temporary, progress=progress)
         except OSError as error:
@@ -219,9 +189,6 @@ def _downloaded(download: Download, *, progress: bool) -> Path:
             raise OSError(
                 f"{download.url} has SHA-256 {digest[:12]}…, but SAM's file has {download.sha256[:12]}…; try again"
             )
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -258,3 +225,97 @@ def _digest(read: Callable[[int], bytes], also: Callable[[bytes], object] | None
         if also is not None:
             also(chunk)
     return digest.hexdigest()
+
+
+def load_image_encoder_state(encoder: ImageEncoder | TinyViT, state: Mapping[str, Tensor]) -> None:
+    """Load SAM's `image_encoder.*` tensors strictly, position tables interpolated to the encoder's grid.
+
+    The classifier that MobileSAM's file carries is left out.
+
+    Raises ValueError that names the first tensor that is missing, unknown or of another shape."""
+    weights = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
+    weights = {k: v for k, v in weights.items() if PREFIX + k not in CLASSIFIER}
+    expected = encoder.state_dict()
+    for key, value in expected.items():
+        if key not in weights:
+            raise ValueError(f"the SAM weights lack {PREFIX}{key}, which this encoder needs")
+        if weights[key].shape != value.shape:
+            weights[key] = _interpolated(key, weights[key], value.shape)
+    unknown = sorted(weights.keys() - expected.keys())
+    if unknown:
+        raise ValueError(f"the SAM weights hold {PREFIX}{unknown[0]}, which this encoder does not have")
+    encoder.load_state_dict(weights)
+
+
+def _interpolated(key: str, value: Tensor, shape: torch.Size) -> Tensor:
+    """A position table for another grid: linear in each direction, as SAM's get_rel_pos does."""
+    if key == "pos_embed" and value.dim() == 4 and value.shape[-1] == shape[-1]:
+        table = F.interpolate(
+            value.permute(0, 3, 1, 2), size=shape[1:3], mode="bilinear", align_corners=False
+        )
+        return table.permute(0, 2, 3, 1)
+    if ".rel_pos_" in key and value.dim() == 2 and value.shape[-1] == shape[-1]:
+        return F.interpolate(value.T[None], size=shape[0], mode="linear", align_corners=False)[0].T
+    raise ValueError(
+        f"the SAM weights have {PREFIX}{key} of shape {tuple(value.shape)}, but this encoder needs {tuple(shape)}"
+    )
+
+
+def load_mask_decoder_state(
+    decoder: MaskDecoder, state: Mapping[str, Tensor], *, noise: float = 0.1, seed: int = 0
+) -> None:
+    """Load what the decoder shares with SAM's `mask_decoder.*` and `prompt_encoder.*`.
+
+    Class tokens and hypernetworks all start as SAM's mask token 0 and its hypernetwork, with Gaussian noise of
+    `noise` times each tensor's standard deviation, drawn from `seed`. SAM's other mask tokens, its IoU token and
+    head and its mask prompts have no place here. Skip fusions start silent and added stages as copies
+    of each pixel, so that the first logits are SAM's masks.
+
+    Raises ValueError that names the first tensor that is missing or of another shape."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noisy(value: Tensor) -> Tensor:
+        drawn = torch.randn(value.shape, generator=generator, dtype=torch.float32).to(value)
+        return value + noise * value.std() * drawn if value.numel() > 1 else value
+
+    weights = decoder.state_dict()
+    for key, value in weights.items():
+        found, seeded = _sam_tensor(key, state)
+        if found is None:
+            continue
+        if found.shape != (value.shape[1:] if key == "class_tokens.weight" else value.shape):
+            raise ValueError(
+                f"the SAM weights do not fit the decoder's {key}: they have the shape {tuple(found.shape)}, "
+                f"it needs {tuple(value.shape)}"
+            )
+        if key == "class_tokens.weight":
+            found = found.expand_as(value)
+        weights[key] = noisy(found.clone()) if seeded else found
+    decoder.load_state_dict(weights)
+    with torch.no_grad():
+        for fusion in decoder.fusions.values():
+            fusion.block[1].weight.zero_()
+        for stage in decoder.added_stages:
+            stage[0].weight.copy_(torch.eye(stage[0].out_channels)[..., None, None])
+            stage[0].bias.zero_()
+        decoder.class_bias.zero_()
+
+
+def _sam_tensor(key: str, state: Mapping[str, Tensor]) -> tuple[Tensor | None, bool]:
+    """SAM's tensor for the decoder's `key`, and whether noise is added; None for what only we have."""
+    part, _, rest = key.partition(".")
+    if part in ("transformer", "output_upscaling"):
+        source, seeded = f"mask_decoder.{key}", False
+    elif part in ("no_mask_embed", "pe_layer"):
+        source, seeded = f"prompt_encoder.{key}", False
+    elif part == "prompts":
+        source, seeded = f"prompt_encoder.{rest}", False
+    elif part == "class_tokens":
+        source, seeded = "mask_decoder.mask_tokens.weight", True
+    elif part == "output_hypernetworks_mlps":
+        source, seeded = f"mask_decoder.{part}.0.{rest.partition('.')[2]}", True
+    else:
+        return None, False
+    if source not in state:
+        raise ValueError(f"the SAM weights lack {source}, which the decoder needs")
+    return state[source][0] if part == "class_tokens" else state[source], seeded

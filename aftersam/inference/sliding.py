@@ -5,7 +5,6 @@ group still needs them; each group then fuses N of them and decodes its centre. 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections import defaultdict
@@ -19,12 +18,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aftersam.config import ModelConfig
-from aftersam.data.slice_group import plane_windows, slice_group, window_crops
-from aftersam.data.transforms import AIR_HU, body_slices, swap_labels
-from aftersam.embeddings import StoredScan
+from aftersam.data.augment import swap_labels
+from aftersam.data.stored_features import StoredScan
+from aftersam.data.transforms import body_slices
+from aftersam.data.volume import AIR_HU
+from aftersam.data.windows import plane_windows, slice_group, window_crops
+from aftersam.device import autocast
+from aftersam.inference.timings import Timings
 from aftersam.model.aftersam import AfterSAM
-from aftersam.model.image_encoder import SliceFeatures
-from aftersam.timings import Timings
+from aftersam.model.layers import SliceFeatures
 
 OUTSIDE = 30.0  # background's lead, in logits, where no window looked
 Box = tuple[int, int, int, int]  # top, bottom, left, right in pixels, ends excluded
@@ -178,13 +180,17 @@ def stream_logits(
             del ring[d]
         new = [d for d in needed if d not in ring]
         targets = [group[p] for group in groups for p in positions]
-        with _autocast(device, precision):
+        with autocast(device, precision):
             with timings.stage("encode"):
                 for start in range(0, len(new), batch_size):
                     some = new[start : start + batch_size]
                     images = window_crops(hu, some, windows, size, AIR_HU, stem_slices=model.stem_slices)
                     images = images.to(device).float()
-                    features = model.encode(images, None if stored is None else stored.read(some, device))
+                    known = None
+                    if stored is not None:
+                        levels = stored.read(some, device)
+                        known = SliceFeatures(levels[0], levels[1:])
+                    features = model.encode(images, known)
                     for i, d in enumerate(some):
                         part = slice(i * len(windows), (i + 1) * len(windows))
                         ring[d] = SliceFeatures(
@@ -370,9 +376,3 @@ def _assemble(
     total /= seen.clamp_min(torch.finfo(seen.dtype).tiny)
     total[0] += torch.where(seen > 0, 0.0, OUTSIDE)
     return total
-
-
-def _autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager[None]:
-    if precision == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=precision)

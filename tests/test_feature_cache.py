@@ -12,15 +12,17 @@ from aftersam.config import ENCODERS, Config, EncoderSize, preset
 from aftersam.data.cache import cache_cases
 from aftersam.data.dataset import find_dataset
 from aftersam.data.phantom import write_dataset
-from aftersam.data.slice_group import SliceGroups, plane_windows
-from aftersam.data.transforms import normalise
-from aftersam.embeddings import Embeddings, check_still
+from aftersam.data.slice_group import SliceGroups
+from aftersam.data.windows import plane_windows
+from aftersam.inference.feature_cache import Embeddings
+from aftersam.inference.sliding import Sliding, stream_logits
 from aftersam.model.build import build_aftersam
 from aftersam.model.image_encoder import ImageEncoder
-from aftersam.model.sam import sam_shapes
+from aftersam.model.layers import normalise
+from aftersam.model.sam_checkpoint import sam_shapes
 from aftersam.predict import main as predict
-from aftersam.streaming import Sliding, stream_logits
 from aftersam.train import main as train
+from aftersam.training.arguments import check_still
 
 HU = np.random.default_rng(0).integers(-1000, 1000, (5, 48, 90)).astype(np.int16)
 BOX = (0, 48, 0, 90)  # two windows of 48 px and a half
@@ -106,7 +108,7 @@ def test_a_run_that_dies_leaves_no_half(tmp_path, monkeypatch):
         store_of(tmp_path, model).of(HU, BOX, batch_size=2)
     assert list(tmp_path.iterdir()) == []
     stored = store_of(tmp_path, model).of(HU, BOX, batch_size=2)
-    assert stored.read([4]).embedding.isfinite().all()
+    assert stored.read([4])[0].isfinite().all()
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aftersam.files import renamed
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -217,9 +219,8 @@ def _occupied(image: np.ndarray, axis: int) -> slice:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=130, facecolor=figure.get_facecolor())
-    temporary.replace(path)
+    with renamed(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130, facecolor=figure.get_facecolor())
 
 
 def png_bytes(figure: Figure) -> bytes:

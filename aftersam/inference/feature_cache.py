@@ -7,40 +7,21 @@ SAM's features take 2 MB a slice at 1024 px, in fp16."""
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from aftersam.config import Config
-from aftersam.data.slice_group import plane_windows, window_crops
-from aftersam.data.transforms import AIR_HU, Box
+from aftersam.data.stored_features import StoredScan
+from aftersam.data.transforms import Box
+from aftersam.data.volume import AIR_HU
+from aftersam.data.windows import plane_windows, window_crops
+from aftersam.device import autocast
+from aftersam.files import renamed_folder
 from aftersam.model.aftersam import AfterSAM
-from aftersam.model.image_encoder import SliceFeatures
 
 VERSION = 1  # of what is stored and how it is computed; a change makes every folder anew
-
-
-@dataclass(frozen=True)
-class StoredScan:
-    """The encoder's features of one scan. Files are opened when asked for, so that an object can be sent to workers."""
-
-    folder: Path
-
-    def read(
-        self, slices: Sequence[int], device: torch.device | None = None, *, window: int | None = None
-    ) -> SliceFeatures:
-        """Features of `slices` in fp32: those of all their windows side by side, or of one window."""
-        levels = []
-        for path in sorted(self.folder.glob("*.npy")):
-            array = np.load(path, mmap_mode="r")  # (D, windows, C, h, w)
-            chosen = array[slices] if window is None else array[slices, window, None]
-            levels.append(torch.from_numpy(chosen).to(device).float().flatten(0, 1))
-        return SliceFeatures(levels[0], tuple(levels[1:]))
 
 
 class Embeddings:
@@ -92,19 +73,16 @@ class Embeddings:
         batch_size: int,
         progress: Callable[[int], None] | None,
     ) -> None:
-        """Fill a temporary folder and rename it; another process that was quicker wins."""
+        """Write the features of `hu` into the folder `home`, which appears only when complete."""
         device = next(self.model.parameters()).device
-        autocast = torch.autocast(device.type, dtype=self.precision, enabled=self.precision != torch.float32)
-        temporary = home.with_name(f".{os.getpid()}.{home.name}")
         files: list[np.ndarray] = []
-        try:
-            temporary.mkdir(parents=True)
+        with renamed_folder(home) as temporary:
             for start in range(0, len(hu), batch_size):
                 some = range(start, min(start + batch_size, len(hu)))
                 images = window_crops(
                     hu, some, windows, self.size, AIR_HU, stem_slices=self.model.stem_slices
                 )
-                with autocast:
+                with autocast(device, self.precision):
                     features = self.model.encoder(self.model.image(images.to(device).float()))
                 levels = [
                     level.unflatten(0, (-1, len(windows))).half().cpu().numpy()
@@ -122,22 +100,3 @@ class Embeddings:
                     progress(len(some))
             for file in files:
                 file.flush()  # type: ignore[attr-defined]  # a memory map
-            os.rename(temporary, home)
-        except OSError as error:
-            if not home.is_dir():
-                raise OSError(f"{home} could not be written: {error.strerror or error}") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_still(config: Config) -> None:
-    """Raises ValueError unless training shows the encoder the same pixels every time and leaves its weights alone."""
-    data, wanted = config.data, []
-    if config.model.encoder != "frozen":
-        wanted.append(f"--encoder frozen (it is {config.model.encoder})")
-    if data.augmentation and data.augmentation_probability > 0:
-        wanted.append(f"an empty --augmentation (it is {' '.join(data.augmentation)})")
-    if data.crops != "prediction":
-        wanted.append(f"--crops prediction (it is {data.crops})")
-    if wanted:
-        raise ValueError(f"--embeddings keeps what never changes, so it needs {' and '.join(wanted)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,11 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from aftersam.data.stored_features import StoredScan
     from aftersam.data.volume import Volume
-    from aftersam.embeddings import StoredScan
+    from aftersam.inference.sliding import Sliding
+    from aftersam.inference.timings import Timings
     from aftersam.model.aftersam import AfterSAM
-    from aftersam.streaming import Sliding
-    from aftersam.timings import Timings
 
 
 class Prepared(NamedTuple):
@@ -91,7 +90,7 @@ class Segmenter:
 
         Raises ValueError where a model with prompts gets no labels."""
         from aftersam.data.transforms import preprocess, resample
-        from aftersam.timings import Timings
+        from aftersam.inference.timings import Timings
 
         timings = timings or Timings()
         timings.slices = volume.array.shape[0]
@@ -123,9 +122,9 @@ class Segmenter:
 
         `main_parts` False keeps every part of the organs in `one_piece` as well.
         `probabilities` (K+1, D, H, W) and `confidence` (D, H, W) uint8 are filled where given, and `stored` features
-        of the scan are used, as `aftersam.streaming.predict_volume` says."""
-        from aftersam.components import drop_small_parts
-        from aftersam.streaming import predict_volume
+        of the scan are used, as `aftersam.inference.sliding.predict_volume` says."""
+        from aftersam.inference.postprocess import drop_small_parts
+        from aftersam.inference.sliding import predict_volume
 
         labels = predict_volume(
             self.model,
@@ -162,11 +161,12 @@ def load(
     `compiled` compiles each step at its first use: a minute that many scans pay back. `graphs` replays each step as
     a CUDA graph where the model is on a GPU: the same masks, without a launch for each of hundreds of kernels.
     Raises ValueError on a missing, truncated or foreign file."""
-    import torch
-
-    from aftersam.checkpoint import load_weights, read_json
-    from aftersam.graphs import capture_steps
-    from aftersam.model.build import build_aftersam, compile_steps, merge_lora, precision_for
+    from aftersam.device import dtype_for, find_device
+    from aftersam.files import read_json
+    from aftersam.inference.graphs import capture_steps
+    from aftersam.inference.segmenter import compile_steps
+    from aftersam.model.build import build_aftersam, load_weights
+    from aftersam.model.lora import merge_lora
 
     run = Path(run)
     if not (run / "config.json").is_file():
@@ -181,17 +181,22 @@ def load(
         compile_steps(model)
     if graphs:
         capture_steps(model)
-    if device == "auto":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    where = torch.device(device)
+    where = find_device(device)
     spacing = facts["spacing_mm"]
     return Segmenter(
         model.to(where).eval(),
         config,
         labels,
         None if spacing is None else tuple(spacing),
-        {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
-            precision_for(config.train.precision, where.type), torch.float32
-        ),
+        dtype_for(config.train.precision, where.type),
         tuple(facts.get("one_piece", ())),
     )
+
+
+def compile_steps(model: AfterSAM, *, backend: str = "inductor") -> None:
+    """Compile what prediction calls of `model`, in place: the encoder, the fusion and the decoder, each whole.
+
+    A batch size is compiled for once as it is, and once more for all others."""
+    for part in (model.encoder, model.fusion, model.decoder):
+        if part is not None:
+            part.compile(fullgraph=True, backend=backend)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from aftersam.model.image_encoder import Linear, RowNorm
+from aftersam.model.layers import Linear, RowNorm
 from axial_fusion import AxialFusionAttention
 
 

@@ -6,8 +6,8 @@ import io
 import pytest
 import torch
 
-from aftersam.model import sam
-from aftersam.model.sam import Download, read_sam_checkpoint, sam_shapes, segment_anything_modeling
+from aftersam.model.sam_checkpoint import DOWNLOADS, Download, read_sam_checkpoint, sam_shapes
+from aftersam.model.segment_anything import segment_anything_modeling
 
 
 def official(name="vit_b", dtype=torch.float32):
@@ -131,7 +131,7 @@ def site(tmp_path, monkeypatch):
     """A stand-in for the official site, whose vit_b is a small file; the cache is empty."""
     path = saved(tmp_path / "sam_vit_b.pth", official())
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setitem(sam.DOWNLOADS, "vit_b", Download(path.as_uri(), digest))
+    monkeypatch.setitem(DOWNLOADS, "vit_b", Download(path.as_uri(), digest))
     monkeypatch.setenv("AFTERSAM_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return path
@@ -139,7 +139,7 @@ def site(tmp_path, monkeypatch):
 
 def test_downloads_once_to_the_cache(site, tmp_path):
     first = read_sam_checkpoint("vit_b", progress=False)
-    assert (first.name, first.sha256) == ("vit_b", sam.DOWNLOADS["vit_b"].sha256)
+    assert (first.name, first.sha256) == ("vit_b", DOWNLOADS["vit_b"].sha256)
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["sam_vit_b.pth"]
     site.unlink()
     assert read_sam_checkpoint("vit_b", progress=False).sha256 == first.sha256

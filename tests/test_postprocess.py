@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scipy import ndimage
 
-from aftersam.components import TOUCHING, drop_small_parts, one_piece
+from aftersam.inference.postprocess import TOUCHING, drop_small_parts, one_piece
 
 
 def blocks(*organs, shape=(6, 20, 20)):

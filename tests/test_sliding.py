@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from aftersam.config import preset
-from aftersam.data.slice_group import crop, slice_group, window_starts
 from aftersam.data.transforms import body_slices
-from aftersam.model.build import build_aftersam, compile_steps
-from aftersam.streaming import (
+from aftersam.data.windows import crop, slice_group, window_starts
+from aftersam.inference.segmenter import compile_steps
+from aftersam.inference.sliding import (
     Sliding,
     Votes,
     group_plan,
@@ -26,6 +26,7 @@ from aftersam.streaming import (
     resample_stream,
     stream_logits,
 )
+from aftersam.model.build import build_aftersam
 
 
 def tiny_model(**changes):
@@ -347,7 +348,7 @@ import dataclasses, sys
 import numpy as np, torch
 from aftersam.config import preset
 from aftersam.model.build import build_aftersam
-from aftersam.streaming import predict_volume
+from aftersam.inference.sliding import predict_volume
 
 def private_mib():  # what a memory-mapped scan does not count in
     line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))

@@ -1,0 +1,357 @@
+"""Scans on disk to masks on disk: while one scan is computed, the next is read and the last is written."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from aftersam.files import NIFTI, remove_leftovers, renamed, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from aftersam.inference.feature_cache import Embeddings
+    from aftersam.inference.segmenter import Prepared, Segmenter
+    from aftersam.inference.sliding import Sliding
+
+DICOM = ".dcm"
+
+
+@dataclass(frozen=True)
+class PredictArgs:
+    input: Annotated[Path, tyro.conf.arg(aliases=["-i"])]
+    """A NIfTI file, a folder of them, or a folder that holds one DICOM series."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """The mask's file name (.nii.gz, .nii, or .dcm for a DICOM series), or a folder for a folder of scans."""
+    model: Annotated[Path, tyro.conf.arg(aliases=["-m"])]
+    """Folder of a training run."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Weights with the best validation DSC, or the final ones."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:1."""
+    prompt_labels: Path | None = None
+    """For a model with prompts: the label file, or a folder of them by case, that prompts are drawn from."""
+    labels: str | None = None
+    """Comma-separated organs to keep; the others become background."""
+    overwrite: bool = False
+    """Replace masks that exist; a folder's finished masks are kept otherwise."""
+    preview: bool = True
+    """Leave a PNG of the mask over the scan beside each mask."""
+    batch_size: int = 8
+    """Slices and groups computed at once; less needs less memory."""
+    keep: int = 1
+    """Middle slices kept of each group: K needs about 1/K of the fusion, with less context on one side."""
+    overlap: Literal["none", "average"] = "none"
+    """average: the mean logits of all groups that saw a slice; every slice is decoded once for each."""
+    tta: Literal["none", "mirror"] = "none"
+    """mirror: the mean with the scan's mirror image, left and right labels swapped; twice the work."""
+    parts: Literal["main", "all"] = "main"
+    """main: of an organ that is one connected piece in every training label, parts below a fifth of the largest are
+    dropped."""
+    roi: Literal["scan", "body"] = "scan"
+    """body: slices of air before and after the body are background without being computed."""
+    embeddings: Path | None = None
+    """Folder for what the encoder makes of each slice: found there, or written for the next prediction."""
+    compile: bool = False
+    """Compile the model first, which takes a minute and pays back over many scans."""
+    graph: bool = True
+    """Replay each step as a CUDA graph on a GPU. --no-graph launches kernels one by one, which takes less memory."""
+    save_probabilities: bool = False
+    """Leave CASE.probabilities.npy beside each mask: float16 (classes, background first, x, y, z)."""
+    confidence: bool = False
+    """Leave CASE.confidence.nii.gz beside each mask: 1 where all groups that saw a slice agree, 0 where none does.
+    Every slice is decoded once for each; the mask stays the same."""
+    statistics: bool = False
+    """Leave each organ's volume in ml and mean HU as CASE.statistics.json beside each mask."""
+    timings: bool = False
+    """Print each stage's seconds, slices a second and peak memory, and leave them as JSON beside each mask."""
+
+
+def predict_files(args: PredictArgs) -> int:
+    """Segment every scan that `args` name. Returns 0, or 1 when a scan of a folder failed and was reported.
+
+    While one scan is computed the next is read and the last is written, so three are in memory at most. Under
+    torchrun each process takes its share of a folder, on a GPU of its own with the device "auto".
+    Raises ValueError where nothing can be done: no scans, a bad run, an output that exists."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from aftersam.inference.segmenter import load
+
+    jobs, folder = _jobs(args)
+    jobs = jobs[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]  # torchrun's
+    segmenter = load(
+        args.model, checkpoint=args.checkpoint, device=args.device, compiled=args.compile, graphs=args.graph
+    )
+    names = _kept_labels(args.labels, segmenter.labels)
+    compute = functools.partial(
+        _compute, segmenter, args, _sliding(args, segmenter), _embeddings(args, segmenter)
+    )
+    console = Console(stderr=True)
+    failed = 0
+
+    @contextlib.contextmanager
+    def reported() -> Iterator[None]:
+        """One bad scan of a folder costs a line, not the others."""
+        nonlocal failed
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            if not folder:
+                raise
+            failed += 1
+            console.print(f"aftersam.predict: {error}", soft_wrap=True, markup=False, highlight=False)
+
+    for _, mask in (done := [job for job in jobs if job[1].exists() and not args.overwrite]):
+        console.print(f"{mask} exists and is kept; --overwrite replaces it", soft_wrap=True)
+    jobs = [job for job in jobs if job not in done]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with (
+        Progress(*columns, console=console, transient=True) as bar,
+        ThreadPoolExecutor(1) as reader,
+        ThreadPoolExecutor(1) as writer,
+    ):
+        read = functools.partial(_read, segmenter, args)
+        upcoming = [reader.submit(read, scan) for scan, _ in jobs[:1]]
+        writing: list[Future[str]] = []
+        for index, (scan, mask) in enumerate(jobs):
+            reading = upcoming.pop()
+            upcoming = [reader.submit(read, later) for later, _ in jobs[index + 1 : index + 2]]
+            with reported():
+                job = reading.result()
+                task = bar.add_task(scan.name, total=job.prepared.volume.array.shape[0])
+                try:
+                    found = compute(job, mask, functools.partial(bar.advance, task))
+                finally:
+                    bar.remove_task(task)
+                with reported():
+                    for written in writing:
+                        console.print(written.result(), soft_wrap=True)
+                writing = [writer.submit(_write, job, found, mask, names, args)]
+        with reported():
+            for written in writing:
+                console.print(written.result(), soft_wrap=True)
+    return 1 if failed else 0
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A scan between reading and writing."""
+
+    scan: Path
+    prepared: Prepared
+    facts: dict[str, str]  # for the JSON beside the mask
+    began: float
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was computed of a scan, (D, H, W) uint8 each."""
+
+    labels: np.ndarray
+    confidence: np.ndarray | None
+
+
+def _read(segmenter: Segmenter, args: PredictArgs, scan: Path) -> _Job:
+    """Read one scan, and its prompts, and bring them to the model's spacing."""
+    from aftersam.data.volume import read_image, read_labels
+    from aftersam.inference.timings import Timings
+
+    began = time.monotonic()
+    timings = Timings(segmenter.device if args.timings else None)
+    prompts, facts = None, dict[str, str]()
+    with timings.stage("read"):
+        volume = read_image(scan)
+        if args.prompt_labels is not None and segmenter.config.model.prompts != "none":
+            prompts = read_labels(_prompt_file(args.prompt_labels, scan), like=volume)
+            facts = {"prompted": segmenter.config.model.prompts}  # who scores this mask must know
+    return _Job(scan, segmenter.prepare(volume, prompt_labels=prompts, timings=timings), facts, began)
+
+
+def _sliding(args: PredictArgs, segmenter: Segmenter) -> Sliding:
+    """How groups slide, as `args` ask. Raises ValueError on a keep that no group has, or an organ of one side alone."""
+    from aftersam.data.dataset import mirror_pairs
+    from aftersam.inference.sliding import Sliding
+
+    most = segmenter.config.model.num_slices
+    if not 1 <= args.keep <= most:
+        raise ValueError(f"--keep is {args.keep}, but the model's groups have 1 to {most} slices to keep")
+    swap = mirror_pairs(segmenter.labels) if args.tta == "mirror" else None
+    return Sliding(args.keep, args.overlap == "average", swap, body=args.roi == "body")
+
+
+def _embeddings(args: PredictArgs, segmenter: Segmenter) -> Embeddings | None:
+    if args.embeddings is None:
+        return None
+    from aftersam.inference.feature_cache import Embeddings
+
+    size = segmenter.config.model.image_size
+    return Embeddings(args.embeddings, segmenter.model, image_size=size, precision=segmenter.precision)
+
+
+def _compute(
+    segmenter: Segmenter,
+    args: PredictArgs,
+    sliding: Sliding,
+    embeddings: Embeddings | None,
+    job: _Job,
+    mask: Path,
+    progress: Callable[[int], None],
+) -> _Found:
+    """Segment one scan. Raises ValueError where the memory does not suffice."""
+    import numpy as np
+    import torch
+
+    scan, batch = job.prepared, args.batch_size
+    confidence = np.empty(scan.volume.array.shape, np.uint8) if args.confidence else None
+    try:
+        stored = None
+        if embeddings is not None:
+            with scan.timings.stage("encode"):
+                stored = embeddings.of(scan.hu, scan.box, batch_size=batch)
+        with _probabilities(job, mask, segmenter, args) as probabilities:
+            labels = segmenter.segment(
+                scan,
+                sliding=sliding,
+                main_parts=args.parts == "main",
+                batch_size=batch,
+                probabilities=probabilities,
+                confidence=confidence,
+                stored=stored,
+                progress=progress,
+            )
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        detail = (str(error) or "no more is known").splitlines()[0]
+        raise ValueError(
+            f"{job.scan}: memory ran out; a --batch-size below {batch} needs less ({detail})"
+        ) from None
+    return _Found(labels, confidence)
+
+
+@contextlib.contextmanager
+def _probabilities(
+    job: _Job, mask: Path, segmenter: Segmenter, args: PredictArgs
+) -> Iterator[np.ndarray | None]:
+    """The file that the scan's probabilities go to as they come, if they are wanted."""
+    if not args.save_probabilities:
+        yield None
+        return
+    from aftersam.data.volume import open_probabilities
+
+    mask.parent.mkdir(parents=True, exist_ok=True)
+    path = _beside(mask, ".probabilities.npy")
+    with open_probabilities(path, job.prepared.volume, len(segmenter.labels) + 1) as array:
+        yield array
+
+
+def _write(job: _Job, found: _Found, mask: Path, names: dict[int, str], args: PredictArgs) -> str:
+    """Write one mask, after all that lies beside it: a mask under its name is a scan that is finished.
+
+    Returns what to tell the user. Raises OSError where a file cannot be written."""
+    import numpy as np
+
+    from aftersam.data.volume import to_nifti, write_confidence, write_labels
+    from aftersam.evaluation.metrics import organ_statistics
+
+    labels, volume, timings = found.labels, job.prepared.volume, job.prepared.timings
+    mask.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(mask.parent, _case(mask))
+    with timings.stage("write"):
+        labels[~np.isin(labels, list(names))] = 0
+        if args.preview:
+            from aftersam.evaluation.figures import overlay_png
+
+            overlay_png(
+                _beside(mask, ".png"), volume.array, labels, volume.spacing_mm, names, title=job.scan.name
+            )
+        if args.statistics:
+            voxel_mm3 = abs(float(np.linalg.det(volume.affine[:3, :3])))
+            statistics = organ_statistics(labels, volume.array, names, voxel_mm3=voxel_mm3)
+            write_json(_beside(mask, ".statistics.json"), statistics)
+        if found.confidence is not None:
+            write_confidence(_beside(mask, ".confidence.nii.gz"), found.confidence, volume)
+        if mask.suffix == DICOM:
+            from aftersam.data.dicom import write_segmentation
+
+            with renamed(mask) as temporary:
+                on_grid = np.asarray(to_nifti(labels, volume).dataobj)
+                write_segmentation(temporary, on_grid, job.scan, names)
+        else:
+            write_labels(mask, labels, volume, names, job.facts)
+    organs = ", ".join(names[v] for v in sorted(set(np.unique(labels)) & set(names))) or "nothing"
+    line = f"{mask}: {organs}; {volume.array.shape[0]} slices in {time.monotonic() - job.began:.1f} s"
+    if args.timings:
+        write_json(_beside(mask, ".timings.json"), timings.summary())
+        line += f"\n{timings.line()}"
+    return line
+
+
+def _jobs(args: PredictArgs) -> tuple[list[tuple[Path, Path]], bool]:
+    """(scan, mask) pairs, and whether the input is a folder of scans."""
+    if not args.input.exists():
+        raise ValueError(f"{args.input} does not exist")
+    scans = []
+    if args.input.is_dir():
+        scans = sorted(p for p in args.input.iterdir() if p.name.endswith(NIFTI))
+    if scans:
+        if args.output.name.endswith((*NIFTI, DICOM)) or args.output.is_file():
+            raise ValueError(f"{args.input} is a folder of {len(scans)} scans, so --output must be a folder")
+        return [(scan, args.output / f"{_case(scan)}.nii.gz") for scan in scans], True
+    mask = args.output
+    if mask.suffix == DICOM and not args.input.is_dir():
+        raise ValueError(
+            f"{mask} would be a DICOM segmentation, but {args.input} is no folder of a DICOM series"
+        )
+    if not mask.name.endswith((*NIFTI, DICOM)):
+        mask = mask / f"{_case(args.input)}.nii.gz"
+    if mask.exists() and not args.overwrite:
+        raise ValueError(f"{mask} exists; --overwrite replaces it")
+    return [(args.input, mask)], False
+
+
+def _prompt_file(labels: Path, scan: Path) -> Path:
+    """The label of `scan`: `labels` itself, or the file with the scan's name in that folder."""
+    if not labels.is_dir():
+        return labels
+    found = [p for ending in NIFTI if (p := labels / (_case(scan) + ending)).exists()]
+    if not found:
+        raise ValueError(f"{labels} has no label {_case(scan)}.nii.gz to draw the prompts of {scan} from")
+    return found[0]
+
+
+def _case(scan: Path) -> str:
+    """The case's name: without the file ending and nnU-Net's channel number."""
+    name = scan.name
+    for ending in (*NIFTI, DICOM):
+        name = name.removesuffix(ending)
+    return name.removesuffix("_0000")
+
+
+def _beside(mask: Path, ending: str) -> Path:
+    return mask.with_name(_case(mask) + ending)
+
+
+def _kept_labels(wanted: str | None, labels: dict[int, str]) -> dict[int, str]:
+    """The labels by value that the comma-separated `wanted` names; all of them for None."""
+    if wanted is None:
+        return labels
+    import difflib
+
+    values = {name: value for value, name in labels.items()}
+    kept = {}
+    for name in (part.strip() for part in wanted.split(",")):
+        if name not in values:
+            close = difflib.get_close_matches(name, values, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"the model has no label {name!r}{hint} It has {', '.join(values)}")
+        kept[values[name]] = name
+    return kept

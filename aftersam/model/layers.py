@@ -1,0 +1,148 @@
+"""Layers that several parts of the model share: fast linear layers and norms, the convolutional stem, SAM's neck."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from axial_fusion.lora_linear import dense_linear
+from axial_fusion.row_norm import row_norm
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)  # SAM's, of RGB in 0...255
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+class SliceFeatures(NamedTuple):
+    """Features of T slices: `embedding` (T, C, h, w) and `skips` ((T, c, H/s, W/s), ...), finest first."""
+
+    embedding: Tensor
+    skips: tuple[Tensor, ...]
+
+
+def normalise(hu: Tensor, windows: Sequence[tuple[float, float]], *, unit: bool = False) -> Tensor:
+    """hu (..., H, W) -> image (..., 3, H, W): three HU windows as SAM's normalised RGB; one window is repeated.
+
+    `unit` leaves the channels in [0, 1]."""
+    if len(windows) not in (1, 3):
+        raise ValueError(f"windows has {len(windows)} HU ranges, but must have 1 or 3")
+    windows = list(windows) * (3 // len(windows))
+    channels = [((hu - low) / (high - low)).clamp(0, 1) for low, high in windows]
+    if unit:
+        return torch.stack(channels, dim=-3)
+    # (255 x - mean) / std, one multiply-add a channel
+    scaled = [
+        x * (255 / std) - mean / std for x, mean, std in zip(channels, PIXEL_MEAN, PIXEL_STD, strict=True)
+    ]
+    return torch.stack(scaled, dim=-3)
+
+
+class MLP(nn.Module):
+    """SAM's MLPBlock, by its names."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.lin1 = Linear(dim, 4 * dim)
+        self.lin2 = Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin2(F.gelu(self.lin1(x)))
+
+
+class Linear(nn.Linear):
+    """nn.Linear by the fastest library product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dense_linear(x, self.weight, self.bias)
+
+
+class RowNorm(nn.LayerNorm):
+    """nn.LayerNorm in one pass over the rows on a GPU, its result in the dtype that the next product takes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return row_norm(x, self.weight, self.bias, eps=self.eps)
+
+
+class ConvStem(nn.Module):
+    """Convolutions at strides 1, 2 and 4, each level's features a skip for the decoder.
+
+    GroupNorm: statistics of one slice alone, so that a slice encoded by itself is a slice encoded in a batch.
+    Few channels at stride 1, where memory traffic and not arithmetic takes the time."""
+
+    def __init__(self, in_channels: int, *, channels: tuple[int, ...]) -> None:
+        super().__init__()
+        self.skip_channels = channels
+        fine, *coarser = channels
+        levels: list[nn.Module] = [ConvBlock(in_channels, fine)]
+        for before, after in zip(channels, coarser, strict=False):
+            levels.append(nn.Sequential(ConvBlock(before, after, stride=2), ResidualBlock(after)))
+        self.levels = nn.ModuleList(levels)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """images (T, in, H, W) -> ((T, c, H/s, W/s) for s = 1, 2, 4)."""
+        skips = []
+        x = images
+        for level in self.levels:
+            x = level(x)
+            skips.append(x)
+        return tuple(skips)
+
+
+class ConvBlock(nn.Sequential):
+    """3×3 convolution, GroupNorm, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
+            nn.GroupNorm(max(out_channels // 8, 1), out_channels),
+            nn.ReLU(inplace=True),
+        )
+        nn.init.kaiming_normal_(self[0].weight, nonlinearity="relu")
+
+
+class ResidualBlock(nn.Module):
+    """x + norm(conv(block(x))), then ReLU."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block = ConvBlock(channels, channels)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = nn.GroupNorm(max(channels // 8, 1), channels)
+        nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.norm(self.conv(self.block(x))))
+
+
+class LayerNorm2d(nn.Module):
+    """LayerNorm over the channels of (T, C, h, w), as SAM's and with its names, in one pass."""
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
+
+
+def build_neck(dim: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(dim, out_channels, 1, bias=False),
+        LayerNorm2d(out_channels),
+        nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+        LayerNorm2d(out_channels),
+    )
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Autocast off. Where it is off, or on the meta device, which has none, nothing shows in an exported graph."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
