@@ -12,20 +12,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from aftersam.config import ModelConfig, preset
-from aftersam.data.windows import slice_group
 from aftersam.inference.graphs import capture_steps
+from aftersam.inference.reference import sliding_logits, whole_model
 from aftersam.inference.sliding import stream_logits
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.build import build_aftersam
@@ -92,39 +91,26 @@ def stream(hu: Tensor, shape: Shape, host: np.ndarray | None = None) -> Tensor:
     return torch.stack(list(planes))
 
 
-@torch.no_grad()
 def loop(hu: Tensor, shape: Shape) -> Tensor:
     """hu (D, S, S) -> logits (D, K+1, S, S)."""
-    model, _ = models(shape, hu.device)
+    (model, _), config = models(shape, hu.device), configuration(shape)
     with torch.autocast(hu.device.type, dtype=hu.dtype, enabled=hu.dtype != torch.float32):
-        return _groups(
-            shape, len(hu), lambda group, centre: model(hu[None, group].float(), query_index=centre)[0]
-        )
+        return sliding_logits(whole_model(model, hu, config, kept_alone=True), hu.shape, config)
 
 
 @torch.no_grad()
 def exact(hu: Tensor, shape: Shape) -> Tensor:
-    """The same in fp64, groups one at a time, of features that are computed for each slice alone."""
+    """The same in fp64, of features that are computed for each slice alone."""
     _, wide = models(shape, hu.device)
     each = [wide.encode(hu[d, None]) for d in range(len(hu))]
 
-    def group_logits(group: list[int], centre: tuple[int]) -> Tensor:
-        fused = wide.fuse(torch.stack([each[d].embedding for d in group], dim=1), query_index=centre)
-        return wide.decode(fused[:, 0], each[group[centre[0]]].skips)
+    def group_logits(slices: np.ndarray, positions: Sequence[int]) -> Tensor:
+        group = [each[d] for d in slices]
+        fused = wide.fuse(torch.stack([of.embedding for of in group], dim=1), query_index=positions)
+        (centre,) = positions
+        return wide.decode(fused[:, 0], group[centre].skips)
 
-    return _groups(shape, len(hu), group_logits)
-
-
-def _groups(shape: Shape, depth: int, logits: Callable[[list[int], tuple[int]], Tensor]) -> Tensor:
-    planes = []
-    for d in range(depth):
-        group = slice_group(d, depth, shape.slices).tolist()
-        plane = logits(group, (shape.slices // 2,))
-        planes.append(
-            F.interpolate(plane.to(torch.promote_types(plane.dtype, torch.float32)), size=(shape.image_size,) * 2,
-                          mode="bilinear", align_corners=False)
-        )  # fmt: skip
-    return torch.cat(planes)
+    return sliding_logits(group_logits, hu.shape, configuration(shape))
 
 
 def _first(run: Callable[[Tensor, Shape], Tensor], hu: Tensor, shape: Shape) -> Tensor:

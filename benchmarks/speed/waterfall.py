@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aftersam.config import ModelConfig, preset
-from aftersam.data.windows import slice_group
+from aftersam.inference.reference import sliding_logits, whole_model
 from aftersam.inference.sliding import stream_logits
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.build import build_aftersam
@@ -48,7 +48,6 @@ CPU_SHAPE = ("small, 128 px", Shape(8, 5, 128, "small", 2))
 GPU_SHAPE = ("ViT-B, 512 px", Shape(32, 9, 512, "vit_b", 6))
 
 
-@torch.no_grad()
 def loop(
     hu: Tensor,
     model: AfterSAM,
@@ -58,17 +57,8 @@ def loop(
     precision: torch.dtype | None = None,
 ) -> Tensor:
     """hu (D, S, S) -> logits (D, K+1, S, S), the whole model on the group about each slice."""
-    centre = config.num_slices // 2
-    planes = []
-    for d in range(len(hu)):
-        group = hu[slice_group(d, len(hu), config.num_slices, config.slice_stride)]  # (N, S, S)
-        with torch.autocast(hu.device.type, precision, enabled=precision is not None):
-            if centre_alone:
-                logits = model(group[None], query_index=(centre,))[0]
-            else:
-                logits = model(group[None])[0, centre : centre + 1]
-        planes.append(F.interpolate(logits.to(hu.dtype), hu.shape[1:], mode="bilinear", align_corners=False))
-    return torch.cat(planes)
+    with torch.autocast(hu.device.type, precision, enabled=precision is not None):
+        return sliding_logits(whole_model(model, hu, config, kept_alone=centre_alone), hu.shape, config)
 
 
 def stream(
