@@ -14,9 +14,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from aftersam.evaluation.tables import markdown_table
+from aftersam.files import write_text
 from benchmarks.machine import RESULTS, ROOT, slug
+from benchmarks.page import write_sections
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"  # of write_readme's default
 PERFORMANCE = """# Performance, as measured
 
 `make bench` measures the machine it runs on, `make figure` writes this page from the newest result of each device in
@@ -181,9 +183,7 @@ def table(result: Result) -> str:
         r = next(iter(found.values()))
         shape = f"{name}: {r['slices']}, {r['side']}×{r['side']}, {r['channels']}, {r['heads']}"
         rows.append([shape, *(cell(found.get(p)) for p in providers)])
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "| --- |" + " ---: |" * len(providers))
-    return "\n".join(lines)
+    return markdown_table(rows)
 
 
 def caption(result: Result) -> str:
@@ -218,10 +218,7 @@ def rivals_table(result: Result) -> str:
             rows.append(
                 [what, f"{best['provider']}, {theirs:.3g} ms", f"{mine:.3g} ms", f"{theirs / mine:.2f}×"]
             )
-    header = ["case", "best rival", "ours", "gain"]
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (header, *rows)]
-    lines.insert(1, "| --- | ---: | ---: | ---: |")
-    return "\n".join(lines)
+    return markdown_table([["case", "best rival", "ours", "gain"], *rows])
 
 
 def short_table(result: Result) -> str:
@@ -248,9 +245,7 @@ def short_table(result: Result) -> str:
         names = " / ".join(dict.fromkeys(r["provider"] for r in best.values()))
         rows.append([f"{subject}, {name}", names, _milliseconds(theirs), _milliseconds(mine), gains])
     header = ["case, forward / forward + backward", "best library form", "its ms", "ours, ms", "gain"]
-    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
-    lines.insert(1, "| --- | --- | ---: | ---: | ---: |")
-    return "\n".join(lines)
+    return markdown_table([header, *rows], left=(0, 1))
 
 
 def _milliseconds(times: Sequence[float]) -> str:
@@ -267,9 +262,7 @@ def targets_table(result: Result) -> str:
     if not rows:
         return ""
     header = ["", "target", "rival", "measured", "aim", ""]
-    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
-    lines.insert(1, "| --- | --- | --- | ---: | ---: | --- |")
-    return "\n".join(lines)
+    return markdown_table([header, *rows], left=(0, 1, 2, 5))
 
 
 def cell(record: Result | None) -> str:
@@ -280,18 +273,6 @@ def cell(record: Result | None) -> str:
         return str(record["status"])
     forward, step = (record["ms"][kind]["median"] for kind in ("forward", "forward_backward"))
     return f"{forward:.3g} / {step:.3g} ms, {record['peak_bytes']['forward_backward'] / 2**20:,.0f} MiB"
-
-
-def write_readme(readme: Path, sections: Sequence[str], name: str = "bench") -> None:
-    """Put `sections` between the markers `name` of `readme`; ValueError unless both are there, once, in order."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    text = readme.read_text(encoding="utf-8")
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"{readme} needs one {begin} and, after it, one {end}")
-    before, after = text.split(begin)[0], text.split(end)[1]
-    partial = readme.with_name(readme.name + ".tmp")
-    partial.write_text(before + "\n\n".join([begin, *sections, end]) + after, encoding="utf-8")
-    partial.replace(readme)
 
 
 def page_sections(result: Result, image: Path) -> list[str]:
@@ -331,7 +312,7 @@ def accuracy_sections(results: Path, docs: Path) -> list[str]:
             pages.append(f"![mean DSC step by step on {table['data']}]({steps.name})")
         sections += accuracy_table.in_short(table)
     if pages:
-        (docs / "accuracy.md").write_text("\n\n".join(pages) + "\n", encoding="utf-8")
+        write_text(docs / "accuracy.md", "\n\n".join(pages) + "\n")
         sections.append("[Organ by organ, costs and notes](docs/accuracy.md).")
     return sections
 
@@ -343,12 +324,12 @@ def main() -> int:
             image = ROOT / "docs" / f"bench-{slug(result['environment']['device'])}.png"
             page += page_sections(result, image)
             sections += [f"**{caption(result)}**", short_table(result)]
-        (ROOT / "docs" / "performance.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
+        write_text(ROOT / "docs" / "performance.md", "\n\n".join(page) + "\n")
         sections.append("[Every case, target and picture](docs/performance.md).")
-        write_readme(ROOT / "README.md", sections)
+        write_sections(ROOT / "README.md", sections)
         accuracy = accuracy_sections(RESULTS / "accuracy", ROOT / "docs")
         if accuracy:
-            write_readme(ROOT / "README.md", accuracy, "accuracy")
+            write_sections(ROOT / "README.md", accuracy, "accuracy")
     except ValueError as error:
         print(f"benchmarks.figure: {error}", file=sys.stderr)
         return 2

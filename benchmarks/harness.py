@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from aftersam.files import write_text
 from benchmarks import clock
 from benchmarks.machine import RESULTS, default_device, default_dtype, environment, slug
 
@@ -342,9 +343,7 @@ def write(result: Mapping[str, Any], folder: Path = RESULTS) -> Path:
     ending = f"-{slug(subjects.pop())}" if len(subjects) == 1 else ""
     path = folder / f"{slug(where['device'])}-{where['date'][:10]}{ending}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(path)
+    write_text(path, json.dumps(result, indent=1) + "\n")  # a wrong provider's error may be NaN
     return path
 
 

@@ -1,4 +1,4 @@
-"""Results become figures and tables; the README changes between its markers alone."""
+"""Results become figures and tables."""
 
 import json
 
@@ -61,21 +61,6 @@ def test_the_table_shows_what_was_wrong(result):
     assert "| wrong |" in figure.table(result)
 
 
-def test_the_readme_changes_between_its_markers_alone(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{figure.BEGIN}\nold\n{figure.END}\nafter\n")
-    figure.write_readme(readme, ["| table |", "![figure](docs/x.png)"])
-    once = readme.read_text()
-    assert once.startswith(
-        f"before\n{figure.BEGIN}\n\n| table |\n\n![figure](docs/x.png)\n\n{figure.END}\nafter\n"
-    )
-    figure.write_readme(readme, ["| table |", "![figure](docs/x.png)"])
-    assert readme.read_text() == once
-    readme.write_text(f"{figure.END} {figure.BEGIN}")
-    with pytest.raises(ValueError, match=r"README\.md needs one <!-- bench:begin -->"):
-        figure.write_readme(readme, ["x"])
-
-
 def test_no_result_is_an_error_that_says_what_to_run(tmp_path):
     with pytest.raises(ValueError, match="make bench"):
         figure.newest(tmp_path)
@@ -87,7 +72,3 @@ def test_a_loss_to_a_rival_is_shown(tmp_path):
     assert sections[2].splitlines()[-1] == "| square, x² | theirs, 1 ms | 2 ms | 0.50× |"
     assert figure.short_table(result).splitlines()[-1] == "| square, x² | theirs | 1 | 2 | 0.50× |"
     assert (tmp_path / "bench-roofline.png").exists()
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{figure.BEGIN}\n{figure.END}\n")
-    figure.write_readme(readme, sections)
-    assert "0.50×" in readme.read_text().split(figure.END)[0]

@@ -22,8 +22,9 @@ from aftersam.data.transforms import resample
 from aftersam.evaluation.metrics import Convention
 from aftersam.evaluation.scoring import evaluate
 from aftersam.evaluation.statistics import mean_of
-from benchmarks.figure import write_readme
+from aftersam.evaluation.tables import markdown_table
 from benchmarks.machine import ROOT
+from benchmarks.page import write_sections
 
 NAMES: tuple[Convention, ...] = ("nnunet", "monai", "transunet")
 COARSE = "nnunet, half the resolution"
@@ -98,15 +99,15 @@ def draw(found: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
-    rows = [f"| {name} | {s['dsc']:.3f} | {s['hd95_mm']:.1f} |" for name, s in found.items()]
-    return "\n".join(["| the same masks by | mean DSC | mean HD95, mm |", "| --- | ---: | ---: |", *rows])
+    rows = [[name, f"{s['dsc']:.3f}", f"{s['hd95_mm']:.1f}"] for name, s in found.items()]
+    return markdown_table([["the same masks by", "mean DSC", "mean HD95, mm"], *rows])
 
 
 def main(docs: Path = ROOT / "docs") -> int:
     with tempfile.TemporaryDirectory() as folder:
         found = measure(Path(folder))
     draw(found, docs / "conventions.png")
-    write_readme(docs / "evaluation.md", [table(found)], "conventions")
+    write_sections(docs / "evaluation.md", [table(found)], "conventions")
     return 0
 
 

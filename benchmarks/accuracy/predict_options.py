@@ -22,6 +22,7 @@ import numpy as np
 from aftersam.data.dataset import Case, find_dataset, mirror_pairs
 from aftersam.data.volume import Volume, open_probabilities, read_image, read_labels
 from aftersam.evaluation.metrics import dice
+from aftersam.evaluation.tables import markdown_table
 from aftersam.files import read_json, write_json
 from aftersam.inference.feature_cache import Embeddings
 from aftersam.inference.segmenter import Prepared, Segmenter, load
@@ -130,11 +131,11 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows for people, in Markdown."""
-    lines = ["| option | s a scan | times | DSC | gain |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines = [["option", "s a scan", "times", "DSC", "gain"]]
     for row in rows:
-        score = "–" if row["dsc"] is None else f"{row['dsc']:.4f} | {row['dsc_gain']:+.4f}"
-        lines.append(f"| {row['option']} | {row['seconds']:.2f} | {row['times']:.2f}× | {score} |")
-    return "\n".join(lines)
+        score = ["–", "–"] if row["dsc"] is None else [f"{row['dsc']:.4f}", f"{row['dsc_gain']:+.4f}"]
+        lines.append([row["option"], f"{row['seconds']:.2f}", f"{row['times']:.2f}×", *score])
+    return markdown_table(lines)
 
 
 def chosen(run: Path, data: Path, ids: str | None) -> list[Case]:

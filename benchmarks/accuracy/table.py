@@ -10,8 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from aftersam.evaluation.statistics import bootstrap_interval, mean_of
-from aftersam.files import read_json, write_json
+from aftersam.evaluation.statistics import (
+    bootstrap_interval,
+    mean_of,
+    mean_over_organs,
+    number,
+    paired,
+    score_matrix,
+)
+from aftersam.evaluation.tables import markdown_table
+from aftersam.files import read_json, write_json, write_text
 from benchmarks.accuracy.systems import SYSTEMS
 
 BUDGET = ("max_minutes", "max_steps", "threads", "fold")  # limits that rows of an equal budget have in common
@@ -40,7 +48,7 @@ def write_table(
         table["waterfall"] = waterfall_of(waterfall, data)
         draw_waterfall(table["waterfall"], output / "waterfall.png")
     write_json(output / "accuracy.json", table)
-    (output / "accuracy.md").write_text(markdown(table) + "\n", encoding="utf-8")
+    write_text(output / "accuracy.md", markdown(table) + "\n")
     draw(table, output / "accuracy.png")
     return table
 
@@ -57,13 +65,13 @@ def summarise(found: Sequence[Found]) -> dict[str, Any]:
     rows, matrices = [], []
     for _, group in groupby(sorted(found, key=_place), key=_place):
         seeds = list(group)
-        values = np.array([_values(metrics, cases, organs, "dsc") for _, metrics in seeds])
+        values = np.array([score_matrix(metrics["cases"], cases, organs) for _, metrics in seeds])
         matrices.append(np.apply_along_axis(mean_of, 0, values))  # (cases, organs)
         rows.append({**_scores(matrices[-1], organs), **_others(seeds, values, cases, organs)})
     unprompted = [i for i, row in enumerate(rows) if not row["prompted"]] or range(len(rows))
     best = max(unprompted, key=lambda i: rows[i]["mean"] or 0.0)
     for i, (row, matrix) in enumerate(zip(rows, matrices, strict=True)):
-        row["to_best"] = None if i == best else _difference(matrix - matrices[best])
+        row["to_best"] = None if i == best else paired(matrix - matrices[best])
     there = {name for row in rows for name in (row["system"], row["title"].lower())}
     return {
         "organs": organs,
@@ -106,17 +114,11 @@ def _place(found: Found) -> tuple[bool, int, str]:
     return row["protocol"] != "equal budget", place, row["title"]
 
 
-def _values(metrics: Mapping[str, Any], cases: Sequence[str], organs: Sequence[str], key: str) -> np.ndarray:
-    """A score of every case and organ (cases, organs), NaN where it is not defined."""
-    found = metrics["cases"]
-    return np.array([[_float(found[c].get(o, {}).get(key)) for o in organs] for c in cases])
-
-
 def _scores(matrix: np.ndarray, organs: Sequence[str]) -> dict[str, Any]:
     return {
-        "mean": _over_organs(matrix),
+        "mean": number(mean_over_organs(matrix)),
         "interval": bootstrap_interval(matrix),
-        "organs": {organ: _number(mean_of(matrix[:, i])) for i, organ in enumerate(organs)},
+        "organs": {organ: number(mean_of(matrix[:, i])) for i, organ in enumerate(organs)},
     }
 
 
@@ -124,27 +126,17 @@ def _others(
     seeds: Sequence[Found], values: np.ndarray, cases: Sequence[str], organs: Sequence[str]
 ) -> dict[str, Any]:
     """What a row has besides DSC: its facts, the deviation over seeds, means over seeds of other scores and costs."""
-    means = [_over_organs(seed) or 0.0 for seed in values]
+    means = [number(mean_over_organs(seed)) or 0.0 for seed in values]
+    consistency = [score_matrix(metrics["cases"], cases, organs, "ice") for _, metrics in seeds]
     summaries = [organ for _, metrics in seeds for organ in metrics["organs"].values()]
     return {
         **{key: seeds[0][0].get(key) for key in FACTS},
         "seeds": len(seeds),
-        "seed_deviation": _number(float(np.std(means, ddof=1))) if len(means) > 1 else None,
-        "ice": _number(mean_of(_float(_over_organs(_values(m, cases, organs, "ice"))) for _, m in seeds)),
-        "hd95_mm_penalised": _number(mean_of(_float(organ["hd95_mm_penalised"]) for organ in summaries)),
+        "seed_deviation": number(float(np.std(means, ddof=1))) if len(means) > 1 else None,
+        "ice": number(mean_of(_float(number(mean_over_organs(seed))) for seed in consistency)),
+        "hd95_mm_penalised": number(mean_of(_float(organ["hd95_mm_penalised"]) for organ in summaries)),
         "missed": sum(organ["missed"] for organ in summaries) / len(seeds),
-        **{key: _number(mean_of(_float(row.get(key)) for row, _ in seeds)) for key in COSTS},
-    }
-
-
-def _difference(difference: np.ndarray) -> dict[str, Any]:
-    """Paired differences of DSC (cases, organs): their mean, its interval, and the cases above and below 0."""
-    per_case = np.array([mean_of(case) for case in difference])
-    return {
-        "mean": _over_organs(difference),
-        "interval": bootstrap_interval(difference),
-        "won": int((per_case > 0).sum()),
-        "lost": int((per_case < 0).sum()),
+        **{key: number(mean_of(_float(row.get(key)) for row, _ in seeds)) for key in COSTS},
     }
 
 
@@ -175,7 +167,7 @@ def in_short(table: Table) -> list[str]:
             [title(row), _percent(row["mean"]), _span(row["interval"]), _to_best(row["to_best"]),
              _text(row["ice"], ".3f"), _text(row["steps"], ",.0f")]
         )  # fmt: skip
-    return [told or f"**{table['data']}, {cases} held-out scans.**", _grid(lines)]
+    return [told or f"**{table['data']}, {cases} held-out scans.**", markdown_table(lines)]
 
 
 def heading(table: Table, protocol: str) -> str:
@@ -216,7 +208,7 @@ def score_table(rows: Sequence[Mapping[str, Any]], organs: Sequence[str]) -> str
                 _text(row["ice"], ".3f"), _text(row["hd95_mm_penalised"], ".1f"), _text(row["missed"], ".3g"),
             ]
         )  # fmt: skip
-    return _grid(lines)
+    return markdown_table(lines)
 
 
 def cost_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -231,7 +223,7 @@ def cost_table(rows: Sequence[Mapping[str, Any]]) -> str:
                 _text(rate, ".2f"), _text(row["peak_mib"], ",.0f"), _text(row["prediction_s"], ".1f"),
             ]
         )  # fmt: skip
-    return _grid(lines)
+    return markdown_table(lines)
 
 
 def title(row: Mapping[str, Any]) -> str:
@@ -307,16 +299,6 @@ def draw_waterfall(waterfall: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _over_organs(matrix: np.ndarray) -> float | None:
-    """(cases, organs) -> the mean over organs of the mean over cases."""
-    return _number(mean_of([mean_of(column) for column in matrix.T]))
-
-
-def _grid(lines: Sequence[Sequence[str]]) -> str:
-    text = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([text[0], "| --- |" + " ---: |" * (len(lines[0]) - 1), *text[1:]])
-
-
 def _to_best(difference: Mapping[str, Any] | None) -> str:
     if difference is None:
         return "best"
@@ -337,10 +319,6 @@ def _text(value: float | None, form: str) -> str:
 
 def _float(value: Any) -> float:
     return math.nan if value is None else float(value)
-
-
-def _number(value: float) -> float | None:
-    return round(float(value), 6) if math.isfinite(value) else None
 
 
 def _distinct(environments: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
