@@ -1,7 +1,7 @@
 """Every subject that this machine can measure, into one JSON.    python -m benchmarks [quick|full|<subject>]
 
-quick keeps to ten minutes on two cores, full measures every shape; one subject by its name is measured in full.
-The subjects share the seconds of --budget: what does not fit is named in the result as skipped."""
+quick takes at most ten minutes on two cores, full measures every shape, and one subject by its name is measured in
+full. The subjects share the seconds of --budget; cases that do not fit are listed in the result as skipped."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def run(
 ) -> dict[str, Any]:
     """The result of `what` (quick, full or a subject) within `total_s` seconds, `case_s` of timing a case.
 
-    `subjects` are those of a quick or full run that are measured, all where there is none.
-    Records are appended to `lines` as they are known; what stands there already is not measured again."""
+    A quick or full run measures the given `subjects`, or all of them without any.
+    Each record is appended to the file `lines` once it is measured; cases in the file are not measured again."""
     device = machine.default_device()
     dtype = machine.default_dtype(device)
     names = list(subjects or SUBJECTS) if what in TOTAL_S else [what]
@@ -76,7 +76,7 @@ def run(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and leave the JSON; 1 where ours was not right."""
+    """Measure and write the JSON; the exit code is 1 where a result of ours was wrong."""
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument("what", nargs="?", default="quick", choices=[*TOTAL_S, *SUBJECTS])
     parser.add_argument(

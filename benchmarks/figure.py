@@ -1,9 +1,9 @@
 """Draw docs/*.png, write docs/performance.md, docs/accuracy.md and the README's tables.    python -m benchmarks.figure
 
-Takes the newest result of each device in benchmarks/results, one of several subjects before one of a single
-subject. docs/performance.md has all of it: targets, one row a case with ours beside its best rival, time and memory
-against N and image size, a waterfall of techniques, a roofline. The README has a row a subject, and changes between
-its two markers alone."""
+Takes the newest result of each device in benchmarks/results; a result of several subjects goes before one of a single
+subject. docs/performance.md shows targets, one row a case with ours beside its best rival, time and memory against N
+and image size, a waterfall of techniques, and a roofline. The README has one row a subject, and changes between its
+markers alone."""
 
 from __future__ import annotations
 
@@ -56,8 +56,9 @@ def _rank(result: Result) -> tuple[bool, str]:
 
 
 def curve(result: Result, along: str = "slices") -> dict[str, list[Result]]:
-    """Timed fusion records of each provider in the order of `along` ("slices" is N, "side" the token grid's),
-    all else equal: at the shape that was measured at most of its values."""
+    """Timed fusion records of each provider in the order of `along`: "slices" is N, "side" that of the token grid.
+
+    All other sizes are equal: those at which most values of `along` were measured."""
     shape = ("batch", "slices", "side", "channels", "heads")
     by_shape: dict[tuple[int, ...], dict[str, list[Result]]] = {}
     for record in of_subject(result, "fusion"):
@@ -146,7 +147,7 @@ def draw(result: Result, path: Path) -> None:
 
 
 def draw_waterfall(result: Result, path: Path) -> bool:
-    """One bar a technique, each with those above it: seconds of a volume. False where there is none to draw."""
+    """Seconds of a volume, one bar a technique, each added to those above it. False where there is none to draw."""
     from matplotlib.figure import Figure
 
     steps = [r for r in of_subject(result, "waterfall") if "ms" in r]
@@ -187,7 +188,7 @@ def table(result: Result) -> str:
 
 
 def caption(result: Result) -> str:
-    """Device, versions, commit and date: what a number means nothing without."""
+    """Device, dtype, versions, commit and date of a result."""
     where = result["environment"]
     versions = [f"torch {where['torch']}"] + ([f"triton {where['triton']}"] if where["triton"] else [])
     commit = f"commit {where['commit']}" + (" with local changes" if where["dirty"] else "")
@@ -253,7 +254,7 @@ def _milliseconds(times: Sequence[float]) -> str:
 
 
 def targets_table(result: Result) -> str:
-    """Markdown: what was set out to be reached, what this result holds of it, and whether that is enough."""
+    """Markdown: every target that this result has a value for, its value and its verdict."""
     rows = [
         [t["number"], t["what"] + (f", {t['case']}" if t["case"] else ""), t["rival"] or "–", f"{t['value']:.3g}",
          t["target"] + (f" ({t['scaled']} here)" if "scaled" in t else ""), t["verdict"]]
@@ -276,7 +277,7 @@ def cell(record: Result | None) -> str:
 
 
 def page_sections(result: Result, image: Path) -> list[str]:
-    """Draw what the result allows, `image` and <image>-waterfall.png, <image>-roofline.png; the page's sections."""
+    """The page's sections of a result; plots are drawn to `image`, <image>-waterfall.png and <image>-roofline.png."""
     device = result["environment"]["device"]
     sections = [f"## {device}", caption(result)]
     if targeted := targets_table(result):
@@ -297,7 +298,7 @@ def page_sections(result: Result, image: Path) -> list[str]:
 
 
 def accuracy_sections(results: Path, docs: Path) -> list[str]:
-    """Draw every accuracy.json of the folder `results` and write docs/accuracy.md; the README's sections, if any."""
+    """The README's sections of every table in the folder `results`; plots and accuracy.md are written to `docs`."""
     from benchmarks.accuracy import table as accuracy_table
 
     sections, pages = [], []

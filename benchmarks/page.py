@@ -1,4 +1,4 @@
-"""Pages of which a part is generated: what stands between two markers."""
+"""Pages of which the part between two markers is generated."""
 
 from __future__ import annotations
 

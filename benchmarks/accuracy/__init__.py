@@ -1,1 +1,1 @@
-"""Segmentation accuracy: every system trained and scored alike, what conventions and options change of a score."""
+"""Segmentation accuracy: the table of systems, and the effect of conventions and of prediction's options on a score."""

@@ -3,8 +3,8 @@
     python -m benchmarks.accuracy.conventions
 
 Six phantoms and one set of masks, scored three times by aftersam.evaluate, and once more after references and masks
-were resampled to half the resolution in the plane, as pipelines do that validate on what their network sees. The masks
-are the references moved by one voxel, with three of the mishaps that conventions disagree about."""
+were resampled to half the resolution in the plane, as in pipelines that validate at the resolution of their network.
+The masks are the references shifted by one voxel, with three errors that the conventions score differently."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def mishaps(case: int, reference: Any) -> tuple[Any, Any]:
-    """(reference, mask) of the case of that number: 0 is without a heart in both, 1 has one in the mask alone,
-    2 misses the trachea."""
+    """(reference, mask) of case number `case`: 0 has no heart in either, 1 a heart in the mask alone, 2 no trachea in
+    the mask."""
     truth = np.asarray(reference.dataobj).copy()
     if case == 0:
         truth[truth == HEART] = 0

@@ -43,7 +43,7 @@ class Measured:
 
 
 def options(segmenter: Segmenter, folder: Path) -> dict[str, Segment]:
-    """How each option segments a scan; what it writes goes to `folder`."""
+    """A function for each option that segments a scan; files go to `folder`."""
     slices = segmenter.config.model.num_slices
     size = segmenter.config.model.image_size
     store = Embeddings(folder / "store", segmenter.model, image_size=size, precision=segmenter.precision)
@@ -103,7 +103,7 @@ def scores(labels: np.ndarray, truth: Volume, names: dict[int, str]) -> dict[str
 
 
 def summary(measured: dict[str, list[Measured]]) -> list[dict[str, Any]]:
-    """One row an option: median seconds a scan and ratio to no option's, mean DSC over organs and difference."""
+    """One row an option: median seconds a scan, their ratio to those without options, mean DSC, its difference."""
     rows: list[dict[str, Any]] = []
     for name, of_cases in measured.items():
         organs = {organ: _mean([m.dsc[organ] for m in of_cases]) for organ in of_cases[0].dsc}
@@ -130,7 +130,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows for people, in Markdown."""
+    """The rows as a Markdown table."""
     lines = [["option", "s a scan", "times", "DSC", "gain"]]
     for row in rows:
         score = ["–", "–"] if row["dsc"] is None else [f"{row['dsc']:.4f}", f"{row['dsc_gain']:+.4f}"]
@@ -139,7 +139,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def chosen(run: Path, data: Path, ids: str | None) -> list[Case]:
-    """The cases `ids` of the data set, or those that the run validated on. Raises ValueError on a foreign id."""
+    """The cases `ids` of the data set, or those that the run validated on. Raises ValueError on an unknown id."""
     cases = {case.id: case for case in find_dataset(data).cases}
     if ids is not None:
         wanted = ids.split(",")

@@ -1,7 +1,7 @@
 """One row of the accuracy table: a system trained on the split within the limits, the held-out scans segmented, scored.
 
 Every system reads the same preprocessed cache; ours goes through aftersam.train and aftersam.predict, the others
-through one loop. Of organs that are one piece in every training label all lose small parts."""
+through one loop. All but nnU-Net drop small disconnected parts of organs that are one piece in every training label."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _score(masks: Path, labels: Path, home: Path, row: dict[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back: paths are strings, tuples lists."""
+    """`value` as JSON gives it back: paths are strings, tuples lists."""
     return json.loads(json.dumps(value, default=str))
 
 
@@ -117,12 +117,12 @@ def _start(limits: Limits, name: str) -> str:
 
 
 def train_row(job: Job) -> Spent:
-    """Train the row's system from its start. Weights and facts are left in the row's folder."""
+    """Train the row's system from the start; weights and facts are written to the row's folder."""
     return TRAIN[job.system.kind](job)
 
 
 def predict_row(job: Job) -> dict[str, Any]:
-    """Segment the held-out scans into the row's masks/: its facts, seconds a scan, peak memory."""
+    """Segment the held-out scans into the row's folder masks/. Returns facts, seconds a scan and peak memory."""
     (job.home / "masks").mkdir(exist_ok=True)
     began = time.monotonic()
     facts = PREDICT[job.system.kind](job)
@@ -191,7 +191,7 @@ def _predict_group(job: Job) -> dict[str, Any]:
 
 
 def _train_ours(job: Job) -> Spent:
-    """By aftersam.train, the scans cached before, so that training alone is timed."""
+    """Train by aftersam.train. Scans are cached before, so that training alone is timed."""
     config, run = job.config(), job.home / "run"
     everyone = [*job.training, *job.held_out]
     cache_cases(job.dataset, everyone, config.data, job.cache, training=job.training)

@@ -1,7 +1,7 @@
-"""What the accuracy table compares, and what all of its rows share.
+"""The systems of the accuracy table, and what all rows share.
 
-Sizes are about that of our `small` preset, so that every row makes several hundred steps in forty minutes on one
-processor core: two to six million parameters, chosen for that and not by scores."""
+Networks have two to six million parameters, about as many as our `small` preset, so that every row makes several
+hundred steps in forty minutes on one processor core. The sizes were chosen for that and not by scores."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Job:
         return (case for case in self.dataset.cases if case.id in self.held_out)
 
     def config(self) -> Config:
-        """The preset within the row's limit; nothing is validated on the way, since nothing is chosen by it."""
+        """The preset within the row's limit, without validation, since nothing is chosen by it."""
         pretrained = self.system.kind == "group" and self.system.prompted and self.limits.sam_checkpoint
         base = preset("best" if pretrained else self.system.preset or self.limits.preset)
         changes: dict[str, Any] = {"seed": self.seed, "validations": 0}

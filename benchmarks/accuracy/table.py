@@ -1,4 +1,4 @@
-"""Rows of the accuracy table to the paper's layout: methods down, mean and organs across, and what each cost."""
+"""The accuracy table in the paper's layout: methods down, mean and organs across, and the cost of each."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _common_budget(found: Sequence[Found]) -> dict[str, Any] | None:
 
 
 def _place(found: Found) -> tuple[bool, int, str]:
-    """Where a row stands: equal budgets first, then the paper's order; the same for all seeds of a system."""
+    """Sort key of a row: equal budgets first, then the paper's order; the same for all seeds of a system."""
     row = found[0]
     names = [{name, system.title.lower()} for name, system in SYSTEMS.items()]
     own = {row["system"], row["title"].lower()}
@@ -125,7 +125,7 @@ def _scores(matrix: np.ndarray, organs: Sequence[str]) -> dict[str, Any]:
 def _others(
     seeds: Sequence[Found], values: np.ndarray, cases: Sequence[str], organs: Sequence[str]
 ) -> dict[str, Any]:
-    """What a row has besides DSC: its facts, the deviation over seeds, means over seeds of other scores and costs."""
+    """Facts of a row, the deviation of DSC over seeds, means over seeds of other scores and of costs."""
     means = [number(mean_over_organs(seed)) or 0.0 for seed in values]
     consistency = [score_matrix(metrics["cases"], cases, organs, "ice") for _, metrics in seeds]
     summaries = [organ for _, metrics in seeds for organ in metrics["organs"].values()]

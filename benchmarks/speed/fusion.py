@@ -175,7 +175,7 @@ def case(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> C
 
 
 def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Iterator[Case]:
-    """Named shapes, then the rest of the curves over N and over the image size; the largest in full runs alone."""
+    """Named shapes, then the curves over N and over the image size; the largest shapes are left to full runs."""
     gpu = device.type == "cuda"
     shapes, curve = (GPU_SHAPES, GPU_CURVE) if gpu else (CPU_SHAPES, CPU_CURVE)
     if not gpu and not full:

@@ -1,14 +1,14 @@
-"""The low-rank layer against the frozen one and the usual ways to adapt it.    python -m benchmarks.speed.lora_linear
+"""The LoRA layer against the frozen layer and the usual ways to compute LoRA.    python -m benchmarks.speed.lora_linear
 
     frozen            F.linear alone: what the layer costs without LoRA, another function than the rest
     PEFT              its own layer, where it is installed; PEFT form is base(x) + scaling · B(A(x)), as it computes it
-    addmm             the update added to y in place of a sum of its own
-    S, then fused     S = x Aᵀ by the library, then S Bᵀ, onto which the base product adds up in its epilogue
-    merged each step  W + scaling · B A made anew, then one product; bf16 rounds a small update away
+    addmm             the update is added to y in place, by the product's own epilogue
+    S, then fused     S = x Aᵀ, then S Bᵀ with the bias, to which the base product is added in its epilogue
+    merged each step  W + scaling · B A is made at each step, then one product; bf16 rounds a small update away
     torch, augmented, triton    ours, each engine, where it runs; lora_linear takes what `auto` chooses
 
 Cases with fp32 adapters have x and W in half precision and run under autocast, as training does. The error against
-fp64 stands beside each time: it is the reason why merging is no rival in half precision."""
+fp64 stands beside each time, since merging in half precision rounds small updates away."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def merged(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Ten
 
 
 def under_autocast(provider: Provider, device: torch.device, dtype: torch.dtype) -> Provider:
-    """The same way, called with autocast to `dtype`."""
+    """The same provider, called under autocast to `dtype`."""
     call = provider.call
     if call is None:
         return provider
@@ -109,7 +109,7 @@ def peft_layer(
 def providers(
     shape: Shape, dtype: torch.dtype, device: torch.device, full: bool = False
 ) -> dict[str, Provider]:
-    """Every way by its name; what has to be compiled on a CPU is left to a full run."""
+    """Every provider by its name; on a CPU compiled ones are left to full runs."""
     gpu = device.type == "cuda"
     exact = partial(reference.lora_linear, scaling=SCALING)
     base = 2 * shape.rows * shape.k * shape.n

@@ -3,9 +3,9 @@
     re-encoding     the whole model on the group about each slice, one group at a time
     stream_logits   ours: features of a slice are kept while a group still needs them
 
-A random model on hu (D, S, S), forward alone. The reference is the loop in fp64 on the first slices, but for one
-thing: the encoder being 2D, it is given each slice once, or a ViT-B would take minutes. `flop_ratio` is what counting
-promises of the two."""
+A random model on hu (D, S, S), forward alone. The reference is the loop in fp64 on the first slices; it encodes each
+slice once, which is equal since the encoder is 2D, because a ViT-B would take minutes. `flop_ratio` is the loop's
+FLOPs over ours."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def configuration(shape: Shape) -> ModelConfig:
 
 @lru_cache(maxsize=1)
 def models(shape: Shape, device: torch.device) -> tuple[AfterSAM, AfterSAM]:
-    """The model, and itself in fp64."""
+    """The model, and a copy in fp64."""
     torch.manual_seed(0)
     model = build_aftersam(configuration(shape), CLASSES).to(device).eval().requires_grad_(False)
     wide = copy.deepcopy(model).double()
-    # segment_anything makes its position features in fp32 whatever the model is in.
+    # segment_anything makes its position features in fp32, whatever the model's dtype.
     wide.decoder._positions = lambda *grid: model.decoder._positions(*grid).double()  # type: ignore[method-assign]
     return model, wide
 
@@ -80,7 +80,7 @@ def replayed(shape: Shape, device: torch.device) -> AfterSAM:
 
 
 def stream(hu: Tensor, shape: Shape, host: np.ndarray | None = None) -> Tensor:
-    """hu (D, S, S) -> logits (D, K+1, S, S); `host` is the same scan where prediction has it, in the host's memory."""
+    """hu (D, S, S) -> logits (D, K+1, S, S); `host` is the same scan in the host's memory, as in prediction."""
     planes = stream_logits(
         replayed(shape, hu.device),
         hu.float().cpu().numpy() if host is None else host,
@@ -119,7 +119,7 @@ def _first(run: Callable[[Tensor, Shape], Tensor], hu: Tensor, shape: Shape) -> 
 
 @cache
 def flops(shape: Shape) -> tuple[int, int]:
-    """FLOPs of ours and of the loop, counted by torch of one slice and one group, which no memory is taken for."""
+    """FLOPs of ours and of the loop: torch counts one slice and one group on the meta device."""
     with torch.device("meta"):
         model = build_aftersam(configuration(shape), CLASSES).eval().requires_grad_(False)
         hu = torch.empty(1, shape.image_size, shape.image_size)

@@ -60,7 +60,7 @@ GPU_SHAPES = [
 
 
 class _LoRA(nn.Module):
-    """q and v of a fused projection with their updates beside it, as PEFT and SAM's LoRA ports add them."""
+    """A fused projection with separate LoRA updates of q and v, as in PEFT and in LoRA ports of SAM."""
 
     def __init__(self, known: LoRAQKV) -> None:
         super().__init__()
@@ -80,9 +80,9 @@ class _LoRA(nn.Module):
 
 
 class _Attention(nn.Module):
-    """SAM's attention as segment_anything cuts and biases it, the bias in memory; `attend` takes q, k, v and it.
+    """SAM's attention with segment_anything's windows and its bias in memory; `attend` takes q, k, v and the bias.
 
-    Where `frugal`, an image or 64 windows at a time and again in the backward, so that the bias fits in fp64 too."""
+    `frugal` computes an image or 64 windows at a time and again in the backward, so that the bias fits in fp64, too."""
 
     def __init__(self, known: EncoderAttention, attend: Callable[..., Tensor], *, frugal: bool) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def composed(
 
 
 def step(model: AfterSAM, labels: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function of HU (B, N, H, W) and of all trained parameters as one vector, giving the loss."""
+    """The loss as a function of HU (B, N, H, W) and of all trained parameters as one vector."""
     trained = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
 
     def call(hu: Tensor, vector: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ Attention = Callable[[Tensor, AxialFusionAttention], Tensor]
 
 
 class OtherAttention(nn.Module):
-    """Stands in a block for its attention, with the same weights under the same names."""
+    """Replaces a block's attention by `attend`, with the same weights under the same names."""
 
     def __init__(self, known: AxialFusionAttention, attend: Attention) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def equations(x: Tensor, attention: AxialFusionAttention) -> Tensor:
 
 
 def remade(x: Tensor, attention: AxialFusionAttention) -> Tensor:
-    """The equations, their scores made again in the backward: in fp64 those of six blocks would not fit."""
+    """The equations with their scores recomputed in the backward: in fp64 those of six blocks would not fit."""
     weights = _weights(attention)  # as they are now, not as a functional call leaves them behind
     return checkpoint(_equations, attention.num_heads, x, *weights, use_reentrant=False)  # type: ignore[no-any-return]
 

@@ -7,8 +7,8 @@
     + centre alone    the last block and the decoder compute the slice that is kept
     + encoded once    a slice's features are kept while a group still needs them: stream_logits, ours
 
-Each row has what the rows above it have. The first two compute another function than the others, held to fp64
-equations of its own. A random model on hu (D, S, S); forward alone."""
+Each row adds one technique to the row above it. The first two rows compute another function than the others, and are
+compared with fp64 equations of their own. A random model on hu (D, S, S); forward alone."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def stream(
 
 
 def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Iterator[Case]:
-    """hu is in `dtype`, so that the reference sees what the models see; those compute under autocast."""
+    """hu is in `dtype`, so that models and reference see the same values; the models compute under autocast."""
     name, shape = GPU_SHAPE if device.type == "cuda" else CPU_SHAPE
     depth, slices, side, encoder, blocks = shape
     config = dataclasses.replace(
@@ -114,7 +114,7 @@ def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Itera
 
 def in_fp64(model: AfterSAM) -> AfterSAM:
     wide = copy.deepcopy(model).double()
-    # segment_anything makes its position features in fp32 whatever the model is in.
+    # segment_anything makes its position features in fp32, whatever the model's dtype.
     wide.decoder._positions = lambda *grid: model.decoder._positions(*grid).double()  # type: ignore[method-assign]
     return wide
 

@@ -1,7 +1,7 @@
 """nnU-Net by its own package: its fingerprint, plan, preprocessing, network, augmentation and prediction.
 
-Only three things are ours: it sees the training cases of the split alone, it stops at the limit of the row with its
-rate following progress, and it does not mirror scans of data sets that tell left from right.
+Three things differ from the package: only the training cases of the split are used; training stops at the limit of the
+row, and the learning rate follows its progress; scans of data sets with left and right organs are not mirrored.
 
 Source: github.com/MIC-DKFZ/nnUNet, nnunetv2/training/nnUNetTrainer/nnUNetTrainer.py, which is subclassed here."""
 
@@ -74,7 +74,7 @@ def predict(job: Job) -> dict[str, Any]:
     scans = [[str(case.image)] for case in cases]
     predictor.predict_from_files_sequential(scans, [str(job.home / "masks" / case.id) for case in cases])
     spacing = trainer.configuration_manager.spacing
-    if len(spacing) == 2:  # its 2D networks keep the distance of slices
+    if len(spacing) == 2:  # 2D networks work at the slice spacing of the data
         spacing = [read_json(_plans(job))["original_median_spacing_after_transp"][0], *spacing]
     return {
         "parameters": sum(p.numel() for p in trainer.network.parameters()),
@@ -84,7 +84,7 @@ def predict(job: Job) -> dict[str, Any]:
 
 
 def _paths(job: Job) -> Path:
-    """nnU-Net's three folders inside the row's, as the environment tells it; before anything of it is imported."""
+    """Make nnU-Net's three folders in the row's. nnU-Net reads their names from the environment when it is imported."""
     root = (job.home / "nnunet").resolve()
     for kind in ("raw", "preprocessed", "results"):
         (root / kind).mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ def _trainer(job: Job) -> Any:
                 self.progress.step += 1
                 self.progress.seconds = time.monotonic() - began
 
-    os.environ |= {"nnUNet_n_proc_DA": "0"}  # no processes for augmentation: the row's threads are all it has
+    os.environ |= {"nnUNet_n_proc_DA": "0"}  # no processes for augmentation beside the row's threads
     torch.set_num_threads(job.limits.threads)  # planning changed it
     preprocessed = _plans(job).parent
     plans = {**read_json(_plans(job)), "continue_training": False}

@@ -1,7 +1,7 @@
-"""One loop for every rival: batches, a loss, AdamW with a poly rate, until the minutes are up.
+"""The rivals' training loop: batches, a loss, AdamW with a polynomial learning rate, until the limit.
 
-The 3D networks learn from random patches of the preprocessed scans, two of three about an organ; a patch slides
-over a whole scan to segment it, and logits return to the scan's own grid before the labels are chosen, as ours do."""
+The 3D networks learn from random patches of the preprocessed scans, two of three about an organ. They segment a scan
+by a sliding window, and logits are interpolated to the scan's own grid before the argmax, as in ours."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from aftersam.training.schedule import Progress, batches, learning_rate
 
 WINDOW_HU = (-200.0, 400.0)
 FOREGROUND = 0.66  # share of patches about an organ, as in our own presets
-# Cross-entropy counts a voxel of an organ as so many of background: a patch has more of it than a group of a few
-# slices. At weight 1, and with no guess of background to start from, DynUNet found no esophagus of OpenKBP in 40
-# minutes: it is 0.06 % of a patch.
+# Weight of organ voxels in the cross-entropy; background has 1. A patch has more background than a group of a few
+# slices. With weight 1, and without a bias towards background to start from, DynUNet found no esophagus of OpenKBP in
+# 40 minutes: it is 0.06 % of a patch.
 ORGAN_WEIGHT = 20.0
 TURN = (0.26, 0.09, 0.09)  # largest rotation in radians about the axes d, h, w; voxels are longer along d
 
@@ -35,7 +35,7 @@ Batch = dict[str, Any]
 
 
 class Spent(NamedTuple):
-    """What a training took: wall and processor minutes, optimiser steps, peak memory of the process or GPU."""
+    """The cost of a training: wall and processor minutes, optimiser steps, peak memory of the process or GPU."""
 
     minutes: float
     cpu_minutes: float
@@ -142,9 +142,9 @@ def scaled(hu: np.ndarray) -> Tensor:
 
 
 def lead_background(network: nn.Module, num_classes: int) -> nn.Module:
-    """`network` itself, saying background before it has learned, as ours does: its last convolution's bias is raised.
+    """`network` itself, its last convolution with a bias towards background, as ours has.
 
-    Without it the first hundreds of steps only teach how rare organs are."""
+    Without the bias the first hundreds of steps are spent on learning that organs are rare."""
     convolutions = (m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
     *_, last = (m for m in convolutions if m.out_channels == num_classes)
     assert last.bias is not None, "MONAI's networks end in a convolution with a bias"
@@ -156,7 +156,7 @@ def lead_background(network: nn.Module, num_classes: int) -> nn.Module:
 class SoundConv3d(nn.Conv3d):
     """A convolution that computes an input two slices deep in fp32, on a CPU and under autocast.
 
-    There the bfloat16 gradient of a 3³ weight reads memory that nobody wrote (torch 2.13 with oneDNN, avx512_bf16):
+    There the bfloat16 gradient of a 3³ weight reads uninitialised memory (torch 2.13 with oneDNN, avx512_bf16):
     Swin UNETR, whose 64-voxel patches end in 2³ tokens, had gradients of 1e34 and a loss of NaN within 14 steps."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ def with_sound_gradients(network: nn.Module) -> nn.Module:
 
 
 def patch_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Our loss, a patch being one group of slices: Dice counts the organs that it shows, so that small ones start."""
+    """Our loss with a patch as one slice group: Dice is over the organs present, so that small ones start to learn."""
     logits = model(batch["image"]).movedim(1, 2)  # (B, d, K+1, h, w)
     return segmentation_loss(logits, batch["labels"][:, 0], ce_foreground_weight=ORGAN_WEIGHT).total
 
@@ -190,7 +190,7 @@ def segment_by_patches(
     device: torch.device,
     precision: torch.dtype,
 ) -> np.ndarray:
-    """hu (D, H, W) at the network's spacing -> labels uint8 on `output_shape`: half-overlapping patches, Gaussian."""
+    """hu (D, H, W) at the network's spacing -> labels uint8 on `output_shape`, by Gaussian half-overlapping patches."""
     from monai.inferers import sliding_window_inference
 
     with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):

@@ -119,9 +119,9 @@ class AdaptedBlock(nn.Module):
 
 
 class OneOrganAtATime(nn.Module):
-    """A prompted decoder of two classes, run once an organ: logits of background 0 and of each organ its lead.
+    """A prompted decoder of two classes, run once for each organ: its logit minus background's; background has logit 0.
 
-    `organ`, while it is set, is the only one decoded: (T, 2, H, W)."""
+    While `organ` is set, that organ alone is decoded: (T, 2, H, W)."""
 
     def __init__(self, decoder: MaskDecoder, num_classes: int) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class OneOrganAtATime(nn.Module):
 
 
 def build_msa(config: ModelConfig, num_classes: int, sam: SamCheckpoint | None = None) -> AfterSAM:
-    """SAM with adapters: frozen but for them and the decoder with official weights, all trained without."""
+    """SAM with adapters. With official weights adapters and decoder are trained, without them everything."""
     two_d = dataclasses.replace(config, attention="none", prompts="point", encoder="full")
     model = build_aftersam(two_d, 2, sam=sam)
     if sam is not None:
@@ -168,13 +168,13 @@ def groups(cached: Sequence[CachedCase], config: Config) -> Iterator[Batch]:
 
 
 def group_loss(model: nn.Module, batch: Batch, *, config: TrainConfig) -> Tensor:
-    """The loss of our own rows; MSA gets one organ, mostly one that is there."""
+    """The loss of our own rows. MSA gets one organ a step, in nine of ten steps one that is present."""
     hu, labels = batch["hu"], batch["labels"]
     decoder = model.decoder
     if isinstance(decoder, OneOrganAtATime):
         present = labels.unique().tolist()
         present = [value for value in present if value]
-        if not present or torch.rand(()) < 0.1:  # it must also learn that there may be nothing
+        if not present or torch.rand(()) < 0.1:  # absent organs must be learned, too
             present = list(range(1, decoder.num_classes))
         decoder.organ = present[int(torch.randint(len(present), ()))]
         labels = (labels == decoder.organ).long() * decoder.organ
