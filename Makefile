@@ -31,7 +31,7 @@ demo: $(READY) ## synthetic CT scans: train, segment, score, report in demo-run/
 	$(PY) -m aftersam.demo -o $(DEMO)
 
 test: $(READY) ## run the tests; TESTS="tests/test_config.py -x" passes on to pytest
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile -p no:benchmark $(TESTS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile $(TESTS)
 
 # The interpreter of 3.6 takes loop bounds as arrays of one element, of which NumPy warns; warnings are errors here.
 test-triton36: .venv-triton36/installed ## the kernels under Triton 3.6, which GPU images in the field have
@@ -60,7 +60,7 @@ format: $(READY) ## let ruff fix and format the code
 	$(PY) -m ruff format .
 
 clean: ## remove caches, builds and demo-run; .venv stays
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(DEMO)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(DEMO)
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
 
 .venv/installed: setup.py constraints.txt

@@ -47,7 +47,6 @@ setup(
             "peft>=0.17",  # adapters that come from it and go back are tested against it
             "pydicom>=3",
             "pytest>=8.2",
-            "pytest-benchmark>=4",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",  # one worker a core
             "setuptools>=77",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from aftersam.config import Config, preset
-from aftersam.evaluation.statistics import summarise
+from aftersam.evaluation.statistics import Scores, summarise
+from aftersam.evaluation.tables import markdown_table
 from aftersam.files import read_json, write_text
 
 if TYPE_CHECKING:
@@ -114,14 +114,11 @@ def ablate(args: AblateArgs) -> dict[str, Any]:
     return result
 
 
-Row = dict[str, dict[str, float]]  # case -> organ -> DSC
-
-
 def _name(change: Mapping[str, Any]) -> str:
     return "-".join(f"{k}-{v}" for k, v in change.items()) or "base"
 
 
-def _rows(args: AblateArgs, rows: Sequence[tuple[str, Mapping[str, Any], int]]) -> list[Row]:
+def _rows(args: AblateArgs, rows: Sequence[tuple[str, Mapping[str, Any], int]]) -> list[Scores]:
     """`_row` of each (name, change, seed), `jobs` at once."""
     if args.jobs == 1:
         return [_row(args, *row) for row in rows]
@@ -135,8 +132,8 @@ def _share_cores(jobs: int) -> None:
     torch.set_num_threads(max(torch.get_num_threads() // jobs, 1))
 
 
-def _row(args: AblateArgs, name: str, change: Mapping[str, Any], seed: int) -> Row:
-    """DSC of every case and organ for one variant and seed, trained unless its scores are there."""
+def _row(args: AblateArgs, name: str, change: Mapping[str, Any], seed: int) -> Scores:
+    """Scores of every case and organ for one variant and seed, trained unless they are there."""
     from aftersam.data.dataset import find_dataset, link_cases, split
     from aftersam.evaluation.scoring import evaluate
     from aftersam.inference.pipeline import PredictArgs, predict_files
@@ -167,11 +164,8 @@ def _row(args: AblateArgs, name: str, change: Mapping[str, Any], seed: int) -> R
             )
         )  # fmt: skip
         evaluate(home / "masks", labels, output=home / "metrics.json", quiet=True)
-    found = read_json(home / "metrics.json")["cases"]
-    return {
-        case: {organ: math.nan if s["dsc"] is None else s["dsc"] for organ, s in row.items()}
-        for case, row in found.items()
-    }
+    found: Scores = read_json(home / "metrics.json")["cases"]
+    return found
 
 
 def row_config(args: AblateArgs, change: Mapping[str, Any], seed: int) -> Config:
@@ -190,30 +184,29 @@ def row_config(args: AblateArgs, change: Mapping[str, Any], seed: int) -> Config
 def markdown(name: str, table: Mapping[str, Any]) -> str:
     """The paper's layout in percent, p-values in brackets."""
     columns, prompted = table["columns"], table.get("prompted", {})
-    lines = [
-        f"**{TITLES[name]}**: DSC in %, {table['cases']} cases, mean ± deviation over {table['seeds']} seeds; "
-        f"in brackets p of a paired Wilcoxon test against {table['against']}",
-        "",
-        "|  | " + " | ".join(f"{column} †" if column in prompted else column for column in columns) + " |",
-        "| --- |" + " ---: |" * len(columns),
-    ]
+    lines = [["", *(f"{column} †" if column in prompted else column for column in columns)]]
     for organ in next(iter(columns.values())):
         cells = []
         for column, scores in columns.items():
             p = table["tests"].get(column, {}).get(organ)
             tested = "" if p is None else f" ({p:.2g})"
             cells.append(f"{100 * scores[organ]['mean']:.2f} ± {100 * scores[organ]['std']:.2f}{tested}")
-        lines.append(f"| {organ} | " + " | ".join(cells) + " |")
+        lines.append([organ, *cells])
+    parts = [
+        f"**{TITLES[name]}**: DSC in %, {table['cases']} cases, mean ± deviation over {table['seeds']} seeds; "
+        f"in brackets p of a paired Wilcoxon test against {table['against']}",
+        markdown_table(lines),
+    ]
     if prompted:
-        lines += ["", "† prompted from the labels that it is scored against"]
+        parts.append("† prompted from the labels that it is scored against")
     best = table["against"]
     for column, tests in table["tests"].items():
         gains = (
             f"{organ} {100 * (columns[best][organ]['mean'] - columns[column][organ]['mean']):+.2f} (p {p:.2g})"
             for organ, p in tests.items()
         )
-        lines += ["", f"{best} against {column}: {', '.join(gains)}"]
-    return "\n".join(lines)
+        parts.append(f"{best} against {column}: {', '.join(gains)}")
+    return "\n\n".join(parts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """Every subject that this machine can measure, into one JSON.    python -m benchmarks [quick|full|<subject>]
 
-quick keeps to ten minutes on two cores, full measures every shape; one subject by its name is measured in full.
-The subjects share the seconds of --budget: what does not fit is named in the result as skipped."""
+quick takes at most ten minutes on two cores, full measures every shape, and one subject by its name is measured in
+full. The subjects share the seconds of --budget; cases that do not fit are listed in the result as skipped."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from typing import Any
 
 import torch
 
-from benchmarks import (
-    bench_axial_attention,
-    bench_axial_half,
-    bench_fusion,
-    bench_image_encoder,
-    bench_lora_linear,
-    bench_predict,
-    bench_rel_pos,
-    bench_slice_attention,
-    bench_train_step,
-    bench_transformer,
-    bench_waterfall,
-    harness,
-    machine,
-)
+from benchmarks import harness, machine
 from benchmarks.harness import Cases
+from benchmarks.speed import (
+    axial_attention,
+    axial_half,
+    fusion,
+    image_encoder,
+    lora_linear,
+    predict,
+    rel_pos,
+    slice_attention,
+    train_step,
+    transformer,
+    waterfall,
+    window,
+)
 from benchmarks.targets import line, targets
 
 SUBJECTS: dict[str, Cases] = {
-    "axial": bench_axial_attention.cases,
-    "axial_half": bench_axial_half.cases,
-    "lora": bench_lora_linear.cases,
-    "slice": bench_slice_attention.cases,
-    "rel_pos": bench_rel_pos.cases,
-    "window": bench_rel_pos.window_cases,
-    "encoder": bench_image_encoder.cases,
-    "predict": bench_predict.cases,
-    "train_step": bench_train_step.cases,
-    "transformer": bench_transformer.cases,
-    "fusion": bench_fusion.cases,
-    "waterfall": bench_waterfall.cases,
+    "axial": axial_attention.cases,
+    "axial_half": axial_half.cases,
+    "lora": lora_linear.cases,
+    "slice": slice_attention.cases,
+    "rel_pos": rel_pos.cases,
+    "window": window.cases,
+    "encoder": image_encoder.cases,
+    "predict": predict.cases,
+    "train_step": train_step.cases,
+    "transformer": transformer.cases,
+    "fusion": fusion.cases,
+    "waterfall": waterfall.cases,
 }
 TOTAL_S = {"quick": 480.0, "full": 3600.0}
 
@@ -58,8 +58,8 @@ def run(
 ) -> dict[str, Any]:
     """The result of `what` (quick, full or a subject) within `total_s` seconds, `case_s` of timing a case.
 
-    `subjects` are those of a quick or full run that are measured, all where there is none.
-    Records are appended to `lines` as they are known; what stands there already is not measured again."""
+    A quick or full run measures the given `subjects`, or all of them without any.
+    Each record is appended to the file `lines` once it is measured; cases in the file are not measured again."""
     device = machine.default_device()
     dtype = machine.default_dtype(device)
     names = list(subjects or SUBJECTS) if what in TOTAL_S else [what]
@@ -76,7 +76,7 @@ def run(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and leave the JSON; 1 where ours was not right."""
+    """Measure and write the JSON; the exit code is 1 where a result of ours was wrong."""
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument("what", nargs="?", default="quick", choices=[*TOTAL_S, *SUBJECTS])
     parser.add_argument(

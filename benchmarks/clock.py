@@ -1,9 +1,9 @@
 """How a call is timed: CUDA graphs on a GPU, the wall clock on a CPU.
 
 On a GPU a call is captured in a CUDA graph, several times over, each time on an input set of its own, and the graph
-is replayed: kernels follow one another as fast as the GPU takes them, whatever Python costs a call, and since the
-sets together exceed the L2 cache several times, every call finds its inputs in memory. What a user who does not
-capture pays is measured beside it: calls queued back to back, the host's share included."""
+is replayed. The time is that of the GPU alone, without Python. The sets together exceed the L2 cache several times, so
+that every call reads its inputs from memory. Calls queued back to back from Python are timed as well: that time
+includes the host's share, which a user without a CUDA graph pays."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ METHOD = {
     " Python, the host's share included; clock 'events' where a call cannot be captured",
     "cpu": "wall clock, providers in turns; caches are as the call before left them",
 }
-L2_SIZES = 5  # that the input sets of a graph exceed together
+L2_SIZES = 5  # the input sets of a graph together are larger than this many L2 caches
 MOST_SETS = 16
-GRAPH_MS = 4.0  # of GPU work in a graph, so that its launch is not what is measured
-OWN_MS = 20.0  # a call longer than this needs no other input sets
-LONG_MS = 1000.0  # of measurements, after which no other is taken
+GRAPH_MS = 4.0  # of GPU work in a graph, so that its launch hardly counts
+OWN_MS = 20.0  # a longer call is timed on one input set
+LONG_MS = 1000.0  # of measurements, after which no further one is taken
 
 
 def sets_needed(inputs: Sequence[Tensor]) -> int:
@@ -37,7 +37,7 @@ def sets_needed(inputs: Sequence[Tensor]) -> int:
 
 
 def copies(inputs: Sequence[Tensor], count: int) -> list[list[Tensor]]:
-    """The inputs and `count` − 1 copies of them, of the same strides and the same wish for gradients."""
+    """The inputs and `count` − 1 copies of them, with the same strides and `requires_grad`."""
     sets = [list(inputs)]
     for _ in range(count - 1):
         bases: dict[int, Tensor] = {}  # views of one tensor stay views of one tensor
@@ -57,10 +57,10 @@ def copies(inputs: Sequence[Tensor], count: int) -> list[list[Tensor]]:
 def times(
     calls: Mapping[str, Sequence[Call]], *, budget_s: float, uncaptured: Collection[str] = ()
 ) -> dict[str, tuple[list[float], str]]:
-    """Milliseconds of each call, and by which clock. A call comes as one function an input set.
+    """Milliseconds of each call, and by which clock. A call is given as one function for each input set.
 
-    Calls are timed in turns within `budget_s` seconds, at least three times each; no graph is made of those that are
-    named in `uncaptured`."""
+    Calls are timed in turns within `budget_s` seconds, at least three times each. Calls named in `uncaptured` are
+    timed without a CUDA graph."""
     if not calls:
         return {}
     if torch.cuda.is_available():
@@ -86,14 +86,14 @@ def _gpu_times(
             if clock == "graph":
                 try:
                     graph = graphs.get(name) or _Graph(of)
-                except RuntimeError:  # it synchronises or copies from the host: not to be captured
+                except RuntimeError:  # it synchronises or copies from the host
                     torch.cuda.synchronize()
                     clock = "events"
                 else:
                     known += _events(graph.replay, budget_s=share, calls=graph.calls)
                     graphs[name] = graph
                     if torch.cuda.memory_reserved() > torch.cuda.get_device_properties(0).total_memory // 2:
-                        graphs.clear()  # the results that graphs hold would not fit beside one another
+                        graphs.clear()  # the graphs hold their results, which would not fit together
                         del graph
                         torch.cuda.empty_cache()
             if clock == "events":
@@ -103,7 +103,7 @@ def _gpu_times(
 
 
 class _Graph:
-    """A CUDA graph of calls on every input set in turn, long enough that its launch is not what is timed."""
+    """A CUDA graph of calls on every input set in turn, long enough that its launch hardly counts."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
         calls = _worth(calls)
@@ -115,7 +115,7 @@ class _Graph:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             for _ in range(rounds):
-                self.kept = [call() for call in calls]  # results lie apart, as inputs do
+                self.kept = [call() for call in calls]  # results have memory of their own, as inputs do
         self.replay()
         torch.cuda.synchronize()
 
@@ -124,7 +124,7 @@ class _Graph:
 
 
 def queued_times(calls: Sequence[Call], *, budget_s: float) -> list[float]:
-    """Milliseconds of a call among calls queued back to back from Python: GPU time or the host's, which is longer."""
+    """Milliseconds of a call among calls queued back to back from Python: the longer of GPU and host time."""
     calls = _worth(calls)
 
     def in_turn() -> None:
@@ -135,7 +135,7 @@ def queued_times(calls: Sequence[Call], *, budget_s: float) -> list[float]:
 
 
 def _worth(calls: Sequence[Call]) -> Sequence[Call]:
-    """The calls, or the first alone where it is so long that its inputs leave the cache by themselves."""
+    """The calls, or the first alone where a call is so long that it evicts its own inputs from the cache."""
     return calls[:1] if _events(calls[0], budget_s=0.0, calls=1)[-1] > OWN_MS else calls
 
 
@@ -157,7 +157,7 @@ def _events(run: Call, *, budget_s: float, calls: int) -> list[float]:
 def _wall_times(calls: Mapping[str, Call], budget_s: float) -> dict[str, list[float]]:
     measured: dict[str, list[float]] = {name: [] for name in calls}
     began = time.perf_counter()
-    for call in calls.values():  # warm-up, and how long a round is
+    for call in calls.values():  # warm-up, and the duration of a round
         call()
     rounds = min(max(int(budget_s / (time.perf_counter() - began)), 3), 50)
     for _ in range(rounds):

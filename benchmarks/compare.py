@@ -1,7 +1,7 @@
 """Two results, record by record.    python -m benchmarks.compare A.json B.json
 
-B's time over A's for each record that both have, and whether it exceeds the spread: the two ranges from 20 % to 80 %
-quantile do not meet."""
+Prints B's time over A's for each record that both have. A change exceeds the spread where the two ranges from 20 % to
+80 % quantile do not meet."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RESULTS = ("role", "status", "flops", "error", "ms", "peak_bytes", "reason", "by
 
 
 class Change(NamedTuple):
-    """One time of one record: B over A, and what that means."""
+    """One time of one record: the ratio B over A and its verdict."""
 
     what: str
     ratio: float
@@ -55,7 +55,7 @@ def _sizes(record: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the changes; 1 where ours is slower by more than the spread, 2 where a file cannot be read."""
+    """Print the changes. The exit code is 1 where ours is slower beyond the spread, 2 where a file cannot be read."""
     parser = argparse.ArgumentParser(prog="benchmarks.compare", description=__doc__)
     parser.add_argument("a", type=Path)
     parser.add_argument("b", type=Path)

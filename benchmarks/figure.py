@@ -1,9 +1,9 @@
 """Draw docs/*.png, write docs/performance.md, docs/accuracy.md and the README's tables.    python -m benchmarks.figure
 
-Takes the newest result of each device in benchmarks/results, one of several subjects before one of a single
-subject. docs/performance.md has all of it: targets, one row a case with ours beside its best rival, time and memory
-against N and image size, a waterfall of techniques, a roofline. The README has a row a subject, and changes between
-its two markers alone."""
+Takes the newest result of each device in benchmarks/results; a result of several subjects goes before one of a single
+subject. docs/performance.md shows targets, one row a case with ours beside its best rival, time and memory against N
+and image size, a waterfall of techniques, and a roofline. The README has one row a subject, and changes between its
+markers alone."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from aftersam.evaluation.tables import markdown_table
+from aftersam.files import write_text
 from benchmarks.machine import RESULTS, ROOT, slug
+from benchmarks.page import write_sections
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"  # of write_readme's default
 PERFORMANCE = """# Performance, as measured
 
 `make bench` measures the machine it runs on, `make figure` writes this page from the newest result of each device in
@@ -54,8 +56,9 @@ def _rank(result: Result) -> tuple[bool, str]:
 
 
 def curve(result: Result, along: str = "slices") -> dict[str, list[Result]]:
-    """Timed fusion records of each provider in the order of `along` ("slices" is N, "side" the token grid's),
-    all else equal: at the shape that was measured at most of its values."""
+    """Timed fusion records of each provider in the order of `along`: "slices" is N, "side" that of the token grid.
+
+    All other sizes are equal: those at which most values of `along` were measured."""
     shape = ("batch", "slices", "side", "channels", "heads")
     by_shape: dict[tuple[int, ...], dict[str, list[Result]]] = {}
     for record in of_subject(result, "fusion"):
@@ -144,7 +147,7 @@ def draw(result: Result, path: Path) -> None:
 
 
 def draw_waterfall(result: Result, path: Path) -> bool:
-    """One bar a technique, each with those above it: seconds of a volume. False where there is none to draw."""
+    """Seconds of a volume, one bar a technique, each added to those above it. False where there is none to draw."""
     from matplotlib.figure import Figure
 
     steps = [r for r in of_subject(result, "waterfall") if "ms" in r]
@@ -181,13 +184,11 @@ def table(result: Result) -> str:
         r = next(iter(found.values()))
         shape = f"{name}: {r['slices']}, {r['side']}×{r['side']}, {r['channels']}, {r['heads']}"
         rows.append([shape, *(cell(found.get(p)) for p in providers)])
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "| --- |" + " ---: |" * len(providers))
-    return "\n".join(lines)
+    return markdown_table(rows)
 
 
 def caption(result: Result) -> str:
-    """Device, versions, commit and date: what a number means nothing without."""
+    """Device, dtype, versions, commit and date of a result."""
     where = result["environment"]
     versions = [f"torch {where['torch']}"] + ([f"triton {where['triton']}"] if where["triton"] else [])
     commit = f"commit {where['commit']}" + (" with local changes" if where["dirty"] else "")
@@ -218,10 +219,7 @@ def rivals_table(result: Result) -> str:
             rows.append(
                 [what, f"{best['provider']}, {theirs:.3g} ms", f"{mine:.3g} ms", f"{theirs / mine:.2f}×"]
             )
-    header = ["case", "best rival", "ours", "gain"]
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (header, *rows)]
-    lines.insert(1, "| --- | ---: | ---: | ---: |")
-    return "\n".join(lines)
+    return markdown_table([["case", "best rival", "ours", "gain"], *rows])
 
 
 def short_table(result: Result) -> str:
@@ -248,9 +246,7 @@ def short_table(result: Result) -> str:
         names = " / ".join(dict.fromkeys(r["provider"] for r in best.values()))
         rows.append([f"{subject}, {name}", names, _milliseconds(theirs), _milliseconds(mine), gains])
     header = ["case, forward / forward + backward", "best library form", "its ms", "ours, ms", "gain"]
-    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
-    lines.insert(1, "| --- | --- | ---: | ---: | ---: |")
-    return "\n".join(lines)
+    return markdown_table([header, *rows], left=(0, 1))
 
 
 def _milliseconds(times: Sequence[float]) -> str:
@@ -258,7 +254,7 @@ def _milliseconds(times: Sequence[float]) -> str:
 
 
 def targets_table(result: Result) -> str:
-    """Markdown: what was set out to be reached, what this result holds of it, and whether that is enough."""
+    """Markdown: every target that this result has a value for, its value and its verdict."""
     rows = [
         [t["number"], t["what"] + (f", {t['case']}" if t["case"] else ""), t["rival"] or "–", f"{t['value']:.3g}",
          t["target"] + (f" ({t['scaled']} here)" if "scaled" in t else ""), t["verdict"]]
@@ -267,9 +263,7 @@ def targets_table(result: Result) -> str:
     if not rows:
         return ""
     header = ["", "target", "rival", "measured", "aim", ""]
-    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
-    lines.insert(1, "| --- | --- | --- | ---: | ---: | --- |")
-    return "\n".join(lines)
+    return markdown_table([header, *rows], left=(0, 1, 2, 5))
 
 
 def cell(record: Result | None) -> str:
@@ -282,20 +276,8 @@ def cell(record: Result | None) -> str:
     return f"{forward:.3g} / {step:.3g} ms, {record['peak_bytes']['forward_backward'] / 2**20:,.0f} MiB"
 
 
-def write_readme(readme: Path, sections: Sequence[str], name: str = "bench") -> None:
-    """Put `sections` between the markers `name` of `readme`; ValueError unless both are there, once, in order."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    text = readme.read_text(encoding="utf-8")
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"{readme} needs one {begin} and, after it, one {end}")
-    before, after = text.split(begin)[0], text.split(end)[1]
-    partial = readme.with_name(readme.name + ".tmp")
-    partial.write_text(before + "\n\n".join([begin, *sections, end]) + after, encoding="utf-8")
-    partial.replace(readme)
-
-
 def page_sections(result: Result, image: Path) -> list[str]:
-    """Draw what the result allows, `image` and <image>-waterfall.png, <image>-roofline.png; the page's sections."""
+    """The page's sections of a result; plots are drawn to `image`, <image>-waterfall.png and <image>-roofline.png."""
     device = result["environment"]["device"]
     sections = [f"## {device}", caption(result)]
     if targeted := targets_table(result):
@@ -316,8 +298,8 @@ def page_sections(result: Result, image: Path) -> list[str]:
 
 
 def accuracy_sections(results: Path, docs: Path) -> list[str]:
-    """Draw every accuracy.json of the folder `results` and write docs/accuracy.md; the README's sections, if any."""
-    from benchmarks import accuracy_table
+    """The README's sections of every table in the folder `results`; plots and accuracy.md are written to `docs`."""
+    from benchmarks.accuracy import table as accuracy_table
 
     sections, pages = [], []
     for path in sorted(results.glob("*.json")):
@@ -331,7 +313,7 @@ def accuracy_sections(results: Path, docs: Path) -> list[str]:
             pages.append(f"![mean DSC step by step on {table['data']}]({steps.name})")
         sections += accuracy_table.in_short(table)
     if pages:
-        (docs / "accuracy.md").write_text("\n\n".join(pages) + "\n", encoding="utf-8")
+        write_text(docs / "accuracy.md", "\n\n".join(pages) + "\n")
         sections.append("[Organ by organ, costs and notes](docs/accuracy.md).")
     return sections
 
@@ -343,12 +325,12 @@ def main() -> int:
             image = ROOT / "docs" / f"bench-{slug(result['environment']['device'])}.png"
             page += page_sections(result, image)
             sections += [f"**{caption(result)}**", short_table(result)]
-        (ROOT / "docs" / "performance.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
+        write_text(ROOT / "docs" / "performance.md", "\n\n".join(page) + "\n")
         sections.append("[Every case, target and picture](docs/performance.md).")
-        write_readme(ROOT / "README.md", sections)
+        write_sections(ROOT / "README.md", sections)
         accuracy = accuracy_sections(RESULTS / "accuracy", ROOT / "docs")
         if accuracy:
-            write_readme(ROOT / "README.md", accuracy, "accuracy")
+            write_sections(ROOT / "README.md", accuracy, "accuracy")
     except ValueError as error:
         print(f"benchmarks.figure: {error}", file=sys.stderr)
         return 2

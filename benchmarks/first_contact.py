@@ -1,8 +1,8 @@
 """The first minutes on new hardware.    python -m benchmarks.first_contact
 
-Four stages, each with a limit of its own and its output kept in a file: compute-sanitizer on small shapes, the GPU
-tests, a sweep of tile configurations behind the correctness gate, the quick benchmark. A stage that fails or runs
-out of time does not stop the next; one that cannot run here says why. Under ten minutes in all."""
+Five stages, each with a time limit and a log file: compute-sanitizer on small shapes, the GPU tests, a sweep of tile
+configurations that are checked before they are timed, the backends of slice attention, the quick benchmark. A stage
+that fails or runs out of time does not stop the next; one that cannot run here says why. Under ten minutes in all."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Stage(NamedTuple):
     command: list[str]
     limit_s: float
     missing: str = ""
-    """Why it cannot run here; empty where it can."""
+    """Why the stage cannot run here; empty where it can."""
 
 
 class Outcome(NamedTuple):
@@ -74,7 +74,7 @@ def run(stage: Stage, folder: Path) -> Outcome:
     log = folder / f"{stage.name}.log"
     began = time.perf_counter()
     with log.open("w") as out:
-        # A session of its own, so that what the stage started ends with it.
+        # In a session of its own, so that processes which the stage started end with it.
         process = subprocess.Popen(
             stage.command, cwd=ROOT, env=_environment(), stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         )  # fmt: skip
@@ -96,7 +96,7 @@ def _environment() -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stages in order; 1 where one failed or ran out of time."""
+    """Run the stages in order. The exit code is 1 where one failed or ran out of time."""
     parser = argparse.ArgumentParser(prog="benchmarks.first_contact", description=__doc__)
     parser.add_argument(
         "-o", "--output", type=Path, default=RESULTS / "first-contact", help="folder of the logs"

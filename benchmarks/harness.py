@@ -1,10 +1,10 @@
 """Correctness first, then time: what every benchmark shares.
 
-Each provider of a case is compared with an fp64 reference, output and gradients, before anything is timed;
-one that is wrong is reported as wrong and not timed. The others are timed in turns, so that a machine that
-slows down slows all of them, and reported as median and 20 % and 80 % quantiles. Peak memory is what torch
-allocates above the inputs. FLOPs are counted from shapes: two for each multiply-add of a matrix product,
-nothing for recomputation. Bytes, where a case counts them, are what any implementation must read and write."""
+Output and gradients of each provider of a case are compared with an fp64 reference before anything is timed. A wrong
+provider is reported as wrong and not timed. The others are timed in turns, so that a machine that slows down slows
+all of them; median, 20 % and 80 % quantiles are reported. Peak memory is what torch allocates above the inputs. FLOPs
+are counted from shapes: two for each multiply-add of a matrix product, none for recomputation. Bytes, where a case
+counts them, are what any implementation must read and write."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from aftersam.files import write_text
 from benchmarks import clock
 from benchmarks.machine import RESULTS, default_device, default_dtype, environment, slug
 
@@ -43,14 +44,14 @@ class Provider:
     missing: str = ""
     """Why `call` is None on this machine."""
     role: Literal["ours", "rival", "other"] = "rival"
-    """The public call, another way to the same function, or what is only to be seen beside them: another
-    function, or a named backend of ours."""
+    """ours: the public call. rival: another way to compute the same function. other: another function, or a named
+    backend of ours, shown beside them."""
     checked: Callable[..., Tensor] | None = None
-    """What is compared with the reference in place of `call`: the same without autocast, or on fewer slices."""
+    """Compared with the reference in place of `call`: the same without autocast, or on fewer slices."""
     captured: bool = True
-    """Whether a CUDA graph can be made of it: it copies nothing to or from the host."""
+    """Whether `call` can be captured in a CUDA graph: it copies nothing to or from the host."""
     forward_only: bool = False
-    """Its backward does not fit on this machine; the output alone is compared and timed."""
+    """The backward does not fit on this machine; the output alone is compared and timed."""
 
 
 def measure(
@@ -58,8 +59,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One record for each provider: its errors, and its times and memory where the errors allow.
 
-    `inputs` that require a gradient get one, and where none does the forward alone is measured; `budget_s` bounds
-    the seconds of timing for the whole case."""
+    The backward goes to the `inputs` that require a gradient; without any the forward alone is measured. `budget_s`
+    bounds the seconds of timing of the whole case."""
     gate = Gate(inputs)
     records: list[dict[str, Any]] = []
     right: dict[str, dict[str, list[clock.Call]]] = {}
@@ -77,7 +78,7 @@ def measure(
             if record["status"] == "ok":
                 right[name] = runners(provider.call, sets, forward_only=provider.forward_only)
                 record["peak_bytes"] = {kind: peak_bytes(of[0]) for kind, of in right[name].items()}
-        except Exception as error:  # whatever a rival raises is its result, not the end of the run
+        except Exception as error:  # an error of one provider is its result, not the end of the run
             record |= _failure(error)
             right.pop(name, None)
             if LOST in record["reason"]:
@@ -96,7 +97,7 @@ def measure(
                 measured, by = times[record["provider"]]
                 record.setdefault("ms", {})[kind] = clock.summary(measured)
                 record["clock"] = by
-                if by == "graph" and clock.summary(measured)["median"] < 1:  # where the host may bind
+                if by == "graph" and clock.summary(measured)["median"] < 1:  # the host may bind
                     queued = clock.queued_times(calls[record["provider"]], budget_s=0.05)
                     record["ms"][f"{kind}_call"] = clock.summary(queued)
     return records
@@ -121,7 +122,7 @@ class Gate:
             found = self._outputs(call, self.inputs, forward_only=provider.forward_only)
         errors = [_relative_error(a, b) for a, b in zip(found, expected[: len(found)], strict=True)]
         tolerance = TOLERANCE[self.inputs[0].dtype]
-        forward, backward = errors[0], torch.tensor([0.0, *errors[1:]]).max().item()  # NaN wherever it stands
+        forward, backward = errors[0], torch.tensor([0.0, *errors[1:]]).max().item()  # NaN if any is NaN
         right = forward <= tolerance and backward <= 2 * tolerance  # not `>`: a NaN must fail
         return {"status": "ok" if right else "wrong", "error": {"forward": forward, "backward": backward}}
 
@@ -247,7 +248,7 @@ Case = tuple[Mapping[str, Any], Sequence[Tensor], Mapping[str, Provider]]
 Facts are subject, name (empty for a point of a curve), sizes, and where they mean something `bytes` (of a forward),
 `bytes_backward` and `items` with `unit` (what is counted a second, such as images)."""
 Cases = Callable[..., Iterable[Case]]
-"""cases(device, dtype, full=False), cheap to iterate: what is large is made when a provider is first called."""
+"""cases(device, dtype, full=False), cheap to iterate: large models are made when a provider is first called."""
 
 
 def run(
@@ -258,12 +259,12 @@ def run(
     total_s: float = math.inf,
     lines: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure cases one after the other, `budget_s` seconds of timing each, printing as it goes; ready for JSON.
+    """The result of all cases as JSON values: environment, ceilings, records, and what was skipped.
 
-    Several subjects come as a mapping and share `total_s` seconds, checks and references included: each has an
-    equal part of what is left when its turn comes, and begins no further case once that is spent. What was not
-    begun is named under `skipped`. Every record is appended to the file `lines` when it is known, and cases that
-    an earlier run left there are not measured again."""
+    Each case is timed for `budget_s` seconds. Several subjects are given as a mapping and share `total_s` seconds,
+    checks and references included: each gets an equal part of the seconds that are left, and begins no further case
+    once they are spent. Cases that were not begun are listed under `skipped`. Each record is appended to the file
+    `lines` once it is measured, and cases that the file holds are not measured again."""
     end = time.perf_counter() + total_s
     head, known = read(lines) if lines and lines.exists() else ({}, [])
     if not head:
@@ -291,7 +292,7 @@ def run(
                 if any(all(r.get(key) == value for key, value in case.items()) for r in known):
                     continue
                 records += _measured(case, inputs, providers, ceiling, budget_s, lines)
-        except Exception as error:  # a subject that cannot be set up is a result, not the end of the others
+        except Exception as error:  # the other subjects are measured all the same
             if len(subjects) == 1:
                 raise
             skipped.append({"subject": subject, "from": "", **_failure(error)})
@@ -301,7 +302,7 @@ def run(
 
 
 def read(lines: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What a run left in its file of lines: machine and ceilings, and the records."""
+    """The file `lines` of a run: its head with machine and ceilings, and its records."""
     head, *records = (json.loads(text) for text in lines.read_text().splitlines())
     return head["head"], records
 
@@ -331,7 +332,7 @@ def _measured(
 
 
 def main(cases: Cases, *, budget_s: float = 3.0) -> int:
-    """Measure one subject in full and leave the JSON; 1 where ours was not right."""
+    """Measure one subject in full and write the JSON; the exit code is 1 where a result of ours was wrong."""
     device = default_device()
     dtype = default_dtype(device)
     result = run(cases(device, dtype, full=True), dtype=dtype, budget_s=budget_s)
@@ -340,21 +341,18 @@ def main(cases: Cases, *, budget_s: float = 3.0) -> int:
 
 
 def failed(result: Mapping[str, Any]) -> int:
-    """1 where a record of ours is not right, else 0."""
+    """1 where a record of ours is not ok, else 0."""
     return int(any(r["role"] == "ours" and r["status"] != "ok" for r in result["records"]))
 
 
 def write(result: Mapping[str, Any], folder: Path = RESULTS) -> Path:
-    """Write a result to <device>-<date>.json in `folder`, <device>-<date>-<subject>.json where it has only one,
-    whole or not at all."""
+    """Write a result atomically to <device>-<date>.json in `folder`, <device>-<date>-<subject>.json with one alone."""
     where = result["environment"]
     subjects = {r["subject"] for r in result["records"]}
     ending = f"-{slug(subjects.pop())}" if len(subjects) == 1 else ""
     path = folder / f"{slug(where['device'])}-{where['date'][:10]}{ending}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(path)
+    write_text(path, json.dumps(result, indent=1) + "\n")  # a wrong provider's error may be NaN
     return path
 
 
@@ -381,7 +379,7 @@ def line(record: Mapping[str, Any], ceiling: Mapping[str, float]) -> str:
 
 
 def share(record: Mapping[str, Any], ceiling: Mapping[str, float]) -> float | None:
-    """Part of a ceiling of the same run that a forward reaches: copy where bytes are counted, else matmul."""
+    """The fraction of the run's own ceiling that a forward reaches: copy where bytes are counted, else matmul."""
     seconds = record["ms"]["forward"]["median"] / 1e3
     if "bytes" in record:
         return float(record["bytes"] / seconds / ceiling["copy_bytes_per_s"])

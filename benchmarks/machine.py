@@ -40,7 +40,7 @@ def free_bytes() -> int:
 
 
 def environment() -> dict[str, Any]:
-    """The machine, the versions and the commit: what a number means nothing without."""
+    """The machine, the versions, the commit and the date, to be stored with every number."""
     try:
         import triton
 
@@ -69,9 +69,9 @@ def environment() -> dict[str, Any]:
 
 
 def _dirty() -> bool:
-    """Whether tracked files differ from the commit; what this command and `make figure` write does not count.
+    """Whether tracked files differ from the commit, without those that a benchmark and `make figure` write.
 
-    Nor do untracked files, such as wheels and caches that travelled to a machine without a network."""
+    Untracked files do not count: wheels and caches are copied to a machine without a network."""
     written = (":!benchmarks/results", ":!docs", ":!README.md")
     return bool(_output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", *written))
 

@@ -1,7 +1,7 @@
-"""What the library sets out to reach on one H200 in bf16, beside what a result holds.
+"""The targets of the library on one H200 in bf16, and their values in a result.
 
-A target has a value, its best rival and a verdict where the records allow it, and otherwise the reason why not. An
-absolute target is for an H200; on another GPU it is scaled by how much slower that GPU copies or multiplies."""
+A target has a value, its best rival and a verdict where the records allow it, and otherwise a reason. An absolute
+target is for an H200; on another GPU it is scaled by that GPU's measured copy or matmul ceiling."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Found(NamedTuple):
     value: float
     rival: str = ""
     case: str = ""
-    """The case that gives the value, where a target is held by the worst of several."""
+    """The case with the least value, where a target covers several."""
 
 
 Value = Callable[[Mapping[str, Any]], Found | None]
@@ -31,7 +31,7 @@ class Target(NamedTuple):
     bound: float
     found: Value
     scaled_by: Literal["", "copy", "matmul"] = ""
-    """The ceiling that an absolute bound goes by."""
+    """The ceiling that an absolute bound is scaled by."""
 
 
 def ours_and_best(
@@ -57,13 +57,13 @@ def ours_and_best(
 
 
 def _place(record: Record) -> list[tuple[str, Any]]:
-    """What names a case: its facts that are not results."""
+    """The facts of a record that identify its case."""
     results = ("provider", "role", "status", "flops", "error", "ms", "clock", "peak_bytes", "reason")
     return [(k, v) for k, v in record.items() if k not in results]
 
 
 def gain(subject: str, kind: str = "forward", against: str | None = None, **facts: Any) -> Value:
-    """How many times faster ours is, at the case where that is least."""
+    """How many times faster ours is, at the case where the gain is least."""
 
     def found(result: Mapping[str, Any]) -> Found | None:
         pairs = ours_and_best(result["records"], subject, kind=kind, against=against, **facts)
@@ -77,7 +77,7 @@ def gain(subject: str, kind: str = "forward", against: str | None = None, **fact
 
 
 def flop_share(subject: str, against: str, **facts: Any) -> Value:
-    """How many times faster ours is than `against`, forward, over how many times fewer FLOPs it has; the least."""
+    """The gain of ours over `against`, forward, as a fraction of their FLOP ratio, at the case where it is least."""
 
     def found(result: Mapping[str, Any]) -> Found | None:
         pairs = ours_and_best(result["records"], subject, against=against, **facts)
@@ -230,7 +230,7 @@ CPU_TARGETS = [
 
 
 def targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every target with its value, best rival and verdict in this result, or None and why."""
+    """Every target with its value, best rival and verdict in this result, or with None and the reason."""
     gpu = result["environment"]["kind"] == "gpu"
     listed = []
     for rows, here in ((TARGETS, gpu), (CPU_TARGETS, not gpu)):
@@ -254,7 +254,7 @@ def targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _scaled(target: Target, result: Mapping[str, Any]) -> float:
-    """The bound, where it is absolute, by this GPU's ceiling over an H200's."""
+    """The bound; an absolute one is scaled by this GPU's ceiling over an H200's."""
     if not target.scaled_by:
         return target.bound
     ceilings = result["ceilings"]

@@ -23,3 +23,9 @@ def nan_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """The device that every machine has, as if it had no other."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -36,7 +36,9 @@ def test_the_steps_of_small_are_of_no_other_preset(tmp_path):
 
 def test_means_deviations_and_the_paired_test():
     def scores(*rows):
-        return {f"case {i}": {"heart": row, "lung": row + 0.1} for i, row in enumerate(rows)}
+        return {
+            f"case {i}": {"heart": {"dsc": row}, "lung": {"dsc": row + 0.1}} for i, row in enumerate(rows)
+        }
 
     base = [0.5, 0.6, 0.7, 0.8, 0.4, 0.3]
     better = [scores(*(b + 0.1 + 0.01 * i for i, b in enumerate(base))), scores(*(b + 0.1 for b in base))]
@@ -57,7 +59,7 @@ def test_means_deviations_and_the_paired_test():
 
 
 def test_columns_that_were_told_the_labels_are_marked(tmp_path):
-    scores = {f"case {i}": {"heart": 0.5 + i / 10} for i in range(3)}
+    scores = {f"case {i}": {"heart": {"dsc": 0.5 + i / 10}} for i in range(3)}
     table = {**summarise({"Box": [scores], "w.o.": [scores]}), "prompted": {"Box": "box"}}
     text = markdown("3", table)
     assert "|  | Box † | w.o. |" in text

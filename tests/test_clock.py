@@ -129,3 +129,8 @@ def test_on_a_cpu_the_wall_clock_takes_turns():
     found = clock.times({"a": [lambda: log.append("a")], "b": [lambda: log.append("b")]}, budget_s=0.0)
     assert {by for _, by in found.values()} == {"wall"}
     assert log[2:8] == ["a", "b"] * 3
+
+
+def test_summary_is_the_median_and_quantiles():
+    assert clock.summary([5.0, 1.0, 2.0, 4.0, 3.0]) == {"median": 3.0, "q20": 1.8, "q80": 4.2, "n": 5}
+    assert clock.summary([7.0]) == {"median": 7.0, "q20": 7.0, "q80": 7.0, "n": 1}

@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from axial_fusion import axial_attention, axial_fusion_attention, lora_linear
 from axial_fusion.row_norm import row_norm
-from benchmarks import bench_transformer
-from benchmarks.bench_fusion import Shape, providers
-from benchmarks.bench_fusion import inputs as fusion_inputs
+from benchmarks.speed import transformer
+from benchmarks.speed.fusion import Shape, providers
+from benchmarks.speed.fusion import inputs as fusion_inputs
 
 interpreter = pytest.importorskip("triton.runtime.interpreter", reason="triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -137,8 +137,8 @@ def test_what_a_fusion_block_keeps_for_the_backward(side, plain):
         known = [x, *block.parameters()]
         weights = [half.weights() for half in (block.attention.inter, block.attention.intra)]
         ways = {
-            "plain": lambda: bench_transformer.equations(x, block.attention),
-            "library": lambda: bench_transformer.library(x, block.attention),
+            "plain": lambda: transformer.equations(x, block.attention),
+            "library": lambda: transformer.library(x, block.attention),
             **{
                 backend: partial(axial_fusion_attention, x, *weights, num_heads=8, backend=backend)
                 for backend in ("torch", "composed")

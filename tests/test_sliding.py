@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from aftersam.config import preset
 from aftersam.data.transforms import body_slices
-from aftersam.data.windows import crop, slice_group, window_starts
+from aftersam.data.windows import crop, window_starts
+from aftersam.inference.reference import sliding_disagreement, sliding_logits, whole_model
 from aftersam.inference.segmenter import compile_steps
 from aftersam.inference.sliding import (
     Sliding,
@@ -39,18 +40,8 @@ def tiny_model(**changes):
     return model, config
 
 
-@torch.no_grad()
-def plain_loop(model, hu, config):
-    """Each group through the whole model on its own, logits of the centre: (D, K+1, S, S)."""
-    planes = []
-    for d in range(len(hu)):
-        group = slice_group(d, len(hu), config.num_slices, config.slice_stride)
-        if config.stem_slices > 1:
-            group = np.stack([slice_group(i, len(hu), config.stem_slices) for i in group])
-        group = hu[group]
-        logits = model(torch.from_numpy(group)[None].float())[0, config.num_slices // 2]
-        planes.append(F.interpolate(logits[None], size=hu.shape[1:], mode="bilinear", align_corners=False)[0])
-    return torch.stack(planes)
+def plain_loop(model, hu, config, **kept):
+    return sliding_logits(whole_model(model, hu, config), hu.shape, config, **kept)
 
 
 @pytest.mark.parametrize(
@@ -153,24 +144,6 @@ def test_outside_the_body_window_is_background():
     assert (labels[:, :, 48:] == 0).all()
 
 
-@torch.no_grad()
-def naive_sliding(model, hu, config, centres, positions):
-    """Logits of the named groups on their own, summed into the volume (D, K+1, S, S), and divided by their count."""
-    depth = len(hu)
-    total, count = torch.zeros(depth, 4, *hu.shape[1:]), torch.zeros(depth)
-    for centre in centres:
-        group = hu[slice_group(centre, depth, config.num_slices, config.slice_stride)]
-        logits = model(torch.from_numpy(group)[None].float())[0]
-        logits = F.interpolate(logits, size=hu.shape[1:], mode="bilinear", align_corners=False)
-        for p in positions:
-            d = centre + (p - config.num_slices // 2) * config.slice_stride
-            if 0 <= d < depth:
-                total[d] += logits[p]
-                count[d] += 1
-    assert (count > 0).all()
-    return total / count[:, None, None, None]
-
-
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize(
     ("sliding", "changes", "depth", "centres", "positions"),
@@ -194,7 +167,7 @@ def test_kept_and_averaged_slices_equal_the_plain_loop(
     options = {"box": (0, 48, 0, 48), "batch_size": batch_size}
     ours = torch.stack(list(stream_logits(model, hu, config, sliding=sliding, **options)))
     assert group_plan(depth, config, sliding) == (list(centres), tuple(positions))
-    plain = naive_sliding(model, hu, config, centres, positions)
+    plain = plain_loop(model, hu, config, centres=centres, positions=positions)
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
 
 
@@ -236,25 +209,6 @@ def test_mirroring_is_the_mean_with_the_mirrored_scan():
     assert not torch.equal(mirror_logits(plane, swap), plane.flip(-1))
 
 
-@torch.no_grad()
-def plain_disagreement(model, hu, config):
-    """(D, S, S): Σ p_g log(p_g / mean) / groups of the groups that saw a slice, over log min(groups, classes)."""
-    found = [[] for _ in hu]
-    for centre in range(len(hu)):
-        group = hu[slice_group(centre, len(hu), config.num_slices, config.slice_stride)]
-        shares = model(torch.from_numpy(group)[None].float())[0].softmax(1)
-        for p in range(config.num_slices):
-            d = centre + (p - config.num_slices // 2) * config.slice_stride
-            if 0 <= d < len(hu):
-                found[d].append(shares[p])
-    planes = []
-    for shares in map(torch.stack, found):
-        divergence = (shares * (shares / shares.mean(0)).log()).sum(1).mean(0)
-        divergence = divergence / np.log(min(len(shares), 4)) if len(shares) > 1 else divergence * 0
-        planes.append(F.interpolate(divergence[None, None], size=hu.shape[1:], mode="bilinear")[0, 0])
-    return torch.stack(planes)
-
-
 @pytest.mark.parametrize("depth", [7, 1])
 @pytest.mark.parametrize("sliding", [Sliding(), Sliding(average=True), Sliding(keep=2)], ids=str)
 def test_disagreement_is_the_divergence_of_the_groups(sliding, depth):
@@ -268,7 +222,7 @@ def test_disagreement_is_the_divergence_of_the_groups(sliding, depth):
     both = torch.stack(list(stream_logits(model, hu, config, sliding=looking, **options)))
     torch.testing.assert_close(both[:, :-1], plain, rtol=1e-4, atol=1e-4)
     if sliding.keep == 1:
-        expected = plain_disagreement(model, hu, config)
+        expected = sliding_disagreement(whole_model(model, hu, config), hu.shape, config)
         assert (expected.max() > 1e-3) == (depth > 1)
         torch.testing.assert_close(both[:, -1], expected, rtol=1e-3, atol=1e-5)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aftersam.evaluation.metrics import Convention, OrganScore, score_organ
-from aftersam.evaluation.statistics import bootstrap_interval, mean_of
+from aftersam.evaluation.statistics import bootstrap_interval, mean_of, mean_over_organs, number, paired
 from aftersam.files import NIFTI, case_id, write_json
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def _summary(
     if convention == "monai":  # monai/metrics/utils.py, do_metric_reduction "mean": over organs first
         averaged = np.array([[mean_of(case)] for case in matrix])
     summary: dict[str, Any] = {
-        "mean_dsc": _number(mean_of([mean_of(column) for column in averaged.T])),
+        "mean_dsc": number(mean_over_organs(averaged)),
         "mean_dsc_interval": bootstrap_interval(averaged),
         "interval_reliable": len(scores) >= RELIABLE_CASES,
         "num_cases": len(scores),
@@ -197,16 +197,16 @@ def _summary(
         hd95 = np.array([row.hd95_mm for row in rows])
         penalised = [row.diagonal_mm if math.isinf(row.hd95_mm) else row.hd95_mm for row in rows]
         summary["organs"][organ] = {
-            "dsc": _number(mean_of(matrix[:, column])),
+            "dsc": number(mean_of(matrix[:, column])),
             "dsc_interval": bootstrap_interval(matrix[:, [column]]),
-            "dsc_std": _number(
+            "dsc_std": number(
                 float(np.nanstd(matrix[:, column])) if np.isfinite(matrix[:, column]).any() else math.nan
             ),
-            "hd95_mm": _number(mean_of(hd95[np.isfinite(hd95)])),
-            "hd95_mm_penalised": _number(mean_of(penalised)),
+            "hd95_mm": number(mean_of(hd95[np.isfinite(hd95)])),
+            "hd95_mm_penalised": number(mean_of(penalised)),
             "hd95_infinite": int(np.isinf(hd95).sum()),
-            nsd_key: _number(mean_of([row.nsd for row in rows])),
-            "ice": _number(mean_of([row.ice for row in rows])),
+            nsd_key: number(mean_of([row.nsd for row in rows])),
+            "ice": number(mean_of([row.ice for row in rows])),
             "gaps": int(sum(row.gaps for row in rows)),
             "undefined": int(np.isnan(matrix[:, column]).sum()),
             "missed": sum(row.reference_voxels > 0 and row.predicted_voxels == 0 for row in rows),
@@ -225,13 +225,8 @@ def _paired(
     )
 
     def describe(columns: np.ndarray) -> dict[str, Any]:
-        per_case = np.array([mean_of(row) for row in columns])
-        return {
-            "dsc_difference": _number(mean_of([mean_of(column) for column in columns.T])),
-            "interval": bootstrap_interval(columns),
-            "won": int((per_case > 0).sum()),
-            "lost": int((per_case < 0).sum()),
-        }
+        found = paired(columns)
+        return {"dsc_difference": found.pop("mean"), **found}
 
     return {
         "num_cases": len(cases),
@@ -294,16 +289,11 @@ def _matching(masks: Mapping[str, Path], case: str, folder: Path) -> Path:
 def _case_json(score: OrganScore, nsd_key: str) -> dict[str, Any]:
     values = dataclasses.asdict(score)
     values[nsd_key] = values.pop("nsd")
-    return {key: _number(value) if isinstance(value, float) else value for key, value in values.items()}
+    return {key: number(value) if isinstance(value, float) else value for key, value in values.items()}
 
 
 def _value(score: OrganScore | None, key: str) -> float:
     return math.nan if score is None else float(getattr(score, key))
-
-
-def _number(value: float) -> float | None:
-    """JSON has neither NaN nor infinity: null, with counts beside it."""
-    return round(float(value), 6) if math.isfinite(value) else None
 
 
 def _text(value: float | None, digits: int = 3) -> str:

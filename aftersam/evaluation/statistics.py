@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 DRAWS = 10_000
+Scores = Mapping[str, Mapping[str, Mapping[str, Any]]]  # case -> organ -> score, as in metrics.json
 
 
 def bootstrap_interval(matrix: np.ndarray) -> list[float] | None:
@@ -32,21 +33,45 @@ def mean_of(values: Iterable[float]) -> float:
     return sum(finite) / len(finite) if finite else math.nan
 
 
-def summarise(columns: Mapping[str, Sequence[Mapping[str, Mapping[str, float]]]]) -> dict[str, Any]:
-    """Scores of each column (seeds -> case -> organ -> DSC) to means, deviations over seeds, and p-values.
+def mean_over_organs(matrix: np.ndarray) -> float:
+    """(cases, organs) -> the mean over organs of the mean over cases, NaN without any score."""
+    return mean_of([mean_of(column) for column in matrix.T])
+
+
+def number(value: float) -> float | None:
+    """`value` for JSON, which has neither NaN nor infinity: None then, with a count beside it."""
+    return round(float(value), 6) if math.isfinite(value) else None
+
+
+def paired(difference: np.ndarray) -> dict[str, Any]:
+    """Paired differences of a score (cases, organs): mean, its interval, numbers of cases above and below 0."""
+    per_case = np.array([mean_of(case) for case in difference])
+    return {
+        "mean": number(mean_over_organs(difference)),
+        "interval": bootstrap_interval(difference),
+        "won": int((per_case > 0).sum()),
+        "lost": int((per_case < 0).sum()),
+    }
+
+
+def score_matrix(scores: Scores, cases: Sequence[str], organs: Sequence[str], key: str = "dsc") -> np.ndarray:
+    """The score `key` of every case and organ (cases, organs), NaN where it is not defined."""
+    found = [[scores[case].get(organ, {}).get(key) for organ in organs] for case in cases]
+    return np.array([[math.nan if value is None else float(value) for value in row] for row in found])
+
+
+def summarise(columns: Mapping[str, Sequence[Scores]]) -> dict[str, Any]:
+    """Scores of each column, one a seed, to mean DSC, its deviation over seeds, and p-values.
 
     A case's score is first averaged over seeds; the two-sided Wilcoxon test then pairs cases with the last column."""
-    import numpy as np
     from scipy.stats import wilcoxon
 
     first = next(iter(columns.values()))[0]
     cases = sorted(first)
     organs = [*next(iter(first.values())), "Average"]
 
-    def matrix(seeds: Sequence[Mapping[str, Mapping[str, float]]]) -> np.ndarray:
-        values = np.array(
-            [[[seed[case][organ] for organ in organs[:-1]] for case in cases] for seed in seeds]
-        )
+    def matrix(seeds: Sequence[Scores]) -> np.ndarray:
+        values = np.array([score_matrix(seed, cases, organs[:-1]) for seed in seeds])
         return np.concatenate(
             [values, np.nanmean(values, -1, keepdims=True)], -1
         )  # (seeds, cases, organs + 1)

@@ -122,7 +122,7 @@ class Segmenter:
 
         `main_parts` False keeps every part of the organs in `one_piece` as well.
         `probabilities` (K+1, D, H, W) and `confidence` (D, H, W) uint8 are filled where given, and `stored` features
-        of the scan are used, as `aftersam.streaming.predict_volume` says."""
+        of the scan are used, as `aftersam.inference.sliding.predict_volume` says."""
         from aftersam.inference.postprocess import drop_small_parts
         from aftersam.inference.sliding import predict_volume
 

@@ -1,0 +1,1 @@
+"""Segmentation accuracy: the table of systems, and the effect of conventions and of prediction's options on a score."""

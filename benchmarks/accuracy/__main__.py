@@ -1,0 +1,121 @@
+"""The paper's table on your data.    python -m benchmarks.accuracy --data DATASET --systems unet aftersam -o DIR
+
+Trains each system on the same split within the same limit, segments the held-out scans, scores all masks by
+aftersam.evaluate on the scans' own grids, and leaves accuracy.json, accuracy.md and accuracy.png in DIR. A row is a
+process and a folder of its own, DIR/rows/SYSTEM-seed-S: several commands may train rows of one table side by side,
+a finished row is never trained again, a half-trained one starts afresh. Without --systems the table is put together
+from the rows that are there."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from aftersam.data.dataset import find_dataset, link_cases, split
+from aftersam.files import read_json, write_json
+from benchmarks.accuracy.rows import run_row, score_elsewhere
+from benchmarks.accuracy.systems import SYSTEMS, Limits
+from benchmarks.accuracy.table import write_table
+
+
+@dataclass(frozen=True)
+class AccuracyArgs:
+    data: Path
+    """Data set: nnU-Net raw, MSD, SegTHOR, or images/ beside labels/."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder of rows, masks and table; rows that it holds already are kept."""
+    systems: tuple[str, ...] = ()
+    """Rows to train: names of SYSTEMS in benchmarks/accuracy/systems.py, such as unet dynunet aftersam."""
+    predictions: tuple[str, ...] = ()
+    """Masks made elsewhere, NAME=FOLDER: scored and placed in the table."""
+    max_minutes: float | None = None
+    """Wall minutes of training a row. Without a limit every system follows its own recipe."""
+    max_steps: int | None = None
+    """Stop a row after this many steps instead, to try the command out."""
+    threads: int = 1
+    """Processor threads of a row."""
+    seeds: tuple[int, ...] = (0,)
+    """One row a system and seed."""
+    preset: Literal["small", "tiny", "best", "paper"] = "small"
+    """Of our systems, and the size of the rivals that are made of our parts."""
+    spacing_mm: tuple[float, float, float] | Literal["median"] = "median"
+    """Voxel size (d, h, w) that the patch-based networks work at. median: of the training scans."""
+    patch: tuple[int, int, int] = (64, 64, 80)
+    """Voxels (d, h, w) of their patches, rounded down to what a network divides."""
+    sam_checkpoint: str | None = None
+    """Official SAM weights for our systems and MSA, as in aftersam train; they learn from scratch without."""
+    fold: int = 0
+    """Fold whose validation scans are held out and scored."""
+    waterfall: Path | None = None
+    """tables.json of `aftersam ablate --table small`, drawn beside the table: what the preset's choices gained."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:1."""
+
+
+def accuracy(args: AccuracyArgs) -> dict[str, Any]:
+    """Train and score the rows that `args` ask for and are not there; the table of all rows as JSON values.
+
+    A system that cannot run is named in the table with its reason. Raises ValueError on bad input."""
+    unknown = [name for name in args.systems if name not in SYSTEMS]
+    if unknown:
+        raise ValueError(f"there is no system {unknown[0]!r}; there are {', '.join(SYSTEMS)}")
+    dataset = find_dataset(args.data)
+    _, held_out = split(dataset, args.fold, 0)
+    if not held_out:
+        raise ValueError(f"fold {args.fold} of {args.data} holds out no scan to score")
+    scans = args.output / "held-out"
+    link_cases(dataset, held_out, scans)
+    write_json(scans / "dataset.json", {"labels": {name: value for value, name in dataset.labels.items()}})
+    # One process a row: its peak memory and its number of threads are its own. Such a process can import rows.py,
+    # but not this file, which is __main__.
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    spawn = multiprocessing.get_context("spawn")
+    limits, failed = limits_of(args), {}
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as rows:
+        for name in args.systems:
+            if SYSTEMS[name].missing():
+                continue
+            for seed in args.seeds:
+                try:
+                    rows.submit(run_row, name, seed, limits, args.data, args.output).result()
+                except Exception as error:  # of any of the packages: the other rows are worth having
+                    failed[SYSTEMS[name].title] = f"{type(error).__name__}: {error}".splitlines()[0]
+                    print(f"{SYSTEMS[name].title} failed: {error}", file=sys.stderr)
+    for given in args.predictions:
+        score_elsewhere(args.output, *_named_folder(given))
+    waterfall = None if args.waterfall is None else read_json(args.waterfall)
+    return write_table(args.output, data=dataset.name, failed=failed, waterfall=waterfall)
+
+
+def limits_of(args: AccuracyArgs) -> Limits:
+    return Limits(**{key: getattr(args, key) for key in Limits._fields})
+
+
+def _named_folder(given: str) -> tuple[str, Path]:
+    name, equals, folder = given.partition("=")
+    if not (name and equals and Path(folder).is_dir()):
+        raise ValueError(f"--predictions {given!r} must be NAME=FOLDER of masks that exists")
+    return name, Path(folder)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = tyro.cli(AccuracyArgs, args=argv, prog="benchmarks.accuracy", description=__doc__)
+    try:
+        table = accuracy(args)
+    except (ValueError, OSError) as error:
+        print(f"benchmarks.accuracy: {error}", file=sys.stderr)
+        return 2
+    print(args.output / "accuracy.md")
+    return 1 if table["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""nnU-Net by its own package: its fingerprint, plan, preprocessing, network, augmentation and prediction.
+
+Three things differ from the package: only the training cases of the split are used; training stops at the limit of the
+row, and the learning rate follows its progress; scans of data sets with left and right organs are not mirrored.
+
+Source: github.com/MIC-DKFZ/nnUNet, nnunetv2/training/nnUNetTrainer/nnUNetTrainer.py, which is subclassed here."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aftersam.data.dataset import mirror_pairs
+from aftersam.files import read_json, write_json
+from aftersam.training.schedule import Progress
+
+if TYPE_CHECKING:
+    from benchmarks.accuracy.rivals.patch_training import Spent
+    from benchmarks.accuracy.systems import Job
+
+NUMBER, NAME = 1, "Dataset001_accuracy"  # nnU-Net's names for a data set
+CONFIGURATIONS = {"nnU-Net 2D": "2d", "nnU-Net 3D": "3d_fullres"}
+
+
+def train(job: Job) -> Spent:
+    """Plan, preprocess and train nnU-Net on the row's training cases; only the training itself is timed."""
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import (
+        extract_fingerprints,
+        plan_experiments,
+        preprocess,
+    )
+    from safetensors.torch import save_model
+
+    from benchmarks.accuracy.rivals.patch_training import Spent, peak_mib
+
+    root = _paths(job)
+    _export(job, root / "raw" / NAME)
+    extract_fingerprints([NUMBER], num_processes=1)
+    plan_experiments([NUMBER])
+    preprocess([NUMBER], configurations=(CONFIGURATIONS[job.system.title],), num_processes=(1,))
+    write_json(
+        root / "preprocessed" / NAME / "splits_final.json", [{"train": job.training, "val": job.training[:1]}]
+    )
+    trainer = _trainer(job)
+    cpu = time.process_time()
+    trainer.run_training()
+    cpu_minutes = (time.process_time() - cpu) / 60
+    save_model(trainer.network, str(job.home / "weights.safetensors"))
+    progress = trainer.progress
+    return Spent(progress.seconds / 60, cpu_minutes, progress.step, peak_mib(job.device))
+
+
+def predict(job: Job) -> dict[str, Any]:
+    """Segment the held-out scans by nnU-Net's own sliding window and export; the row's facts."""
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+    from safetensors.torch import load_model
+
+    _paths(job)
+    trainer = _trainer(job)
+    trainer.initialize()
+    trainer.set_deep_supervision_enabled(False)
+    load_model(trainer.network, str(job.home / "weights.safetensors"))
+    trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    axes = trainer.inference_allowed_mirroring_axes
+    predictor = nnUNetPredictor(device=job.device, use_mirroring=axes is not None, allow_tqdm=False)
+    weights = trainer.network.state_dict()
+    predictor.manual_initialization(
+        trainer.network, trainer.plans_manager, trainer.configuration_manager, [weights], trainer.dataset_json,
+        type(trainer).__name__, axes,
+    )  # fmt: skip
+    cases = list(job.held_out_cases())
+    scans = [[str(case.image)] for case in cases]
+    predictor.predict_from_files_sequential(scans, [str(job.home / "masks" / case.id) for case in cases])
+    spacing = trainer.configuration_manager.spacing
+    if len(spacing) == 2:  # 2D networks work at the slice spacing of the data
+        spacing = [read_json(_plans(job))["original_median_spacing_after_transp"][0], *spacing]
+    return {
+        "parameters": sum(p.numel() for p in trainer.network.parameters()),
+        "spacing_mm": [float(s) for s in spacing],
+        "precision": "float32" if job.device.type == "cpu" else "float16",
+    }
+
+
+def _paths(job: Job) -> Path:
+    """Make nnU-Net's three folders in the row's. nnU-Net reads their names from the environment when it is imported."""
+    root = (job.home / "nnunet").resolve()
+    for kind in ("raw", "preprocessed", "results"):
+        (root / kind).mkdir(parents=True, exist_ok=True)
+        os.environ[f"nnUNet_{kind}"] = str(root / kind)
+    os.environ |= {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1", "nnUNet_compile": "false"}
+    return root
+
+
+def _plans(job: Job) -> Path:
+    return job.home.resolve() / "nnunet" / "preprocessed" / NAME / "nnUNetPlans.json"
+
+
+def _export(job: Job, raw: Path) -> None:
+    """The training cases as a raw data set of nnU-Net's: links to the scans and labels, and a dataset.json."""
+    from aftersam.data.dataset import link_cases
+
+    link_cases(job.dataset, job.training, raw)
+    (raw / "labels").rename(raw / "labelsTr")
+    (raw / "images").rename(raw / "imagesTr")
+    endings = set()
+    for link in sorted((raw / "imagesTr").iterdir()):
+        case = link.name.partition(".")[0]
+        endings.add(ending := link.name.removeprefix(case))
+        link.rename(link.with_name(f"{case}_0000{ending}"))
+    if len(endings) != 1:
+        raise ValueError(
+            f"nnU-Net needs one kind of file, but the scans end in {' and '.join(sorted(endings))}"
+        )
+    labels = {"background": 0, **{name: value for value, name in job.dataset.labels.items()}}
+    write_json(
+        raw / "dataset.json",
+        {"channel_names": {"0": "CT"}, "labels": labels, "numTraining": len(job.training),
+         "file_ending": endings.pop()},
+    )  # fmt: skip
+
+
+def _tells_sides(labels: dict[int, str]) -> bool:
+    try:
+        return bool(mirror_pairs(labels))
+    except ValueError:  # one side alone
+        return True
+
+
+def _trainer(job: Job) -> Any:
+    """A trainer of the row's configuration that stops at its limit."""
+    import torch
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    limits, sided = job.config().train, _tells_sides(job.dataset.labels)
+    limited = job.limits.max_minutes is not None or job.limits.max_steps is not None
+
+    class Budgeted(nnUNetTrainer):  # type: ignore[misc]
+        def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> Any:
+            rotation, dummy_2d, size, axes = (
+                super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+            )
+            if sided:
+                axes = self.inference_allowed_mirroring_axes = None
+            return rotation, dummy_2d, size, axes
+
+        def run_training(self) -> None:
+            self.progress, began = Progress(), time.monotonic()
+            if not limited:
+                super().run_training()
+                steps = self.num_epochs * self.num_iterations_per_epoch
+                self.progress = Progress(steps, time.monotonic() - began)
+                return
+            self.on_train_start()
+            self.network.train()
+            began = time.monotonic()
+            while (done := self.progress.fraction(limits, 1)) < 1:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.initial_lr * (1 - done) ** 0.9
+                self.train_step(next(self.dataloader_train))
+                self.progress.step += 1
+                self.progress.seconds = time.monotonic() - began
+
+    os.environ |= {"nnUNet_n_proc_DA": "0"}  # no processes for augmentation beside the row's threads
+    torch.set_num_threads(job.limits.threads)  # planning changed it
+    preprocessed = _plans(job).parent
+    plans = {**read_json(_plans(job)), "continue_training": False}
+    torch.manual_seed(job.seed)
+    return Budgeted(
+        plans, CONFIGURATIONS[job.system.title], 0, read_json(preprocessed / "dataset.json"), job.device
+    )

@@ -1,0 +1,266 @@
+"""One row of the accuracy table: a system trained on the split within the limits, the held-out scans segmented, scored.
+
+Every system reads the same preprocessed cache; ours goes through aftersam.train and aftersam.predict, the others
+through one loop. All but nnU-Net drop small disconnected parts of organs that are one piece in every training label."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from aftersam.config import DataConfig
+from aftersam.data.cache import CachedCase, cache_cases
+from aftersam.data.dataset import find_dataset, split
+from aftersam.data.transforms import preprocess, resample
+from aftersam.data.volume import read_image, read_labels, write_labels
+from aftersam.evaluation.scoring import evaluate
+from aftersam.files import read_json, write_json
+from aftersam.inference.pipeline import PredictArgs, predict_files
+from aftersam.inference.postprocess import drop_small_parts, one_piece
+from aftersam.inference.segmenter import load
+from aftersam.inference.sliding import predict_volume
+from aftersam.model.sam_checkpoint import read_sam_checkpoint
+from aftersam.training.arguments import TrainArgs
+from aftersam.training.run import train
+from benchmarks.accuracy.rivals import nnunet
+from benchmarks.accuracy.rivals.patch_training import (
+    Spent,
+    fit,
+    lead_background,
+    patch_loss,
+    patches,
+    peak_mib,
+    segment_by_patches,
+    with_sound_gradients,
+)
+from benchmarks.accuracy.rivals.slice_groups import group_loss, groups
+from benchmarks.accuracy.systems import SYSTEMS, Job, Limits
+from benchmarks.machine import environment, slug
+
+
+def run_row(name: str, seed: int, limits: Limits, data: Path, output: Path) -> None:
+    """Train, predict and score the row of the system `name`, whichever of it is not done, in the folder `output`.
+
+    Raises ValueError where the row is there with other settings."""
+    torch.set_num_threads(limits.threads)
+    system = SYSTEMS[name]
+    home, scans = output / "rows" / f"{name}-seed-{seed}", output / "held-out"
+    settings = _plain({"data": data.resolve(), **limits._asdict()})
+    if (home / "spent.json").exists() and read_json(home / "settings.json") != settings:
+        raise ValueError(f"{home} was made with other settings; delete it or choose another --output")
+    if (home / "row.json").exists():
+        return
+    dataset = find_dataset(data)
+    training, held_out = split(dataset, limits.fold, 0)
+    job = Job(system, seed, home, limits, dataset, training, held_out, output / "cache", scans)
+    print(f"{system.title}, seed {seed}", flush=True)
+    if not (home / "spent.json").exists():
+        shutil.rmtree(home, ignore_errors=True)  # of an interrupted training
+        home.mkdir(parents=True)
+        write_json(home / "settings.json", settings)
+        spent = train_row(job)
+        write_json(home / "spent.json", {**spent._asdict(), "environment": environment()})
+    facts = predict_row(job)
+    limited = limits.max_minutes is not None or limits.max_steps is not None
+    row = {
+        "system": name,
+        "title": system.title + (f" {limits.preset}" if name in ("aftersam", "aftersam_2d") else ""),
+        "seed": seed,
+        "protocol": "equal budget" if limited else "own recipe",
+        "note": f"{system.note}; {_start(limits, name)}",
+        **facts,
+        **read_json(home / "spent.json"),
+        "limits": limits._asdict(),
+    }
+    _score(home / "masks", scans / "labels", home, row)
+
+
+def score_elsewhere(output: Path, name: str, masks: Path) -> None:
+    """Score the masks of another tool as the row `name` of the table in `output`."""
+    home = output / "rows" / f"elsewhere-{slug(name)}"
+    home.mkdir(parents=True, exist_ok=True)
+    row = {
+        "system": slug(name),
+        "title": name,
+        "seed": 0,
+        "protocol": "own recipe",
+        "note": "masks made elsewhere",
+    }
+    _score(masks, output / "held-out" / "labels", home, row)
+
+
+def _score(masks: Path, labels: Path, home: Path, row: dict[str, Any]) -> None:
+    """Leave metrics.json, then row.json, which says that the row is done. Raises ValueError on a missing mask."""
+    metrics = evaluate(masks, labels, output=home / "metrics.json", quiet=True)
+    if metrics["problems"]:
+        raise ValueError(f"every row needs all cases: {next(iter(metrics['problems'].values()))}")
+    write_json(home / "row.json", _plain({**row, "prompted": metrics["prompted"]}))
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON gives it back: paths are strings, tuples lists."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _start(limits: Limits, name: str) -> str:
+    pretrained = limits.sam_checkpoint and (name == "msa" or name.startswith("aftersam"))
+    return "from SAM's weights" if pretrained else "from scratch"
+
+
+def train_row(job: Job) -> Spent:
+    """Train the row's system from the start; weights and facts are written to the row's folder."""
+    return TRAIN[job.system.kind](job)
+
+
+def predict_row(job: Job) -> dict[str, Any]:
+    """Segment the held-out scans into the row's folder masks/. Returns facts, seconds a scan and peak memory."""
+    (job.home / "masks").mkdir(exist_ok=True)
+    began = time.monotonic()
+    facts = PREDICT[job.system.kind](job)
+    seconds = (time.monotonic() - began) / len(job.held_out)
+    return {**facts, "prediction_s": round(seconds, 3), "prediction_peak_mib": round(peak_mib(job.device))}
+
+
+def _train_patch(job: Job) -> Spent:
+    config = job.config().train
+    cached = job.cached(DataConfig(spacing_mm=job.limits.spacing_mm))
+    size = job.patch_size()
+    model = _build(job)
+    source = patches(cached, size, config)
+    spent = fit(model, source, patch_loss, config, device=job.device, precision=job.precision)
+    _save(job, model, cached, patch=size)
+    return spent
+
+
+def _predict_patch(job: Job) -> dict[str, Any]:
+    model, facts = _restored(job)
+    for case in job.held_out_cases():
+        volume = read_image(case.image)
+        ready = preprocess(volume, tuple(facts["spacing_mm"]))
+        labels = segment_by_patches(
+            model, ready.array, facts["patch"], volume.array.shape, device=job.device, precision=job.precision
+        )
+        drop_small_parts(labels, facts["one_piece"])
+        write_labels(job.home / "masks" / f"{case.id}.nii.gz", labels, volume, job.dataset.labels)
+    return facts
+
+
+def _train_group(job: Job) -> Spent:
+    config = job.config()
+    cached = job.cached(config.data)
+    model = _build(job)
+    source = groups(cached, config)
+    loss = functools.partial(group_loss, config=config.train)
+    spent = fit(model, source, loss, config.train, device=job.device, precision=job.precision)
+    _save(job, model, cached)
+    return spent
+
+
+def _predict_group(job: Job) -> dict[str, Any]:
+    model, facts = _restored(job)
+    for case in job.held_out_cases():
+        volume = read_image(case.image)
+        ready = preprocess(volume, tuple(facts["spacing_mm"]))
+        prompts = None
+        if job.system.prompted:
+            assert case.label is not None, "training refuses cases without a label"
+            truth = read_labels(case.label, like=volume)
+            prompts = resample(truth.array, truth.spacing_mm, ready.spacing_mm, labels=True)
+        labels = predict_volume(
+            model,  # type: ignore[arg-type]  # an AfterSAM of other parts
+            ready.array,
+            job.config().model,
+            box=ready.box,
+            output_shape=volume.array.shape,
+            precision=job.precision,
+            prompt_labels=prompts,
+        )
+        drop_small_parts(labels, facts["one_piece"])
+        told = {"prompted": "point"} if job.system.prompted else {}
+        write_labels(job.home / "masks" / f"{case.id}.nii.gz", labels, volume, job.dataset.labels, told)
+    return facts
+
+
+def _train_ours(job: Job) -> Spent:
+    """Train by aftersam.train. Scans are cached before, so that training alone is timed."""
+    config, run = job.config(), job.home / "run"
+    everyone = [*job.training, *job.held_out]
+    cache_cases(job.dataset, everyone, config.data, job.cache, training=job.training)
+    cpu = time.process_time()
+    train(
+        TrainArgs(
+            data=job.dataset.root, output=run, config=config, fold=job.limits.fold, cache=job.cache,
+            device=job.limits.device, sam_checkpoint=job.limits.sam_checkpoint,
+        )
+    )  # fmt: skip
+    cpu_minutes = (time.process_time() - cpu) / 60
+    *_, line = (run / "history.jsonl").read_text().splitlines()
+    last = json.loads(line)
+    return Spent(last["minutes"], cpu_minutes, last["step"], peak_mib(job.device))
+
+
+def _predict_ours(job: Job) -> dict[str, Any]:
+    run, device = job.home / "run", job.limits.device
+    segmenter = load(run, checkpoint="last", device=device)
+    predict_files(
+        PredictArgs(
+            input=job.scans / "images", output=job.home / "masks", model=run, checkpoint="last", device=device,
+            preview=False, overwrite=True,
+        )
+    )  # fmt: skip
+    return _facts(segmenter.model, segmenter.spacing_mm, segmenter.precision)
+
+
+def _build(job: Job) -> nn.Module:
+    """The system's network with the random weights of the row's seed, or SAM's where they are given."""
+    torch.manual_seed(job.seed)
+    build = job.system.build
+    assert build is not None, f"{job.system.title} is not trained by this loop"
+    if job.system.kind == "patch":
+        return with_sound_gradients(lead_background(build(job.num_classes), job.num_classes))
+    if job.system.prompted and job.limits.sam_checkpoint:
+        sam = read_sam_checkpoint(job.limits.sam_checkpoint)
+        model = dataclasses.replace(job.config().model, image_encoder=sam.name)  # type: ignore[arg-type]
+        return build(model, job.num_classes, sam)
+    return build(job.config().model, job.num_classes)
+
+
+def _save(job: Job, model: nn.Module, cached: Sequence[CachedCase], **facts: Any) -> None:
+    from safetensors.torch import save_model  # which allows modules with two names, as DynUNet has them
+
+    save_model(model, str(job.home / "weights.safetensors"))
+    facts["one_piece"] = one_piece((case.labels for case in cached), job.dataset.labels)
+    write_json(job.home / "facts.json", {**_facts(model, cached[0].spacing_mm, job.precision), **facts})
+
+
+def _restored(job: Job) -> tuple[nn.Module, dict[str, Any]]:
+    from safetensors.torch import load_model
+
+    model = _build(job)
+    load_model(model, str(job.home / "weights.safetensors"))
+    return model.to(job.device).eval(), read_json(job.home / "facts.json")
+
+
+def _facts(model: nn.Module, spacing_mm: Any, precision: torch.dtype) -> dict[str, Any]:
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "spacing_mm": None if spacing_mm is None else list(spacing_mm),
+        "precision": str(precision).removeprefix("torch."),
+    }
+
+
+TRAIN: dict[str, Callable[[Job], Spent]] = {
+    "patch": _train_patch, "group": _train_group, "ours": _train_ours, "nnunet": nnunet.train,
+}  # fmt: skip
+PREDICT: dict[str, Callable[[Job], dict[str, Any]]] = {
+    "patch": _predict_patch, "group": _predict_group, "ours": _predict_ours, "nnunet": nnunet.predict,
+}  # fmt: skip

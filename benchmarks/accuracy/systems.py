@@ -1,0 +1,180 @@
+"""The systems of the accuracy table, and what all rows share.
+
+Networks have two to six million parameters, about as many as our `small` preset, so that every row makes several
+hundred steps in forty minutes on one processor core. The sizes were chosen for that and not by scores."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from aftersam.config import Config, DataConfig, preset
+from aftersam.data.cache import CachedCase, cache_cases
+from aftersam.data.dataset import Case, Dataset
+from aftersam.device import precision_for
+from benchmarks.accuracy.rivals.slice_groups import build_after_unet, build_msa
+from benchmarks.machine import absent
+
+Preset = Literal["paper", "best", "small", "tiny"]
+
+
+class Limits(NamedTuple):
+    """What every row of a table shares."""
+
+    max_minutes: float | None
+    max_steps: int | None
+    threads: int
+    preset: Preset  # of our own systems and of the rivals made of our parts
+    spacing_mm: tuple[float, float, float] | Literal["median"]  # of the patch-based networks
+    patch: tuple[int, int, int]
+    sam_checkpoint: str | None
+    fold: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row: a system and a seed, the data, and the folder that its weights and masks go to."""
+
+    system: System
+    seed: int
+    home: Path
+    limits: Limits
+    dataset: Dataset
+    training: list[str]
+    held_out: list[str]
+    cache: Path
+    scans: Path
+    """Folder with images/ and labels/ of the held-out cases."""
+
+    @property
+    def device(self) -> torch.device:
+        wanted = self.limits.device
+        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
+
+    @property
+    def precision(self) -> torch.dtype:
+        return torch.bfloat16 if precision_for("auto", self.device.type) == "bf16" else torch.float32
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.dataset.labels) + 1
+
+    def held_out_cases(self) -> Iterator[Case]:
+        return (case for case in self.dataset.cases if case.id in self.held_out)
+
+    def config(self) -> Config:
+        """The preset within the row's limit, without validation, since nothing is chosen by it."""
+        pretrained = self.system.kind == "group" and self.system.prompted and self.limits.sam_checkpoint
+        base = preset("best" if pretrained else self.system.preset or self.limits.preset)
+        changes: dict[str, Any] = {"seed": self.seed, "validations": 0}
+        if self.limits.max_minutes is not None or self.limits.max_steps is not None:
+            changes |= {"max_minutes": self.limits.max_minutes, "max_steps": self.limits.max_steps}
+        if self.system.learning_rate is not None:
+            changes["learning_rate"] = self.system.learning_rate
+        return Config(
+            dataclasses.replace(base.model, **self.system.model),
+            base.data,
+            dataclasses.replace(base.train, **changes),
+        )
+
+    def patch_size(self) -> list[int]:
+        """The table's patch, its sides rounded down to what the network divides."""
+        multiple = self.system.multiple
+        return [max(side // multiple, 1) * multiple for side in self.limits.patch]
+
+    def cached(self, data: DataConfig) -> list[CachedCase]:
+        """The training scans at the spacing of `data`."""
+        found = cache_cases(self.dataset, self.training, data, self.cache, training=self.training)
+        return list(found.values())
+
+
+@dataclass(frozen=True)
+class System:
+    """A row's name in the paper, how it is trained, and what a reader must know of it."""
+
+    title: str
+    kind: Literal["patch", "group", "ours", "nnunet", "elsewhere"]
+    note: str = ""
+    build: Callable[..., nn.Module] | None = None
+    multiple: int = 1
+    """Sides of a patch are rounded down to it."""
+    learning_rate: float | None = None
+    """In place of the preset's."""
+    preset: Preset | None = None
+    """In place of the table's."""
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Keys of the preset's model that differ."""
+    prompted: bool = False
+    needs: str = ""
+    """A package that the installation may lack."""
+
+    def missing(self) -> str:
+        """Why this system cannot be trained here; empty where it can."""
+        if self.kind == "elsewhere":
+            return self.note
+        return absent(self.needs) if self.needs else ""
+
+
+def _unet(num_classes: int) -> nn.Module:
+    from monai.networks.nets import UNet
+
+    return UNet(3, 1, num_classes, (16, 32, 64, 128, 256), (2, 2, 2, 2), num_res_units=2, norm="instance")
+
+
+def _attention_unet(num_classes: int) -> nn.Module:
+    from monai.networks.nets import AttentionUnet
+
+    return AttentionUnet(3, 1, num_classes, (16, 32, 64, 128, 256), (2, 2, 2, 2))
+
+
+def _swin_unetr(num_classes: int) -> nn.Module:
+    from monai.networks.nets import SwinUNETR
+
+    # windows of 4 instead of 7 tokens fit 64-voxel patches without padding, at a quarter of the time
+    return SwinUNETR(1, num_classes, feature_size=12, window_size=4)
+
+
+def _dynunet(num_classes: int) -> nn.Module:
+    from monai.networks.nets import DynUNet
+
+    return DynUNet(
+        3, 1, num_classes, kernel_size=[3] * 5, strides=[1, 2, 2, 2, 2], upsample_kernel_size=[2] * 4,
+        filters=(16, 32, 64, 128, 192),
+    )  # fmt: skip
+
+
+_ELSEWHERE = "no maintained package has it; masks of the authors' code are taken by --predictions"
+_OURS = "a reimplementation from our parts and MONAI's blocks; the authors' code was not used"
+SYSTEMS: dict[str, System] = {  # in the order of the paper's tables
+    "unet": System("U-Net", "patch", "MONAI UNet", _unet, 16),
+    "attention_unet": System("Att U-Net", "patch", "MONAI AttentionUnet", _attention_unet, 16),
+    "nnunet_2d": System("nnU-Net 2D", "nnunet", "nnunetv2 with its own plan", needs="nnunetv2"),
+    "nnunet_3d": System("nnU-Net 3D", "nnunet", "nnunetv2 with its own plan", needs="nnunetv2"),
+    "dynunet": System("DynUNet", "patch", "MONAI DynUNet: nnU-Net's network without its pipeline", _dynunet, 16),
+    "transunet": System("TransUNet", "elsewhere", _ELSEWHERE),
+    "swin_unet": System("Swin-Unet", "elsewhere", _ELSEWHERE),
+    "cotr": System("CoTr", "elsewhere", _ELSEWHERE),
+    "after_unet": System("AFTer-UNet", "group", _OURS, build_after_unet, model={"stem_slices": 1}),
+    "swin_unetr": System(
+        "Swin UNETR", "patch", "MONAI SwinUNETR, windows of 4 tokens", _swin_unetr, 32, learning_rate=5e-4,
+        needs="einops",
+    ),
+    "msa": System(
+        "MSA", "group", f"{_OURS}; prompted: one click an organ, drawn from its label", build_msa,
+        model={"prompts": "point", "attention": "none", "stem_slices": 1}, prompted=True,
+    ),
+    "aftersam_2d": System(
+        "AFTer-SAM 2D", "ours", "ours without fusion blocks, every slice by itself",
+        model={"attention": "none", "stem_slices": 1},
+    ),
+    "aftersam": System("AFTer-SAM", "ours", "ours"),
+    "aftersam_best": System("AFTer-SAM best", "ours", "ours", preset="best"),
+    "aftersam_paper": System("AFTer-SAM paper", "ours", "ours, the paper read literally", preset="paper"),
+}  # fmt: skip

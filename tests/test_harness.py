@@ -1,0 +1,167 @@
+"""The benchmark harness times nothing that is wrong, and tells what it measured as it was."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench_cases import CEILING, SQUARE, square
+from benchmarks import harness
+from benchmarks.__main__ import main as bench_main
+from benchmarks.harness import Provider, measure
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
+
+def records_of(**calls):
+    """Measure callables that ought to square their input; the record of each by name."""
+    x = torch.linspace(-1, 1, 8, requires_grad=True)
+    found = {name: Provider(call, square, flops=8) for name, call in calls.items()}
+    return {r["provider"]: r for r in measure(SQUARE, [x], found, budget_s=0.01)}
+
+
+def test_a_right_provider_is_timed_and_a_wrong_one_is_not():
+    calls = {"right": 0, "wrong": 0}
+
+    def right(x):
+        calls["right"] += 1
+        return x * x
+
+    def wrong(x):
+        calls["wrong"] += 1
+        return x * x * 1.0001
+
+    found = records_of(right=right, wrong=wrong)
+    assert found["right"]["status"] == "ok"
+    assert found["right"]["error"]["forward"] < 1e-6
+    assert set(found["right"]["ms"]) == {"forward", "forward_backward"}
+    assert found["right"]["ms"]["forward"]["n"] >= 3
+    assert found["wrong"]["status"] == "wrong"
+    assert found["wrong"]["error"]["forward"] == pytest.approx(1e-4, rel=0.05)
+    assert "ms" not in found["wrong"]
+    assert calls["wrong"] == 1  # for the comparison, never for the clock
+    assert calls["right"] > 3
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda x: x * x.detach(), lambda x: x * x + 0 * x.sqrt(), lambda x: x.detach() ** 2 + 0 * x],
+    ids=["half a gradient", "NaN", "no gradient"],
+)
+def test_a_wrong_gradient_and_a_nan_are_wrong(call):
+    found = records_of(wrong=call)["wrong"]
+    assert found["status"] == "wrong"
+    assert "ms" not in found
+
+
+def test_what_cannot_run_is_named_and_the_others_are_measured():
+    def too_big(x):
+        return x * torch.empty(2**60)
+
+    def broken(x):
+        raise ValueError("no kernel for this")
+
+    x = torch.ones(8, requires_grad=True)
+    found = {
+        "absent": Provider(None, square, 8, missing="xformers is not installed"),
+        "too big": Provider(too_big, square, 8),
+        "broken": Provider(broken, square, 8),
+        "right": Provider(square, square, 8),
+    }
+    records = {r["provider"]: r for r in measure(SQUARE, [x], found, budget_s=0.01)}
+    assert {name: r["status"] for name, r in records.items()} == {
+        "absent": "missing", "too big": "out of memory", "broken": "failed", "right": "ok"
+    }  # fmt: skip
+    assert records["absent"]["reason"] == "xformers is not installed"
+    assert records["broken"]["reason"] == "no kernel for this"
+    assert [name for name, r in records.items() if "ms" in r] == ["right"]
+    lines = [harness.line(r, CEILING) for r in records.values()]
+    assert "missing: xformers is not installed" in lines[0]
+
+
+def test_peak_memory_is_what_a_call_holds_at_once():
+    x = torch.ones(1000, 1000)  # 4 MB, there before
+
+    def call():
+        y = x + 1  # 4 MB
+        z = y + 1  # 8 MB at once
+        del y
+        return z + 1  # 8 MB again
+
+    assert harness.peak_bytes(call) == pytest.approx(8e6, rel=0.01)
+
+
+def test_a_part_of_the_output_may_be_compared_beside_others():
+    """As attention over all tokens is, whose fp64 form would take minutes on the whole."""
+
+    def part(x):
+        return square(x[:3])
+
+    found = {
+        "whole": Provider(square, square, 8, role="ours"),
+        "part": Provider(square, part, 8, checked=part),
+        "wrong part": Provider(square, part, 8, checked=lambda x: 1.01 * part(x)),
+    }
+    for order in (found, dict(reversed(found.items()))):
+        records = measure(SQUARE, [torch.linspace(-1, 1, 8, requires_grad=True)], order, budget_s=0.01)
+        statuses = {r["provider"]: r["status"] for r in records}
+        assert statuses == {"whole": "ok", "part": "ok", "wrong part": "wrong"}
+
+
+def test_without_a_gradient_the_forward_alone_is_timed():
+    found = {"ours": Provider(square, square, 8, role="ours")}
+    facts = {**SQUARE, "items": 2, "unit": "images", "bytes": 64}
+    (record,) = measure(facts, [torch.ones(8)], found, budget_s=0.01)
+    assert set(record["ms"]) == {"forward"}
+    text = harness.line(record, CEILING)
+    assert "of copy" in text
+    assert "images/s" in text
+    assert "backward" not in text
+
+
+def test_a_spent_budget_is_named(monkeypatch):
+    monkeypatch.setattr(harness, "ceilings", lambda dtype: CEILING)
+    case = (SQUARE, [torch.ones(8)], {"ours": Provider(square, square, 8, role="ours")})
+
+    def broken():
+        raise ValueError("no such model")
+        yield
+
+    found = harness.run(
+        {"square": [case] * 3, "broken": broken(), "cube": [case]}, dtype=torch.float32, budget_s=0.01, total_s=0
+    )  # fmt: skip
+    assert len(found["records"]) == 2
+    assert [s["subject"] for s in found["skipped"]] == ["square", "broken"]
+    assert "spent after 1 cases" in found["skipped"][0]["reason"]
+    assert found["skipped"][1]["reason"] == "no such model"
+
+
+def test_a_run_that_was_stopped_goes_on_from_its_lines_and_can_be_collected(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def counted(x):
+        calls.append(1)
+        return x * x
+
+    def cases():
+        for name in ("a", "b"):
+            facts = {**SQUARE, "name": name}
+            yield facts, [torch.ones(8)], {"ours": Provider(counted, square, 8, role="ours")}
+
+    lines = tmp_path / "lines.jsonl"
+    first = harness.run(cases(), dtype=torch.float32, budget_s=0.01, lines=lines)
+    head, *records = lines.read_text().splitlines()
+    lines.write_text("\n".join([head, records[0]]) + "\n")  # as a run that was killed after its first case
+    before = len(calls)
+    again = harness.run(cases(), dtype=torch.float32, budget_s=0.01, lines=lines)
+    assert [r["name"] for r in again["records"]] == ["a", "b"]
+    assert again["records"][0] == first["records"][0]
+    assert again["ceilings"] == first["ceilings"]
+    assert before < len(calls) < 2 * before
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(harness.write, "__defaults__", (tmp_path,))
+    assert bench_main(["quick", "--collect", str(lines)]) == 0
+    written = json.loads(Path(capsys.readouterr().out.split()[-1]).read_text())
+    assert written["records"] == again["records"]
+    assert {t["number"] for t in written["targets"]} == {f"T{i}" for i in range(1, 11)}
