@@ -164,7 +164,7 @@ def test_what_a_fusion_block_keeps_for_the_backward(side, plain):
 @pytest.mark.gpu
 def test_the_blocks_work_on_dense_tokens():
     """Features lie channels first; were their strides kept, each norm would copy and each sum would stride."""
-    model = bench_transformer.AxialFusionTransformer(32, 4, 3, grid=(4, 6), num_slices=3).cuda()
+    model = transformer.AxialFusionTransformer(32, 4, 3, grid=(4, 6), num_slices=3).cuda()
     seen = []
     for block in model.blocks:
         block.register_forward_pre_hook(lambda _, given: seen.append(given[0].is_contiguous()))
