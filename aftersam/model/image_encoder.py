@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from aftersam.config import ENCODERS, EncoderSize
 from aftersam.model.sam import CLASSIFIER
 from axial_fusion import lora_linear, rel_pos_attention, window_attention
-from axial_fusion.lora_linear import dense_linear
 from axial_fusion.modules import merge_update
-from axial_fusion.row_norm import row_norm
+from axial_fusion.ops.lora_linear import dense_linear
+from axial_fusion.ops.row_norm import row_norm
 
 if TYPE_CHECKING:
     from aftersam.model.tiny_vit import TinyViT
