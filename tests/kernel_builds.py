@@ -19,20 +19,16 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from axial_fusion import _lora_kernels as lora
-from axial_fusion import _rel_pos_launch as rel_pos
-from axial_fusion import _slice_kernels as slices
-from axial_fusion import _tiles
-from axial_fusion.axial_attention import _launch_backward, _launch_forward
+from axial_fusion.gpu import axial_attention as axial
+from axial_fusion.gpu import lora, tiles
+from axial_fusion.gpu import rel_pos_attention as rel_pos
+from axial_fusion.gpu import row_norm as norm
+from axial_fusion.gpu import slice_attention as slices
+from axial_fusion.ops import lora_qkv as qkv
 
-qkv, norm = (sys.modules[f"axial_fusion.{name}"] for name in ("lora_qkv", "row_norm"))  # named like their ops
-TYPES = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
-}  # fmt: skip
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -50,8 +46,8 @@ def axial_attention(
         q, k, v = torch.zeros(1, slices, positions, 3, heads, dim, dtype=dtype).unbind(3)
     else:
         q, k, v = (torch.zeros(1, n, positions, heads, dim, dtype=dtype) for n in (queries, slices, slices))
-    _launch_forward(q, k, v, None, dim**-0.5, False)
-    _launch_backward(torch.zeros(q.shape, dtype=dtype), q, k, v, None, dim**-0.5, False)
+    axial.launch_forward(q, k, v, None, dim**-0.5, False)
+    axial.launch_backward(torch.zeros(q.shape, dtype=dtype), q, k, v, None, dim**-0.5, False)
 
 
 def row_norm(dtype: torch.dtype, rows: int, channels: int, *, weights: torch.dtype = torch.float32) -> None:
@@ -88,7 +84,7 @@ def rel_pos_attention(dtype: torch.dtype, heads: int, dim: int, height: int, wid
     rel_h = torch.zeros(1, heads, height, tokens, dtype=dtype)
     rel_w = torch.zeros(1, heads, tokens, width, dtype=dtype)
     y, lse = rel_pos.launch_forward(q, k, v, rel_h, rel_w, dim**-0.5)
-    rel_pos.launch_backward(y, q, k, v, rel_h, rel_w, y, lse, dim**-0.5)
+    rel_pos.launch_backward(y, (q, k, v, rel_h, rel_w), y, lse, dim**-0.5)
 
 
 def window_attention(dtype: torch.dtype, heads: int, dim: int, height: int, width: int, window: int) -> None:
@@ -98,7 +94,7 @@ def window_attention(dtype: torch.dtype, heads: int, dim: int, height: int, widt
     )
     rel = torch.zeros(1, height, width, heads, window, dtype=dtype)
     y, lse = rel_pos.launch_window_forward(qkv, bias, rel, rel, window, dim**-0.5)
-    rel_pos.launch_window_backward(y, qkv, bias, rel, rel, y, lse, window, dim**-0.5)
+    rel_pos.launch_window_backward(y, (qkv, bias, rel, rel), y, lse, window, dim**-0.5)
 
 
 def slice_attention(dtype: torch.dtype, positions: int, heads: int, dim: int) -> None:
@@ -164,33 +160,16 @@ def recorded(
 
 
 def build(kernel: JITFunction, args: tuple, keywords: dict, arch: int) -> dict[str, Any]:
-    """Compile one launch for sm_`arch` as its launcher would specialise it, and count what matters in its code."""
-    given = dict(zip(kernel.arg_names, args, strict=False)) | keywords
-    options = {key: given.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in given}
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int], Any] = {}
-    attributes: dict[tuple[int], Any] = {}
-    for index, parameter in enumerate(kernel.params):
-        name = parameter.name
-        value = given.get(name, parameter.default)
-        aligned = False
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[(index,)] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[name], aligned = "*" + TYPES[value.dtype], value.data_ptr() % 16 == 0
-        elif isinstance(value, TensorDescriptor):
-            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
-        elif isinstance(value, int):
-            signature[name], aligned = ("i32" if abs(value) < 2**31 else "i64"), value % 16 == 0
-        else:
-            signature[name] = "fp32"
-        if aligned:
-            attributes[(index,)] = [["tt.divisibility", 16]]
+    """Compile one launch for sm_`arch` as Triton would specialise it there, and count what matters in its code."""
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*args, **keywords)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, keywords, bound, specialization, options
+    )
     compiled = triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", arch, 32),
-        options=options,
+        ASTSource(kernel, signature, constants, attributes), target=target, options=options.__dict__
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -233,7 +212,7 @@ def wrong_descriptors(sass: str) -> list[str]:
 
 
 def main(arch: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    _tiles.arch = lambda device: arch  # launchers choose tiles as they would there
+    tiles.arch = lambda device: arch  # launchers choose tiles as they would there
     rows, seen = [], set()
     for name, case in CASES.items():
         for kernel, args, keywords in recorded(case, dtype):

@@ -5,8 +5,9 @@ The error may be at most 2× (gradients 3×) that of torch in the same dtype, wi
 import pytest
 import torch
 
-from axial_fusion import _tiles, axial_attention, reference, select_backend
-from axial_fusion._tiles import Key, Tile
+from axial_fusion import axial_attention, reference, select_backend
+from axial_fusion.gpu import tiles
+from axial_fusion.gpu.tiles import Key, Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]
@@ -108,8 +109,8 @@ def test_strided_lengths():
 )
 def test_every_tile(tile, head_dim, dtype, monkeypatch):
     for op in ("axial_attention", "axial_attention_backward"):
-        arch = _tiles.arch(torch.empty(0, device=DEVICE).device)
-        monkeypatch.setitem(_tiles.MEASURED, Key(op, arch, dtype, 9, head_dim), tile)
+        arch = tiles.arch(torch.empty(0, device=DEVICE).device)
+        monkeypatch.setitem(tiles.MEASURED, Key(op, arch, dtype, 9, head_dim), tile)
     check(inputs((1, 9, 9, 8, 8, head_dim), dtype), dtype)
 
 

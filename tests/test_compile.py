@@ -46,7 +46,7 @@ def test_every_kernel_builds(arch, dtype, builds):
         assert built["lines"] > 100, "no code was disassembled"
         assert built["shared"] <= SHARED_MEMORY[arch] * 1024, built
         assert not built["wrong_descriptors"], f"ptxas miscompiles it: {built}"
-        axial = built["kernel"].startswith("_axial_attention")
+        axial = built["kernel"].startswith("axial_attention")
         if axial:  # an H100 summed D's two parts wrongly in wgmma; the kernels' tiles must keep off it
             assert built["hgmma"] == 0, built
             assert built["spills"] == 0 or "N 64" in built["case"], built

@@ -1,7 +1,6 @@
 """The op against the paper's equations in fp64, with gradients; its properties; what torch asks of an op."""
 
 import math
-import sys
 from functools import partial
 
 import pytest
@@ -21,7 +20,9 @@ from axial_fusion import (
     slice_attention,
     window_attention,
 )
-from axial_fusion.row_norm import row_norm
+from axial_fusion.cpu import biased_attention
+from axial_fusion.ops import axial_fusion_attention as fusion
+from axial_fusion.ops.row_norm import row_norm
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 
@@ -219,7 +220,6 @@ def test_composed_as_on_a_gpu(rank, monkeypatch):
     """Norm, LoRA projections and axial attention by Triton: forward and every gradient."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(9)
-    fusion = sys.modules["axial_fusion.fusion"]
     monkeypatch.setattr(fusion, "plain_on", lambda x: False)
     for op in (row_norm, lora_qkv, axial_attention):
         triton = partial(op, backend="triton")
@@ -280,7 +280,7 @@ def test_opcheck(name):
 @pytest.fixture(params=[1 << 22, 4000, 2000, 200, 1], ids=lambda most: f"blocks of {most}")
 def blocks(request, monkeypatch):
     """Blocks of everything, of some batch elements, of some heads, of some queries, of one query."""
-    monkeypatch.setattr(sys.modules["axial_fusion.rel_pos_attention"], "_BLOCK", request.param)
+    monkeypatch.setattr(biased_attention, "_BLOCK", request.param)
 
 
 @pytest.mark.usefixtures("blocks")

@@ -5,14 +5,8 @@ The error may be at most 2× (gradients 3×) that of torch in the same dtype, wi
 import pytest
 import torch
 
-from axial_fusion import (
-    _rel_pos_launch,
-    _tiles,
-    reference,
-    rel_pos_attention,
-    select_backend,
-    window_attention,
-)
+from axial_fusion import reference, rel_pos_attention, select_backend, window_attention
+from axial_fusion.gpu import tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]
@@ -144,13 +138,11 @@ def test_every_tile_of_windows(shape, dtype):
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU takes its own tiles alone")
 @pytest.mark.parametrize("arch", [80, 100])
 def test_tiles_of_other_devices(arch, monkeypatch):
-    monkeypatch.setattr(_tiles, "arch", lambda device: arch)
-    _rel_pos_launch._config.cache_clear()
+    monkeypatch.setattr(tiles, "arch", lambda device: arch)
     tensors = grid_inputs(1, 1, 80, (2, 64), torch.float16)
     check(rel_pos_attention, reference.rel_pos_attention, tensors, grid=(2, 64))
     tensors = window_inputs(1, 1, 64, (5, 16), 14, torch.float16)
     check(window_attention, reference.window_attention, tensors, window=14)
-    _rel_pos_launch._config.cache_clear()
 
 
 @pytest.mark.parametrize(("dtype", "grid"), [(torch.float32, (16, 8)), (torch.float16, (4, 64))], ids=str)

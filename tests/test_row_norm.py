@@ -2,14 +2,14 @@
 
 The error may be at most 2× (gradients 3×) that of torch's layer_norm in the same dtypes, or one rounding."""
 
-import sys
-
 import pytest
 import torch
 from torch.nn import functional as F
 
 from axial_fusion import reference, select_backend
-from axial_fusion.row_norm import column_sums, launch_column_sums, row_norm
+from axial_fusion.gpu import tiles
+from axial_fusion.gpu.row_norm import launch_column_sums
+from axial_fusion.ops.row_norm import column_sums, row_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -25,7 +25,6 @@ VIEWS = {
 }
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
-op = sys.modules["axial_fusion.row_norm"]
 
 
 def draw(*shape, dtype=torch.float32):
@@ -84,7 +83,7 @@ def test_strided_x_weights_and_gradients(view):
 
 
 def test_many_programs_add_up_and_give_the_same_bits_every_time(monkeypatch):
-    monkeypatch.setattr(op, "PROGRAMS", 3)
+    monkeypatch.setattr(tiles, "NORM_PROGRAMS", 3)
     torch.manual_seed(0)
     given, grad = [draw(150, 256), draw(256), draw(256)], torch.randn(150, 256, device=DEVICE)
     held_to_layer_norm(given, grad, torch.float32)

@@ -3,14 +3,16 @@
 Against the reference in fp64: the error may be at most 2× (gradients 3×) that of torch in the same dtype, with a
 floor of one rounding."""
 
-import sys
 import threading
 
 import pytest
 import torch
 
-from axial_fusion import _launch, _slice_kernels, _tiles, reference, select_backend, slice_attention
-from axial_fusion._launch import FASTEST, SliceKey
+from axial_fusion import dispatch, reference, select_backend, slice_attention
+from axial_fusion.dispatch import FASTEST, SliceKey
+from axial_fusion.gpu import tiles
+from axial_fusion.gpu.slice_attention import launch_forward
+from axial_fusion.ops import slice_attention as op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16]
@@ -29,10 +31,10 @@ pytestmark = [
 def loads(request, monkeypatch):
     """Run the test with each way of loading keys and values: a GPU decides itself, the interpreter does as told."""
     if DEVICE == "cuda":
-        if (request.param == "TMA") != (_tiles.arch(torch.device("cuda")) == 90):
+        if (request.param == "TMA") != (tiles.arch(torch.device("cuda")) == 90):
             pytest.skip("this GPU loads in the other way")
     elif request.param == "TMA":
-        monkeypatch.setattr(_tiles, "arch", lambda device: 90)
+        monkeypatch.setattr(tiles, "arch", lambda device: 90)
 
 
 def draw(*shape, dtype=torch.float16, scale=1.0):
@@ -181,7 +183,7 @@ def test_scores_of_minus_infinity_get_no_weight(loads):
 
 def test_log_sum_exp_is_natural():
     q, k, v = (t.detach() for t in inputs(1, 3, 5, 2, 16))
-    _, lse = _slice_kernels.launch_forward(q[0], k[0], v[0], 0.25)
+    _, lse = launch_forward(q[0], k[0], v[0], 0.25)
     scores = 0.25 * torch.einsum("npmd,nkmd->nmpk", q[0].double(), k[0].double())
     torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-4, atol=1e-4)
 
@@ -263,14 +265,14 @@ def test_what_triton_does_not_offer():
 
 def test_auto_takes_triton_where_it_was_measured_fastest(monkeypatch):
     q = torch.randn(1, 2, 600, 2, 32, device=DEVICE).bfloat16()
-    monkeypatch.setattr(_launch, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (9, 0))
     chosen = select_backend("slice_attention", q, q, q)
     assert chosen.backend == "triton"
     assert chosen.reason == "measured fastest on sm_90 for bfloat16, D 32"
     assert select_backend("slice_attention", q.half()).backend == "sdpa"  # not measured
     assert select_backend("slice_attention", q[..., :24]).backend == "sdpa"
     assert select_backend("slice_attention", q.float()).backend == "sdpa"
-    monkeypatch.setattr(_launch, "_capability", lambda device: (8, 0))
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (8, 0))
     assert select_backend("slice_attention", q).backend == "sdpa"
     assert {key.head_dim for key in FASTEST} == {32, 64}
     assert SliceKey((9, 0), torch.bfloat16, 64) in FASTEST
@@ -345,13 +347,12 @@ def test_threads_share_no_state():
 
 def test_the_backward_says_which_library_it_takes(monkeypatch):
     """cuDNN from sm_90 where torch says that it can; flash from sm_80, and for a single position."""
-    module = sys.modules["axial_fusion.slice_attention"]  # named like its op
     q = torch.zeros(1, 2, 8, 16, dtype=torch.float16)
     monkeypatch.setattr(torch.backends.cuda, "can_use_cudnn_attention", lambda params: True)
     for capability, positions, takes in (((9, 0), 8, True), ((8, 0), 8, False), ((9, 0), 1, False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert module._cudnn_runs(*(q[:, :, :positions],) * 3) is takes
+        assert op._cudnn_runs(*(q[:, :, :positions],) * 3) is takes
     monkeypatch.undo()
     if DEVICE == "cpu":
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        assert not module._cudnn_runs(q, q, q)
+        assert not op._cudnn_runs(q, q, q)

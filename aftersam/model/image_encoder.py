@@ -9,7 +9,6 @@ Source: segment_anything/modeling/image_encoder.py; ViTDet, arXiv 2203.16527; re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aftersam.model.layers import ConvStem, Linear, RowNorm, SliceFeatures
 from axial_fusion import rel_pos_attention, window_attention
-from axial_fusion.lora_linear import dense_linear
-
-if TYPE_CHECKING:
-    pass
+from axial_fusion.ops.lora_linear import dense_linear
 
 
 class ImageEncoder(nn.Module):

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from axial_fusion import reference, select_backend, slice_attention
-from axial_fusion._launch import BACKENDS
+from axial_fusion.dispatch import BACKENDS
 from benchmarks import harness
 from benchmarks.harness import Case, Provider
 

@@ -1,8 +1,8 @@
 """Measure tile sizes on this GPU.    python -m axial_fusion.tune axial_attention --slices 9 --head-dim 32
 
 Of slice_attention it measures the backends. Every candidate is first held against the reference in fp64, forward and
-gradients; a wrong one is named and never timed. Prints the entry for `_tiles.MEASURED`, of slice_attention for
-`_launch.FASTEST`; nothing is changed. In Triton's interpreter times mean nothing."""
+gradients; a wrong one is named and never timed. Prints the entry for `gpu.tiles.MEASURED`, of slice_attention for
+`dispatch.FASTEST`; nothing is changed. In Triton's interpreter times mean nothing."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from axial_fusion import _tiles, reference
-from axial_fusion._launch import BACKENDS, FASTEST, SliceKey, slice_key
-from axial_fusion._tiles import Key, Tile
-from axial_fusion.axial_attention import axial_attention
-from axial_fusion.slice_attention import slice_attention
+from axial_fusion import reference
+from axial_fusion.dispatch import BACKENDS, FASTEST, SliceKey, slice_key
+from axial_fusion.gpu.tiles import MEASURED, Key, Tile, arch
+from axial_fusion.ops.axial_attention import axial_attention
+from axial_fusion.ops.slice_attention import slice_attention
 
 OPS = ("axial_attention", "axial_attention_backward", "slice_attention")
 TOLERANCE = {
@@ -68,8 +68,8 @@ def tune(
     small, large = (
         _Problem(op, slices, head_dim, heads, p, dtype, device) for p in (min(positions, 19), positions)
     )
-    key: Key | SliceKey = Key(op, _tiles.arch(small.inputs[0].device), dtype, slices, head_dim)
-    table: dict[Any, Any] = _tiles.MEASURED
+    key: Key | SliceKey = Key(op, arch(small.inputs[0].device), dtype, slices, head_dim)
+    table: dict[Any, Any] = MEASURED
     if op == "slice_attention":
         key, table = slice_key(small.inputs[0]), FASTEST
     exact = small.exact()

@@ -9,16 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from axial_fusion._rows import jit
-from axial_fusion._tiles import block
-from axial_fusion.axial_attention import _on
+from axial_fusion.gpu import tiles
+from axial_fusion.gpu.common import jit, on, tl
 
-try:
-    import triton.language as tl
-except ImportError:  # the kernels below then stay plain functions that nothing calls
-    tl = None
-
-TAIL = 16  # columns of a tail are a multiple of it: the library's fast products want rows that are aligned
 MAX_REDUCED_RANK = 16  # above, partial sums of dA and dB weigh as much as dY, and library products are faster
 
 
@@ -36,12 +29,12 @@ def _dropped(x, row, offs_k, K, seed_ptr, threshold, keep_scale):
 def lora_tail_kernel(
     x_ptr, a_ptr, seed_ptr, out_ptr, xa_ptr,
     keep_scale, threshold, T, stride_xt, stride_ot,
-    K: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, COPY: tl.constexpr,
-    DROPOUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    K: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dropout(x) Aᵀ, filled up with zeros, into the WIDTH columns of out (T, K + WIDTH) behind the first K.
 
-    Where COPY, x into the first K columns and dropout(x) Aᵀ (T, R) into xa as well."""
+    Without a seed, no dropout. With xa (T, R): x goes into the first K columns as well, and dropout(x) Aᵀ into xa."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = row < T
     offs_r = tl.arange(0, RANK)
@@ -50,9 +43,9 @@ def lora_tail_kernel(
         offs_k = k + tl.arange(0, BLOCK_K)
         mask = mask_t[:, None] & (offs_k < K)[None, :]
         x = tl.load(x_ptr + row[:, None] * stride_xt + offs_k[None, :], mask=mask, other=0.0)
-        if COPY:
+        if xa_ptr is not None:
             tl.store(out_ptr + row[:, None] * stride_ot + offs_k[None, :], x, mask=mask)
-        if DROPOUT:
+        if seed_ptr is not None:
             x = _dropped(x, row, offs_k, K, seed_ptr, threshold, keep_scale)
         a_ptrs = a_ptr + offs_r[None, :] * K + offs_k[:, None]
         a = tl.load(a_ptrs, mask=(offs_r < R)[None, :] & (offs_k < K)[:, None], other=0.0)  # [BLOCK_K, RANK]
@@ -60,7 +53,7 @@ def lora_tail_kernel(
     xa = acc.to(out_ptr.dtype.element_ty)
     out_ptrs = out_ptr + row[:, None] * stride_ot + K + offs_r[None, :]
     tl.store(out_ptrs, xa, mask=mask_t[:, None] & (offs_r < WIDTH)[None, :])
-    if COPY:
+    if xa_ptr is not None:
         xa_ptrs = xa_ptr + row[:, None] * R + offs_r[None, :]
         tl.store(xa_ptrs, xa, mask=mask_t[:, None] & (offs_r < R)[None, :])
 
@@ -90,18 +83,18 @@ def lora_weight_kernel(
 def lora_reduce_kernel(
     dy_ptr, x_ptr, xa_ptr, b_ptr, seed_ptr, d_ptr, da_ptr, db_ptr,
     scaling, keep_scale, threshold, T, stride_yt, stride_xt,
-    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
-    DROPOUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Of BLOCK_T rows: d = scaling · dY B (T, RANK), zeros past R, and their part of dA and dB.
 
-    da (programs, R, K) = dᵀ dropout(x), db (programs, R, N) = scaling · xaᵀ dY, both in fp32."""
+    da (programs, R, K) = dᵀ dropout(x), db (programs, R, N) = scaling · xaᵀ dY, both in fp32; None is left out."""
     pid = tl.program_id(0).to(tl.int64)
     row = pid * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = row < T
     offs_r = tl.arange(0, RANK)
     mask_r = offs_r < R
-    if DB:
+    if db_ptr is not None:
         xa_ptrs = xa_ptr + row[None, :] * R + offs_r[:, None]
         xa = tl.load(xa_ptrs, mask=mask_r[:, None] & mask_t[None, :], other=0.0)  # [RANK, BLOCK_T]
     d = tl.zeros([BLOCK_T, RANK], tl.float32)
@@ -113,20 +106,20 @@ def lora_reduce_kernel(
         b_ptrs = b_ptr + offs_n[:, None] * R + offs_r[None, :]
         b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_C, RANK]
         d = tl.dot(dy, b, acc=d, input_precision="ieee")
-        if DB:
+        if db_ptr is not None:
             db = tl.dot(xa, dy, input_precision="ieee") * scaling  # [RANK, BLOCK_C]
             db_ptrs = db_ptr + (pid * R + offs_r[:, None]) * N + offs_n[None, :]
             tl.store(db_ptrs, db, mask=mask_r[:, None] & mask_n[None, :])
     d = (d * scaling).to(d_ptr.dtype.element_ty)
     tl.store(d_ptr + row[:, None] * RANK + offs_r[None, :], d, mask=mask_t[:, None])
-    if DA:
+    if da_ptr is not None:
         d = tl.trans(d)  # [RANK, BLOCK_T]
         for k in range(0, K, BLOCK_C):
             offs_k = k + tl.arange(0, BLOCK_C)
             mask_k = offs_k < K
             x_ptrs = x_ptr + row[:, None] * stride_xt + offs_k[None, :]
             x = tl.load(x_ptrs, mask=mask_t[:, None] & mask_k[None, :], other=0.0)
-            if DROPOUT:
+            if seed_ptr is not None:
                 x = _dropped(x, row, offs_k, K, seed_ptr, threshold, keep_scale)
             da = tl.dot(d, x, input_precision="ieee")  # [RANK, BLOCK_C]
             da_ptrs = da_ptr + (pid * R + offs_r[:, None]) * K + offs_k[None, :]
@@ -139,8 +132,8 @@ def _drop(seed: Tensor | None, p: float) -> tuple[float, int]:
 
 
 def tail_width(rank: int) -> int:
-    """Columns of a tail that holds `rank`: a multiple of TAIL."""
-    return -(-rank // TAIL) * TAIL
+    """Columns of a tail that holds `rank`: a multiple of 16."""
+    return -(-rank // tiles.LORA_TAIL) * tiles.LORA_TAIL
 
 
 def launch_tail(
@@ -149,16 +142,13 @@ def launch_tail(
     """Writes dropout(x (T, K)) Aᵀ of a (r, K) behind the first K columns of out (T, K + tail).
 
     Where xa (T, r) is given, writes xa and x's copy in out too; else out's first K columns are x."""
-    (rows, wide), rank, exact = x.shape, a.shape[0], x.dtype == torch.float32
-    # Exact products, the mask and rows that are loaded an element at a time need registers.
-    narrow = exact or seed is not None or x.stride(0) % 8 or wide % 8
-    with _on(x.device):
-        lora_tail_kernel[(-(-rows // 64),)](
+    (rows, wide), rank = x.shape, a.shape[0]
+    config = tiles.lora_tail(x, dropout=seed is not None)
+    with on(x.device):
+        lora_tail_kernel[(-(-rows // config["BLOCK_T"]),)](
             x, a, seed, out, xa,
             *_drop(seed, p), rows, x.stride(0), out.stride(0),
-            K=wide, R=rank, RANK=block(rank), WIDTH=out.shape[1] - wide, COPY=xa is not None,
-            DROPOUT=seed is not None, BLOCK_T=64, BLOCK_K=32 if narrow else 128,
-            num_warps=8 if exact else 4, num_stages=3,
+            K=wide, R=rank, RANK=tiles.block(rank), WIDTH=out.shape[1] - wide, **config,
         )  # fmt: skip
 
 
@@ -169,11 +159,11 @@ def launch_weight(
     (rows, wide), (height, rank) = weight.shape, b.shape
     width = tail_width(rank if c is None else 2 * rank)
     out = weight.new_empty(rows, wide + width)
-    with _on(weight.device):
+    with on(weight.device):
         lora_weight_kernel[(rows,)](
             weight.contiguous(), b.contiguous(), b if c is None else c.contiguous(), out,
             scaling, scaling_c, height, rows if c is None else rows - height, wide, width,
-            R=rank, BLOCK_K=max(256, block(width)), num_warps=2,
+            R=rank, **tiles.lora_weight(width),
         )  # fmt: skip
     return out
 
@@ -184,17 +174,15 @@ def launch_reduce(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """dy (T, N), x (T, K), xa (T, r) -> d (T, 16), zeros past r, dA (r, K) and dB (N, r) in fp32; r at most 16."""
     (rows, n), k, rank = dy.shape, x.shape[1], b.shape[1]
-    exact = dy.dtype == torch.float32
-    block_t = 64 if exact else 256
-    programs = -(-rows // block_t)
-    d = dy.new_empty(rows, TAIL)
+    config = tiles.lora_reduce(dy.dtype)
+    programs = -(-rows // config["BLOCK_T"])
+    d = dy.new_empty(rows, tiles.LORA_TAIL)
     da = dy.new_empty(programs, rank, k, dtype=torch.float32) if need_a else None
     db = dy.new_empty(programs, rank, n, dtype=torch.float32) if need_b else None
-    with _on(dy.device):
+    with on(dy.device):
         lora_reduce_kernel[(programs,)](
             dy, x, xa, b, seed, d, da, db,
             scaling, *_drop(seed, p), rows, dy.stride(0), x.stride(0),
-            N=n, K=k, R=rank, RANK=TAIL, DA=need_a, DB=need_b, DROPOUT=seed is not None,
-            BLOCK_T=block_t, BLOCK_C=32 if exact else 64, num_warps=8, num_stages=3,
+            N=n, K=k, R=rank, RANK=tiles.LORA_TAIL, **config,
         )  # fmt: skip
     return d, None if da is None else da.sum(0), None if db is None else db.sum(0).t()

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from axial_fusion import _lora_kernels as kernels
-from axial_fusion._launch import HALF, autocast_dtype, check_shapes, no_second_derivative, select_backend
-from axial_fusion.lora_linear import ALIGN, _rows_of
+from axial_fusion.checks import autocast_dtype, check_shapes, no_second_derivative
+from axial_fusion.dispatch import HALF, select_backend
+from axial_fusion.gpu import lora as kernels
+from axial_fusion.gpu.row_norm import launch_backward, launch_forward
+from axial_fusion.ops.lora_linear import ALIGN, _rows_of
+from axial_fusion.ops.row_norm import column_sums
 from axial_fusion.reference import LoRA
-from axial_fusion.row_norm import column_sums, launch_backward, launch_forward
 
 
 def _normalised(

@@ -1,18 +1,18 @@
-"""What every op shares: argument checks, autocast, and the one rule that says which backend runs.
+"""Which backend runs a call, and why.
 
 `auto` picks by device, dtype and head size, never by how many tokens there are on a GPU, so that a compiled
 model is not compiled again for each image size. A backend that is named and cannot run raises ValueError."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from axial_fusion.checks import autocast_dtype, dtype_name
 
 Op = Literal[
     "axial_attention",
@@ -242,68 +242,3 @@ def no_derivative(*tensors: Tensor) -> bool:
     """Whether nobody will differentiate what is computed from these tensors, by autograd or by a transform."""
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     return not wanted and not under_transform(tensors)
-
-
-def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks for on this tensor's device; None where it is off or the tensor is fp64."""
-    kind = tensor.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
-        return None
-    return torch.get_autocast_dtype(kind)
-
-
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype, or as they are where it is off."""
-    dtype = autocast_dtype(tensors[0])
-    return tensors if dtype is None else tuple(t.to(dtype) for t in tensors)
-
-
-def check_shapes(op: str, expected: dict[str, tuple[Tensor, str]]) -> dict[str, int]:
-    """Match tensors with their letters, {"q": (q, "B N P M D"), ...}, and give each letter's size.
-
-    A number in place of a letter must be matched too. Raises ValueError naming the tensor that does not fit."""
-    sizes: dict[str, int] = {}
-    for name, (tensor, letters) in expected.items():
-        axes = letters.split()
-        if tensor.dim() != len(axes):
-            raise ValueError(f"{op}: {name} must be ({', '.join(axes)}), found shape {tuple(tensor.shape)}")
-        for axis, size in zip(axes, tensor.shape, strict=True):
-            want = int(axis) if axis.isdigit() else sizes.setdefault(axis, size)
-            if want != size:
-                raise ValueError(
-                    f"{op}: {name} must be ({', '.join(axes)}) with {axis} = {want}, found shape {tuple(tensor.shape)}"
-                )
-    return sizes
-
-
-def check_alike(op: str, **tensors: Tensor) -> None:
-    """Raises ValueError unless the tensors share one floating dtype and one device."""
-    (name, first), *rest = tensors.items()
-    if not first.dtype.is_floating_point:
-        raise ValueError(f"{op}: {name} must be floating point, found {dtype_name(first.dtype)}")
-    for other, tensor in rest:
-        if tensor.dtype != first.dtype:
-            raise ValueError(
-                f"{op}: {other} is {dtype_name(tensor.dtype)} but {name} is {dtype_name(first.dtype)}; cast one of them"
-            )
-        if tensor.device != first.device:
-            raise ValueError(f"{op}: {other} is on {tensor.device} but {name} is on {first.device}")
-
-
-def softmax_scale(scale: float | None, head_dim: int) -> float:
-    return 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def no_second_derivative(op: str) -> Callable[..., None]:
-    """A backward for a backward: without it, autograd would drop the second derivative in silence."""
-
-    def refuse(*_: object) -> None:
-        raise NotImplementedError(
-            f"{op} on this backend has no second derivative; backend='torch' on a CPU has"
-        )
-
-    return refuse

@@ -1,4 +1,4 @@
-"""The forward of slice attention, y = softmax(scale · q kᵀ) v among the P positions of a slice, and its launch.
+"""Triton kernel of slice attention's forward, y = softmax(scale · q kᵀ) v among the P positions of a slice.
 
 At D 32 the exponentials and the row maximum cost more than the products. The maximum only keeps exp2 from
 overflowing: any offset near it gives the same y, since p, its sum and the accumulator are floating point. So each
@@ -17,18 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axial_fusion import _tiles
-from axial_fusion._rows import jit
-from axial_fusion.axial_attention import _last_axis_contiguous, _on
-
-try:
-    import triton.language as tl
-except ImportError:  # the kernels below then stay plain functions that nothing calls
-    tl = None
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # an older Triton: tiles are loaded by pointers
-    TensorDescriptor = None
+from axial_fusion.gpu.common import TensorDescriptor, jit, last_axis_contiguous, on, tl
+from axial_fusion.gpu.tiles import slice_forward
 
 
 @jit
@@ -93,36 +83,35 @@ def _attend(
 def slice_attention_fwd_kernel(
     q_ptr, k_source, v_source, y_ptr, lse_ptr,
     scale, P, M, tiles,
-    stride_qb, stride_qp, stride_qm,
-    stride_kb, stride_kp, stride_km,
-    stride_vb, stride_vp, stride_vm,
+    stride_q, stride_k, stride_v,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head: y (B', P, M, D), contiguous, and lse (B', M, P), natural logarithms.
 
-    `scale` is in octaves, log2(e) included, and above 0. Tiles of a head lie side by side: they share its keys."""
+    `scale` is in octaves, log2(e) included, and above 0; strides are of (b, p, m, d). Tiles of a head lie side by side:
+    they share its keys."""
     pid = tl.program_id(0)
     tile = pid % tiles
     head = (pid // tiles) % M
     batch = pid // (tiles * M)
     head64, batch64 = head.to(tl.int64), batch.to(tl.int64)
-    q_ptr += batch64 * stride_qb + head64 * stride_qm
+    q_ptr += batch64 * stride_q[0] + head64 * stride_q[2]
     if not TMA:
-        k_source += batch64 * stride_kb + head64 * stride_km
-        v_source += batch64 * stride_vb + head64 * stride_vm
+        k_source += batch64 * stride_k[0] + head64 * stride_k[2]
+        v_source += batch64 * stride_v[0] + head64 * stride_v[2]
     offs_m = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, D)
     mask_m = offs_m < P
-    q = tl.load(q_ptr + offs_m[:, None] * stride_qp + offs_d[None, :], mask=mask_m[:, None], other=0.0)
+    q = tl.load(q_ptr + offs_m[:, None] * stride_q[1] + offs_d[None, :], mask=mask_m[:, None], other=0.0)
     acc, top, total = _attend(
-        q, k_source, v_source, batch, head, scale, P, stride_kp, stride_vp,
+        q, k_source, v_source, batch, head, scale, P, stride_k[1], stride_v[1],
         D, BLOCK_M, BLOCK_N, EVEN, TMA, False,
     )  # fmt: skip
     finite = (total < 1e30)[:, None] & (tl.abs(acc) < 1e38)  # false for a NaN too
     # Over both axes at once: Triton 3.6 fails to build one minimum of another on sm_100.
     if tl.min(finite.to(tl.int32)) == 0:
         acc, top, total = _attend(
-            q, k_source, v_source, batch, head, scale, P, stride_kp, stride_vp,
+            q, k_source, v_source, batch, head, scale, P, stride_k[1], stride_v[1],
             D, BLOCK_M, BLOCK_N, EVEN, TMA, True,
         )  # fmt: skip
     y = (acc / total[:, None]).to(y_ptr.dtype.element_ty)  # [BLOCK_M, D]
@@ -130,17 +119,6 @@ def slice_attention_fwd_kernel(
     tl.store(y_ptr + offs_m[:, None] * (M * D) + offs_d[None, :], y, mask=mask_m[:, None])
     lse = (top + tl.log2(total)) * 0.6931471805599453
     tl.store(lse_ptr + (batch64 * M + head64) * P + offs_m, lse, mask=mask_m)
-
-
-def _config(q: Tensor) -> dict[str, Any]:
-    """The tile of q's device and head size: on sm_90 the measured one, elsewhere one that builds without spills.
-
-    TMA loads the keys and values on sm_90, wherever Triton has descriptors."""
-    config = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "TMA": False}
-    if _tiles.arch(q.device) == 90:
-        stages = 3 if q.shape[-1] <= 32 else 2
-        config |= {"BLOCK_N": 128, "num_stages": stages, "TMA": TensorDescriptor is not None}
-    return config
 
 
 def _descriptor(t: Tensor, rows: int) -> Any:
@@ -162,18 +140,16 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
     lse = torch.empty((batch, heads, positions), dtype=torch.float32, device=q.device)
     if y.numel() == 0:
         return y, lse
-    q, k, v = _last_axis_contiguous(q, k, v)
-    config = _config(q)
+    q, k, v = last_axis_contiguous(q, k, v)
+    config = slice_forward(q)
     rows = config["BLOCK_N"]
     count = -(-positions // config["BLOCK_M"])
     sources = [_descriptor(t, rows) for t in (k, v)] if config["TMA"] else [k, v]
-    with _on(q.device):
+    with on(q.device):
         slice_attention_fwd_kernel[(count * heads * batch,)](
             q, *sources, y, lse,
             scale * math.log2(math.e), positions, heads, count,
-            q.stride(0), q.stride(1), q.stride(2),
-            k.stride(0), k.stride(1), k.stride(2),
-            v.stride(0), v.stride(1), v.stride(2),
+            q.stride(), k.stride(), v.stride(),
             D=dim, EVEN=positions % rows == 0, **config,
         )  # fmt: skip
     return y, lse

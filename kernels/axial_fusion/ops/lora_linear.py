@@ -5,7 +5,7 @@ W and B A are never merged, which in bf16 would round a small B A away. Three en
 torch       bias and the thin product first, onto which the library adds x Wᵀ up: y is written, read and written again
 augmented   one library product [x | x Aᵀ] [W | s B]ᵀ of K + r: y is written once, x is copied for its tail
 triton      the same product, its operands written in one pass each; dA and dB from one pass over dY and x
-            (_lora_kernels.py)
+            (gpu/lora.py)
 
 x and the thin x Aᵀ are saved. With d = scaling · dY B, the gradients are
 
@@ -25,19 +25,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from axial_fusion import _lora_kernels as kernels
-from axial_fusion._launch import (
+from axial_fusion.checks import (
     autocast_dtype,
     check_alike,
     check_shapes,
     dtype_name,
-    no_derivative,
     no_second_derivative,
-    plain_on,
-    select_backend,
 )
+from axial_fusion.dispatch import no_derivative, plain_on, select_backend
+from axial_fusion.gpu import lora as kernels
+from axial_fusion.ops.row_norm import column_sums
 from axial_fusion.reference import dropout_mask
-from axial_fusion.row_norm import column_sums
 
 _onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 ALIGN = 8  # columns of a tail: the library's fast products want rows of a multiple of 16 bytes

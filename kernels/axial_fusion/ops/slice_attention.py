@@ -1,10 +1,10 @@
 """Attention among the positions of each slice: a Triton kernel where it was measured fastest, else the libraries'.
 
-The Triton backend (_slice_kernels.py) is a forward alone: its y and log-sum-exp are what cuDNN's and FlashAttention's
-backwards start from, and cuDNN's was the fastest backward at every size measured on an H100.
+The Triton backend (gpu/slice_attention.py) is a forward alone. cuDNN's and FlashAttention's backwards start from its y
+and log-sum-exp; cuDNN's was the fastest backward at every size measured on an H100.
 The other backends are fused attentions that somebody maintains and that register their own operator and gradient:
 torch's SDPA (its own choice, or its flash, cuDNN or memory-efficient kernel), flash-attn, xformers, FlexAttention.
-`torch` writes the scores to memory, in fp32; it has every derivative. `auto` on a GPU is what `_launch.FASTEST` holds,
+`torch` writes the scores to memory, in fp32; it has every derivative. `auto` on a GPU is what `dispatch.FASTEST` holds,
 measured by `axial_fusion.tune slice_attention`, else SDPA's own choice.
 
 Gradients, with p = exp(scale · q kᵀ − lse): dv = pᵀ dY, dp = dY vᵀ, ds = p · (dp − Σ y · dY),
@@ -22,16 +22,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from axial_fusion._launch import (
+from axial_fusion.checks import (
     autocast,
     autocast_dtype,
     check_alike,
     check_shapes,
     no_second_derivative,
-    select_backend,
     softmax_scale,
 )
-from axial_fusion._slice_kernels import launch_forward
+from axial_fusion.dispatch import select_backend
+from axial_fusion.gpu.slice_attention import launch_forward
 
 # Torch's cuDNN backward then reads another layout of lse.
 _RAGGED = os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "0") == "1"

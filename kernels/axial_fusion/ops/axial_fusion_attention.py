@@ -13,13 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from axial_fusion._launch import autocast_dtype, plain_on, select_backend
-from axial_fusion.axial_attention import axial_attention
-from axial_fusion.lora_linear import lora_linear
-from axial_fusion.lora_qkv import lora_qkv
+from axial_fusion.checks import autocast_dtype
+from axial_fusion.dispatch import plain_on, select_backend
+from axial_fusion.ops.axial_attention import axial_attention
+from axial_fusion.ops.lora_linear import lora_linear
+from axial_fusion.ops.lora_qkv import lora_qkv
+from axial_fusion.ops.row_norm import row_norm
+from axial_fusion.ops.slice_attention import slice_attention
 from axial_fusion.reference import AttentionWeights, LoRA
-from axial_fusion.row_norm import row_norm
-from axial_fusion.slice_attention import slice_attention
 
 
 def axial_fusion_attention(

@@ -5,17 +5,15 @@ none of these, and every mask is left out."""
 
 from __future__ import annotations
 
-from axial_fusion._rows import jit
-
-try:
-    import triton.language as tl
-except ImportError:  # the functions below then stay plain functions that nothing calls
-    tl = None
+from axial_fusion.gpu.common import jit, octaves, tl
 
 
 @jit
-def _place(tiles, M, H, W, WH, WW, WINDOWED: tl.constexpr):
-    """A program's tile, head and batch element; its window's first token, and the rows and columns the grid holds."""
+def place(sizes, WINDOWED: tl.constexpr):
+    """A program's tile, head and batch element; its window's first token, and the rows and columns the grid holds.
+
+    `sizes`: heads, rows and columns of the grid, those of a window, tiles of a window."""
+    M, H, W, WH, WW, tiles = sizes
     pid = tl.program_id(0)
     tile = pid % tiles
     head = ((pid // tiles) % M).to(tl.int64)
@@ -33,25 +31,31 @@ def _place(tiles, M, H, W, WH, WW, WINDOWED: tl.constexpr):
 
 
 @jit
-def _queries(start, corner, rows, columns, W, WINDOWED: tl.constexpr, BLOCK_M: tl.constexpr):
+def queries(start, corner, rows, columns, W, WINDOWED: tl.constexpr, TILE: tl.constexpr):
     """A window's tokens start .. start + BLOCK_M − 1: a position in the grid, offsets from it, which exist."""
-    index = start + tl.arange(0, BLOCK_M)
+    index = start + tl.arange(0, TILE.BLOCK_M)
     mask = index < rows * columns
     if WINDOWED:
         return corner, index // columns * W + index % columns, mask
     else:
-        return tl.cast(start, tl.int64), tl.arange(0, BLOCK_M), mask
+        return tl.cast(start, tl.int64), tl.arange(0, TILE.BLOCK_M), mask
 
 
 @jit
-def _keys(row, rows, columns, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr):
+def keys(row, rows, columns, TILE: tl.constexpr):
     """Which keys of the tile that starts at `row` lie within the first `rows` and `columns` of the window."""
-    index = tl.arange(0, BLOCK_N)
-    return (row + index // COLUMNS < rows) & (index % COLUMNS < columns)
+    index = tl.arange(0, TILE.BLOCK_N)
+    return (row + index // TILE.COLUMNS < rows) & (index % TILE.COLUMNS < columns)
 
 
 @jit
-def _load(ptr, offs, mask, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, FULL: tl.constexpr):
+def key_offsets(W, TILE: tl.constexpr):
+    """Positions of a tile's keys in the grid, from its first."""
+    return tl.arange(0, TILE.BLOCK_N) // TILE.COLUMNS * W + tl.arange(0, TILE.BLOCK_N) % TILE.COLUMNS
+
+
+@jit
+def load_rows(ptr, offs, mask, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, FULL: tl.constexpr):
     """Columns START .. START + WIDTH − 1 of the rows at `offs`, 0 past D and where `mask` is false."""
     offs_d = START + tl.arange(0, WIDTH)
     ptrs = ptr + offs[:, None] + offs_d[None, :]
@@ -64,7 +68,7 @@ def _load(ptr, offs, mask, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.const
 
 
 @jit
-def _load_each(ptrs, mask, FULL: tl.constexpr):
+def load_each(ptrs, mask, FULL: tl.constexpr):
     """One number a query, 0 where `mask` is false."""
     if FULL:
         return tl.load(ptrs)
@@ -73,13 +77,12 @@ def _load_each(ptrs, mask, FULL: tl.constexpr):
 
 
 @jit
-def _load_keys(
-    ptr, pad_ptr, offs, real,
-    START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, WINDOWED: tl.constexpr, FULL: tl.constexpr,
+def load_keys(
+    ptr, pad_ptr, offs, real, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, FULL: tl.constexpr
 ):  # fmt: skip
     """The same of keys or values, with the bias at `pad_ptr` where the grid ends."""
-    x = _load(ptr, offs, real, START, WIDTH, D, FULL)
-    if WINDOWED:
+    x = load_rows(ptr, offs, real, START, WIDTH, D, FULL)
+    if pad_ptr is not None:
         offs_d = START + tl.arange(0, WIDTH)
         pad = tl.load(pad_ptr + offs_d, mask=offs_d < D, other=0.0)
         x = tl.where(real[:, None], x, pad[None, :])
@@ -87,13 +90,11 @@ def _load_keys(
 
 
 @jit
-def _column_bias(
-    ptr, offs, mask, WW, stride_k, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr
-):
+def column_bias(ptr, offs, mask, WW, stride_k, WIDTH: tl.constexpr, TILE: tl.constexpr):
     """rel_w of the queries at `offs` against WIDTH keys, whole rows; -inf past the window.  # [BLOCK_M, WIDTH]"""
-    column = tl.arange(0, WIDTH) % COLUMNS
+    column = tl.arange(0, WIDTH) % TILE.COLUMNS
     ptrs = ptr + offs[:, None] + column[None, :] * stride_k
-    if FULL:
+    if TILE.FULL:
         return tl.load(ptrs)
     else:
         w = tl.load(ptrs, mask=mask[:, None] & (column < WW)[None, :], other=0.0)
@@ -101,25 +102,23 @@ def _column_bias(
 
 
 @jit
-def _one_row_bias(ptrs, mask, row, WH, stride_k, FULL: tl.constexpr):
+def one_row_bias(ptrs, mask, row, WH, stride_k, TILE: tl.constexpr):
     """log2(e) · rel_h of queries against one row of keys, -inf past the window and for absent queries.  # [BLOCK_M]
 
     A row past the end may be asked for ahead of its use; FULL then gives the last."""
-    if FULL:
+    if TILE.FULL:
         h = tl.load(ptrs + tl.cast(tl.minimum(row, WH - 1), tl.int64) * stride_k)
     else:
         h = tl.load(ptrs + tl.cast(row, tl.int64) * stride_k, mask=mask & (row < WH), other=-float("inf"))
-    return h.to(tl.float32) * 1.4426950408889634
+    return octaves(h.to(tl.float32))
 
 
 @jit
-def _row_bias(
-    ptrs, mask, row, WH, stride_k, less,
-    AXIS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
+def row_bias(ptrs, mask, row, WH, stride_k, less, AXIS: tl.constexpr, TILE: tl.constexpr):
     """log2(e) · rel_h − less of queries against a tile of keys along AXIS; that axis is 1 where a tile is a row."""
-    bias = tl.expand_dims(_one_row_bias(ptrs, mask, row, WH, stride_k, FULL) - less, AXIS)
-    for r in tl.static_range(1, BLOCK_N // COLUMNS):
-        other = tl.expand_dims(_one_row_bias(ptrs, mask, row + r, WH, stride_k, FULL) - less, AXIS)
-        bias = tl.where(tl.expand_dims(tl.arange(0, BLOCK_N) // COLUMNS == r, 1 - AXIS), other, bias)
+    bias = tl.expand_dims(one_row_bias(ptrs, mask, row, WH, stride_k, TILE) - less, AXIS)
+    for r in tl.static_range(1, TILE.BLOCK_N // TILE.COLUMNS):
+        other = tl.expand_dims(one_row_bias(ptrs, mask, row + r, WH, stride_k, TILE) - less, AXIS)
+        here = tl.arange(0, TILE.BLOCK_N) // TILE.COLUMNS == r
+        bias = tl.where(tl.expand_dims(here, 1 - AXIS), other, bias)
     return bias

@@ -15,93 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from axial_fusion._launch import autocast_dtype, no_second_derivative, select_backend
-from axial_fusion._rows import column_sums_kernel, row_norm_bwd_kernel, row_norm_fwd_kernel
-from axial_fusion._tiles import block
-from axial_fusion.axial_attention import _on
-
-PROGRAMS = 512  # of the backward: about four a multiprocessor; their partial sums stay small
-
-
-def _tile(channels: int) -> dict[str, int]:
-    """Rows of a tile and its warps: 16 elements a thread, or as many rows fewer as the channels are more."""
-    block_c = block(channels)
-    return {
-        "BLOCK_T": max(1, 2048 // block_c),
-        "BLOCK_C": block_c,
-        "num_warps": 8 if block_c > 2048 else 4,
-        "num_stages": 1,
-    }
-
-
-def _groups(x: Tensor) -> Tensor:
-    """x (..., C) as (B, P, C), copied only where no such view exists."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return x.reshape(x.shape[0] if x.dim() > 2 else 1, -1, x.shape[-1])
-
-
-def launch_forward(
-    x: Tensor, gamma: Tensor, beta: Tensor | None, out: Tensor, eps: float, a: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """x (..., C) -> mean and rstd (T,); writes LN(x) to the first C columns of out (T, C or more).
-
-    With a (r, C), out's other columns, a multiple of 16 that holds r, become [z aᵀ | 0]."""
-    groups, channels, thin = _groups(x), x.shape[-1], 0 if a is None else a.shape[0]
-    rows = groups.shape[0] * groups.shape[1]
-    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    config = _tile(channels)
-    if thin:  # 16 rows at least, as a matrix unit takes
-        config |= {"BLOCK_T": 16, "num_warps": 4 if config["BLOCK_C"] <= 256 else 8}
-    with _on(x.device):
-        row_norm_fwd_kernel[(-(-rows // config["BLOCK_T"]),)](
-            groups, gamma.contiguous(), None if beta is None else beta.contiguous(), a, out, mean, rstd,
-            eps, groups.shape[1], rows, groups.stride(0), groups.stride(1), out.stride(0),
-            C=channels, BETA=beta is not None, THIN=thin, RANK=block(thin), TAIL=out.shape[1] - channels, **config,
-        )  # fmt: skip
-    return mean, rstd
-
-
-def launch_backward(
-    dz: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, *, need_x: bool, need_weights: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dz (T, C) with contiguous rows, x (..., C) -> dx in x's shape and dtype, dgamma and dbeta (C,) in fp32."""
-    groups, channels, rows = _groups(x), x.shape[-1], dz.shape[0]
-    config = _tile(channels)
-    programs = min(PROGRAMS, -(-rows // config["BLOCK_T"]))
-    dx = x.new_empty(x.shape) if need_x else None
-    sums = x.new_empty(programs, 2, channels, dtype=torch.float32) if need_weights else None
-    with _on(x.device):
-        row_norm_bwd_kernel[(programs,)](
-            dz, groups, mean, rstd, gamma.contiguous(), dx, sums,
-            groups.shape[1], rows, dz.stride(0), groups.stride(0), groups.stride(1),
-            C=channels, DX=need_x, SUMS=need_weights, **config,
-        )  # fmt: skip
-    dgamma, dbeta = (None, None) if sums is None else sums.sum(0).unbind()
-    return dx, dgamma, dbeta
-
-
-def column_sums(x: Tensor) -> Tensor:
-    """x (T, C) with contiguous rows -> its sum over rows (C,), a bias gradient, in x's dtype.
-
-    On a GPU in two steps, both in fp32: about a thousand partial sums, then the sum of these."""
-    if x.device.type != "cuda" or not x.numel() or select_backend("row_norm", x).backend != "triton":
-        return x.sum(0)
-    return launch_column_sums(x).sum(0).to(x.dtype)
-
-
-def launch_column_sums(x: Tensor) -> Tensor:
-    """x (T, C) with contiguous rows -> sums of slabs of rows, (slabs, C) in fp32."""
-    (rows, channels), block_t = x.shape, 32
-    columns = -(-channels // 128)
-    slab = -(-rows * columns // (1024 * block_t)) * block_t
-    slabs = -(-rows // slab)
-    sums = x.new_empty(slabs, channels, dtype=torch.float32)
-    with _on(x.device):
-        column_sums_kernel[(columns, slabs)](
-            x, sums, rows, x.stride(0), slab, C=channels, BLOCK_T=block_t, BLOCK_C=128, num_warps=4, num_stages=1
-        )  # fmt: skip
-    return sums
-
+from axial_fusion.checks import autocast_dtype, no_second_derivative
+from axial_fusion.dispatch import select_backend
+from axial_fusion.gpu.row_norm import launch_backward, launch_column_sums, launch_forward
 
 _OP = "axial_fusion::row_norm"
 torch.library.define(
@@ -176,6 +92,15 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None,
 
 torch.library.register_autograd(_OP, _backward, setup_context=_save)
 torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("row_norm"))
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """x (T, C) with contiguous rows -> its sum over rows (C,), a bias gradient, in x's dtype.
+
+    On a GPU in two steps, both in fp32: about a thousand partial sums, then the sum of these."""
+    if x.device.type != "cuda" or not x.numel() or select_backend("row_norm", x).backend != "triton":
+        return x.sum(0)
+    return launch_column_sums(x).sum(0).to(x.dtype)
 
 
 def row_norm(

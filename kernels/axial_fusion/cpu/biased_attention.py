@@ -1,0 +1,100 @@
+"""Attention with SAM's decomposed bias in plain torch: what runs on a CPU, and where no kernel does.
+
+The bias of a query against the key in row h and column w is bias_h[h] + bias_w[w], two small tables a query, never held
+for all queries at once: computed block by block, forward and backward. Only where scores are few (`choose`), on a CPU,
+does autograd keep the softmax, which saves computing it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from axial_fusion.dispatch import plain_on, under_transform
+
+_SAVED = 1 << 24  # scores that autograd may keep for a backward: 64 MiB in fp32
+_KEYS = 512  # of a query, above which fp32 scores that leave the cache cost more than computing them again
+# Scores that a block holds; half of it in a backward, which has three such tensors at a time.
+_BLOCK = 1 << 22
+
+# An attention over biased keys: q (B, Q, M, D), k and v (B, K, M, D), bias_h (B, M, Q, H), bias_w (B, M, Q, W) with
+# H · W = K, scale -> (B, Q, M, D).
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+
+
+def attend_plain(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor, scale: float) -> Tensor:
+    """All scores at once, by products that autograd and every transform see through."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    scores = torch.add(_bias(bias_h, bias_w), q @ k.transpose(-1, -2), alpha=scale)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor, scale: float) -> Tensor:
+    """Fused attention, block by block; no gradient."""
+    y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    for b, m, rows in _blocks(q, k.shape[2], _BLOCK):
+        bias = _bias(bias_h[b, m, rows], bias_w[b, m, rows])
+        query = q[b, rows, m].transpose(1, 2)
+        part = F.scaled_dot_product_attention(query, k[b, m], v[b, m], attn_mask=bias, scale=scale)
+        y[b, rows, m] = part.transpose(1, 2)
+    return y
+
+
+def attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor, y: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the five inputs, block by block; dk and dv are summed in fp32."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    dq, dbias_h, dbias_w = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, bias_h, bias_w))
+    k, v = (t.transpose(1, 2).contiguous() for t in (k, v))  # (B, M, K, D)
+    dk, dv = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (k, v))
+    for b, m, rows in _blocks(q, k.shape[2], _BLOCK // 2):
+        here = (b, m, rows)
+        # (b·m, rows, D)
+        query, dy, part = (t[b, rows, m].transpose(1, 2).flatten(0, 1) for t in (q, grad, y))
+        key, value = k[b, m].flatten(0, 1), v[b, m].flatten(0, 1)
+        scores = _bias(bias_h[here], bias_w[here]).flatten(0, 1)  # (b·m, rows, K)
+        p = scores.baddbmm_(query, key.transpose(1, 2), alpha=scale).softmax(-1)
+        ds = (dy @ value.transpose(1, 2)).sub_((dy * part).sum(-1, keepdim=True)).mul_(p)
+        dv[b, m] += (p.transpose(1, 2) @ dy).view_as(dv[b, m])
+        dk[b, m] += (ds.transpose(1, 2) @ query).mul_(scale).view_as(dk[b, m])
+        dq[b, rows, m] = (ds @ key).mul_(scale).view_as(dq[b, rows, m].transpose(1, 2)).transpose(1, 2)
+        cells = ds.unflatten(-1, (bias_h.shape[-1], bias_w.shape[-1]))
+        dbias_h[here] = cells.sum(-1).view_as(dbias_h[here])
+        dbias_w[here] = cells.sum(-2).view_as(dbias_w[here])
+    return dq, dk.transpose(1, 2).to(q.dtype), dv.transpose(1, 2).to(q.dtype), dbias_h, dbias_w
+
+
+def _bias(bias_h: Tensor, bias_w: Tensor) -> Tensor:
+    """(B, M, Q, H) and (B, M, Q, W) -> (B, M, Q, H·W)."""
+    return (bias_h.unsqueeze(-1) + bias_w.unsqueeze(-2)).flatten(-2)
+
+
+def _blocks(q: Tensor, keys: int, most: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Parts of q (B, Q, M, D) along B, M and Q, of at most `most` scores (or one query) each.
+
+    Queries are divided last: fused attention is slower on few of them."""
+    batch, queries, heads, _ = q.shape
+    rows = max(1, min(queries, most // max(1, keys)))
+    m = max(1, min(heads, most // max(1, rows * keys)))
+    b = max(1, min(batch, most // max(1, m * rows * keys)))
+    for i, j, r in product(range(0, batch, b), range(0, heads, m), range(0, queries, rows)):
+        yield slice(i, i + b), slice(j, j + m), slice(r, r + rows)
+
+
+def choose(q: Tensor, keys: int, *others: Tensor) -> Attend | None:
+    """How a CPU computes: all at once where autograd may keep that, blocks where it need not, else None: the op."""
+    tensors = (q, *others)
+    # An exported graph runs without this package.
+    if under_transform(tensors) or torch.compiler.is_exporting():
+        return attend_plain
+    if not plain_on(q):
+        return None
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return None if torch.compiler.is_compiling() else attend_blocks
+    few = keys <= _KEYS or q.dtype != torch.float32
+    return attend_plain if few and q.shape[0] * q.shape[1] * q.shape[2] * keys <= _SAVED else None

@@ -1,0 +1,220 @@
+"""Triton kernels of attention across slices at each position, and their launches.
+
+N is tiny (9) and D is 32: the products cost little, and the op is bound by memory. A tile holds whole softmax rows, of
+one position or of several, so the backward recomputes them and nothing but q, k and v is saved. Each output
+is written once, without atomics. A program takes one head, or HEADS neighbouring heads as one batched product, whose
+rows of D elements are contiguous in memory. Heads are the fastest axis of the grid: neighbours share cache lines.
+Traffic: forward reads q, k, v and writes y; backward reads these and dY and writes dq, dk, dv.
+
+Scores between positions of one tile are masked. Where a tile holds one position, an inf or NaN stays in its position.
+A default tile holds one position where N ≥ 9 forward, and where N ≥ 9 and D ≤ 64 backward. In other tiles an inf or
+NaN reaches the tile's few positions, since 0 · inf is NaN, and no further.
+
+Tiles keep off wgmma, which Triton takes for 64 rows and 4 warps: on an H100 (Triton 3.6) the sum of D's two parts,
+64 + 32, came out wrong there."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from axial_fusion.gpu.common import jit, last_axis_contiguous, load, octaves, on, store, tl
+from axial_fusion.gpu.tiles import Tile, choose, packed, split
+
+
+@jit
+def _rows(tile, batch, head, P, strides, SLICES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Rows of a tile, position by position and slice by slice: offset, slice, position in the tile, mask.
+
+    `strides` of b, n, p and m. Offsets are [BLOCK] for one head, else [BLOCK, HEADS]."""
+    row = tl.arange(0, BLOCK)
+    local = row // SLICES
+    index = row % SLICES
+    position = tile * TILE.GROUP + local
+    mask = (row < TILE.GROUP * SLICES) & (position < P)
+    offs = batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[3]
+    offs += index.to(tl.int64) * strides[1] + position.to(tl.int64) * strides[2]
+    if TILE.HEADS > 1:
+        offs = offs[:, None] + (tl.arange(0, TILE.HEADS).to(tl.int64) * strides[3])[None, :]
+    return offs, index, local, mask
+
+
+@jit
+def _visible(local_q, index_q, mask_q, local_k, index_k, mask_k, lengths_ptr, batch,
+             NQ: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr):  # fmt: skip
+    """Scores that count: same position, real rows, and the causal and length rules.  # [BLOCK_Q, BLOCK_K]"""
+    visible = (local_q[:, None] == local_k[None, :]) & mask_q[:, None] & mask_k[None, :]
+    if CAUSAL:
+        visible = visible & (index_k[None, :] <= index_q[:, None] + (N - NQ))
+    if lengths_ptr is not None:
+        visible = visible & (index_k[None, :] < tl.load(lengths_ptr + batch))
+    return visible
+
+
+@jit
+def _probabilities(s, visible, scale):
+    """Softmax rows of scores s before their division: exp(scale · s − maximum), and 1 / its row sums.
+
+    s [..., BLOCK_Q, BLOCK_K]; `scale` may have any sign."""
+    AXIS: tl.constexpr = len(s.shape) - 1
+    s = tl.where(visible, s * octaves(scale), -float("inf"))
+    top = tl.max(s, AXIS)
+    p = tl.exp2(s - tl.expand_dims(tl.where(top == -float("inf"), 0.0, top), AXIS))
+    total = tl.sum(p, AXIS)
+    return p, 1.0 / tl.where(total == 0.0, 1.0, total)  # a query without keys gives 0
+
+
+@jit
+def _place(tiles, M, HEADS: tl.constexpr):
+    """A program's tile, batch element and first head."""
+    groups = M // HEADS
+    pid = tl.program_id(0)
+    return (pid // groups) % tiles, pid // (groups * tiles), pid % groups * HEADS
+
+
+@jit
+def axial_attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, lengths_ptr, y_ptr,
+    scale, P, M, tiles,
+    stride_q, stride_k, stride_v,
+    NQ: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """y (B, Nq, P, M, D), contiguous. Tiles of q, k and v are [HEADS, rows, columns], without HEADS where it is 1."""
+    D: tl.constexpr = DIM.D
+    D0: tl.constexpr = DIM.D0
+    D1: tl.constexpr = DIM.D1
+    tile, batch, head = _place(tiles, M, TILE.HEADS)
+    stride_yn = tl.cast(P, tl.int64) * M * D
+    stride_y = (NQ * stride_yn, stride_yn, M * D, D)
+    offs_q, index_q, local_q, mask_q = _rows(tile, batch, head, P, stride_q, NQ, TILE.BLOCK_Q, TILE)
+    offs_k, index_k, local_k, mask_k = _rows(tile, batch, head, P, stride_k, N, TILE.BLOCK_K, TILE)
+    offs_v, _, _, _ = _rows(tile, batch, head, P, stride_v, N, TILE.BLOCK_K, TILE)
+    offs_y, _, _, _ = _rows(tile, batch, head, P, stride_y, NQ, TILE.BLOCK_Q, TILE)
+
+    q0 = load(q_ptr, offs_q, mask_q, 0, D0, D)  # [HEADS, BLOCK_Q, D0]
+    k0 = load(k_ptr, offs_k, mask_k, 0, D0, D)  # [HEADS, BLOCK_K, D0]
+    v0 = load(v_ptr, offs_v, mask_k, 0, D0, D)
+    s = tl.dot(q0, tl.trans(k0), input_precision="ieee")  # [HEADS, BLOCK_Q, BLOCK_K]
+    if D1 > 0:
+        q1 = load(q_ptr, offs_q, mask_q, D0, D1, D)
+        k1 = load(k_ptr, offs_k, mask_k, D0, D1, D)
+        s = tl.dot(q1, tl.trans(k1), acc=s, input_precision="ieee")
+
+    visible = _visible(local_q, index_q, mask_q, local_k, index_k, mask_k, lengths_ptr, batch, NQ, N, CAUSAL)
+    p, share = _probabilities(s, visible, scale)
+    share = tl.expand_dims(share, len(s.shape) - 1)
+    p = p.to(v0.dtype)
+    store(y_ptr, offs_y, mask_q, tl.dot(p, v0, input_precision="ieee") * share, 0, D0, D)
+    if D1 > 0:
+        v1 = load(v_ptr, offs_v, mask_k, D0, D1, D)
+        store(y_ptr, offs_y, mask_q, tl.dot(p, v1, input_precision="ieee") * share, D0, D1, D)
+
+
+@jit
+def axial_attention_bwd_kernel(
+    g_ptr, q_ptr, k_ptr, v_ptr, lengths_ptr, dq_ptr, dk_ptr, dv_ptr,
+    scale, P, M, tiles,
+    stride_g, stride_q, stride_k, stride_v,
+    NQ: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """dq (B, Nq, P, M, D), dk and dv (B, N, P, M, D), contiguous; g is dY. Tiles as in the forward."""
+    D: tl.constexpr = DIM.D
+    D0: tl.constexpr = DIM.D0
+    D1: tl.constexpr = DIM.D1
+    tile, batch, head = _place(tiles, M, TILE.HEADS)
+    stride_n = tl.cast(P, tl.int64) * M * D  # of what is written
+    stride_dq = (NQ * stride_n, stride_n, M * D, D)
+    stride_dk = (N * stride_n, stride_n, M * D, D)
+    offs_g, index_q, local_q, mask_q = _rows(tile, batch, head, P, stride_g, NQ, TILE.BLOCK_Q, TILE)
+    offs_q, _, _, _ = _rows(tile, batch, head, P, stride_q, NQ, TILE.BLOCK_Q, TILE)
+    offs_k, index_k, local_k, mask_k = _rows(tile, batch, head, P, stride_k, N, TILE.BLOCK_K, TILE)
+    offs_v, _, _, _ = _rows(tile, batch, head, P, stride_v, N, TILE.BLOCK_K, TILE)
+    offs_dq, _, _, _ = _rows(tile, batch, head, P, stride_dq, NQ, TILE.BLOCK_Q, TILE)
+    offs_dk, _, _, _ = _rows(tile, batch, head, P, stride_dk, N, TILE.BLOCK_K, TILE)
+
+    q0 = load(q_ptr, offs_q, mask_q, 0, D0, D)  # [HEADS, BLOCK_Q, D0]
+    k0 = load(k_ptr, offs_k, mask_k, 0, D0, D)  # [HEADS, BLOCK_K, D0]
+    g0 = load(g_ptr, offs_g, mask_q, 0, D0, D)
+    v0 = load(v_ptr, offs_v, mask_k, 0, D0, D)
+    s = tl.dot(q0, tl.trans(k0), input_precision="ieee")  # [HEADS, BLOCK_Q, BLOCK_K]
+    dp = tl.dot(g0, tl.trans(v0), input_precision="ieee")
+    if D1 > 0:
+        q1 = load(q_ptr, offs_q, mask_q, D0, D1, D)
+        k1 = load(k_ptr, offs_k, mask_k, D0, D1, D)
+        g1 = load(g_ptr, offs_g, mask_q, D0, D1, D)
+        v1 = load(v_ptr, offs_v, mask_k, D0, D1, D)
+        s = tl.dot(q1, tl.trans(k1), acc=s, input_precision="ieee")
+        dp = tl.dot(g1, tl.trans(v1), acc=dp, input_precision="ieee")
+
+    visible = _visible(local_q, index_q, mask_q, local_k, index_k, mask_k, lengths_ptr, batch, NQ, N, CAUSAL)
+    p, share = _probabilities(s, visible, scale)
+    AXIS: tl.constexpr = len(s.shape) - 1
+    p = p * tl.expand_dims(share, AXIS)
+    ds = p * (dp - tl.expand_dims(tl.sum(p * dp, AXIS), AXIS)) * scale
+    p = tl.trans(p.to(q0.dtype))  # [HEADS, BLOCK_K, BLOCK_Q]
+    ds = ds.to(q0.dtype)
+    ds_t = tl.trans(ds)
+    store(dv_ptr, offs_dk, mask_k, tl.dot(p, g0, input_precision="ieee"), 0, D0, D)
+    store(dq_ptr, offs_dq, mask_q, tl.dot(ds, k0, input_precision="ieee"), 0, D0, D)
+    store(dk_ptr, offs_dk, mask_k, tl.dot(ds_t, q0, input_precision="ieee"), 0, D0, D)
+    if D1 > 0:
+        store(dv_ptr, offs_dk, mask_k, tl.dot(p, g1, input_precision="ieee"), D0, D1, D)
+        store(dq_ptr, offs_dq, mask_q, tl.dot(ds, k1, input_precision="ieee"), D0, D1, D)
+        store(dk_ptr, offs_dk, mask_k, tl.dot(ds_t, q1, input_precision="ieee"), D0, D1, D)
+
+
+@lru_cache(maxsize=256)
+def _config(tile: Tile, sizes: torch.Size, slices: int) -> tuple[int, int, dict[str, Any]]:
+    """Programs, tiles of a batch element and the kernels' constants, for q of `sizes` and N slices."""
+    batch, num_queries, positions, heads, dim = sizes
+    constants: dict[str, Any] = {"NQ": num_queries, "N": slices, "DIM": split(dim)}
+    constants |= packed(tile, num_queries, slices, heads)
+    count = -(-positions // constants["TILE"].GROUP)
+    return batch * count * (heads // constants["TILE"].HEADS), count, constants
+
+
+def launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool
+) -> Tensor:
+    """q (B, Nq, P, M, D), k and v (B, N, P, M, D), lengths (B,) -> y (B, Nq, P, M, D), contiguous."""
+    q, k, v = last_axis_contiguous(q, k, v)
+    sizes, slices = q.shape, k.shape[1]
+    y = torch.empty(sizes, dtype=q.dtype, device=q.device)
+    if y.numel() == 0:
+        return y
+    if slices == 0:
+        return y.zero_()
+    tile = choose("axial_attention", q, max(sizes[1], slices), sizes[4])
+    programs, count, constants = _config(tile, sizes, slices)
+    with on(q.device):
+        axial_attention_fwd_kernel[(programs,)](
+            q, k, v, lengths, y,
+            scale, sizes[2], sizes[3], count,
+            q.stride(), k.stride(), v.stride(),
+            CAUSAL=causal, **constants,
+        )  # fmt: skip
+    return y
+
+
+def launch_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, contiguous; `grad` is like q and may have any strides."""
+    grad, q, k, v = last_axis_contiguous(grad, q, k, v)
+    sizes, slices = q.shape, k.shape[1]
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    if q.numel() == 0 or k.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    tile = choose("axial_attention_backward", q, max(sizes[1], slices), sizes[4])
+    programs, count, constants = _config(tile, sizes, slices)
+    with on(q.device):
+        axial_attention_bwd_kernel[(programs,)](
+            grad, q, k, v, lengths, dq, dk, dv,
+            scale, sizes[2], sizes[3], count,
+            grad.stride(), q.stride(), k.stride(), v.stride(),
+            CAUSAL=causal, **constants,
+        )  # fmt: skip
+    return dq, dk, dv

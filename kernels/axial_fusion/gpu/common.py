@@ -1,0 +1,74 @@
+"""What the Triton kernels and their launchers share: the decorator, loads and stores of tiles, the device's context.
+
+Without Triton, `jit` leaves a kernel the plain function that it is, and nothing calls it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # an older Triton: tiles are loaded by pointers
+    TensorDescriptor = None
+
+jit = (lambda function: function) if triton is None else triton.jit
+
+_HERE = nullcontext()
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """The context to launch in: Triton launches on the current device, which need not be the tensor's."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
+
+
+def last_axis_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as kernels read them: of any strides, but contiguous along the last axis."""
+    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+
+
+@jit
+def octaves(x):
+    """log2(e) · x: exp(x) is exp2 of it, and hardware has exp2."""
+    return x * 1.4426950408889634
+
+
+@jit
+def pointers(ptr, offs, mask, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Pointers and mask of columns START .. START + WIDTH − 1 of the rows at `offs`; columns past D are masked.
+
+    `offs` is [rows] of one head, or [rows, HEADS]."""
+    offs_d = START + tl.arange(0, WIDTH)
+    mask_d = mask[:, None] & (offs_d < D)[None, :] if START + WIDTH > D else mask[:, None]
+    if len(offs.shape) == 1:
+        ptrs = ptr + offs[:, None] + offs_d[None, :]
+    else:
+        ptrs = ptr + offs[:, :, None] + offs_d[None, None, :]
+        mask_d = mask_d[:, None, :]
+    return ptrs, mask_d
+
+
+@jit
+def load(ptr, offs, mask, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """[rows, WIDTH] of one head, or [HEADS, rows, WIDTH]."""
+    ptrs, mask_d = pointers(ptr, offs, mask, START, WIDTH, D)
+    x = tl.load(ptrs, mask=mask_d, other=0.0)
+    return x if len(offs.shape) == 1 else x.permute(1, 0, 2)
+
+
+@jit
+def store(ptr, offs, mask, x, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Store x, [rows, WIDTH] of one head or [HEADS, rows, WIDTH], in the dtype of `ptr`."""
+    ptrs, mask_d = pointers(ptr, offs, mask, START, WIDTH, D)
+    x = x.to(ptr.dtype.element_ty)
+    tl.store(ptrs, x if len(offs.shape) == 1 else x.permute(1, 0, 2), mask=mask_d)

@@ -1,0 +1,124 @@
+"""Attention across slices at each position: softmax(scale · q kᵀ) v over the N slices of a group.
+
+Gradients, with p the softmax's rows: dv = pᵀ dY, dp = dY vᵀ, ds = p · (dp − Σ p · dp),
+dq = scale · ds k, dk = scale · dsᵀ q. Every backend but an eager CPU computes p again and saves q, k and v alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from axial_fusion.checks import autocast, check_alike, check_shapes, no_second_derivative, softmax_scale
+from axial_fusion.cpu import axial_attention as plain
+from axial_fusion.dispatch import plain_on, select_backend
+from axial_fusion.gpu import axial_attention as gpu
+
+_OP = "axial_fusion::axial_attention"
+torch.library.define(
+    _OP, "(Tensor q, Tensor k, Tensor v, Tensor? lengths, float scale, bool causal, str backend) -> Tensor"
+)
+torch.library.define(
+    f"{_OP}_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? lengths, float scale, bool causal, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl(_OP, "CompositeExplicitAutograd")
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool, backend: str
+) -> Tensor:
+    run = gpu.launch_forward if backend == "triton" else plain.forward
+    return run(q, k, v, lengths, scale, causal)
+
+
+@torch.library.register_fake(_OP)
+def _(q, k, v, lengths, scale, causal, backend):
+    return q.new_empty(q.shape)
+
+
+@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd")
+def _backward_op(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    scale: float,
+    causal: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    run = gpu.launch_backward if backend == "triton" else plain.backward
+    return run(grad, q, k, v, lengths, scale, causal)
+
+
+@torch.library.register_fake(f"{_OP}_backward")
+def _(grad, q, k, v, lengths, scale, causal, backend):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, lengths, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, lengths)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.axial_fusion.axial_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return (*grads, None, None, None, None)
+
+
+torch.library.register_autograd(_OP, _backward, setup_context=_save)
+torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("axial_attention"))
+
+
+@register_flop_formula(torch.ops.axial_fusion.axial_attention)
+def _flops(q_shape: Any, k_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Two products of (Nq, D) and (D, N) a head and position, a multiply-add counted as two."""
+    batch, num_queries, positions, heads, dim = q_shape
+    return 4 * batch * positions * heads * num_queries * k_shape[1] * dim
+
+
+@register_flop_formula(torch.ops.axial_fusion.axial_attention_backward)
+def _backward_flops(
+    grad_shape: Any, q_shape: Any, k_shape: Any, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    """Five products: the scores again, dp, dq, dk and dv."""
+    return 5 * _flops(q_shape, k_shape) // 2
+
+
+def axial_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    lengths: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention across slices at each position: q (B, Nq, P, M, D), k and v (B, N, P, M, D) -> (B, Nq, P, M, D).
+
+    Not the "axial attention" of rows and columns of one image. `scale` is D^-½ where None. `causal`: query i sees
+    keys 0 .. i + N − Nq. `lengths` (B,) integers: group b has keys 0 .. lengths[b] − 1. A query that sees no key
+    gives 0. Any strides are read as they are where D is contiguous; the result is contiguous, in q's dtype or
+    autocast's. Softmax in fp32. Raises ValueError on a shape, dtype, device or backend mismatch."""
+    check_shapes("axial_attention", {"q": (q, "B Nq P M D"), "k": (k, "B N P M D"), "v": (v, "B N P M D")})
+    q, k, v = autocast(q, k, v)
+    check_alike("axial_attention", q=q, k=k, v=v)
+    if lengths is not None:
+        if lengths.shape != q.shape[:1] or lengths.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"axial_attention: lengths must be (B,) = ({q.shape[0]},) of int32 or int64, "
+                f"found {tuple(lengths.shape)} of {str(lengths.dtype).removeprefix('torch.')}"
+            )
+        if lengths.device != q.device:
+            raise ValueError(f"axial_attention: lengths is on {lengths.device} but q is on {q.device}")
+        lengths = lengths.contiguous()
+    chosen = select_backend("axial_attention", q, k, v, backend=backend).backend
+    scale = softmax_scale(scale, q.shape[-1])
+    if chosen == "torch" and plain_on(q):
+        return plain.forward(q, k, v, lengths, scale, causal)
+    return torch.ops.axial_fusion.axial_attention(q, k, v, lengths, scale, causal, chosen)

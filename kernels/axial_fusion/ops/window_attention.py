@@ -1,0 +1,130 @@
+"""SAM's windowed attention with decomposed relative position, without padding.
+
+SAM pads its grid to whole windows after the norm, so that a padded token is a key and value that holds the qkv
+bias alone. Here those keys are made from the bias, and padded queries do not exist: equal to SAM in exact
+arithmetic, without projecting the padding. Bias, backends and gradients are those of `rel_pos_attention` in each
+window; d qkv_bias is the sum over the padded keys.
+
+Source: SAM, arXiv 2304.02643, image_encoder.py; MViTv2, arXiv 2112.01526, eq. 4."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from axial_fusion.checks import autocast, check_alike, check_shapes, no_second_derivative, softmax_scale
+from axial_fusion.cpu import window_attention as plain
+from axial_fusion.cpu.biased_attention import attend_blocks, choose
+from axial_fusion.dispatch import select_backend
+from axial_fusion.gpu.rel_pos_attention import launch_window_backward, launch_window_forward
+
+_OP = "axial_fusion::window_attention"
+torch.library.define(
+    _OP,
+    "(Tensor qkv, Tensor qkv_bias, Tensor rel_h, Tensor rel_w, int window, float scale, str backend)"
+    " -> (Tensor, Tensor)",
+)
+torch.library.define(
+    f"{_OP}_backward",
+    "(Tensor grad, Tensor qkv, Tensor qkv_bias, Tensor rel_h, Tensor rel_w, Tensor y, Tensor? lse, int window,"
+    " float scale, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl(_OP, "CompositeExplicitAutograd")
+def _forward(
+    qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor, window: int, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """y, and what the Triton backward needs of the softmax; empty on the torch backend."""
+    if backend == "triton":
+        return launch_window_forward(qkv, qkv_bias, rel_h, rel_w, window, scale)
+    lse = qkv.new_empty(0, dtype=torch.float32)
+    if qkv.numel() == 0:
+        return qkv.new_empty((*qkv.shape[:3], *qkv.shape[4:])), lse
+    return plain.forward(qkv, qkv_bias, rel_h, rel_w, window, scale, attend_blocks), lse
+
+
+@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd")
+def _backward_op(
+    grad: Tensor, qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor,
+    y: Tensor, lse: Tensor | None, window: int, scale: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the four inputs."""
+    if backend == "triton":
+        assert lse is not None
+        return launch_window_backward(grad, (qkv, qkv_bias, rel_h, rel_w), y, lse, window, scale)
+    return plain.backward(grad, qkv, qkv_bias, rel_h, rel_w, y, window, scale)
+
+
+@torch.library.register_fake(_OP)
+def _(
+    qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor, window: int, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    batch, height, width, _, heads, dim = qkv.shape
+    y = qkv.new_empty((batch, height, width, heads, dim))
+    lse = (batch, heads, height * width) if backend == "triton" else (0,)
+    return y, y.new_empty(lse, dtype=torch.float32)
+
+
+@torch.library.register_fake(f"{_OP}_backward")
+def _(
+    grad: Tensor, qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor,
+    y: Tensor, lse: Tensor | None, window: int, scale: float, backend: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return tuple(t.new_empty(t.shape) for t in (qkv, qkv_bias, rel_h, rel_w))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, qkv_bias, rel_h, rel_w, *ctx.options = inputs
+    y, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(qkv, qkv_bias, rel_h, rel_w, y, lse if inputs[-1] == "triton" else None)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.axial_fusion.window_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return (*grads, None, None, None)
+
+
+torch.library.register_autograd(_OP, _backward, setup_context=_save)
+torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("window_attention"))
+
+
+def window_attention(
+    qkv: Tensor,
+    qkv_bias: Tensor,
+    rel_h: Tensor,
+    rel_w: Tensor,
+    *,
+    window: int,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """SAM's windowed attention on an unpadded grid: qkv (B, H', W', 3, M, D) -> (B, H', W', M, D).
+
+    qkv_bias (3·M·D,) is what a padded token's key and value hold; its use in the projection is not this op's.
+    rel_h and rel_w (B, H', W', M, window): the bias of each query against the rows and the columns of its own
+    window, padded ones included. Autocast casts all four. Raises ValueError on a shape, dtype or device mismatch."""
+    if window < 1:
+        raise ValueError(f"window_attention: window must be at least 1, found {window}")
+    rel = f"B H W M {window}"
+    sizes = check_shapes(
+        "window_attention", {"qkv": (qkv, "B H W 3 M D"), "rel_h": (rel_h, rel), "rel_w": (rel_w, rel)}
+    )
+    channels = 3 * sizes["M"] * sizes["D"]
+    if qkv_bias.shape != (channels,):
+        raise ValueError(
+            f"window_attention: qkv_bias must be (3·M·D,) = ({channels},), found {tuple(qkv_bias.shape)}"
+        )
+    qkv, qkv_bias, rel_h, rel_w = autocast(qkv, qkv_bias, rel_h, rel_w)
+    check_alike("window_attention", qkv=qkv, qkv_bias=qkv_bias, rel_h=rel_h, rel_w=rel_w)
+    chosen = select_backend("window_attention", qkv, qkv_bias, rel_h, rel_w, backend=backend).backend
+    scale = softmax_scale(scale, qkv.shape[-1])
+    attend = None
+    if chosen == "torch" and qkv.numel():
+        attend = choose(qkv[..., 0, :, :].flatten(1, 2), window * window, qkv, qkv_bias, rel_h, rel_w)
+    if attend is None:
+        return torch.ops.axial_fusion.window_attention(qkv, qkv_bias, rel_h, rel_w, window, scale, chosen)[0]
+    return plain.forward(qkv, qkv_bias, rel_h, rel_w, window, scale, attend)
