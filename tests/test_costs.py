@@ -159,3 +159,13 @@ def test_what_a_fusion_block_keeps_for_the_backward(side, plain):
     assert (found["library"], found["library", "block"]) == (11.1, 21.1)
     assert found["composed", "block"] == pytest.approx(found["library", "block"], abs=0.3)
     assert found["checkpointed"] == 1.0
+
+
+def test_the_blocks_work_on_dense_tokens():
+    """Features lie channels first; were their strides kept, each norm would copy and each sum would stride."""
+    model = bench_transformer.AxialFusionTransformer(32, 4, 3, grid=(4, 6), num_slices=3)
+    seen = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, given: seen.append(given[0].is_contiguous()))
+    model(torch.randn(2, 3, 32, 4, 6))
+    assert seen == [True] * 3

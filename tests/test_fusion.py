@@ -217,17 +217,17 @@ def test_compiles_whole_with_dynamic_sizes():
 @pytest.mark.parametrize("rank", [0, 2])
 def test_composed_as_on_a_gpu(rank, monkeypatch):
     """Norm, LoRA projections and axial attention by Triton: forward and every gradient."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(9)
     fusion = sys.modules["axial_fusion.fusion"]
     monkeypatch.setattr(fusion, "plain_on", lambda x: False)
     for op in (row_norm, lora_qkv, axial_attention):
         triton = partial(op, backend="triton")
         monkeypatch.setattr(fusion, op.__name__, lambda *a, _op=triton, backend=None, **k: _op(*a, **k))
-    x, inter, intra = (
-        torch.randn(2, 3, 5, 16, requires_grad=True),
-        *(half(16, torch.float32, rank) for _ in "ab"),
-    )
-    given, grad = [x, *tensors(inter, intra)], torch.randn(2, 3, 5, 16)
+    with torch.device(device):
+        x, grad = torch.randn(2, 3, 5, 16, requires_grad=True), torch.randn(2, 3, 5, 16)
+        inter, intra = (half(16, torch.float32, rank) for _ in "ab")
+    given = [x, *tensors(inter, intra)]
     ours, theirs = (
         run(x, inter, intra, num_heads=2)
         for run in (axial_fusion_attention, reference.axial_fusion_attention)

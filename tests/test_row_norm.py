@@ -53,6 +53,11 @@ def held_to_layer_norm(given, grad, dtype):
     for i, (mine, theirs, truth) in enumerate(zip(ours, plain, exact, strict=True)):
         assert mine.dtype == theirs.dtype
         assert mine.shape == truth.shape
+        if not truth.any():  # dx of one channel is 0: rounding of the gradient, times 1/σ = 1000, is left
+            assert mine.abs().max() <= 1e3 * FLOOR[torch.float32] * max(1.0, grad.abs().max().item()), (
+                f"result {i}"
+            )
+            continue
         assert error(mine, truth) <= max((3 if i else 2) * error(theirs, truth), FLOOR[dtype]), f"result {i}"
 
 
@@ -150,15 +155,15 @@ def test_column_sums(rows):
 
 
 def test_the_choice_and_mistakes_are_told():
-    x, weight = torch.zeros(3, 8), torch.ones(8)
-    assert select_backend("row_norm", x, weight).backend == "torch"
+    x, weight = torch.zeros(3, 8, device=DEVICE), torch.ones(8, device=DEVICE)
+    assert select_backend("row_norm", x, weight).backend == ("triton" if DEVICE == "cuda" else "torch")
     with pytest.raises(ValueError, match="5000 channels are above 4096"):
-        select_backend("row_norm", torch.zeros(3, 5000), backend="triton")
+        select_backend("row_norm", torch.zeros(3, 5000, device=DEVICE), backend="triton")
     with pytest.raises(ValueError, match="its weights are float64"):
         row_norm(x, weight.double(), backend="triton")
     with pytest.raises(ValueError, match=r"weight must be \(C,\) = \(8,\), found shape \(9,\)"):
-        row_norm(x, torch.ones(9))
-    z = torch.func.vmap(lambda x: row_norm(x, weight))(x)
+        row_norm(x, torch.ones(9, device=DEVICE))
+    z = torch.func.vmap(lambda x: row_norm(x, weight.cpu()))(x.cpu())
     assert z.shape == x.shape
     with pytest.raises(ValueError, match="forward-mode"):
         torch.func.vmap(lambda x: row_norm(x, weight, backend="triton"))(x)

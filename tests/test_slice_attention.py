@@ -90,6 +90,26 @@ def test_any_scale(scale, loads):
     check(inputs(1, 1, 70, 2, 16), scale)
 
 
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "torch"])
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_every_library_gets_a_scale_that_it_computes_right(scale, backend):
+    """FlashAttention takes its maximum before it scales, and cuDNN's gradients are NaN with a scale of 0 or below."""
+    torch.manual_seed(0)
+    tensors = [draw(1, 2, 70, 2, 32, scale=20.0) for _ in "qk"] + [draw(1, 2, 70, 2, 32)]
+    try:
+        select_backend("slice_attention", *tensors, backend=backend)
+    except ValueError as reason:
+        pytest.skip(str(reason))
+    y = slice_attention(*tensors, scale=scale, backend=backend)
+    grads = torch.autograd.grad(y, tensors, torch.ones_like(y))
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    exact = reference.slice_attention(*wide, scale=scale)
+    truths = torch.autograd.grad(exact, wide, torch.ones_like(exact))
+    assert error(y, exact) < 2e-3
+    for mine, truth in zip(grads, truths, strict=True):
+        assert (mine.double() - truth).abs().max() <= 2e-2 * (1 + truth.abs().max())
+
+
 @pytest.mark.parametrize("slices", [slice(None), slice(None, None, 2)], ids=["all", "every second"])
 def test_packed_and_strided_inputs(slices, loads):
     torch.manual_seed(0)

@@ -65,7 +65,9 @@ class AxialFusionTransformer(nn.Module):
         if positions.shape[0] not in (1, slices):
             raise ValueError(f"a group of {slices} slices, but the positions are for {positions.shape[0]}")
         x = embedding.movedim(2, -1) + positions.to(embedding.dtype)  # (B, N, h, w, C)
-        x = x.flatten(2, 3)  # (B, N, P, C)
+        x = x.flatten(
+            2, 3
+        ).contiguous()  # (B, N, P, C); else every residual sum would keep the features' strides
         for i, block in enumerate(self.blocks):
             queries = query_index if i == len(self.blocks) - 1 else None
             if self.activation_checkpointing and self.training:

@@ -48,7 +48,7 @@ def segmentation_loss(
     log_probabilities = logits.log_softmax(1)
 
     weight = torch.full((classes,), ce_foreground_weight, device=logits.device)
-    weight[0] = 1.0
+    weight[:1].fill_(1.0)  # no scalar is copied from the host, which a CUDA graph refuses
     voxels = F.nll_loss(log_probabilities, flat, weight=weight, reduction="none").view(groups, -1)  # (B, V)
     weights = weight[labels].flatten(1)
     if ce_hardest < 1:

@@ -154,14 +154,14 @@ def _descriptor(t: Tensor, rows: int) -> Any:
 
 
 def launch_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """q, k, v (B', P, M, D) of a half precision, D 16, 32 or 64 -> y (B', P, M, D) contiguous, lse (B', M, P) fp32."""
+    """q, k, v (B', P, M, D) of a half precision, D 16, 32 or 64 -> y (B', P, M, D) contiguous, lse (B', M, P) fp32.
+
+    `scale` is above 0."""
     batch, positions, heads, dim = q.shape
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, positions), dtype=torch.float32, device=q.device)
     if y.numel() == 0:
         return y, lse
-    if scale <= 0:  # the kernel needs a positive one; a sign and a zero move into q without rounding
-        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     q, k, v = _last_axis_contiguous(q, k, v)
     config = _config(q)
     rows = config["BLOCK_N"]

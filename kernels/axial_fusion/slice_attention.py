@@ -232,6 +232,14 @@ _LIBRARIES: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
 }
 
 
+def _positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The same products with a scale above 0. FlashAttention, cuDNN and our kernel take their row maximum before they
+    scale: with a negative scale FlashAttention overflows, and cuDNN's gradients are NaN with a scale of 0 or below."""
+    if scale > 0:
+        return q, scale
+    return (-q, -scale) if scale < 0 else (q * 0, 1.0)
+
+
 def slice_attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str = "auto"
 ) -> Tensor:
@@ -246,7 +254,7 @@ def slice_attention(
     q, k, v = autocast(q, k, v)
     check_alike("slice_attention", q=q, k=k, v=v)
     chosen = select_backend("slice_attention", q, k, v, backend=backend).backend
-    scale = softmax_scale(scale, q.shape[-1])
+    q, scale = _positive(q, softmax_scale(scale, q.shape[-1]))
     if chosen == "triton":
         return torch.ops.axial_fusion.slice_attention(q, k, v, scale)[0]
     run = _torch if q.numel() == 0 else _LIBRARIES[chosen]  # no library promises to take empty tensors
