@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from aftersam.config import ModelConfig, preset
 from aftersam.data.windows import slice_group
 from aftersam.inference.graphs import capture_steps
+from aftersam.inference.inputs import Scan
 from aftersam.inference.sliding import stream_logits
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.build import build_aftersam
@@ -82,14 +83,9 @@ def replayed(shape: Shape, device: torch.device) -> AfterSAM:
 
 def stream(hu: Tensor, shape: Shape, host: np.ndarray | None = None) -> Tensor:
     """hu (D, S, S) -> logits (D, K+1, S, S); `host` is the same scan where prediction has it, in the host's memory."""
-    planes = stream_logits(
-        replayed(shape, hu.device),
-        hu.float().cpu().numpy() if host is None else host,
-        configuration(shape),
-        box=(0, hu.shape[1], 0, hu.shape[2]),
-        precision=hu.dtype,
-    )
-    return torch.stack(list(planes))
+    scan = Scan(hu.float().cpu().numpy() if host is None else host, (0, hu.shape[1], 0, hu.shape[2]))
+    planes = stream_logits(replayed(shape, hu.device), scan, configuration(shape), precision=hu.dtype)
+    return torch.stack([plane.logits for plane in planes])
 
 
 @torch.no_grad()

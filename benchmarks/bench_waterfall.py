@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from aftersam.config import ModelConfig, preset
 from aftersam.data.windows import slice_group
+from aftersam.inference.inputs import Scan
 from aftersam.inference.sliding import stream_logits
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.build import build_aftersam
@@ -74,10 +75,9 @@ def stream(
     hu: Tensor, model: AfterSAM, config: ModelConfig, *, precision: torch.dtype | None = None
 ) -> Tensor:
     side = hu.shape[-1]
-    planes = stream_logits(
-        model, hu.float().cpu().numpy(), config, box=(0, side, 0, side), precision=precision or torch.float32
-    )
-    return torch.stack(list(planes)).to(hu.dtype)
+    scan = Scan(hu.float().cpu().numpy(), (0, side, 0, side))
+    planes = stream_logits(model, scan, config, precision=precision or torch.float32)
+    return torch.stack([plane.logits for plane in planes]).to(hu.dtype)
 
 
 def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Iterator[Case]:
