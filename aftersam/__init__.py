@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["AfterSAM", "Segmenter", "build_aftersam", "load", "predict_volume"]
+__all__ = ["AfterSAM", "PredictOptions", "Scan", "Segmenter", "build_aftersam", "load", "predict_volume"]
 
 _HOME = {
     "AfterSAM": "aftersam.model.aftersam",
+    "PredictOptions": "aftersam.inference.inputs",
+    "Scan": "aftersam.inference.inputs",
     "Segmenter": "aftersam.inference.segmenter",
     "build_aftersam": "aftersam.model.build",
     "load": "aftersam.inference.segmenter",

@@ -15,10 +15,11 @@ from aftersam.inference.pipeline import PredictArgs, predict_files
 def main(argv: Sequence[str] | None = None) -> int:
     args = tyro.cli(PredictArgs, args=argv, description=__doc__)
     try:
-        return predict_files(args)
+        predicted = predict_files(args)
     except (ValueError, OSError) as error:
         print(f"aftersam.predict: {error}", file=sys.stderr)
         return 2
+    return 1 if predicted.problems else 0
 
 
 if __name__ == "__main__":

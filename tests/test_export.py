@@ -16,6 +16,7 @@ from aftersam.config import Config, ModelConfig, to_dict
 from aftersam.data.windows import slice_group
 from aftersam.export import main, parts, preprocessing
 from aftersam.files import write_json
+from aftersam.inference.inputs import Scan
 from aftersam.inference.sliding import stream_logits
 from aftersam.model.aftersam import GroupDecoder, SliceEncoder
 from aftersam.model.build import build_aftersam
@@ -116,8 +117,9 @@ def test_the_parts_and_the_json_suffice_to_predict(run, exported):
     (logits,) = run_onnx(exported / "decoder.onnx", torch.stack([embedding[g] for g in groups]), *skips)
     logits = F.interpolate(logits, size=(size, size), mode="bilinear")
     segmenter = aftersam.load(run, device="cpu")
-    ours = stream_logits(segmenter.model, hu, segmenter.config.model, box=(0, size, 0, size))
-    torch.testing.assert_close(logits, torch.stack(list(ours)), rtol=1e-4, atol=1e-4)
+    ours = stream_logits(segmenter.model, Scan(hu, (0, size, 0, size)), segmenter.config.model)
+    ours = torch.stack([plane.logits for plane in ours])
+    torch.testing.assert_close(logits, ours, rtol=1e-4, atol=1e-4)
 
 
 def test_the_graphs_need_nothing_of_this_package(exported):

@@ -15,7 +15,8 @@ from aftersam.data.phantom import write_dataset
 from aftersam.data.slice_group import SliceGroups
 from aftersam.data.windows import plane_windows
 from aftersam.inference.feature_cache import Embeddings
-from aftersam.inference.sliding import Sliding, stream_logits
+from aftersam.inference.inputs import PredictOptions, Scan
+from aftersam.inference.sliding import stream_logits
 from aftersam.model.build import build_aftersam
 from aftersam.model.image_encoder import ImageEncoder
 from aftersam.model.layers import normalise
@@ -48,26 +49,26 @@ def encoded(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("sliding", "changes"),
+    ("options", "changes"),
     [
-        (Sliding(), {}),
-        (Sliding(average=True), {}),
-        (Sliding(label_swap={1: 2, 2: 1}), {}),
-        (Sliding(), {"stem_slices": 3}),
+        (PredictOptions(), {}),
+        (PredictOptions(average=True), {}),
+        (PredictOptions(label_swap={1: 2, 2: 1}), {}),
+        (PredictOptions(), {"stem_slices": 3}),
     ],
     ids=str,
 )
-def test_prediction_from_stored_features_is_prediction(tmp_path, encoded, sliding, changes):
+def test_prediction_from_stored_features_is_prediction(tmp_path, encoded, options, changes):
     model, config = tiny(**changes)
     stored = store_of(tmp_path, model).of(HU, BOX, batch_size=2)
     windows = len(plane_windows(HU.shape[1:], BOX, 48))
     assert windows > 1
-    options = {"box": BOX, "sliding": sliding}
-    fresh = torch.stack(list(stream_logits(model, HU, config, **options)))
+    fresh = torch.stack([p.logits for p in stream_logits(model, Scan(HU, BOX), config, options)])
     encoded.clear()
-    ours = torch.stack(list(stream_logits(model, HU, config, stored=stored, **options)))
+    scan = Scan(HU, BOX, stored=stored)
+    ours = torch.stack([p.logits for p in stream_logits(model, scan, config, options)])
     assert sum(encoded) == (
-        0 if sliding.label_swap is None else windows * len(HU)
+        0 if options.label_swap is None else windows * len(HU)
     )  # the mirror image is another
     assert 0 < (ours - fresh).abs().max() < 2e-3 * fresh.abs().max()
 

@@ -1,58 +1,62 @@
-"""The group-by-group prediction, on groups whose logits are written down; test_sliding.py has it with a model."""
+"""The specification itself, against the model called by hand, and its three ways to the same logits."""
 
+import copy
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from aftersam.config import preset
-from aftersam.inference.reference import sliding_disagreement, sliding_logits
-
-CONFIG = dataclasses.replace(preset("tiny").model, num_slices=3, slice_stride=2)
-SHAPE = (5, 4, 6)
-
-
-def numbered(slices, positions):
-    """Two classes on a grid of 2 × 3: 10 times the slice and 1 for the place in the group that it was seen at."""
-    values = torch.tensor([10.0 * int(slices[p]) + p for p in positions])
-    return torch.stack([values, -values], 1)[:, :, None, None].expand(-1, -1, 2, 3)
+from aftersam.data.windows import slice_group
+from aftersam.inference.inputs import PredictOptions, Scan
+from aftersam.inference.reference import divergence, naive_logits, naive_planes
+from aftersam.model.build import build_aftersam
 
 
-def test_the_centre_of_each_group_is_kept_and_brought_to_the_plane():
-    logits = sliding_logits(numbered, SHAPE, CONFIG)
-    assert logits.shape == (5, 2, 4, 6)
-    for d, plane in enumerate(logits):
-        assert plane[0].unique().tolist() == [10 * d + 1]
-        assert torch.equal(plane[1], -plane[0])
+def tiny_model(**changes):
+    torch.manual_seed(0)
+    changes = {"image_size": 48, "num_slices": 3, "fusion_init": "xavier", **changes}
+    config = dataclasses.replace(preset("tiny").model, **changes)
+    return build_aftersam(config, num_classes=4).eval(), config
 
 
-def test_a_slice_is_the_mean_of_the_groups_that_keep_it_without_repeats_beyond_the_ends():
-    logits = sliding_logits(numbered, SHAPE, CONFIG, positions=range(3))
-    # Slice 0 is the centre of group 0 and the first of group 2; the first of group 0 is a repeat of it, not kept.
-    means = [10 * d + m for d, m in enumerate([0.5, 0.5, 1, 1.5, 1.5])]
-    torch.testing.assert_close(logits[:, 0, 0, 0], torch.tensor(means))
-    apart = sliding_logits(numbered, (6, 4, 6), CONFIG, centres=[2, 3], positions=range(3))
-    assert apart[:, 0, 0, 0].tolist() == [0, 10, 21, 31, 42, 52]
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_slices": 4, "slice_stride": 2}, {"stem_slices": 3, "slice_stride": 2}], ids=str
+)
+def test_the_default_is_the_centre_of_the_group_about_each_slice(changes):
+    model, config = tiny_model(**changes)
+    hu = np.random.default_rng(0).integers(-1000, 1000, (6, 48, 48)).astype(np.int16)
+    planes = naive_planes(model, Scan(hu, (0, 48, 0, 48)), config)
+    for d, plane in enumerate(planes):
+        group = slice_group(d, 6, config.num_slices, config.slice_stride)
+        if config.stem_slices > 1:
+            group = np.stack([slice_group(i, 6, config.stem_slices) for i in group])
+        logits = model(torch.from_numpy(hu[group])[None].float())[0, config.num_slices // 2]
+        expected = F.interpolate(logits[None], size=(48, 48), mode="bilinear", align_corners=False)[0]
+        torch.testing.assert_close(plane.logits, expected)
 
 
-def test_half_precision_is_averaged_in_single():
-    def halved(slices, positions):
-        return numbered(slices, positions).bfloat16()
+@pytest.mark.parametrize("options", [PredictOptions(), PredictOptions(keep=2)], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"stem_slices": 3}, {"attention": "none"}], ids=str)
+def test_encoding_once_and_decoding_less_change_no_logits_in_fp64(changes, options):
+    model, config = tiny_model(**changes)
+    wide = copy.deepcopy(model).double()
+    wide.decoder._positions = lambda *grid: model.decoder._positions(*grid).double()
+    hu = 300 * torch.randn(5, 48, 48, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+    plain, _ = naive_logits(wide, hu, config, options)
+    assert plain.dtype == torch.double
+    for way in ({"encode_once": True}, {"kept_alone": True}, {"encode_once": True, "kept_alone": True}):
+        torch.testing.assert_close(naive_logits(wide, hu, config, options, **way)[0], plain)
+    single, _ = naive_logits(model, hu.float(), config, options)
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), plain, rtol=1e-3, atol=1e-3)
 
-    assert sliding_logits(halved, SHAPE, CONFIG).dtype == torch.float32
 
-
-@pytest.mark.parametrize(("sure_of", "expected"), [("its place", 1.0), ("the slice", 0.0)])
-def test_disagreement_is_one_where_each_group_is_sure_of_another_class_and_zero_where_all_agree(
-    sure_of, expected
-):
-    def group(slices, positions):
-        classes = torch.tensor([p if sure_of == "its place" else int(slices[p]) % 3 for p in positions])
-        logits = 200.0 * torch.nn.functional.one_hot(classes, 3)
-        return logits[:, :, None, None].expand(-1, -1, 2, 3)
-
-    found = sliding_disagreement(group, SHAPE, CONFIG)
-    assert found.shape == SHAPE
-    torch.testing.assert_close(found, torch.full(SHAPE, expected))
-    alone = dataclasses.replace(CONFIG, num_slices=1)
-    assert not sliding_disagreement(group, SHAPE, alone).any()
+def test_divergence_is_0_where_groups_agree_and_1_where_each_is_sure_of_another_class():
+    sure = torch.eye(3)[:, :, None, None]
+    assert divergence(sure).item() == pytest.approx(1)
+    assert divergence(sure[:1].expand(4, -1, -1, -1)).item() == pytest.approx(0, abs=1e-6)
+    assert divergence(sure[:1]).item() == 0

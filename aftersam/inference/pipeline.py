@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,10 +19,12 @@ from aftersam.files import NIFTI, remove_leftovers, renamed, write_json
 
 if TYPE_CHECKING:
     import numpy as np
+    from rich.console import Console
 
     from aftersam.inference.feature_cache import Embeddings
+    from aftersam.inference.inputs import PredictOptions
     from aftersam.inference.segmenter import Prepared, Segmenter
-    from aftersam.inference.sliding import Sliding
+    from aftersam.inference.sliding import Prediction
 
 DICOM = ".dcm"
 
@@ -76,8 +79,20 @@ class PredictArgs:
     """Print each stage's seconds, slices a second and peak memory, and leave them as JSON beside each mask."""
 
 
-def predict_files(args: PredictArgs) -> int:
-    """Segment every scan that `args` name. Returns 0, or 1 when a scan of a folder failed and was reported.
+@dataclass(frozen=True)
+class Predicted:
+    """What became of the scans that were asked for."""
+
+    written: tuple[Path, ...]
+    """Masks of this prediction."""
+    kept: tuple[Path, ...]
+    """Masks that existed before; their scans were not predicted again."""
+    problems: tuple[str, ...]
+    """Why a scan of a folder has no mask, one line a scan."""
+
+
+def predict_files(args: PredictArgs) -> Predicted:
+    """Segment every scan that `args` name; a scan of a folder that fails is reported and the others are done.
 
     While one scan is computed the next is read and the last is written, so three are in memory at most. Under
     torchrun each process takes its share of a folder, on a GPU of its own with the device "auto".
@@ -85,62 +100,64 @@ def predict_files(args: PredictArgs) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from aftersam.inference.segmenter import load
-
     jobs, folder = _jobs(args)
     jobs = jobs[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]  # torchrun's
-    segmenter = load(
-        args.model, checkpoint=args.checkpoint, device=args.device, compiled=args.compile, graphs=args.graph
-    )
-    names = _kept_labels(args.labels, segmenter.labels)
-    compute = functools.partial(
-        _compute, segmenter, args, _sliding(args, segmenter), _embeddings(args, segmenter)
-    )
-    console = Console(stderr=True)
-    failed = 0
-
-    @contextlib.contextmanager
-    def reported() -> Iterator[None]:
-        """One bad scan of a folder costs a line, not the others."""
-        nonlocal failed
-        try:
-            yield
-        except (ValueError, OSError) as error:
-            if not folder:
-                raise
-            failed += 1
-            console.print(f"aftersam.predict: {error}", soft_wrap=True, markup=False, highlight=False)
-
-    for _, mask in (done := [job for job in jobs if job[1].exists() and not args.overwrite]):
-        console.print(f"{mask} exists and is kept; --overwrite replaces it", soft_wrap=True)
-    jobs = [job for job in jobs if job not in done]
+    work = _work(args)
+    report = _Report(Console(stderr=True), folder)
+    kept = [mask for _, mask in jobs if mask.exists() and not args.overwrite]
+    for mask in kept:
+        report.console.print(f"{mask} exists and is kept; --overwrite replaces it", soft_wrap=True)
+    jobs = [(scan, mask) for scan, mask in jobs if mask not in kept]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
-        Progress(*columns, console=console, transient=True) as bar,
+        Progress(*columns, console=report.console, transient=True) as bar,
         ThreadPoolExecutor(1) as reader,
         ThreadPoolExecutor(1) as writer,
     ):
-        read = functools.partial(_read, segmenter, args)
-        upcoming = [reader.submit(read, scan) for scan, _ in jobs[:1]]
-        writing: list[Future[str]] = []
+        upcoming = [reader.submit(work.read, scan) for scan, _ in jobs[:1]]
+        writing: list[tuple[Path, Future[str]]] = []
         for index, (scan, mask) in enumerate(jobs):
             reading = upcoming.pop()
-            upcoming = [reader.submit(read, later) for later, _ in jobs[index + 1 : index + 2]]
-            with reported():
+            upcoming = [reader.submit(work.read, later) for later, _ in jobs[index + 1 : index + 2]]
+            with report.problems_of_one_scan():
                 job = reading.result()
                 task = bar.add_task(scan.name, total=job.prepared.volume.array.shape[0])
                 try:
-                    found = compute(job, mask, functools.partial(bar.advance, task))
+                    found = work.compute(job, mask, functools.partial(bar.advance, task))
                 finally:
                     bar.remove_task(task)
-                with reported():
-                    for written in writing:
-                        console.print(written.result(), soft_wrap=True)
-                writing = [writer.submit(_write, job, found, mask, names, args)]
-        with reported():
-            for written in writing:
-                console.print(written.result(), soft_wrap=True)
-    return 1 if failed else 0
+                report.collect(writing)
+                writing = [(mask, writer.submit(work.write, job, found, mask))]
+        report.collect(writing)
+    return Predicted(tuple(report.written), tuple(kept), tuple(report.problems))
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What the user is told, and what the caller gets."""
+
+    console: Console
+    folder: bool
+    written: list[Path] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def problems_of_one_scan(self) -> Iterator[None]:
+        """One bad scan of a folder costs a line, not the others."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            if not self.folder:
+                raise
+            self.problems.append(str(error))
+            self.console.print(f"aftersam.predict: {error}", soft_wrap=True, markup=False, highlight=False)
+
+    def collect(self, writing: list[tuple[Path, Future[str]]]) -> None:
+        """Wait for masks to be written and tell of each."""
+        with self.problems_of_one_scan():
+            for mask, line in writing:
+                self.console.print(line.result(), soft_wrap=True)
+                self.written.append(mask)
 
 
 @dataclass(frozen=True)
@@ -154,39 +171,162 @@ class _Job:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What was computed of a scan, (D, H, W) uint8 each."""
+class _Work:
+    """What is done to each scan: read, compute and write, each in a thread of its own."""
 
-    labels: np.ndarray
-    confidence: np.ndarray | None
+    args: PredictArgs
+    segmenter: Segmenter
+    options: PredictOptions
+    embeddings: Embeddings | None
+    names: dict[int, str]  # labels that masks keep
+
+    def read(self, scan: Path) -> _Job:
+        """Read one scan, and its prompts, and bring them to the model's spacing."""
+        from aftersam.data.volume import read_image, read_labels
+        from aftersam.inference.timings import Timings
+
+        began = time.monotonic()
+        timings = Timings(self.segmenter.device if self.args.timings else None)
+        needs = self.segmenter.config.model.prompts
+        prompts, facts = None, dict[str, str]()
+        with timings.stage("read"):
+            volume = read_image(scan)
+            if self.args.prompt_labels is not None and needs != "none":
+                prompts = read_labels(_prompt_file(self.args.prompt_labels, scan), like=volume)
+                facts = {"prompted": needs}  # who scores this mask must know
+        prepared = self.segmenter.prepare(volume, prompt_labels=prompts, timings=timings)
+        return _Job(scan, prepared, facts, began)
+
+    def compute(self, job: _Job, mask: Path, progress: Callable[[int], None]) -> Prediction:
+        """Segment one scan. Raises ValueError where the memory does not suffice."""
+        import torch
+
+        prepared, batch = job.prepared, self.args.batch_size
+        try:
+            if self.embeddings is not None:
+                scan = prepared.scan
+                with scan.timings.stage("encode"):
+                    stored = self.embeddings.of(scan.hu, scan.box, batch_size=batch)
+                prepared = prepared._replace(scan=dataclasses.replace(scan, stored=stored))
+            with self._probabilities(job, mask) as probabilities:
+                return self.segmenter.segment(
+                    prepared,
+                    options=self.options,
+                    main_parts=self.args.parts == "main",
+                    probabilities=probabilities,
+                    progress=progress,
+                )
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            detail = (str(error) or "no more is known").splitlines()[0]
+            raise ValueError(
+                f"{job.scan}: memory ran out; a --batch-size below {batch} needs less ({detail})"
+            ) from None
+
+    @contextlib.contextmanager
+    def _probabilities(self, job: _Job, mask: Path) -> Iterator[np.ndarray | None]:
+        """The file that the scan's probabilities go to as they come, if they are wanted."""
+        if not self.args.save_probabilities:
+            yield None
+            return
+        from aftersam.data.volume import open_probabilities
+
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        path = _beside(mask, ".probabilities.npy")
+        with open_probabilities(path, job.prepared.volume, len(self.segmenter.labels) + 1) as array:
+            yield array
+
+    def write(self, job: _Job, found: Prediction, mask: Path) -> str:
+        """Write one mask, after all that lies beside it: a mask under its name is a scan that is finished.
+
+        Returns what to tell the user. Raises OSError where a file cannot be written."""
+        import numpy as np
+
+        labels, volume, timings = found.labels, job.prepared.volume, job.prepared.scan.timings
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(mask.parent, _case(mask))
+        with timings.stage("write"):
+            labels[~np.isin(labels, list(self.names))] = 0
+            self._write_extras(job, found, mask)
+            self._write_mask(job, labels, mask)
+        organs = (
+            ", ".join(self.names[v] for v in sorted(set(np.unique(labels)) & set(self.names))) or "nothing"
+        )
+        line = f"{mask}: {organs}; {volume.array.shape[0]} slices in {time.monotonic() - job.began:.1f} s"
+        if self.args.timings:
+            write_json(_beside(mask, ".timings.json"), timings.summary())
+            line += f"\n{timings.line()}"
+        return line
+
+    def _write_extras(self, job: _Job, found: Prediction, mask: Path) -> None:
+        """What lies beside the mask, as far as it is wanted: preview, statistics, confidence."""
+        import numpy as np
+
+        from aftersam.data.volume import write_confidence
+        from aftersam.evaluation.metrics import organ_statistics
+
+        labels, volume = found.labels, job.prepared.volume
+        if self.args.preview:
+            from aftersam.evaluation.figures import overlay_png
+
+            overlay_png(
+                _beside(mask, ".png"),
+                volume.array,
+                labels,
+                volume.spacing_mm,
+                self.names,
+                title=job.scan.name,
+            )
+        if self.args.statistics:
+            voxel_mm3 = abs(float(np.linalg.det(volume.affine[:3, :3])))
+            statistics = organ_statistics(labels, volume.array, self.names, voxel_mm3=voxel_mm3)
+            write_json(_beside(mask, ".statistics.json"), statistics)
+        if found.confidence is not None:
+            write_confidence(_beside(mask, ".confidence.nii.gz"), found.confidence, volume)
+
+    def _write_mask(self, job: _Job, labels: np.ndarray, mask: Path) -> None:
+        """The mask itself, as NIfTI or as a DICOM segmentation of the series."""
+        import numpy as np
+
+        from aftersam.data.volume import to_nifti, write_labels
+
+        volume = job.prepared.volume
+        if mask.suffix != DICOM:
+            write_labels(mask, labels, volume, self.names, job.facts)
+            return
+        from aftersam.data.dicom import write_segmentation
+
+        with renamed(mask) as temporary:
+            on_grid = np.asarray(to_nifti(labels, volume).dataobj)
+            write_segmentation(temporary, on_grid, job.scan, self.names)
 
 
-def _read(segmenter: Segmenter, args: PredictArgs, scan: Path) -> _Job:
-    """Read one scan, and its prompts, and bring them to the model's spacing."""
-    from aftersam.data.volume import read_image, read_labels
-    from aftersam.inference.timings import Timings
+def _work(args: PredictArgs) -> _Work:
+    """The model of the run and the options that `args` ask for."""
+    from aftersam.inference.segmenter import load
 
-    began = time.monotonic()
-    timings = Timings(segmenter.device if args.timings else None)
-    prompts, facts = None, dict[str, str]()
-    with timings.stage("read"):
-        volume = read_image(scan)
-        if args.prompt_labels is not None and segmenter.config.model.prompts != "none":
-            prompts = read_labels(_prompt_file(args.prompt_labels, scan), like=volume)
-            facts = {"prompted": segmenter.config.model.prompts}  # who scores this mask must know
-    return _Job(scan, segmenter.prepare(volume, prompt_labels=prompts, timings=timings), facts, began)
+    segmenter = load(
+        args.model, checkpoint=args.checkpoint, device=args.device, compiled=args.compile, graphs=args.graph
+    )
+    names = _kept_labels(args.labels, segmenter.labels)
+    return _Work(args, segmenter, _options(args, segmenter), _embeddings(args, segmenter), names)
 
 
-def _sliding(args: PredictArgs, segmenter: Segmenter) -> Sliding:
-    """How groups slide, as `args` ask. Raises ValueError on a keep that no group has, or an organ of one side alone."""
+def _options(args: PredictArgs, segmenter: Segmenter) -> PredictOptions:
+    """What `args` ask for. Raises ValueError on a keep that no group has, or an organ of one side alone."""
     from aftersam.data.dataset import mirror_pairs
-    from aftersam.inference.sliding import Sliding
+    from aftersam.inference.inputs import PredictOptions
 
-    most = segmenter.config.model.num_slices
-    if not 1 <= args.keep <= most:
-        raise ValueError(f"--keep is {args.keep}, but the model's groups have 1 to {most} slices to keep")
-    swap = mirror_pairs(segmenter.labels) if args.tta == "mirror" else None
-    return Sliding(args.keep, args.overlap == "average", swap, body=args.roi == "body")
+    options = PredictOptions(
+        keep=args.keep,
+        average=args.overlap == "average",
+        body=args.roi == "body",
+        confidence=args.confidence,
+        batch_size=args.batch_size,
+    )
+    options.check(segmenter.config.model.num_slices)
+    if args.tta == "mirror":
+        options = dataclasses.replace(options, label_swap=mirror_pairs(segmenter.labels))
+    return options
 
 
 def _embeddings(args: PredictArgs, segmenter: Segmenter) -> Embeddings | None:
@@ -196,103 +336,6 @@ def _embeddings(args: PredictArgs, segmenter: Segmenter) -> Embeddings | None:
 
     size = segmenter.config.model.image_size
     return Embeddings(args.embeddings, segmenter.model, image_size=size, precision=segmenter.precision)
-
-
-def _compute(
-    segmenter: Segmenter,
-    args: PredictArgs,
-    sliding: Sliding,
-    embeddings: Embeddings | None,
-    job: _Job,
-    mask: Path,
-    progress: Callable[[int], None],
-) -> _Found:
-    """Segment one scan. Raises ValueError where the memory does not suffice."""
-    import numpy as np
-    import torch
-
-    scan, batch = job.prepared, args.batch_size
-    confidence = np.empty(scan.volume.array.shape, np.uint8) if args.confidence else None
-    try:
-        stored = None
-        if embeddings is not None:
-            with scan.timings.stage("encode"):
-                stored = embeddings.of(scan.hu, scan.box, batch_size=batch)
-        with _probabilities(job, mask, segmenter, args) as probabilities:
-            labels = segmenter.segment(
-                scan,
-                sliding=sliding,
-                main_parts=args.parts == "main",
-                batch_size=batch,
-                probabilities=probabilities,
-                confidence=confidence,
-                stored=stored,
-                progress=progress,
-            )
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        detail = (str(error) or "no more is known").splitlines()[0]
-        raise ValueError(
-            f"{job.scan}: memory ran out; a --batch-size below {batch} needs less ({detail})"
-        ) from None
-    return _Found(labels, confidence)
-
-
-@contextlib.contextmanager
-def _probabilities(
-    job: _Job, mask: Path, segmenter: Segmenter, args: PredictArgs
-) -> Iterator[np.ndarray | None]:
-    """The file that the scan's probabilities go to as they come, if they are wanted."""
-    if not args.save_probabilities:
-        yield None
-        return
-    from aftersam.data.volume import open_probabilities
-
-    mask.parent.mkdir(parents=True, exist_ok=True)
-    path = _beside(mask, ".probabilities.npy")
-    with open_probabilities(path, job.prepared.volume, len(segmenter.labels) + 1) as array:
-        yield array
-
-
-def _write(job: _Job, found: _Found, mask: Path, names: dict[int, str], args: PredictArgs) -> str:
-    """Write one mask, after all that lies beside it: a mask under its name is a scan that is finished.
-
-    Returns what to tell the user. Raises OSError where a file cannot be written."""
-    import numpy as np
-
-    from aftersam.data.volume import to_nifti, write_confidence, write_labels
-    from aftersam.evaluation.metrics import organ_statistics
-
-    labels, volume, timings = found.labels, job.prepared.volume, job.prepared.timings
-    mask.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(mask.parent, _case(mask))
-    with timings.stage("write"):
-        labels[~np.isin(labels, list(names))] = 0
-        if args.preview:
-            from aftersam.evaluation.figures import overlay_png
-
-            overlay_png(
-                _beside(mask, ".png"), volume.array, labels, volume.spacing_mm, names, title=job.scan.name
-            )
-        if args.statistics:
-            voxel_mm3 = abs(float(np.linalg.det(volume.affine[:3, :3])))
-            statistics = organ_statistics(labels, volume.array, names, voxel_mm3=voxel_mm3)
-            write_json(_beside(mask, ".statistics.json"), statistics)
-        if found.confidence is not None:
-            write_confidence(_beside(mask, ".confidence.nii.gz"), found.confidence, volume)
-        if mask.suffix == DICOM:
-            from aftersam.data.dicom import write_segmentation
-
-            with renamed(mask) as temporary:
-                on_grid = np.asarray(to_nifti(labels, volume).dataobj)
-                write_segmentation(temporary, on_grid, job.scan, names)
-        else:
-            write_labels(mask, labels, volume, names, job.facts)
-    organs = ", ".join(names[v] for v in sorted(set(np.unique(labels)) & set(names))) or "nothing"
-    line = f"{mask}: {organs}; {volume.array.shape[0]} slices in {time.monotonic() - job.began:.1f} s"
-    if args.timings:
-        write_json(_beside(mask, ".timings.json"), timings.summary())
-        line += f"\n{timings.line()}"
-    return line
 
 
 def _jobs(args: PredictArgs) -> tuple[list[tuple[Path, Path]], bool]:

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from aftersam.data.stored_features import StoredScan
     from aftersam.data.volume import Volume
-    from aftersam.inference.sliding import Sliding
+    from aftersam.inference.inputs import PredictOptions, Scan
+    from aftersam.inference.sliding import Prediction
     from aftersam.inference.timings import Timings
     from aftersam.model.aftersam import AfterSAM
 
@@ -25,10 +25,7 @@ class Prepared(NamedTuple):
     """A scan as it was read, and as the model takes it."""
 
     volume: Volume
-    hu: np.ndarray  # (D', H', W') int16 at the model's spacing
-    box: tuple[int, int, int, int]  # of the body in the plane of `hu`
-    prompt_labels: np.ndarray | None  # on hu's grid
-    timings: Timings
+    scan: Scan
 
 
 @dataclass(frozen=True)
@@ -69,19 +66,8 @@ class Segmenter:
             image = nib.Nifti1Image(image, affine)
         volume = from_nifti(image)  # type: ignore[arg-type]  # an image by now
         prompts = None if prompt_labels is None else labels_from_nifti(prompt_labels, like=volume)
-        return to_nifti(self.predict_volume(volume, prompt_labels=prompts), volume, self.labels)
-
-    def predict_volume(
-        self,
-        volume: Volume,
-        *,
-        prompt_labels: Volume | None = None,
-        batch_size: int = 8,
-        progress: Callable[[int], None] | None = None,
-    ) -> np.ndarray:
-        """Segment a Volume: labels (D, H, W) uint8 in the volume's canonical axes."""
-        scan = self.prepare(volume, prompt_labels=prompt_labels)
-        return self.segment(scan, batch_size=batch_size, progress=progress)
+        found = self.segment(self.prepare(volume, prompt_labels=prompts))
+        return to_nifti(found.labels, volume, self.labels)
 
     def prepare(
         self, volume: Volume, *, prompt_labels: Volume | None = None, timings: Timings | None = None
@@ -90,6 +76,7 @@ class Segmenter:
 
         Raises ValueError where a model with prompts gets no labels."""
         from aftersam.data.transforms import preprocess, resample
+        from aftersam.inference.inputs import Scan
         from aftersam.inference.timings import Timings
 
         timings = timings or Timings()
@@ -104,48 +91,39 @@ class Segmenter:
                         "labels to draw them from (--prompt-labels)"
                     )
                 prompts = resample(prompt_labels.array, volume.spacing_mm, ready.spacing_mm, labels=True)
-        return Prepared(volume, ready.array, ready.box, prompts, timings)
+        return Prepared(volume, Scan(ready.array, ready.box, prompts, timings=timings))
 
     def segment(
         self,
-        scan: Prepared,
+        prepared: Prepared,
+        options: PredictOptions | None = None,
         *,
-        sliding: Sliding | None = None,
         main_parts: bool = True,
-        batch_size: int = 8,
         probabilities: np.ndarray | None = None,
-        confidence: np.ndarray | None = None,
-        stored: StoredScan | None = None,
         progress: Callable[[int], None] | None = None,
-    ) -> np.ndarray:
-        """Labels (D, H, W) uint8 in the canonical axes of the scan's volume.
+    ) -> Prediction:
+        """Labels, and confidence where `options` ask for it, (D, H, W) in the canonical axes of the scan's volume.
 
-        `main_parts` False keeps every part of the organs in `one_piece` as well.
-        `probabilities` (K+1, D, H, W) and `confidence` (D, H, W) uint8 are filled where given, and `stored` features
-        of the scan are used, as `aftersam.inference.sliding.predict_volume` says."""
+        `main_parts` False keeps every part of the organs in `one_piece` as well. `probabilities` (K+1, D, H, W) are
+        filled where given, and `progress` is called, as `aftersam.predict_volume` says."""
+        from aftersam.inference.inputs import PredictOptions
         from aftersam.inference.postprocess import drop_small_parts
         from aftersam.inference.sliding import predict_volume
 
-        labels = predict_volume(
+        found = predict_volume(
             self.model,
-            scan.hu,
+            prepared.scan,
             self.config.model,
-            box=scan.box,
-            output_shape=scan.volume.array.shape,
-            sliding=sliding,
-            batch_size=batch_size,
+            options or PredictOptions(),
+            output_shape=prepared.volume.array.shape,
             precision=self.precision,
-            prompt_labels=scan.prompt_labels,
             probabilities=probabilities,
-            confidence=confidence,
-            stored=stored,
             progress=progress,
-            timings=scan.timings,
         )
         if main_parts:
-            with scan.timings.stage("write"):
-                drop_small_parts(labels, self.one_piece)
-        return labels
+            with prepared.scan.timings.stage("write"):
+                drop_small_parts(found.labels, self.one_piece)
+        return found
 
 
 def load(
@@ -164,7 +142,6 @@ def load(
     from aftersam.device import dtype_for, find_device
     from aftersam.files import read_json
     from aftersam.inference.graphs import capture_steps
-    from aftersam.inference.segmenter import compile_steps
     from aftersam.model.build import build_aftersam, load_weights
     from aftersam.model.lora import merge_lora
 

@@ -13,6 +13,7 @@ import torch
 from aftersam.config import ModelConfig
 from aftersam.evaluation.figures import overlay_png
 from aftersam.evaluation.metrics import dice
+from aftersam.inference.inputs import Scan
 from aftersam.inference.sliding import predict_volume
 
 if TYPE_CHECKING:
@@ -38,10 +39,8 @@ def validate_scans(
     scores: dict[str, list[float]] = {name: [] for name in labels.values()}
     for i, case in enumerate(cases):
         hu, truth = case.hu, case.labels
-        mask = predict_volume(
-            model, hu, config, box=case.box, output_shape=hu.shape, precision=precision, prompt_labels=truth,
-            stored=stored.get(case.id),
-        )  # fmt: skip
+        scan = Scan(hu, case.box, truth, stored.get(case.id))
+        mask = predict_volume(model, scan, config, output_shape=hu.shape, precision=precision).labels
         for value, name in labels.items():
             scores[name].append(dice(mask == value, truth == value))
         if i == 0:

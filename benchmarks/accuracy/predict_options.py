@@ -7,6 +7,7 @@ that the run validated on. `stored` is the second prediction with --embeddings; 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import statistics
 import sys
@@ -25,8 +26,8 @@ from aftersam.evaluation.metrics import dice
 from aftersam.evaluation.tables import markdown_table
 from aftersam.files import read_json, write_json
 from aftersam.inference.feature_cache import Embeddings
+from aftersam.inference.inputs import PredictOptions
 from aftersam.inference.segmenter import Prepared, Segmenter, load
-from aftersam.inference.sliding import Sliding
 from benchmarks import machine
 
 EXACT = "none"
@@ -48,30 +49,34 @@ def options(segmenter: Segmenter, folder: Path) -> dict[str, Segment]:
     size = segmenter.config.model.image_size
     store = Embeddings(folder / "store", segmenter.model, image_size=size, precision=segmenter.precision)
 
-    def slid(sliding: Sliding) -> Segment:
-        return lambda scan: segmenter.segment(scan, sliding=sliding)
+    def slid(options: PredictOptions) -> Segment:
+        return lambda scan: segmenter.segment(scan, options).labels
 
     def saving_probabilities(scan: Prepared) -> np.ndarray:
         classes = len(segmenter.labels) + 1
         with open_probabilities(folder / "probabilities.npy", scan.volume, classes) as array:
-            return segmenter.segment(scan, probabilities=array)
+            return segmenter.segment(scan, probabilities=array).labels
 
-    def with_confidence(scan: Prepared) -> np.ndarray:
-        return segmenter.segment(scan, confidence=np.empty(scan.volume.array.shape, np.uint8))
+    def from_stored(prepared: Prepared) -> np.ndarray:
+        scan = prepared.scan
+        scan = dataclasses.replace(scan, stored=store.of(scan.hu, scan.box))
+        return segmenter.segment(prepared._replace(scan=scan)).labels
 
-    found = {EXACT: slid(Sliding())}
+    found = {EXACT: slid(PredictOptions())}
     found |= {
-        f"--keep {k}": slid(Sliding(k)) for k in sorted({2, slices // 2 + 1, slices}) if 1 < k <= slices
+        f"--keep {k}": slid(PredictOptions(k))
+        for k in sorted({2, slices // 2 + 1, slices})
+        if 1 < k <= slices
     }
-    found["--overlap average"] = slid(Sliding(average=True))
+    found["--overlap average"] = slid(PredictOptions(average=True))
     try:
-        found["--tta mirror"] = slid(Sliding(label_swap=mirror_pairs(segmenter.labels)))
+        found["--tta mirror"] = slid(PredictOptions(label_swap=mirror_pairs(segmenter.labels)))
     except ValueError as error:
         print(f"--tta mirror is left out: {error}")
-    found["--roi body"] = slid(Sliding(body=True))
+    found["--roi body"] = slid(PredictOptions(body=True))
     found["--save-probabilities"] = saving_probabilities
-    found["--confidence"] = with_confidence
-    found["--embeddings, first"] = lambda scan: segmenter.segment(scan, stored=store.of(scan.hu, scan.box))
+    found["--confidence"] = slid(PredictOptions(confidence=True))
+    found["--embeddings, first"] = from_stored
     found["--embeddings, stored"] = found["--embeddings, first"]
     return found
 

@@ -24,6 +24,7 @@ from aftersam.data.transforms import preprocess, resample
 from aftersam.data.volume import read_image, read_labels, write_labels
 from aftersam.evaluation.scoring import evaluate
 from aftersam.files import read_json, write_json
+from aftersam.inference.inputs import Scan
 from aftersam.inference.pipeline import PredictArgs, predict_files
 from aftersam.inference.postprocess import drop_small_parts, one_piece
 from aftersam.inference.segmenter import load
@@ -177,13 +178,11 @@ def _predict_group(job: Job) -> dict[str, Any]:
             prompts = resample(truth.array, truth.spacing_mm, ready.spacing_mm, labels=True)
         labels = predict_volume(
             model,  # type: ignore[arg-type]  # an AfterSAM of other parts
-            ready.array,
+            Scan(ready.array, ready.box, prompts),
             job.config().model,
-            box=ready.box,
             output_shape=volume.array.shape,
             precision=job.precision,
-            prompt_labels=prompts,
-        )
+        ).labels
         drop_small_parts(labels, facts["one_piece"])
         told = {"prompted": "point"} if job.system.prompted else {}
         write_labels(job.home / "masks" / f"{case.id}.nii.gz", labels, volume, job.dataset.labels, told)

@@ -12,19 +12,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from aftersam.config import ModelConfig, preset
 from aftersam.inference.graphs import capture_steps
-from aftersam.inference.reference import sliding_logits, whole_model
+from aftersam.inference.inputs import Scan
+from aftersam.inference.reference import naive_logits
 from aftersam.inference.sliding import stream_logits
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.build import build_aftersam
@@ -81,36 +83,32 @@ def replayed(shape: Shape, device: torch.device) -> AfterSAM:
 
 def stream(hu: Tensor, shape: Shape, host: np.ndarray | None = None) -> Tensor:
     """hu (D, S, S) -> logits (D, K+1, S, S); `host` is the same scan in the host's memory, as in prediction."""
-    planes = stream_logits(
-        replayed(shape, hu.device),
-        hu.float().cpu().numpy() if host is None else host,
-        configuration(shape),
-        box=(0, hu.shape[1], 0, hu.shape[2]),
-        precision=hu.dtype,
-    )
-    return torch.stack(list(planes))
+    scan = Scan(hu.float().cpu().numpy() if host is None else host, (0, hu.shape[1], 0, hu.shape[2]))
+    planes = stream_logits(replayed(shape, hu.device), scan, configuration(shape), precision=hu.dtype)
+    return torch.stack([plane.logits for plane in planes])
+
+
+@torch.no_grad()
+def group_by_group(
+    hu: Tensor, model: AfterSAM, config: ModelConfig, *, encode_once: bool = False, kept_alone: bool = False
+) -> Tensor:
+    """hu (D, S, S) -> logits (D, K+1, S, S) by `naive_logits`, in single precision or more outside autocast."""
+    hu = hu.to(torch.promote_types(hu.dtype, torch.float32))
+    logits, _ = naive_logits(model, hu, config, encode_once=encode_once, kept_alone=kept_alone)
+    return F.interpolate(logits, size=hu.shape[1:], mode="bilinear", align_corners=False)
 
 
 def loop(hu: Tensor, shape: Shape) -> Tensor:
     """hu (D, S, S) -> logits (D, K+1, S, S)."""
-    (model, _), config = models(shape, hu.device), configuration(shape)
+    model, _ = models(shape, hu.device)
     with torch.autocast(hu.device.type, dtype=hu.dtype, enabled=hu.dtype != torch.float32):
-        return sliding_logits(whole_model(model, hu, config, kept_alone=True), hu.shape, config)
+        return group_by_group(hu, model, configuration(shape), kept_alone=True)
 
 
-@torch.no_grad()
 def exact(hu: Tensor, shape: Shape) -> Tensor:
     """The same in fp64, of features that are computed for each slice alone."""
     _, wide = models(shape, hu.device)
-    each = [wide.encode(hu[d, None]) for d in range(len(hu))]
-
-    def group_logits(slices: np.ndarray, positions: Sequence[int]) -> Tensor:
-        group = [each[d] for d in slices]
-        fused = wide.fuse(torch.stack([of.embedding for of in group], dim=1), query_index=positions)
-        (centre,) = positions
-        return wide.decode(fused[:, 0], group[centre].skips)
-
-    return sliding_logits(group_logits, hu.shape, configuration(shape))
+    return group_by_group(hu, wide, configuration(shape), encode_once=True, kept_alone=True)
 
 
 def _first(run: Callable[[Tensor, Shape], Tensor], hu: Tensor, shape: Shape) -> Tensor:

@@ -24,13 +24,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aftersam.config import ModelConfig, preset
-from aftersam.inference.reference import sliding_logits, whole_model
+from aftersam.inference.inputs import Scan
 from aftersam.inference.sliding import stream_logits
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.build import build_aftersam
 from benchmarks import harness
 from benchmarks.harness import Case, Provider
 from benchmarks.speed import fusion, transformer
+from benchmarks.speed.predict import group_by_group
 from benchmarks.speed.transformer import Attention
 
 OURS = "+ encoded once"
@@ -58,17 +59,16 @@ def loop(
 ) -> Tensor:
     """hu (D, S, S) -> logits (D, K+1, S, S), the whole model on the group about each slice."""
     with torch.autocast(hu.device.type, precision, enabled=precision is not None):
-        return sliding_logits(whole_model(model, hu, config, kept_alone=centre_alone), hu.shape, config)
+        return group_by_group(hu, model, config, kept_alone=centre_alone)
 
 
 def stream(
     hu: Tensor, model: AfterSAM, config: ModelConfig, *, precision: torch.dtype | None = None
 ) -> Tensor:
     side = hu.shape[-1]
-    planes = stream_logits(
-        model, hu.float().cpu().numpy(), config, box=(0, side, 0, side), precision=precision or torch.float32
-    )
-    return torch.stack(list(planes)).to(hu.dtype)
+    scan = Scan(hu.float().cpu().numpy(), (0, side, 0, side))
+    planes = stream_logits(model, scan, config, precision=precision or torch.float32)
+    return torch.stack([plane.logits for plane in planes]).to(hu.dtype)
 
 
 def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Iterator[Case]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from aftersam.config import TrainConfig
 from aftersam.data.cache import CachedCase
 from aftersam.data.volume import AIR_HU
-from aftersam.inference.sliding import resample_stream
+from aftersam.inference.planes import Plane, resample_stream
 from aftersam.model.mask_decoder import BACKGROUND_LEAD
 from aftersam.training.losses import segmentation_loss
 from aftersam.training.schedule import Progress, batches, learning_rate
@@ -197,8 +197,8 @@ def segment_by_patches(
         logits = sliding_window_inference(
             scaled(hu)[None, None].to(device), tuple(size), 2, model, overlap=0.5, mode="gaussian"
         )
-    planes = iter(logits[0].float().movedim(1, 0))  # D planes (K+1, H, W)
+    planes = map(Plane, logits[0].float().movedim(1, 0))  # D planes (K+1, H, W)
     labels = np.empty(output_shape, np.uint8)
     for z, plane in enumerate(resample_stream(planes, hu.shape[0], output_shape)):
-        labels[z] = plane.argmax(0).cpu().numpy()
+        labels[z] = plane.logits.argmax(0).cpu().numpy()
     return labels
