@@ -20,7 +20,7 @@ from aftersam.config import ENCODERS, EncoderSize
 from aftersam.model.sam import CLASSIFIER
 from axial_fusion import lora_linear, rel_pos_attention, window_attention
 from axial_fusion.modules import merge_update
-from axial_fusion.ops.lora_linear import dense_linear
+from axial_fusion.ops.dense_linear import dense_linear
 from axial_fusion.ops.row_norm import row_norm
 
 if TYPE_CHECKING:
