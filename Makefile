@@ -60,7 +60,7 @@ format: $(READY) ## let ruff fix and format the code
 	$(PY) -m ruff format .
 
 clean: ## remove caches, builds and demo-run; .venv stays
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(DEMO)
+	rm -rf build dist *.egg-info kernels/build kernels/dist kernels/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(DEMO)
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
 
 .venv/installed: setup.py constraints.txt

@@ -4,18 +4,20 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
+
 setup(
     name="aftersam",
-    version="0.1.0",
+    version=(ROOT / "kernels" / "axial_fusion" / "VERSION").read_text(encoding="utf-8").strip(),
     description="Segment organs in CT with SAM, LoRA and attention across neighbouring slices",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["aftersam*"]) + find_packages("kernels"),
     package_dir={"axial_fusion": "kernels/axial_fusion"},
-    package_data={"aftersam": ["py.typed"], "axial_fusion": ["py.typed"]},
+    package_data={"aftersam": ["py.typed"], "axial_fusion": ["py.typed", "VERSION"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

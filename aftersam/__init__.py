@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__version__ = "0.1.0"
 __all__ = ["AfterSAM", "PredictOptions", "Scan", "Segmenter", "build_aftersam", "load", "predict_volume"]
 
 _HOME = {
@@ -20,8 +19,21 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     """Import on first use: a command's --help must not wait for torch."""
+    if name == "__version__":
+        return _version()
     if name not in _HOME:
         raise AttributeError(f"module 'aftersam' has no attribute {name!r}")
     from importlib import import_module
 
     return getattr(import_module(_HOME[name]), name)
+
+
+def _version() -> str:
+    """The version of both packages, from axial_fusion's file VERSION: importing axial_fusion would import torch."""
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    spec = find_spec("axial_fusion")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).with_name("VERSION").read_text(encoding="utf-8").strip()

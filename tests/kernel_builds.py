@@ -63,11 +63,11 @@ def lora_linear(dtype: torch.dtype, rows: int, k: int, n: int, rank: int, *, dro
         return torch.zeros(shape, dtype=dtype)
 
     x, dy, a, b = draw(rows, k), draw(rows, n), draw(rank, k), draw(n, rank)
-    seed, xa = torch.tensor(1) if dropout else None, draw(rows, rank)
-    lora.launch_tail(x, a, draw(rows, k + lora.tail_width(rank)), seed, 0.1, xa)
+    drop, xa = lora.Dropout(torch.tensor(1) if dropout else None, 0.1), draw(rows, rank)
+    lora.launch_tail(x, a, draw(rows, k + lora.tail_width(rank)), drop, xa)
     lora.launch_weight(draw(n, k), b, 0.5)
     if rank <= lora.MAX_REDUCED_RANK:
-        lora.launch_reduce(dy, x, xa, b, seed, 0.5, 0.1, need_a=True, need_b=True)
+        lora.launch_reduce(dy, x, xa, b, 0.5, drop, need_a=True, need_b=True)
 
 
 def lora_qkv(dtype: torch.dtype, rows: int, channels: int, rank: int) -> None:

@@ -1,7 +1,6 @@
 """The op against the paper's equations in fp64, with gradients; its properties; what torch asks of an op."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from axial_fusion import (
     axial_attention,
     axial_fusion_attention,
     lora_linear,
-    lora_qkv,
     reference,
     rel_pos_attention,
     select_backend,
@@ -21,8 +19,8 @@ from axial_fusion import (
     window_attention,
 )
 from axial_fusion.cpu import biased_attention
+from axial_fusion.dispatch import HalfBackends
 from axial_fusion.ops import axial_fusion_attention as fusion
-from axial_fusion.ops.row_norm import row_norm
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 
@@ -220,10 +218,11 @@ def test_composed_as_on_a_gpu(rank, monkeypatch):
     """Norm, LoRA projections and axial attention by Triton: forward and every gradient."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(9)
-    monkeypatch.setattr(fusion, "plain_on", lambda x: False)
-    for op in (row_norm, lora_qkv, axial_attention):
-        triton = partial(op, backend="triton")
-        monkeypatch.setattr(fusion, op.__name__, lambda *a, _op=triton, backend=None, **k: _op(*a, **k))
+    halves = [
+        HalfBackends("triton", "triton", "augmented", attention, "triton" if rank else None)
+        for attention in ("triton", "sdpa")
+    ]
+    monkeypatch.setattr(fusion, "select_halves", lambda *_, **__: halves)
     with torch.device(device):
         x, grad = torch.randn(2, 3, 5, 16, requires_grad=True), torch.randn(2, 3, 5, 16)
         inter, intra = (half(16, torch.float32, rank) for _ in "ab")

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from axial_fusion import LoRALinear, lora_linear, reference, select_backend
-from axial_fusion.ops.lora_linear import dense_linear
+from axial_fusion.ops.dense_linear import dense_linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]

@@ -80,7 +80,7 @@ def test_what_would_go_wrong_is_refused_by_name(attention, message):
         AxialFusionAttention.from_attention(attention)
 
 
-def test_a_post_norm_block_is_refused():
+def test_an_attention_in_place_of_a_block_is_refused():
     with pytest.raises(ValueError, match="norm1"):
         AxialFusionAttention.from_block(nn.TransformerEncoderLayer(16, 2).self_attn)
 
@@ -133,6 +133,32 @@ def test_lora_linear_merges_and_its_adapter_travels():
     torch.testing.assert_close(one(x), before, rtol=1e-5, atol=1e-6)
     one.unmerge()
     torch.testing.assert_close(one(x), before, rtol=1e-5, atol=1e-6)
+
+
+def test_the_adapter_of_a_half_travels_and_resets():
+    one, other = (AxialFusionAttention(16, 2, rank=3, attention="axial").inter for _ in "ab")
+    for b in (one.lora_q_b, one.lora_v_b):
+        nn.init.normal_(b)
+    state = one.lora_state_dict()
+    assert list(state) == ["lora_q_a", "lora_q_b", "lora_v_a", "lora_v_b"]
+    assert not other.load_state_dict(state, strict=False).unexpected_keys
+    for part in "qv":
+        for mine, theirs in zip(one.lora(part), other.lora(part), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+    one.reset_lora()
+    assert not any(one.lora(part).b.any() for part in "qv")
+    assert not torch.equal(one.lora_q_a, other.lora_q_a)
+    assert AxialFusionAttention(16, 2).inter.lora_state_dict() == {}
+
+
+def test_lora_is_made_without_memory_on_the_meta_device():
+    lora = LoRALinear(8, 6, rank=2, device="meta").to_empty(device="cpu")
+    lora.reset_parameters()
+    lora.reset_lora()
+    torch.testing.assert_close(
+        lora(torch.ones(2, 8)), nn.functional.linear(torch.ones(2, 8), lora.weight, lora.bias)
+    )
+    assert lora.lora_a.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

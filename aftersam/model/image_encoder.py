@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aftersam.model.layers import ConvStem, Linear, RowNorm, SliceFeatures
 from axial_fusion import rel_pos_attention, window_attention
-from axial_fusion.ops.lora_linear import dense_linear
+from axial_fusion.ops.dense_linear import dense_linear
 
 
 class ImageEncoder(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from axial_fusion.ops.lora_linear import dense_linear
+from axial_fusion.ops.dense_linear import dense_linear
 from axial_fusion.ops.row_norm import row_norm
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # SAM's, of RGB in 0...255

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -23,43 +23,50 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors if dtype is None else tuple(t.to(dtype) for t in tensors)
 
 
-def check_shapes(op: str, expected: dict[str, tuple[Tensor, str]]) -> dict[str, int]:
-    """Match tensors with their letters, {"q": (q, "B N P M D"), ...}, and give each letter's size.
+def check_shapes(op: str, expected: Mapping[str, tuple[Tensor, tuple[str | int, ...]]]) -> dict[str, int]:
+    """Match tensors with their axes, {"q": (q, ("B", "N", "P", "M", "D")), ...}, and give each letter's size.
 
     A number in place of a letter must be matched too. Raises ValueError naming the tensor that does not fit."""
     sizes: dict[str, int] = {}
-    for name, (tensor, letters) in expected.items():
-        axes = letters.split()
-        if tensor.dim() != len(axes):
-            raise ValueError(f"{op}: {name} must be ({', '.join(axes)}), found shape {tuple(tensor.shape)}")
-        for axis, size in zip(axes, tensor.shape, strict=True):
-            want = int(axis) if axis.isdigit() else sizes.setdefault(axis, size)
+    for name, (tensor, axes) in expected.items():
+        shape = tensor.shape
+        if len(shape) != len(axes):
+            raise ValueError(f"{op}: {name} must be ({_listed(axes)}), found shape {tuple(shape)}")
+        for axis, size in zip(axes, shape, strict=True):
+            want = sizes.setdefault(axis, size) if isinstance(axis, str) else axis
             if want != size:
                 raise ValueError(
-                    f"{op}: {name} must be ({', '.join(axes)}) with {axis} = {want}, found shape {tuple(tensor.shape)}"
+                    f"{op}: {name} must be ({_listed(axes)}) with {axis} = {want}, found shape {tuple(shape)}"
                 )
     return sizes
+
+
+def _listed(axes: tuple[str | int, ...]) -> str:
+    return ", ".join(map(str, axes))
 
 
 def check_alike(op: str, **tensors: Tensor) -> None:
     """Raises ValueError unless the tensors share one floating dtype and one device."""
     (name, first), *rest = tensors.items()
-    if not first.dtype.is_floating_point:
-        raise ValueError(f"{op}: {name} must be floating point, found {dtype_name(first.dtype)}")
+    dtype, device = first.dtype, first.device
+    if not dtype.is_floating_point:
+        raise ValueError(f"{op}: {name} must be floating point, found {dtype_name(dtype)}")
     for other, tensor in rest:
-        if tensor.dtype != first.dtype:
+        if tensor.dtype != dtype:
             raise ValueError(
-                f"{op}: {other} is {dtype_name(tensor.dtype)} but {name} is {dtype_name(first.dtype)}; cast one of them"
+                f"{op}: {other} is {dtype_name(tensor.dtype)} but {name} is {dtype_name(dtype)}; cast one of them"
             )
-        if tensor.device != first.device:
-            raise ValueError(f"{op}: {other} is on {tensor.device} but {name} is on {first.device}")
+        if tensor.device != device:
+            raise ValueError(f"{op}: {other} is on {tensor.device} but {name} is on {device}")
 
 
 def softmax_scale(scale: float | None, head_dim: int) -> float:
+    """`scale`, or D^-½ where it is None."""
     return 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """float32, not torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -1,4 +1,4 @@
-"""Which backend runs a call, and why.
+"""Which backend runs a call, and why: decided once a call and passed down.
 
 `auto` picks by device, dtype and head size, never by how many tokens there are on a GPU, so that a compiled
 model is not compiled again for each image size. A backend that is named and cannot run raises ValueError."""
@@ -6,6 +6,7 @@ model is not compiled again for each image size. A backend that is named and can
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from axial_fusion.checks import autocast_dtype, dtype_name
+from axial_fusion.reference import AttentionWeights
 
 Op = Literal[
     "axial_attention",
@@ -52,7 +54,17 @@ SLICE_HEAD_DIMS = (16, 32, 64)  # of slice_attention on Triton
 MAX_TRITON_RANK = 64
 MAX_TRITON_CHANNELS = 4096  # one tile holds a row that is normalised
 MAX_TRITON_COLUMNS = 128  # one tile holds a row of keys; half as many in fp32
+MAX_FLASH_HEAD_DIM = 256  # of FlashAttention, the package's and torch's
 HALF = (torch.float16, torch.bfloat16)
+PLAIN_ON_CPU = (
+    "axial_attention",
+    "rel_pos_attention",
+    "window_attention",
+    "row_norm",
+    "axial_fusion_attention",
+)
+# Positions up to which a gradient of slice_attention by plain products is faster on a CPU.
+FEW_POSITIONS = {torch.float16: 512, torch.bfloat16: 128}
 
 
 class SliceKey(NamedTuple):
@@ -77,78 +89,197 @@ class Choice(NamedTuple):
     reason: str
 
 
+class Facts(NamedTuple):
+    """What a decision looks at: where and in which dtype an op computes, and the sizes that bound a kernel."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int = 1
+    slices: int = 1
+    columns: int = 1  # of keys in a row
+    channels: int = 1
+    rank: int = 0  # 0: no LoRA
+    weights: tuple[torch.dtype, ...] = ()
+
+
+class HalfBackends(NamedTuple):
+    """The backends of what one half of axial_fusion_attention computes."""
+
+    norm: str
+    lora: str  # a projection with LoRA
+    dense: str  # a projection without
+    attention: str
+    qkv: str | None = None  # of norm and projections as one op, lora_qkv, where they can be one
+
+
+ON_CPU = Choice("torch", "a CPU tensor: library matmuls are fastest there")
+TRANSFORMED = Choice("torch", "plain products alone have a forward-mode derivative and every transform")
+NO_TRANSFORM = "no forward-mode derivative and no torch.func transform"
+ALL_TORCH = HalfBackends("torch", "torch", "torch", "torch")
+
+
 def select_backend(op: Op, *tensors: Tensor, backend: str = "auto") -> Choice:
     """The backend that `op` takes for these tensors (its inputs in order; the first one decides), and why.
 
-    Raises ValueError for an op or a backend that does not exist, or a named backend that cannot run here."""
+    Under autocast it is that of a call under autocast. Raises ValueError for an op or a backend that does not exist,
+    and where the backend that is named cannot run, or none can."""
     if op not in BACKENDS:
         raise ValueError(f"op is {op!r}; there are {', '.join(BACKENDS)}")
     if not tensors:
         raise ValueError(f"select_backend({op!r}) needs the op's tensors")
-    if backend == "auto":
-        return _fastest(op, tensors)
-    if backend not in BACKENDS[op]:
-        raise ValueError(f"backend is {backend!r}; {op} has auto, {', '.join(BACKENDS[op])}")
-    obstacle = _obstacle(op, backend, tensors)
-    if obstacle:
-        raise ValueError(f"backend {backend!r} cannot run {op} here: {obstacle}")
-    return Choice(backend, "named by the caller")
+    if backend != "auto":
+        return _named(op, backend, tensors)
+    if op in PLAIN_ON_CPU and tensors[0].device.type == "cpu":
+        return ON_CPU
+    return _fastest(op, tensors)
+
+
+def select_halves(
+    x: Tensor,
+    inter: AttentionWeights | None,
+    intra: AttentionWeights | None,
+    *,
+    num_heads: int,
+    slices: int,
+    backend: str,
+) -> tuple[HalfBackends, HalfBackends]:
+    """The one decision of a call of axial_fusion_attention on x (B, N, P, C): the backends of its two halves.
+
+    `slices`: of queries or of keys, whichever are more. Raises ValueError for a backend that does not exist."""
+    if backend != "auto":
+        _named("axial_fusion_attention", backend, (x,))
+    if backend == "torch" or under_transform((x, *_tensors(inter), *_tensors(intra))):
+        return ALL_TORCH, ALL_TORCH
+    facts = Facts(x.device, autocast_dtype(x) or x.dtype, x.shape[-1] // num_heads, slices)
+    across = within = "torch"
+    if inter is not None:
+        across = _fastest_kernel("axial_attention", facts).backend
+    if intra is not None:
+        attended = intra._replace(out_weight=x, out_bias=None)  # what q, k and v are made of
+        within = _fastest_slices(
+            facts, x.shape[2], lambda: (x, *_tensors(inter), *_tensors(attended))
+        ).backend
+    return _half(x, inter, facts.dtype, across), _half(x, intra, facts.dtype, within)
+
+
+def _half(x: Tensor, w: AttentionWeights | None, dtype: torch.dtype, attention: str) -> HalfBackends:
+    """The backends of a half whose products compute in `dtype`."""
+    if w is None:
+        return ALL_TORCH
+    ranks = [0 if lora is None else lora.a.shape[0] for lora in (w.lora_q, w.lora_v)]
+    facts = Facts(x.device, dtype)
+    lora, dense = (_fastest_linear(facts._replace(rank=rank)).backend for rank in (max(ranks), 0))
+    if x.device.type != "cuda":
+        return HalfBackends("torch", lora, dense, attention)
+    rows = Facts(x.device, x.dtype, channels=x.shape[-1])
+    norm = _fastest_kernel("row_norm", rows._replace(weights=_dtypes(w.norm_weight, w.norm_bias))).backend
+    if w.norm_weight is None or not ranks[0] == ranks[1] > 0:
+        return HalfBackends(norm, lora, dense, attention)
+    qkv = _fastest_qkv(rows._replace(rank=ranks[0], weights=_dtypes(*_tensors(w)))).backend
+    return HalfBackends(norm, lora, dense, attention, qkv)
+
+
+def _tensors(w: AttentionWeights | None) -> tuple[Tensor, ...]:
+    """Every tensor of w, those of LoRA last."""
+    if w is None:
+        return ()
+    lora = (t for update in (w.lora_q, w.lora_v) if update is not None for t in update[:2])
+    return (*(t for t in w[:6] if t is not None), *lora)
+
+
+def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype, ...]:
+    return tuple(t.dtype for t in tensors if t is not None)
+
+
+def _facts(op: str, tensors: tuple[Tensor, ...]) -> Facts:
+    """What the rules for `op` look at."""
+    x = tensors[0]
+    if op in ("row_norm", "lora_qkv"):  # read x as it is, in autocast too
+        rank = _rank(tensors) if op == "lora_qkv" else 0
+        return Facts(x.device, x.dtype, channels=x.shape[-1], rank=rank, weights=_dtypes(*tensors[1:]))
+    dtype = autocast_dtype(x) or x.dtype
+    if op == "lora_linear":
+        return Facts(x.device, dtype, rank=_rank(tensors))
+    facts = Facts(x.device, dtype, head_dim=x.shape[-1])
+    if op == "axial_attention":
+        return facts._replace(slices=max(t.shape[1] for t in tensors[:3]))
+    if op in ("rel_pos_attention", "window_attention") and len(tensors) > 3:
+        return facts._replace(columns=tensors[-1].shape[-1])  # of rel_w
+    return facts
+
+
+def _rank(tensors: tuple[Tensor, ...]) -> int:
+    """The rank of LoRA's A, the second matrix behind x among the inputs of lora_linear or lora_qkv; 0 without."""
+    matrices = [t for t in tensors[1:] if t.dim() == 2]
+    return matrices[1].shape[0] if len(matrices) > 1 else 0
 
 
 def _fastest(op: str, tensors: tuple[Tensor, ...]) -> Choice:
-    first = tensors[0]
-    if op in (
-        "axial_attention",
-        "rel_pos_attention",
-        "window_attention",
-        "row_norm",
-    ):
-        if first.device.type == "cpu":
-            return Choice("torch", "a CPU tensor: library matmuls are fastest there")
-        obstacle = _obstacle(op, "triton", tensors)
-        if obstacle:
-            return Choice("torch", obstacle)
-        if op == "row_norm":
-            return Choice("triton", "a row is read once: 15.7 us against 48.9 us on an H100")
-        return Choice("triton", "no score leaves the chip")
+    """The choice of `auto`. Raises ValueError where no backend runs."""
+    if under_transform(tensors):
+        if op == "lora_qkv":
+            raise ValueError(f"{op} has {NO_TRANSFORM}; row_norm and lora_linear have both")
+        return TRANSFORMED
     if op == "axial_fusion_attention":
-        if first.device.type == "cpu":
-            return Choice("torch", "a CPU tensor: library matmuls are fastest there")
-        if under_transform(tensors):
-            return Choice("torch", "plain products alone have a forward-mode derivative and every transform")
-        return Choice("composed", "library products between our kernels, each of which picks its own backend")
+        return Choice(
+            "composed", "library products between our kernels, each on the backend that is fastest for it"
+        )
+    facts = _facts(op, tensors)
     if op == "slice_attention":
-        if under_transform(tensors):
-            return Choice("torch", "plain products alone have a forward-mode derivative and every transform")
-        key = slice_key(first)
-        measured = FASTEST.get(key)
-        if measured and not _obstacle(op, measured, tensors):
-            device = "sm_{}{}".format(*key.capability)
-            return Choice(
-                measured, f"measured fastest on {device} for {dtype_name(key.dtype)}, D {key.head_dim}"
-            )
-        most = {torch.float16: 512, torch.bfloat16: 128}.get(first.dtype, 0)
-        if first.device.type == "cpu" and first.shape[2] <= most and not no_derivative(*tensors):
-            return Choice(
-                "torch", f"a gradient of at most {most} positions on a CPU: plain products are faster"
-            )
-        return Choice("sdpa", "torch picks the fastest fused attention for the device")
-    if op == "lora_linear" and len(tensors) > 2 and not under_transform(tensors):
-        if first.device.type == "cuda":
-            if _triton_obstacle(op, tensors) is None:
-                return Choice(
-                    "triton", "x is read and joined with its update in one pass: 265 us on an H100, not 316"
-                )
-            return Choice("augmented", "one product of K + r writes y once")
-        if (autocast_dtype(first) or first.dtype) in HALF:
-            return Choice("augmented", "one product rounds y once; a small update added to it after is lost")
+        return _fastest_slices(facts, tensors[0].shape[2], lambda: tensors)
+    if op == "lora_linear":
+        return _fastest_linear(facts)
     if op == "lora_qkv":
-        if first.device.type == "cuda" and _obstacle(op, "triton", tensors) is None:
+        return _fastest_qkv(facts)
+    return _fastest_kernel(op, facts)
+
+
+def _fastest_kernel(op: str, facts: Facts) -> Choice:
+    """Of an op that has a Triton kernel and plain torch."""
+    if facts.device.type == "cpu":
+        return ON_CPU
+    obstacle = _triton_obstacle(op, facts)
+    if obstacle:
+        return Choice("torch", obstacle)
+    if op == "row_norm":
+        return Choice("triton", "a row is read once: 15.7 us against 48.9 us on an H100")
+    return Choice("triton", "no score leaves the chip")
+
+
+def _fastest_slices(facts: Facts, positions: int, tensors: Callable[[], tuple[Tensor, ...]]) -> Choice:
+    """Of slice_attention among `positions`; `tensors` gives those that q, k and v are made of."""
+    key = SliceKey(_capability(facts.device), facts.dtype, facts.head_dim)
+    measured = FASTEST.get(key)
+    if measured and not _obstacle("slice_attention", measured, facts):
+        device = "sm_{}{}".format(*key.capability)
+        return Choice(measured, f"measured fastest on {device} for {dtype_name(key.dtype)}, D {key.head_dim}")
+    most = FEW_POSITIONS.get(facts.dtype, 0)
+    if facts.device.type == "cpu" and positions <= most and not no_derivative(*tensors()):
+        return Choice("torch", f"a gradient of at most {most} positions on a CPU: plain products are faster")
+    return Choice("sdpa", "torch picks the fastest fused attention for the device")
+
+
+def _fastest_linear(facts: Facts) -> Choice:
+    """Of lora_linear, with LoRA where the rank is above 0."""
+    if facts.device.type == "cuda":
+        if not facts.rank:
+            return Choice("augmented", "the library's product; a bias gradient is one pass over the rows")
+        if _triton_obstacle("lora_linear", facts) is None:
             return Choice(
-                "triton", "a row is normalised in one pass: 62 us on an H100, without LoRA 87 us by torch"
+                "triton", "x is read and joined with its update in one pass: 265 us on an H100, not 316"
             )
-        return Choice("augmented", "the library's one product of K + 2r")
+        return Choice("augmented", "one product of K + r writes y once")
+    if facts.rank and facts.dtype in HALF:
+        return Choice("augmented", "one product rounds y once; a small update added to it after is lost")
     return Choice("torch", "library products, nothing to fuse with them here")
+
+
+def _fastest_qkv(facts: Facts) -> Choice:
+    if facts.device.type == "cuda" and _triton_obstacle("lora_qkv", facts) is None:
+        return Choice(
+            "triton", "a row is normalised in one pass: 62 us on an H100, without LoRA 87 us by torch"
+        )
+    return Choice("augmented", "the library's one product of K + 2r")
 
 
 def slice_key(q: Tensor) -> SliceKey:
@@ -161,71 +292,92 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
-def _obstacle(op: str, backend: str, tensors: tuple[Tensor, ...]) -> str | None:
-    """Why `backend` cannot run `op` on these tensors, or None."""
-    first = tensors[0]
-    if backend in ("torch", "sdpa", "composed"):
-        return None  # torch differentiates these, or says itself what it cannot
-    if under_transform(tensors):
-        return "it has no forward-mode derivative and no torch.func transform; the torch backend has both"
-    if backend == "augmented":
-        return None
+def _named(op: str, backend: str, tensors: tuple[Tensor, ...]) -> Choice:
+    """The backend that the caller names. Raises ValueError where it does not exist or cannot run."""
+    if backend not in BACKENDS[op]:
+        raise ValueError(f"backend is {backend!r}; {op} has auto, {', '.join(BACKENDS[op])}")
+    obstacle = None
+    if backend not in (
+        "torch",
+        "sdpa",
+        "composed",
+    ):  # torch differentiates these, or says itself what it cannot
+        transformed = under_transform(tensors)
+        obstacle = f"it has {NO_TRANSFORM}; the torch backend has both" if transformed else None
+        obstacle = obstacle or _obstacle(op, backend, _facts(op, tensors))
+    if backend == "flex" and tensors[0].device.type == "cpu" and not no_derivative(*tensors):
+        obstacle = obstacle or "FlexAttention has no gradient on a CPU"
+    if obstacle:
+        raise ValueError(f"backend {backend!r} cannot run {op} here: {obstacle}")
+    return Choice(backend, "named by the caller")
+
+
+def _obstacle(op: str, backend: str, facts: Facts) -> str | None:
+    """Why `backend` cannot run `op` on these facts, or None."""
     if backend == "triton":
-        return _triton_obstacle(op, tensors)
-    if backend == "flex":
-        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        return "FlexAttention has no gradient on a CPU" if first.device.type == "cpu" and needs_grad else None
-    if backend == "sdpa_flash" and first.device.type == "cpu":
+        return _triton_obstacle(op, facts)
+    if backend in ("torch", "sdpa", "augmented", "flex"):
+        return None
+    kind, dtype = facts.device.type, facts.dtype
+    if backend == "sdpa_flash" and kind == "cpu":
         return None
     package = {"flash": "flash_attn", "xformers": "xformers"}.get(backend)
     if package and not INSTALLED[package]:
         return f"the package {package} is not installed"
-    if first.device.type != "cuda":
-        return f"it needs CUDA tensors, found {first.device.type}"
-    if backend in ("flash", "sdpa_flash", "sdpa_cudnn") and first.dtype not in HALF:
-        return f"it needs float16 or bfloat16, found {dtype_name(first.dtype)}"
+    if kind != "cuda":
+        return f"it needs CUDA tensors, found {kind}"
+    if backend in ("flash", "sdpa_flash", "sdpa_cudnn") and dtype not in HALF:
+        return f"it needs float16 or bfloat16, found {dtype_name(dtype)}"
+    if dtype not in (torch.float32, *HALF):
+        return f"it needs float32, float16 or bfloat16, found {dtype_name(dtype)}"
+    if backend in ("flash", "sdpa_flash") and facts.head_dim > MAX_FLASH_HEAD_DIM:
+        return f"head dim {facts.head_dim} is above {MAX_FLASH_HEAD_DIM}"
     return None
 
 
-def _triton_obstacle(op: str, tensors: tuple[Tensor, ...]) -> str | None:
-    first = tensors[0]
+def _triton_obstacle(op: str, facts: Facts) -> str | None:
+    """Why the Triton kernels cannot run `op` on these facts, or None."""
+    kind, dtype = facts.device.type, facts.dtype
     if not INSTALLED["triton"]:
         return "the package triton is not installed"
-    if first.device.type != "cuda" and not (INTERPRETED and first.device.type == "cpu"):
-        return f"it needs CUDA tensors, found {first.device.type}"
-    if first.dtype not in (torch.float32, *HALF):
-        return f"it needs float32, float16 or bfloat16, found {dtype_name(first.dtype)}"
-    if op in ("row_norm", "lora_qkv") and first.shape[-1] > MAX_TRITON_CHANNELS:
-        return f"{first.shape[-1]} channels are above {MAX_TRITON_CHANNELS}"
-    others = {t.dtype for t in tensors} - {torch.float32, *HALF}
-    if op in ("row_norm", "lora_qkv") and others:
+    if kind != "cuda" and not (INTERPRETED and kind == "cpu"):
+        return f"it needs CUDA tensors, found {kind}"
+    if dtype not in (torch.float32, *HALF):
+        return f"it needs float32, float16 or bfloat16, found {dtype_name(dtype)}"
+    if facts.channels > MAX_TRITON_CHANNELS:
+        return f"{facts.channels} channels are above {MAX_TRITON_CHANNELS}"
+    others = set(facts.weights) - {torch.float32, *HALF}
+    if others:
         return f"its weights are {dtype_name(others.pop())}"
-    if op == "row_norm":
-        return None
-    if op in ("lora_linear", "lora_qkv"):
-        rank = tensors[2].shape[0] if len(tensors) > 2 else 1
-        return f"rank {rank} is above {MAX_TRITON_RANK}" if rank > MAX_TRITON_RANK else None
+    if facts.rank > MAX_TRITON_RANK:
+        return f"rank {facts.rank} is above {MAX_TRITON_RANK}"
     if op == "slice_attention":
-        if first.dtype not in HALF:
-            return f"it needs float16 or bfloat16, found {dtype_name(first.dtype)}"
+        if dtype not in HALF:
+            return f"it needs float16 or bfloat16, found {dtype_name(dtype)}"
         dims = ", ".join(map(str, SLICE_HEAD_DIMS))
-        return f"head dim {first.shape[-1]} is not {dims}" if first.shape[-1] not in SLICE_HEAD_DIMS else None
-    if first.shape[-1] > MAX_TRITON_HEAD_DIM:
-        return f"head dim {first.shape[-1]} is above {MAX_TRITON_HEAD_DIM}"
-    if op in ("rel_pos_attention", "window_attention"):
-        columns = tensors[-1].shape[-1]  # of rel_w
-        most = MAX_TRITON_COLUMNS if first.dtype in HALF else MAX_TRITON_COLUMNS // 2
-        return f"{columns} columns are above {most}" if columns > most else None
-    slices = max(t.shape[1] for t in tensors)
-    return f"{slices} slices are above {MAX_TRITON_SLICES}" if slices > MAX_TRITON_SLICES else None
+        return None if facts.head_dim in SLICE_HEAD_DIMS else f"head dim {facts.head_dim} is not {dims}"
+    if facts.head_dim > MAX_TRITON_HEAD_DIM:
+        return f"head dim {facts.head_dim} is above {MAX_TRITON_HEAD_DIM}"
+    columns = MAX_TRITON_COLUMNS if dtype in HALF else MAX_TRITON_COLUMNS // 2
+    if facts.columns > columns:
+        return f"{facts.columns} columns are above {columns}"
+    if facts.slices > MAX_TRITON_SLICES:
+        return f"{facts.slices} slices are above {MAX_TRITON_SLICES}"
+    return None
 
 
-def plain_on(tensor: Tensor) -> bool:
+def sums_by_triton(x: Tensor) -> bool:
+    """Whether a kernel sums the rows of x (T, C) up."""
+    facts = Facts(x.device, x.dtype, channels=x.shape[-1])
+    return x.device.type == "cuda" and x.numel() > 0 and _triton_obstacle("row_norm", facts) is None
+
+
+def plain_on(*tensors: Tensor) -> bool:
     """Whether the torch backend runs as a composition that autograd sees through, not as a registered op.
 
     On a CPU a composition costs less a call and autograd's saved activations save a recomputation; elsewhere the
     registered op saves its inputs alone. Transforms of torch.func and forward-mode AD need the composition."""
-    return tensor.device.type in ("cpu", "meta") or under_transform((tensor,))
+    return tensors[0].device.type in ("cpu", "meta") or under_transform(tensors)
 
 
 def under_transform(tensors: tuple[Tensor, ...]) -> bool:

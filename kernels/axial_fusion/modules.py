@@ -13,11 +13,82 @@ from axial_fusion.ops.lora_linear import lora_linear
 from axial_fusion.reference import AttentionWeights, LoRA
 
 
-class LoRALinear(nn.Linear):
+class LoRAUpdates(nn.Module):
+    """Low-rank updates W + scaling · B A of some weights of a module: parameters, reset, merging, adapter's state.
+
+    The update of part "q" has A (rank, in) as `lora_q_a` and B (out, rank) as `lora_q_b`; that of part "" has `lora_a`
+    and `lora_b`. A starts Kaiming-uniform, B at zero.    Source: LoRA, arXiv 2106.09685."""
+
+    scaling: float  # alpha / rank
+    merged = False
+
+    def updated_weights(self) -> dict[str, Tensor]:
+        """Part -> the weight (out, in) that is updated, or a view of it; empty without LoRA."""
+        raise NotImplementedError
+
+    def add_lora(self, rank: int, alpha: float | None) -> None:
+        """Make the parameters; alpha None means alpha = rank."""
+        self.scaling = (rank if alpha is None else alpha) / rank
+        for part, weight in self.updated_weights().items():
+            name_a, name_b = _lora_names(part)
+            self.register_parameter(name_a, nn.Parameter(weight.new_empty(rank, weight.shape[-1])))
+            self.register_parameter(name_b, nn.Parameter(weight.new_empty(weight.shape[0], rank)))
+        self.reset_lora()
+
+    @torch.no_grad()
+    def reset_lora(self) -> None:
+        """Start anew: updates that are random but zero."""
+        for part in self.updated_weights():
+            update = self.lora(part)
+            nn.init.kaiming_uniform_(update.a, a=5**0.5)
+            update.b.zero_()
+
+    def lora(self, part: str = "") -> LoRA:
+        """The update of a part, its parameters as they are now."""
+        name_a, name_b = _lora_names(part)
+        return LoRA(getattr(self, name_a), getattr(self, name_b), self.scaling)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the updates into the weights for inference: computed in fp32, rounded once."""
+        self._fold(1.0)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take the updates out of the weights again, to within one rounding."""
+        self._fold(-1.0)
+
+    def _fold(self, sign: float) -> None:
+        weights = self.updated_weights()
+        if not weights or self.merged == (sign > 0):
+            return
+        for part, weight in weights.items():
+            a, b, scaling = self.lora(part)
+            merge_update(weight, a, b, sign * scaling)
+        self.merged = sign > 0
+
+    def lora_state_dict(self) -> dict[str, Tensor]:
+        """The adapter alone, {"lora_a": ..., "lora_b": ...} of each part; load it back with strict=False."""
+        names = [name for part in self.updated_weights() for name in _lora_names(part)]
+        return {name: getattr(self, name).detach().clone() for name in names}
+
+
+def _lora_names(part: str) -> tuple[str, str]:
+    stem = f"lora_{part}_" if part else "lora_"
+    return stem + "a", stem + "b"
+
+
+def merge_update(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> None:
+    """weight += scaling · b a in place, computed in fp32 or better and rounded once."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    weight.copy_(weight.to(wide) + scaling * (b.to(wide) @ a.to(wide)))
+
+
+class LoRALinear(LoRAUpdates, nn.Linear):
     """A linear layer with a low-rank update: y = x Wᵀ + bias + (alpha / rank) · (dropout(x) Aᵀ) Bᵀ.
 
-    `weight` and `bias` keep nn.Linear's names, so its state dict loads with strict=False; A (rank, in) is
-    Kaiming-uniform, B (out, rank) is zero. alpha None means alpha = rank.    Source: LoRA, arXiv 2106.09685."""
+    `weight` and `bias` keep nn.Linear's names, so its state dict loads with strict=False; `lora_a` is A (rank, in),
+    `lora_b` is B (out, rank). alpha None means alpha = rank."""
 
     def __init__(
         self,
@@ -36,13 +107,8 @@ class LoRALinear(nn.Linear):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}, but must lie in [0, 1)")
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self.scaling = (rank if alpha is None else alpha) / rank
         self.dropout = dropout
-        self.merged = False
-        self.lora_a = nn.Parameter(self.weight.new_empty(rank, in_features))
-        self.lora_b = nn.Parameter(self.weight.new_zeros(out_features, rank))
-        if self.lora_a.device.type != "meta":
-            nn.init.kaiming_uniform_(self.lora_a, a=5**0.5)
+        self.add_lora(rank, alpha)
 
     @classmethod
     def from_linear(
@@ -57,31 +123,16 @@ class LoRALinear(nn.Linear):
             new.bias.requires_grad_(False)
         return new.train(linear.training)
 
+    def updated_weights(self) -> dict[str, Tensor]:
+        """The layer's one weight."""
+        return {"": self.weight}
+
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return lora_linear(x, self.weight, self.bias)
         dropout = self.dropout if self.training else 0.0
-        return lora_linear(
-            x, self.weight, self.bias, self.lora_a, self.lora_b, scaling=self.scaling, dropout_p=dropout
-        )
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Fold the update into the weight for inference: computed in fp32, rounded once."""
-        if not self.merged:
-            merge_update(self.weight, self.lora_a, self.lora_b, self.scaling)
-            self.merged = True
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Take the update out of the weight again, to within one rounding."""
-        if self.merged:
-            merge_update(self.weight, self.lora_a, self.lora_b, -self.scaling)
-            self.merged = False
-
-    def lora_state_dict(self) -> dict[str, Tensor]:
-        """The adapter alone: {"lora_a": ..., "lora_b": ...}; load it back with strict=False."""
-        return {"lora_a": self.lora_a.detach().clone(), "lora_b": self.lora_b.detach().clone()}
+        a, b, scaling = self.lora()
+        return lora_linear(x, self.weight, self.bias, a, b, scaling=scaling, dropout_p=dropout)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.lora_a.shape[0]}, scaling={self.scaling:g}"
@@ -200,7 +251,7 @@ class AxialFusionAttention(nn.Module):
         return new
 
 
-class AttentionHalf(nn.Module):
+class AttentionHalf(LoRAUpdates):
     """Weights of one attention: norm, fused q, k, v projection, output projection, LoRA on q and v."""
 
     def __init__(self, dim: int, *, rank: int, alpha: float | None, norm: bool) -> None:
@@ -209,14 +260,15 @@ class AttentionHalf(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
         self.rank = rank
-        self.merged = False
         if rank:
-            self.scaling = (rank if alpha is None else alpha) / rank
-            for part in "qv":
-                a = nn.Parameter(torch.empty(rank, dim))
-                nn.init.kaiming_uniform_(a, a=5**0.5)
-                self.register_parameter(f"lora_{part}_a", a)
-                self.register_parameter(f"lora_{part}_b", nn.Parameter(torch.zeros(dim, rank)))
+            self.add_lora(rank, alpha)
+
+    def updated_weights(self) -> dict[str, Tensor]:
+        """The rows of q and of v."""
+        if not self.rank:
+            return {}
+        q, _, v = self.qkv.weight.chunk(3)
+        return {"q": q, "v": v}
 
     def weights(self) -> AttentionWeights:
         """The parameters as they are now; nothing is cached, so that optimisers and DDP see one truth."""
@@ -228,33 +280,9 @@ class AttentionHalf(nn.Module):
             self.out.bias,
             None if self.norm is None else self.norm.weight,
             None if self.norm is None else self.norm.bias,
-            LoRA(self.lora_q_a, self.lora_q_b, self.scaling) if live else None,
-            LoRA(self.lora_v_a, self.lora_v_b, self.scaling) if live else None,
+            self.lora("q") if live else None,
+            self.lora("v") if live else None,
         )
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Fold both updates into q's and v's weights for inference."""
-        self._fold(1.0)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Take them out again, to within one rounding."""
-        self._fold(-1.0)
-
-    def _fold(self, sign: float) -> None:
-        if not self.rank or self.merged == (sign > 0):
-            return
-        q, _, v = self.qkv.weight.chunk(3)
-        merge_update(q, self.lora_q_a, self.lora_q_b, sign * self.scaling)
-        merge_update(v, self.lora_v_a, self.lora_v_b, sign * self.scaling)
-        self.merged = sign > 0
-
-
-def merge_update(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> None:
-    """weight += scaling · b a in place, computed in fp32 or better and rounded once."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    weight.copy_(weight.to(wide) + scaling * (b.to(wide) @ a.to(wide)))
 
 
 def _attention_parts(attention: nn.Module) -> tuple[nn.Linear, nn.Linear, int]:

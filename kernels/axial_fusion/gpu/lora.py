@@ -6,6 +6,8 @@ adds the parts up: the same bits every time, no atomics."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,13 @@ from axial_fusion.gpu import tiles
 from axial_fusion.gpu.common import jit, on, tl
 
 MAX_REDUCED_RANK = 16  # above, partial sums of dA and dB weigh as much as dY, and library products are faster
+
+
+class Dropout(NamedTuple):
+    """Dropout with probability p: what is dropped follows from one int64 and the element's index; no seed, nothing."""
+
+    seed: Tensor | None = None
+    p: float = 0.0
 
 
 @jit
@@ -126,9 +135,9 @@ def lora_reduce_kernel(
             tl.store(da_ptrs, da, mask=mask_r[:, None] & mask_k[None, :])
 
 
-def _drop(seed: Tensor | None, p: float) -> tuple[float, int]:
+def _drop(dropout: Dropout) -> tuple[float, int]:
     """1 / (1 − p) and the threshold on 24 bits."""
-    return (1.0, 0) if seed is None else (1 / (1 - p), round(p * 2**24))
+    return (1.0, 0) if dropout.seed is None else (1 / (1 - dropout.p), round(dropout.p * 2**24))
 
 
 def tail_width(rank: int) -> int:
@@ -137,17 +146,18 @@ def tail_width(rank: int) -> int:
 
 
 def launch_tail(
-    x: Tensor, a: Tensor, out: Tensor, seed: Tensor | None = None, p: float = 0.0, xa: Tensor | None = None
+    x: Tensor, a: Tensor, out: Tensor, dropout: Dropout | None = None, xa: Tensor | None = None
 ) -> None:
     """Writes dropout(x (T, K)) Aᵀ of a (r, K) behind the first K columns of out (T, K + tail).
 
     Where xa (T, r) is given, writes xa and x's copy in out too; else out's first K columns are x."""
     (rows, wide), rank = x.shape, a.shape[0]
-    config = tiles.lora_tail(x, dropout=seed is not None)
+    dropout = dropout or Dropout()
+    config = tiles.lora_tail(x, dropout=dropout.seed is not None)
     with on(x.device):
         lora_tail_kernel[(-(-rows // config["BLOCK_T"]),)](
-            x, a, seed, out, xa,
-            *_drop(seed, p), rows, x.stride(0), out.stride(0),
+            x, a, dropout.seed, out, xa,
+            *_drop(dropout), rows, x.stride(0), out.stride(0),
             K=wide, R=rank, RANK=tiles.block(rank), WIDTH=out.shape[1] - wide, **config,
         )  # fmt: skip
 
@@ -169,7 +179,7 @@ def launch_weight(
 
 
 def launch_reduce(
-    dy: Tensor, x: Tensor, xa: Tensor, b: Tensor, seed: Tensor | None, scaling: float, p: float,
+    dy: Tensor, x: Tensor, xa: Tensor, b: Tensor, scaling: float, dropout: Dropout,
     *, need_a: bool, need_b: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """dy (T, N), x (T, K), xa (T, r) -> d (T, 16), zeros past r, dA (r, K) and dB (N, r) in fp32; r at most 16."""
@@ -181,8 +191,8 @@ def launch_reduce(
     db = dy.new_empty(programs, rank, n, dtype=torch.float32) if need_b else None
     with on(dy.device):
         lora_reduce_kernel[(programs,)](
-            dy, x, xa, b, seed, d, da, db,
-            scaling, *_drop(seed, p), rows, dy.stride(0), x.stride(0),
+            dy, x, xa, b, dropout.seed, d, da, db,
+            scaling, *_drop(dropout), rows, dy.stride(0), x.stride(0),
             N=n, K=k, R=rank, RANK=tiles.LORA_TAIL, **config,
         )  # fmt: skip
     return d, None if da is None else da.sum(0), None if db is None else db.sum(0).t()

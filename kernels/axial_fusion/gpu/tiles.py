@@ -282,6 +282,11 @@ def norm(channels: int, thin: int = 0) -> dict[str, int]:
     return {"BLOCK_T": max(1, 2048 // block_c), "BLOCK_C": block_c, "num_warps": warps, "num_stages": 1}
 
 
+def thin_in_norm(channels: int, thin: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel that normalises a row also multiplies it by `thin` columns; elsewhere it needs registers."""
+    return 0 < thin <= 32 and channels <= 1024 and dtype != torch.float32
+
+
 COLUMN_SUMS = {"BLOCK_T": 32, "BLOCK_C": 128, "num_warps": 4, "num_stages": 1}
 
 

@@ -16,6 +16,8 @@ from axial_fusion.cpu import axial_attention as plain
 from axial_fusion.dispatch import plain_on, select_backend
 from axial_fusion.gpu import axial_attention as gpu
 
+_QUERIES, _KEYS = ("B", "Nq", "P", "M", "D"), ("B", "N", "P", "M", "D")
+
 _OP = "axial_fusion::axial_attention"
 torch.library.define(
     _OP, "(Tensor q, Tensor k, Tensor v, Tensor? lengths, float scale, bool causal, str backend) -> Tensor"
@@ -36,27 +38,24 @@ def _forward(
 
 
 @torch.library.register_fake(_OP)
-def _(q, k, v, lengths, scale, causal, backend):
+def _(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool, backend: str
+) -> Tensor:
     return q.new_empty(q.shape)
 
 
 @torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd")
 def _backward_op(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor | None,
-    scale: float,
-    causal: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     run = gpu.launch_backward if backend == "triton" else plain.backward
     return run(grad, q, k, v, lengths, scale, causal)
 
 
 @torch.library.register_fake(f"{_OP}_backward")
-def _(grad, q, k, v, lengths, scale, causal, backend):
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -105,7 +104,7 @@ def axial_attention(
     keys 0 .. i + N − Nq. `lengths` (B,) integers: group b has keys 0 .. lengths[b] − 1. A query that sees no key
     gives 0. Any strides are read as they are where D is contiguous; the result is contiguous, in q's dtype or
     autocast's. Softmax in fp32. Raises ValueError on a shape, dtype, device or backend mismatch."""
-    check_shapes("axial_attention", {"q": (q, "B Nq P M D"), "k": (k, "B N P M D"), "v": (v, "B N P M D")})
+    check_shapes("axial_attention", {"q": (q, _QUERIES), "k": (k, _KEYS), "v": (v, _KEYS)})
     q, k, v = autocast(q, k, v)
     check_alike("axial_attention", q=q, k=k, v=v)
     if lengths is not None:
@@ -118,7 +117,13 @@ def axial_attention(
             raise ValueError(f"axial_attention: lengths is on {lengths.device} but q is on {q.device}")
         lengths = lengths.contiguous()
     chosen = select_backend("axial_attention", q, k, v, backend=backend).backend
-    scale = softmax_scale(scale, q.shape[-1])
-    if chosen == "torch" and plain_on(q):
+    return run(q, k, v, lengths, softmax_scale(scale, q.shape[-1]), causal, chosen)
+
+
+def run(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool, backend: str
+) -> Tensor:
+    """`axial_attention` of arguments that are checked and cast, on a backend that is decided."""
+    if backend == "torch" and plain_on(q, k, v):
         return plain.forward(q, k, v, lengths, scale, causal)
-    return torch.ops.axial_fusion.axial_attention(q, k, v, lengths, scale, causal, chosen)
+    return torch.ops.axial_fusion.axial_attention(q, k, v, lengths, scale, causal, backend)

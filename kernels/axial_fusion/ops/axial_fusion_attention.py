@@ -13,13 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from axial_fusion.checks import autocast_dtype
-from axial_fusion.dispatch import plain_on, select_backend
-from axial_fusion.ops.axial_attention import axial_attention
-from axial_fusion.ops.lora_linear import lora_linear
-from axial_fusion.ops.lora_qkv import lora_qkv
-from axial_fusion.ops.row_norm import row_norm
-from axial_fusion.ops.slice_attention import slice_attention
+from axial_fusion.checks import autocast_dtype, check_alike, dtype_name, softmax_scale
+from axial_fusion.dispatch import HalfBackends, select_halves
+from axial_fusion.ops import axial_attention, lora_linear, lora_qkv, row_norm, slice_attention
 from axial_fusion.reference import AttentionWeights, LoRA
 
 
@@ -48,94 +44,78 @@ def axial_fusion_attention(
     LayerNorm runs in fp32 and LoRA weights may stay fp32 under autocast.
 
     Raises ValueError on a shape, dtype, device, index or backend mismatch."""
-    if x.dim() not in (4, 5):
-        raise ValueError(
-            f"axial_fusion_attention: x must be (B, N, P, C) or (B, N, H', W', C), found shape {tuple(x.shape)}"
-        )
-    if inter is None and intra is None:
-        raise ValueError("axial_fusion_attention: inter and intra are both None; nothing is left to compute")
     grid = x.shape[2:-1]
+    _check(x, inter, intra, num_heads, dropout_p)
     if x.dim() == 5:
         x = x.flatten(2, 3)
-    slices, channels = x.shape[1], x.shape[-1]
-    if num_heads < 1 or channels % num_heads:
-        raise ValueError(f"axial_fusion_attention: num_heads is {num_heads}, but must divide C = {channels}")
-    for name, weights in (("inter", inter), ("intra", intra)):
-        if weights is not None:
-            _check(name, weights, channels)
-    if query_index is not None:
-        query_index = list(query_index)
-        if not query_index or not all(0 <= i < slices for i in query_index):
-            raise ValueError(
-                f"axial_fusion_attention: query_index is {query_index}, but x has the slices 0 to {slices - 1}"
-            )
-    chosen = select_backend("axial_fusion_attention", x, backend=backend).backend
+    index = None if query_index is None else _checked_index(query_index, x.shape[1])
+    slices = x.shape[1] if index is None else max(x.shape[1], len(index))
+    across, within = select_halves(x, inter, intra, num_heads=num_heads, slices=slices, backend=backend)
+    scale = softmax_scale(None, x.shape[-1] // num_heads)
     if inter is not None:
-        q, k, v = _normed_projections(x, inter, num_heads, dropout_p, eps, chosen, query_index)
-        o = axial_attention(q, k, v, backend="torch" if chosen == "torch" else "auto")
-        kept = _pick(x, query_index) if residual or intra is not None else None
-        x = _project(o, inter, kept, dtype=x.dtype)
+        q, k, v = _projections(x, inter, num_heads, dropout_p, eps, across, index)
+        o = axial_attention.run(q, k, v, None, scale, False, across.attention)
+        kept = _pick(x, index) if residual or intra is not None else None
+        x = _project(o, inter, kept, x.dtype, across)
     else:
-        x = _pick(x, query_index)
+        x = _pick(x, index)
     if intra is not None:
-        q, k, v = _normed_projections(x, intra, num_heads, dropout_p, eps, chosen)
-        o = slice_attention(q, k, v, backend="torch" if backend == "torch" else "auto")
-        x = _project(o, intra, x if residual else None, dtype=x.dtype)
+        q, k, v = _projections(x, intra, num_heads, dropout_p, eps, within)
+        o = slice_attention.run(q, k, v, scale, within.attention)
+        x = _project(o, intra, x if residual else None, x.dtype, within)
     return x if len(grid) == 1 else x.unflatten(2, grid)
 
 
-def _normed_projections(
+def _projections(
     x: Tensor,
     w: AttentionWeights,
     num_heads: int,
     dropout_p: float,
     eps: float,
-    backend: str,
-    query_index: list[int] | None = None,
+    backends: HalfBackends,
+    index: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q (B, Nq, P, M, D), k and v (B, N, P, M, D) of LN(x): one op with LoRA on q and v where that fits."""
-    ranks = {None if lora is None else lora.a.shape[0] for lora in (w.lora_q, w.lora_v)}
-    apart = query_index is not None or w.norm_weight is None or ranks == {None} or len(ranks) > 1 or dropout_p
-    if apart or backend == "torch" or plain_on(x):
-        return _projections(_norm(x, w, eps, backend), w, num_heads, dropout_p, query_index)
-    qkv = lora_qkv(x, w.norm_weight, w.norm_bias, w.qkv_weight, w.qkv_bias, w.lora_q, w.lora_v, eps=eps)  # type: ignore[arg-type]
-    return qkv.unflatten(-1, (3, num_heads, -1)).unbind(3)  # type: ignore[return-value]  # views
-
-
-def _norm(x: Tensor, w: AttentionWeights, eps: float, backend: str) -> Tensor:
-    """LayerNorm with fp32 weights and statistics, its result in the dtype that the projections compute in."""
+    """q (B, Nq, P, M, D), k and v (B, N, P, M, D) of LN(x): one product where nothing parts them."""
+    if backends.qkv is not None and w.norm_weight is not None and index is None and not dropout_p:
+        norm, projection = (w.norm_weight, w.norm_bias), (w.qkv_weight, w.qkv_bias)
+        qkv = lora_qkv.run(x, norm, projection, w.lora_q, w.lora_v, eps, backends.qkv)
+        return _heads(qkv, num_heads)
+    dtype = autocast_dtype(x) or x.dtype
     if w.norm_weight is None:
-        return x.to(autocast_dtype(x) or x.dtype)
-    return row_norm(x, w.norm_weight, w.norm_bias, eps=eps, backend="torch" if backend == "torch" else "auto")
-
-
-def _projections(
-    z: Tensor, w: AttentionWeights, num_heads: int, dropout_p: float, query_index: list[int] | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """LN(x) (B, N, P, C) -> q (B, Nq, P, M, D) and k, v (B, N, P, M, D): one product where nothing parts them."""
-    if query_index is None and w.lora_q is None and w.lora_v is None:
-        qkv = lora_linear(z, w.qkv_weight, w.qkv_bias).unflatten(-1, (3, num_heads, -1))
-        return qkv.unbind(3)  # type: ignore[return-value]  # views: the attentions read through strides
+        z = x.to(dtype)
+    else:
+        z = row_norm.run(x, w.norm_weight, w.norm_bias, eps, dtype, backends.norm)
+    if index is None and w.lora_q is None and w.lora_v is None:
+        return _heads(_linear(z, w.qkv_weight, w.qkv_bias, None, dropout_p, backends), num_heads)
     weights = w.qkv_weight.chunk(3)
     biases = (None, None, None) if w.qkv_bias is None else w.qkv_bias.chunk(3)
     loras = (w.lora_q, None, w.lora_v)
-    inputs = (_pick(z, query_index), z, z)
+    inputs = (_pick(z, index), z, z)
     q, k, v = (
-        _linear(part, weight, bias, lora, dropout_p).unflatten(-1, (num_heads, -1))
+        _linear(part, weight, bias, lora, dropout_p, backends).unflatten(-1, (num_heads, -1))
         for part, weight, bias, lora in zip(inputs, weights, biases, loras, strict=True)
     )
     return q, k, v
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA | None, dropout_p: float) -> Tensor:
-    if lora is None:
-        return lora_linear(x, weight, bias)
-    return lora_linear(x, weight, bias, lora.a, lora.b, scaling=lora.scaling, dropout_p=dropout_p)
+def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as views of qkv (B, N, P, 3C): the attentions read through strides."""
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(3)
+    return q, k, v
 
 
-def _project(o: Tensor, w: AttentionWeights, residual: Tensor | None, *, dtype: torch.dtype) -> Tensor:
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA | None, dropout_p: float, backends: HalfBackends
+) -> Tensor:  # fmt: skip
+    backend = backends.dense if lora is None else backends.lora
+    return lora_linear.run(x, weight, bias, lora, dropout_p, None, backend)
+
+
+def _project(
+    o: Tensor, w: AttentionWeights, residual: Tensor | None, dtype: torch.dtype, backends: HalfBackends
+) -> Tensor:
     """FC over the joined heads, o (B, Nq, P, M, D) -> (B, Nq, P, C) in `dtype`, plus the residual."""
-    y = lora_linear(o.flatten(3), w.out_weight, w.out_bias).to(dtype)
+    y = _linear(o.flatten(3), w.out_weight, w.out_bias, None, 0.0, backends).to(dtype)
     return y if residual is None else residual + y
 
 
@@ -148,18 +128,64 @@ def _pick(x: Tensor, index: list[int] | None) -> Tensor:
     return x[:, index]
 
 
-def _check(name: str, w: AttentionWeights, channels: int) -> None:
-    expected = {
-        "qkv_weight": (w.qkv_weight, (3 * channels, channels)),
-        "qkv_bias": (w.qkv_bias, (3 * channels,)),
-        "out_weight": (w.out_weight, (channels, channels)),
-        "out_bias": (w.out_bias, (channels,)),
-        "norm_weight": (w.norm_weight, (channels,)),
-        "norm_bias": (w.norm_bias, (channels,)),
-    }
-    for key, (tensor, shape) in expected.items():
-        if tensor is not None and tensor.shape != shape:
+def _checked_index(query_index: Sequence[int], slices: int) -> list[int]:
+    index = list(query_index)
+    if not index or not all(0 <= i < slices for i in index):
+        raise ValueError(
+            f"axial_fusion_attention: query_index is {index}, but x has the slices 0 to {slices - 1}"
+        )
+    return index
+
+
+def _check(
+    x: Tensor, inter: AttentionWeights | None, intra: AttentionWeights | None, num_heads: int, dropout_p: float
+) -> None:  # fmt: skip
+    if x.dim() not in (4, 5):
+        raise ValueError(
+            f"axial_fusion_attention: x must be (B, N, P, C) or (B, N, H', W', C), found shape {tuple(x.shape)}"
+        )
+    if inter is None and intra is None:
+        raise ValueError("axial_fusion_attention: inter and intra are both None; nothing is left to compute")
+    channels = x.shape[-1]
+    if num_heads < 1 or channels % num_heads:
+        raise ValueError(f"axial_fusion_attention: num_heads is {num_heads}, but must divide C = {channels}")
+    for name, weights in (("inter", inter), ("intra", intra)):
+        if weights is not None:
+            _check_half(name, weights, x, dropout_p)
+
+
+def _check_half(name: str, w: AttentionWeights, x: Tensor, dropout_p: float) -> None:
+    channels, device = x.shape[-1], x.device
+    cast = autocast_dtype(x) is not None
+    square, vector = (channels, channels), (channels,)
+    shapes = ((3 * channels, channels), (3 * channels,), square, vector, vector, vector)
+    for i, (tensor, shape) in enumerate(zip(w[:6], shapes, strict=True)):
+        if tensor is None:
+            continue
+        what = f"axial_fusion_attention: {name}.{w._fields[i]}"
+        if tensor.shape != shape:
+            raise ValueError(f"{what} must be {shape} for C = {channels}, found shape {tuple(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"{what} is on {tensor.device} but x is on {device}")
+        if i < 4 and not cast and tensor.dtype != x.dtype:  # the norm's weights may be wider
             raise ValueError(
-                f"axial_fusion_attention: {name}.{key} must be {shape} for C = {channels}, "
-                f"found shape {tuple(tensor.shape)}"
+                f"{what} is {dtype_name(tensor.dtype)} but x is {dtype_name(x.dtype)}; cast one of them"
             )
+    for key in ("lora_q", "lora_v"):
+        lora = getattr(w, key)
+        if lora is not None:
+            _check_lora(f"{name}.{key}", lora, x, dropout_p)
+
+
+def _check_lora(name: str, lora: LoRA, x: Tensor, dropout_p: float) -> None:
+    channels, rank = x.shape[-1], lora.a.shape[0]
+    if lora.a.shape != (rank, channels) or lora.b.shape != (channels, rank):
+        raise ValueError(
+            f"axial_fusion_attention: {name} must be a (r, C) and b (C, r) with C = {channels}, "
+            f"found {tuple(lora.a.shape)} and {tuple(lora.b.shape)}"
+        )
+    check_alike("axial_fusion_attention", **{f"{name}.a": lora.a, f"{name}.b": lora.b})
+    if lora.a.device != x.device:
+        raise ValueError(f"axial_fusion_attention: {name}.a is on {lora.a.device} but x is on {x.device}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"axial_fusion_attention: dropout_p must lie in [0, 1), found {dropout_p}")

@@ -13,60 +13,81 @@ product d [W | ...] gives dz's base and the gradients of both thin products, D (
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from axial_fusion.checks import autocast_dtype, check_shapes, no_second_derivative
-from axial_fusion.dispatch import HALF, select_backend
+from axial_fusion.dispatch import select_backend
 from axial_fusion.gpu import lora as kernels
 from axial_fusion.gpu.row_norm import launch_backward, launch_forward
-from axial_fusion.ops.lora_linear import ALIGN, _rows_of
+from axial_fusion.gpu.tiles import thin_in_norm
+from axial_fusion.ops.lora_linear import ALIGN, rows_of
 from axial_fusion.ops.row_norm import column_sums
 from axial_fusion.reference import LoRA
 
 
-def _normalised(
-    x: Tensor,
-    gamma: Tensor,
-    beta: Tensor | None,
-    a: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x (..., C), a = [A_Q; A_V] (2r, C) -> [z | z aᵀ | 0] (T, C + tail) in `dtype`, mean and rstd (T,)."""
-    channels, thin = x.shape[-1], 0 if a is None else a.shape[0]
-    if backend == "triton":
+class _Call(NamedTuple):
+    """The op's arguments: nine tensors, whose gradients the backward gives in this order, and four options."""
+
+    x: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+    a_q: Tensor | None
+    b_q: Tensor | None
+    a_v: Tensor | None
+    b_v: Tensor | None
+    scaling_q: float
+    scaling_v: float
+    eps: float
+    backend: str
+
+    def stacked(self) -> Tensor | None:
+        """[A_Q; A_V] (2r, C) in the weight's dtype."""
+        if self.a_q is None or self.a_v is None:
+            return None
+        return torch.cat([self.a_q, self.a_v]).to(self.weight.dtype)
+
+
+def _call(*arguments: Any) -> _Call:
+    call = _Call(*arguments)
+    return call if call.x.numel() else call._replace(backend="augmented")  # no kernel is launched on nothing
+
+
+def _normalised(c: _Call, a: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """a = [A_Q; A_V] (2r, C) -> [z | z aᵀ | 0] (T, C + tail) in the weight's dtype, mean and rstd (T,)."""
+    x, channels, thin, dtype = c.x, c.x.shape[-1], 0 if a is None else a.shape[0], c.weight.dtype
+    if c.backend == "triton":
         out = x.new_empty(x.numel() // channels, channels + kernels.tail_width(thin), dtype=dtype)
-        within = 0 < thin <= 32 and channels <= 1024 and dtype in HALF
-        mean, rstd = launch_forward(x, gamma, beta, out, eps, a if within else None)
+        within = thin_in_norm(channels, thin, dtype)
+        mean, rstd = launch_forward(x, c.norm_weight, c.norm_bias, out, c.eps, a if within else None)
         if a is not None and not within:
             kernels.launch_tail(out[:, :channels], a, out)
         return out, mean, rstd
     wide = torch.promote_types(x.dtype, torch.float32)
-    bias = None if beta is None else beta.to(wide)
-    z, mean, rstd = torch.native_layer_norm(_rows_of(x).to(wide), [channels], gamma.to(wide), bias, eps)
+    beta = None if c.norm_bias is None else c.norm_bias.to(wide)
+    rows, gamma = rows_of(x).to(wide), c.norm_weight.to(wide)
+    z, mean, rstd = torch.native_layer_norm(rows, [channels], gamma, beta, c.eps)
     z = z.to(dtype)
     if a is not None:
         z = torch.cat([z, z @ a.t(), z.new_zeros(z.shape[0], -thin % ALIGN)], 1)
     return z, mean, rstd
 
 
-def _augmented(
-    weight: Tensor, b_q: Tensor | None, b_v: Tensor | None, scaling: tuple[float, float], backend: str
-) -> Tensor:
+def _augmented(c: _Call) -> Tensor:
     """[W | s_q B_Q in q's rows | s_v B_V in v's rows | 0], (3C, C + tail)."""
-    if b_q is None or b_v is None:
-        return weight
-    if backend == "triton":
-        return kernels.launch_weight(weight, b_q, scaling[0], b_v, scaling[1])
-    channels, rank = b_q.shape
-    out = F.pad(weight, (0, 2 * rank + -2 * rank % ALIGN))
-    out[:channels, channels : channels + rank] = scaling[0] * b_q
-    out[2 * channels :, channels + rank : channels + 2 * rank] = scaling[1] * b_v
+    if c.b_q is None or c.b_v is None:
+        return c.weight
+    if c.backend == "triton":
+        return kernels.launch_weight(c.weight, c.b_q, c.scaling_q, c.b_v, c.scaling_v)
+    channels, rank = c.b_q.shape
+    out = F.pad(c.weight, (0, 2 * rank + -2 * rank % ALIGN))
+    out[:channels, channels : channels + rank] = c.scaling_q * c.b_q
+    out[2 * channels :, channels + rank : channels + 2 * rank] = c.scaling_v * c.b_v
     return out
 
 
@@ -79,25 +100,23 @@ torch.library.define(_OP, f"({_INPUTS}) -> Tensor")
 torch.library.define(f"{_OP}_backward", f"(Tensor grad, {_INPUTS}, bool[] needs) -> Tensor[]")
 
 
-def _stacked(a_q: Tensor | None, a_v: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if a_q is None or a_v is None else torch.cat([a_q, a_v]).to(dtype)
-
-
 @torch.library.impl(_OP, "CompositeExplicitAutograd")
 def _forward(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None,
     a_q: Tensor | None, b_q: Tensor | None, a_v: Tensor | None, b_v: Tensor | None,
     scaling_q: float, scaling_v: float, eps: float, backend: str,
 ) -> Tensor:  # fmt: skip
-    a = _stacked(a_q, a_v, weight.dtype)
-    backend = backend if x.numel() else "augmented"  # no kernel is launched on nothing
-    z, _, _ = _normalised(x, norm_weight, norm_bias, a, eps, weight.dtype, backend)
-    y = F.linear(z, _augmented(weight, b_q, b_v, (scaling_q, scaling_v), backend), bias)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    c = _call(x, norm_weight, norm_bias, weight, bias, a_q, b_q, a_v, b_v, scaling_q, scaling_v, eps, backend)
+    z, _, _ = _normalised(c, c.stacked())
+    return F.linear(z, _augmented(c), bias).view(*x.shape[:-1], weight.shape[0])
 
 
 @torch.library.register_fake(_OP)
-def _(x, norm_weight, norm_bias, weight, bias, *_):
+def _(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None,
+    a_q: Tensor | None, b_q: Tensor | None, a_v: Tensor | None, b_v: Tensor | None,
+    scaling_q: float, scaling_v: float, eps: float, backend: str,
+) -> Tensor:  # fmt: skip
     return weight.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -108,61 +127,75 @@ def _backward_op(
     scaling_q: float, scaling_v: float, eps: float, backend: str, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the nine tensors, an empty one for each that is not needed."""
-    inputs = (x, norm_weight, norm_bias, weight, bias, a_q, b_q, a_v, b_v)
-    grads = [x.new_empty(0) for _ in inputs]
-    dtype, channels = weight.dtype, x.shape[-1]
-    backend = backend if x.numel() else "augmented"
-    d = _rows_of(grad.to(dtype))  # (T, 3C)
-    a = _stacked(a_q, a_v, dtype)
-    z, mean, rstd = _normalised(x, norm_weight, norm_bias, a, eps, dtype, backend)
-    if needs[3]:
-        grads[3] = d.t() @ z[:, :channels]
-    if needs[4]:
-        grads[4] = column_sums(d)
-    both = d @ _augmented(weight, b_q, b_v, (scaling_q, scaling_v), backend)  # (T, C + tail)
-    dz = both[:, :channels]
-    if a is not None and a_q is not None and b_q is not None and a_v is not None and b_v is not None:
-        rank, third = a_q.shape[0], weight.shape[0] // 3
-        thin = both[:, channels : channels + 2 * rank]
-        if needs[5] or needs[7]:
-            da = thin.t() @ z[:, :channels]
-            grads[5], grads[7] = da[:rank].to(a_q.dtype), da[rank:].to(a_v.dtype)
-        for i, b, part, scaling in ((6, b_q, 0, scaling_q), (8, b_v, 1, scaling_v)):
-            if needs[i]:
-                seen = z[:, channels + part * rank : channels + (part + 1) * rank]
-                grads[i] = (scaling * (d[:, 2 * part * third : (2 * part + 1) * third].t() @ seen)).to(
-                    b.dtype
-                )
-        dz = torch.addmm(dz, thin, a)
-    if any(needs[:3]):
-        if backend == "triton":
-            needed = {"need_x": needs[0], "need_weights": needs[1] or needs[2]}
-            found = launch_backward(dz, x, mean, rstd, norm_weight, **needed)
-        else:
-            wide = torch.promote_types(x.dtype, torch.float32)
-            beta = None if norm_bias is None else norm_bias.to(wide)
-            statistics = (mean.view(-1, 1).to(wide), rstd.view(-1, 1).to(wide))
-            found = torch.ops.aten.native_layer_norm_backward(
-                dz.to(wide),
-                _rows_of(x).to(wide),
-                [channels],
-                *statistics,
-                norm_weight.to(wide),
-                beta,
-                needs[:3],
-            )
-        for i, (given, g) in enumerate(zip(inputs[:3], found, strict=True)):
-            if needs[i] and given is not None and g is not None:
-                grads[i] = g.to(given.dtype).view(given.shape)
-    return [g if need else x.new_empty(0) for g, need in zip(grads, needs, strict=True)]
+    c = _call(x, norm_weight, norm_bias, weight, bias, a_q, b_q, a_v, b_v, scaling_q, scaling_v, eps, backend)
+    channels = x.shape[-1]
+    d = rows_of(grad.to(weight.dtype))  # (T, 3C)
+    a = c.stacked()
+    z, mean, rstd = _normalised(c, a)
+    dweight = d.t() @ z[:, :channels] if needs[3] else None
+    dbias = column_sums(d) if needs[4] else None
+    both = d @ _augmented(c)  # (T, C + tail)
+    dz, thin = both[:, :channels], both[:, channels:]
+    update: list[Tensor | None] = [None] * 4
+    if a is not None:
+        update = _lora_gradients(c, d, z, thin, needs)
+        dz = torch.addmm(dz, thin[:, : a.shape[0]], a)
+    found = (*_norm_gradients(c, dz, mean, rstd, needs), dweight, dbias, *update)
+    return [x.new_empty(0) if g is None or not need else g for g, need in zip(found, needs, strict=True)]
+
+
+def _lora_gradients(c: _Call, d: Tensor, z: Tensor, thin: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    """Of a_q, b_q, a_v and b_v: d (T, 3C), z with its tail, thin (T, 2r or more) = s d B."""
+    assert c.a_q is not None
+    assert c.b_q is not None
+    assert c.a_v is not None
+    assert c.b_v is not None
+    channels, (rank, _), third = c.x.shape[-1], c.a_q.shape, c.weight.shape[0] // 3
+    found: list[Tensor | None] = [None] * 4
+    if needs[5] or needs[7]:
+        da = thin[:, : 2 * rank].t() @ z[:, :channels]
+        found[0], found[2] = da[:rank].to(c.a_q.dtype), da[rank:].to(c.a_v.dtype)
+    if needs[6]:
+        seen = z[:, channels : channels + rank]  # z A_Qᵀ
+        found[1] = (c.scaling_q * (d[:, :third].t() @ seen)).to(c.b_q.dtype)
+    if needs[8]:
+        seen = z[:, channels + rank : channels + 2 * rank]
+        found[3] = (c.scaling_v * (d[:, 2 * third :].t() @ seen)).to(c.b_v.dtype)
+    return found
+
+
+def _norm_gradients(
+    c: _Call, dz: Tensor, mean: Tensor, rstd: Tensor, needs: list[bool]
+) -> tuple[Tensor | None, ...]:
+    """Of x and the norm's weight and bias, in their dtypes and shapes: dz (T, C)."""
+    if not any(needs[:3]):
+        return None, None, None
+    if c.backend == "triton":
+        needed = {"need_x": needs[0], "need_weights": needs[1] or needs[2]}
+        found = launch_backward(dz, c.x, mean, rstd, c.norm_weight, **needed)
+    else:
+        wide = torch.promote_types(c.x.dtype, torch.float32)
+        beta = None if c.norm_bias is None else c.norm_bias.to(wide)
+        mean, rstd = mean.view(-1, 1).to(wide), rstd.view(-1, 1).to(wide)
+        found = torch.ops.aten.native_layer_norm_backward(
+            dz.to(wide), rows_of(c.x).to(wide), [c.x.shape[-1]], mean, rstd, c.norm_weight.to(wide), beta, needs[:3]
+        )  # fmt: skip
+    return tuple(
+        None if g is None or given is None else g.to(given.dtype).view(given.shape)
+        for given, g in zip((c.x, c.norm_weight, c.norm_bias), found, strict=True)
+    )
 
 
 @torch.library.register_fake(f"{_OP}_backward")
-def _(grad, x, *rest):
-    needs = rest[12]
+def _(
+    grad: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None,
+    a_q: Tensor | None, b_q: Tensor | None, a_v: Tensor | None, b_v: Tensor | None,
+    scaling_q: float, scaling_v: float, eps: float, backend: str, needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    tensors = (x, norm_weight, norm_bias, weight, bias, a_q, b_q, a_v, b_v)
     return [
-        t.new_empty(t.shape) if need else x.new_empty(0)
-        for t, need in zip((x, *rest[:8]), needs, strict=True)
+        t.new_empty(t.shape) if need and t is not None else x.new_empty(0)
+        for t, need in zip(tensors, needs, strict=True)
     ]
 
 
@@ -198,11 +231,48 @@ def lora_qkv(
     Both LoRA pairs or none, of one rank. The result has the weight's dtype, or autocast's; the norm's and LoRA's
     weights may stay fp32. `backend` auto, augmented (library calls alone) or triton.
     Raises ValueError on a shape, rank or backend mismatch."""
-    expected = {"weight": (weight, "E C"), "norm_weight": (norm_weight, "C")}
+    _check(x, norm_weight, norm_bias, weight, bias, lora_q, lora_v)
+    loras = [t for lora in (lora_q, lora_v) if lora is not None for t in lora[:2]]
+    given = (t for t in (x, norm_weight, norm_bias, weight, bias, *loras) if t is not None)
+    chosen = select_backend("lora_qkv", *given, backend=backend).backend
+    return run(x, (norm_weight, norm_bias), (weight, bias), lora_q, lora_v, eps, chosen)
+
+
+def run(
+    x: Tensor,
+    norm: tuple[Tensor, Tensor | None],
+    projection: tuple[Tensor, Tensor | None],
+    lora_q: LoRA | None,
+    lora_v: LoRA | None,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    """`lora_qkv` of arguments that are checked, on a backend that is decided; weights and their biases in pairs."""
+    dtype = autocast_dtype(x) or x.dtype
+    weight, bias = (None if t is None else t.to(dtype) for t in projection)
+    a_q, b_q, scaling_q = (None, None, 1.0) if lora_q is None else lora_q
+    a_v, b_v, scaling_v = (None, None, 1.0) if lora_v is None else lora_v
+    return torch.ops.axial_fusion.lora_qkv(
+        x, *norm, weight, bias, a_q, b_q, a_v, b_v, float(scaling_q), float(scaling_v), eps, backend
+    )
+
+
+def _check(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_q: LoRA | None,
+    lora_v: LoRA | None,
+) -> None:
+    expected: dict[str, tuple[Tensor, tuple[str, ...]]] = {
+        "weight": (weight, ("E", "C")), "norm_weight": (norm_weight, ("C",))
+    }  # fmt: skip
     if norm_bias is not None:
-        expected["norm_bias"] = (norm_bias, "C")
+        expected["norm_bias"] = (norm_bias, ("C",))
     if bias is not None:
-        expected["bias"] = (bias, "E")
+        expected["bias"] = (bias, ("E",))
     sizes = check_shapes("lora_qkv", expected)
     if sizes["E"] != 3 * sizes["C"] or x.dim() < 1 or x.shape[-1] != sizes["C"]:
         raise ValueError(
@@ -210,25 +280,11 @@ def lora_qkv(
         )
     if (lora_q is None) != (lora_v is None):
         raise ValueError("lora_qkv: lora_q and lora_v come together; one of them is None")
-    flat: list[Tensor | None] = [None] * 4
-    scaling = (1.0, 1.0)
     if lora_q is not None and lora_v is not None:
-        c = sizes["C"]
+        c, rank = sizes["C"], lora_q.a.shape[0]
         for name, lora in (("lora_q", lora_q), ("lora_v", lora_v)):
-            if lora.a.shape != (lora_q.a.shape[0], c) or lora.b.shape != (c, lora_q.a.shape[0]):
+            if lora.a.shape != (rank, c) or lora.b.shape != (c, rank):
                 raise ValueError(
-                    f"lora_qkv: {name} must be a (r, C) and b (C, r) with r = {lora_q.a.shape[0]} and C = {c}, "
+                    f"lora_qkv: {name} must be a (r, C) and b (C, r) with r = {rank} and C = {c}, "
                     f"found {tuple(lora.a.shape)} and {tuple(lora.b.shape)}"
                 )
-        flat, scaling = (
-            [lora_q.a, lora_q.b, lora_v.a, lora_v.b],
-            (float(lora_q.scaling), float(lora_v.scaling)),
-        )
-    chosen = select_backend(
-        "lora_qkv", x, weight, *(() if lora_q is None else (lora_q.a,)), backend=backend
-    ).backend
-    dtype = autocast_dtype(x) or x.dtype
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    return torch.ops.axial_fusion.lora_qkv(
-        x, norm_weight, norm_bias, weight, bias, *flat, *scaling, eps, chosen
-    )

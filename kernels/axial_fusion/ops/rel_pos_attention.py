@@ -108,14 +108,21 @@ def rel_pos_attention(
     added to scale · q·k; `scale` is D^-½ where None. Autocast casts all five.
     Raises ValueError on a shape, dtype, device or backend mismatch."""
     height, width = grid
-    qkv, tokens = "B P M D", height * width
+    qkv, tokens = ("B", "P", "M", "D"), height * width
     if q.dim() != 4 or q.shape[1] != tokens:
         raise ValueError(
             f"rel_pos_attention: q must be (B, P, M, D) with P = {height}·{width} of grid, found {tuple(q.shape)}"
         )
-    expected = {"q": (q, qkv), "k": (k, qkv), "v": (v, qkv)}
-    tables = {"rel_h": (rel_h, f"B M {height} P"), "rel_w": (rel_w, f"B M P {width}")}
-    check_shapes("rel_pos_attention", expected | tables)
+    check_shapes(
+        "rel_pos_attention",
+        {
+            "q": (q, qkv),
+            "k": (k, qkv),
+            "v": (v, qkv),
+            "rel_h": (rel_h, ("B", "M", height, "P")),
+            "rel_w": (rel_w, ("B", "M", "P", width)),
+        },
+    )
     q, k, v, rel_h, rel_w = autocast(q, k, v, rel_h, rel_w)
     check_alike("rel_pos_attention", q=q, k=k, v=v, rel_h=rel_h, rel_w=rel_w)
     chosen = select_backend("rel_pos_attention", q, k, v, rel_h, rel_w, backend=backend).backend

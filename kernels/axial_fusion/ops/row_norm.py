@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from axial_fusion.checks import autocast_dtype, no_second_derivative
-from axial_fusion.dispatch import select_backend
+from axial_fusion.dispatch import select_backend, sums_by_triton
 from axial_fusion.gpu.row_norm import launch_backward, launch_column_sums, launch_forward
 
 _OP = "axial_fusion::row_norm"
@@ -44,9 +44,11 @@ def _forward(
 
 
 @torch.library.register_fake(_OP)
-def _(x, weight, bias, eps, dtype):
-    rows = x.shape[:-1].numel()
-    return x.new_empty(x.shape, dtype=dtype), *(x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, rstd = (x.new_empty(x.shape[:-1].numel(), dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape, dtype=dtype), mean, rstd
 
 
 @torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd")
@@ -71,9 +73,11 @@ def _backward_op(
 
 
 @torch.library.register_fake(f"{_OP}_backward")
-def _(grad, x, mean, rstd, weight, bias, needs):
+def _(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, ...]:  # fmt: skip
     return tuple(
-        t.new_empty(t.shape) if need else x.new_empty(0)
+        t.new_empty(t.shape) if need and t is not None else x.new_empty(0)
         for t, need in zip((x, weight, bias), needs, strict=True)
     )
 
@@ -98,9 +102,7 @@ def column_sums(x: Tensor) -> Tensor:
     """x (T, C) with contiguous rows -> its sum over rows (C,), a bias gradient, in x's dtype.
 
     On a GPU in two steps, both in fp32: about a thousand partial sums, then the sum of these."""
-    if x.device.type != "cuda" or not x.numel() or select_backend("row_norm", x).backend != "triton":
-        return x.sum(0)
-    return launch_column_sums(x).sum(0).to(x.dtype)
+    return launch_column_sums(x).sum(0).to(x.dtype) if sums_by_triton(x) else x.sum(0)
 
 
 def row_norm(
@@ -119,7 +121,14 @@ def row_norm(
     if dtype is None:
         dtype = autocast_dtype(x) or x.dtype
     given = (x, weight) if bias is None else (x, weight, bias)
-    if select_backend("row_norm", *given, backend=backend).backend == "triton":
+    return run(x, weight, bias, eps, dtype, select_backend("row_norm", *given, backend=backend).backend)
+
+
+def run(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype, backend: str
+) -> Tensor:
+    """`row_norm` of arguments that are checked, on a backend that is decided."""
+    if backend == "triton":
         return torch.ops.axial_fusion.row_norm(x, weight, bias, eps, dtype)[0]  # type: ignore[no-any-return]
     wide = torch.promote_types(x.dtype, weight.dtype)
     bias = None if bias is None else bias.to(wide)

@@ -36,6 +36,8 @@ from axial_fusion.gpu.slice_attention import launch_forward
 # Torch's cuDNN backward then reads another layout of lse.
 _RAGGED = os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "0") == "1"
 
+_AXES = ("B", "N", "P", "M", "D")
+
 _OP = "axial_fusion::slice_attention"
 torch.library.define(_OP, "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)")
 torch.library.define(
@@ -52,7 +54,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
 
 
 @torch.library.register_fake(_OP)
-def _(q, k, v, scale):
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, slices, positions, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, slices, heads, positions), dtype=torch.float32)
 
@@ -72,7 +74,9 @@ def _backward_op(
 
 
 @torch.library.register_fake(f"{_OP}_backward")
-def _(grad, q, k, v, y, lse, scale):
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -249,15 +253,19 @@ def slice_attention(
     flex or torch. Triton needs float16 or bfloat16 and D 16, 32 or 64. FlexAttention is fused only inside
     torch.compile, so that auto never takes it. Autocast casts q, k, v. Softmax in fp32.
     Raises ValueError on a shape, dtype, device or backend mismatch."""
-    letters = "B N P M D"
-    check_shapes("slice_attention", {"q": (q, letters), "k": (k, letters), "v": (v, letters)})
+    check_shapes("slice_attention", {"q": (q, _AXES), "k": (k, _AXES), "v": (v, _AXES)})
     q, k, v = autocast(q, k, v)
     check_alike("slice_attention", q=q, k=k, v=v)
     chosen = select_backend("slice_attention", q, k, v, backend=backend).backend
     q, scale = _positive(q, softmax_scale(scale, q.shape[-1]))
-    if chosen == "triton":
+    return run(q, k, v, scale, chosen)
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
+    """`slice_attention` of arguments that are checked and cast, with a scale above 0, on a backend that is decided."""
+    if backend == "triton":
         return torch.ops.axial_fusion.slice_attention(q, k, v, scale)[0]
-    run = _torch if q.numel() == 0 else _LIBRARIES[chosen]  # no library promises to take empty tensors
+    attend = _torch if q.numel() == 0 else _LIBRARIES[backend]  # no library promises to take empty tensors
     shape = q.shape[:2]
     q, k, v = (t.flatten(0, 1).transpose(1, 2) for t in (q, k, v))
-    return run(q, k, v, scale).transpose(1, 2).unflatten(0, shape)
+    return attend(q, k, v, scale).transpose(1, 2).unflatten(0, shape)

@@ -109,10 +109,9 @@ def window_attention(
     window, padded ones included. Autocast casts all four. Raises ValueError on a shape, dtype or device mismatch."""
     if window < 1:
         raise ValueError(f"window_attention: window must be at least 1, found {window}")
-    rel = f"B H W M {window}"
-    sizes = check_shapes(
-        "window_attention", {"qkv": (qkv, "B H W 3 M D"), "rel_h": (rel_h, rel), "rel_w": (rel_w, rel)}
-    )
+    rel = ("B", "H", "W", "M", window)
+    expected = {"qkv": (qkv, ("B", "H", "W", 3, "M", "D")), "rel_h": (rel_h, rel), "rel_w": (rel_w, rel)}
+    sizes = check_shapes("window_attention", expected)
     channels = 3 * sizes["M"] * sizes["D"]
     if qkv_bias.shape != (channels,):
         raise ValueError(
