@@ -17,16 +17,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
 from aftersam.config import Config, preset
-from aftersam.evaluation.statistics import summarise
-from aftersam.files import read_json, write_text
-
-if TYPE_CHECKING:
-    pass
+from aftersam.evaluation.statistics import AblationTable, markdown_grid, summarise
+from aftersam.files import read_json, write_json, write_text
 
 TABLES: dict[str, dict[str, dict[str, Any]]] = {  # columns in the paper's order; the last is what others are held to
     "3": {
@@ -79,10 +76,9 @@ class AblateArgs:
     """auto, cpu, cuda or cuda:1."""
 
 
-def ablate(args: AblateArgs) -> dict[str, Any]:
+def ablate(args: AblateArgs) -> dict[str, AblationTable]:
     """Train, predict and score what is missing of the tables; write tables.md, tables.json and a PNG of each.
 
-    Returns {table: {"columns": {name: {organ: {"mean", "std"}}}, "against": ..., "tests": {name: {organ: p}}, ...}}.
     Raises ValueError on bad input."""
     from rich.console import Console
 
@@ -94,7 +90,7 @@ def ablate(args: AblateArgs) -> dict[str, Any]:
     variants = {_name(change): change for table in args.table for change in TABLES[table].values()}
     rows = [(name, change, seed) for name, change in variants.items() for seed in args.seeds]
     scores = dict(zip([(name, seed) for name, _, seed in rows], _rows(args, rows), strict=True))
-    result: dict[str, Any] = {}
+    result: dict[str, AblationTable] = {}
     for table in args.table:
         columns = {
             column: [scores[_name(change), seed] for seed in args.seeds]
@@ -103,13 +99,12 @@ def ablate(args: AblateArgs) -> dict[str, Any]:
         prompted = {
             column: change["prompts"] for column, change in TABLES[table].items() if "prompts" in change
         }
-        result[table] = {**summarise(columns), "prompted": prompted}
+        result[table] = summarise(columns, prompted)
         ablation_figure(result[table], args.output / f"table-{table}.png", title=TITLES[table])
     text = "\n\n".join(markdown(table, found) for table, found in result.items())
     write_text(args.output / "tables.md", text + "\n")
-    write_text(
-        args.output / "tables.json", json.dumps(result, indent=1) + "\n"
-    )  # NaN where no case has an organ
+    # NaN where no case has an organ, which write_json refuses
+    write_text(args.output / "tables.json", json.dumps(result, indent=1) + "\n")
     Console(soft_wrap=True).print(text, markup=False, highlight=False)
     return result
 
@@ -138,7 +133,7 @@ def _share_cores(jobs: int) -> None:
 def _row(args: AblateArgs, name: str, change: Mapping[str, Any], seed: int) -> Row:
     """DSC of every case and organ for one variant and seed, trained unless its scores are there."""
     from aftersam.data.dataset import find_dataset, link_cases, split
-    from aftersam.evaluation.scoring import evaluate
+    from aftersam.evaluation.scoring import score_folder
     from aftersam.inference.pipeline import PredictArgs, predict_files
     from aftersam.training.arguments import TrainArgs
     from aftersam.training.run import train
@@ -146,9 +141,8 @@ def _row(args: AblateArgs, name: str, change: Mapping[str, Any], seed: int) -> R
     home = args.output / f"{name}-seed-{seed}"
     if not (home / "metrics.json").exists():
         print(f"{name}, seed {seed}")
-        shutil.rmtree(
-            home, ignore_errors=True
-        )  # what an interrupted run left would be resumed with another budget
+        # what an interrupted run left would be resumed with another budget
+        shutil.rmtree(home, ignore_errors=True)
         run = home / "run"
         train(
             TrainArgs(
@@ -166,7 +160,7 @@ def _row(args: AblateArgs, name: str, change: Mapping[str, Any], seed: int) -> R
                 prompt_labels=labels,
             )
         )  # fmt: skip
-        evaluate(home / "masks", labels, output=home / "metrics.json", quiet=True)
+        write_json(home / "metrics.json", score_folder(home / "masks", labels, quiet=True))
     found = read_json(home / "metrics.json")["cases"]
     return {
         case: {organ: math.nan if s["dsc"] is None else s["dsc"] for organ, s in row.items()}
@@ -187,23 +181,23 @@ def row_config(args: AblateArgs, change: Mapping[str, Any], seed: int) -> Config
     return config
 
 
-def markdown(name: str, table: Mapping[str, Any]) -> str:
+def markdown(name: str, table: AblationTable) -> str:
     """The paper's layout in percent, p-values in brackets."""
-    columns, prompted = table["columns"], table.get("prompted", {})
+    columns, prompted = table["columns"], table["prompted"]
     lines = [
         f"**{TITLES[name]}**: DSC in %, {table['cases']} cases, mean ± deviation over {table['seeds']} seeds; "
         f"in brackets p of a paired Wilcoxon test against {table['against']}",
         "",
-        "|  | " + " | ".join(f"{column} †" if column in prompted else column for column in columns) + " |",
-        "| --- |" + " ---: |" * len(columns),
     ]
+    grid = [["", *(f"{column} †" if column in prompted else column for column in columns)]]
     for organ in next(iter(columns.values())):
         cells = []
         for column, scores in columns.items():
             p = table["tests"].get(column, {}).get(organ)
             tested = "" if p is None else f" ({p:.2g})"
             cells.append(f"{100 * scores[organ]['mean']:.2f} ± {100 * scores[organ]['std']:.2f}{tested}")
-        lines.append(f"| {organ} | " + " | ".join(cells) + " |")
+        grid.append([organ, *cells])
+    lines += markdown_grid(grid)
     if prompted:
         lines += ["", "† prompted from the labels that it is scored against"]
     best = table["against"]
