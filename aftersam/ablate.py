@@ -16,17 +16,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
 from aftersam.config import Config, preset
-from aftersam.evaluation.statistics import Scores, summarise
+from aftersam.evaluation.statistics import AblationTable, Scores, summarise
 from aftersam.evaluation.tables import markdown_table
-from aftersam.files import read_json, write_text
-
-if TYPE_CHECKING:
-    pass
+from aftersam.files import read_json, write_json, write_text
 
 TABLES: dict[str, dict[str, dict[str, Any]]] = {  # columns in the paper's order; the last is what others are held to
     "3": {
@@ -79,10 +76,9 @@ class AblateArgs:
     """auto, cpu, cuda or cuda:1."""
 
 
-def ablate(args: AblateArgs) -> dict[str, Any]:
+def ablate(args: AblateArgs) -> dict[str, AblationTable]:
     """Train, predict and score what is missing of the tables; write tables.md, tables.json and a PNG of each.
 
-    Returns {table: {"columns": {name: {organ: {"mean", "std"}}}, "against": ..., "tests": {name: {organ: p}}, ...}}.
     Raises ValueError on bad input."""
     from rich.console import Console
 
@@ -94,7 +90,7 @@ def ablate(args: AblateArgs) -> dict[str, Any]:
     variants = {_name(change): change for table in args.table for change in TABLES[table].values()}
     rows = [(name, change, seed) for name, change in variants.items() for seed in args.seeds]
     scores = dict(zip([(name, seed) for name, _, seed in rows], _rows(args, rows), strict=True))
-    result: dict[str, Any] = {}
+    result: dict[str, AblationTable] = {}
     for table in args.table:
         columns = {
             column: [scores[_name(change), seed] for seed in args.seeds]
@@ -103,13 +99,12 @@ def ablate(args: AblateArgs) -> dict[str, Any]:
         prompted = {
             column: change["prompts"] for column, change in TABLES[table].items() if "prompts" in change
         }
-        result[table] = {**summarise(columns), "prompted": prompted}
+        result[table] = summarise(columns, prompted)
         ablation_figure(result[table], args.output / f"table-{table}.png", title=TITLES[table])
     text = "\n\n".join(markdown(table, found) for table, found in result.items())
     write_text(args.output / "tables.md", text + "\n")
-    write_text(
-        args.output / "tables.json", json.dumps(result, indent=1) + "\n"
-    )  # NaN where no case has an organ
+    # NaN where no case has an organ, which write_json refuses
+    write_text(args.output / "tables.json", json.dumps(result, indent=1) + "\n")
     Console(soft_wrap=True).print(text, markup=False, highlight=False)
     return result
 
@@ -135,7 +130,7 @@ def _share_cores(jobs: int) -> None:
 def _row(args: AblateArgs, name: str, change: Mapping[str, Any], seed: int) -> Scores:
     """Scores of every case and organ for one variant and seed, trained unless they are there."""
     from aftersam.data.dataset import find_dataset, link_cases, split
-    from aftersam.evaluation.scoring import evaluate
+    from aftersam.evaluation.scoring import score_folder
     from aftersam.inference.pipeline import PredictArgs, predict_files
     from aftersam.training.arguments import TrainArgs
     from aftersam.training.run import train
@@ -143,9 +138,8 @@ def _row(args: AblateArgs, name: str, change: Mapping[str, Any], seed: int) -> S
     home = args.output / f"{name}-seed-{seed}"
     if not (home / "metrics.json").exists():
         print(f"{name}, seed {seed}")
-        shutil.rmtree(
-            home, ignore_errors=True
-        )  # what an interrupted run left would be resumed with another budget
+        # what an interrupted run left would be resumed with another budget
+        shutil.rmtree(home, ignore_errors=True)
         run = home / "run"
         train(
             TrainArgs(
@@ -163,7 +157,7 @@ def _row(args: AblateArgs, name: str, change: Mapping[str, Any], seed: int) -> S
                 prompt_labels=labels,
             )
         )  # fmt: skip
-        evaluate(home / "masks", labels, output=home / "metrics.json", quiet=True)
+        write_json(home / "metrics.json", score_folder(home / "masks", labels, quiet=True))
     found: Scores = read_json(home / "metrics.json")["cases"]
     return found
 
@@ -181,9 +175,9 @@ def row_config(args: AblateArgs, change: Mapping[str, Any], seed: int) -> Config
     return config
 
 
-def markdown(name: str, table: Mapping[str, Any]) -> str:
+def markdown(name: str, table: AblationTable) -> str:
     """The paper's layout in percent, p-values in brackets."""
-    columns, prompted = table["columns"], table.get("prompted", {})
+    columns, prompted = table["columns"], table["prompted"]
     lines = [["", *(f"{column} †" if column in prompted else column for column in columns)]]
     for organ in next(iter(columns.values())):
         cells = []

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import tyro
 
@@ -19,8 +19,9 @@ from aftersam.config import ENCODERS, Config, preset
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
-    from aftersam.data.dataset import Dataset
+    from aftersam.data.dataset import Case, Dataset
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,29 @@ class CaseReport:
     problem: str | None = None
 
 
-def check_case(case: Any, names: dict[int, str]) -> CaseReport:
-    """Read a dataset.Case whole and say what it holds."""
+class Needs(NamedTuple):
+    """What a run will need, estimated."""
+
+    cache_gb: float
+    memory_gb: float
+    step_tflop: float
+    steps: float
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What a look through a data set found."""
+
+    reports: tuple[CaseReport, ...]
+    needs: Needs
+    step_seconds: float | None
+    """Of one optimiser step on this machine; None where that would take too long to time."""
+    slices_per_second: float | None
+    """That training's loader gives; None where no scan is usable."""
+
+
+def check_case(case: Case, names: dict[int, str]) -> CaseReport:
+    """Read a case whole and say what it holds."""
     from aftersam.data.cache import check_labels
     from aftersam.data.volume import read_image, read_labels
 
@@ -70,8 +92,8 @@ def check_case(case: Any, names: dict[int, str]) -> CaseReport:
         return dataclasses.replace(report, problem=str(error))
 
 
-def needs(reports: Sequence[CaseReport], config: Config, num_classes: int) -> dict[str, float]:
-    """What a run will need, estimated: {"cache_gb", "memory_gb", "step_tflop", "steps"}.
+def needs(reports: Sequence[CaseReport], config: Config, num_classes: int) -> Needs:
+    """What a run will need.
 
     A step's floating-point operations, forward and backward, are counted on the model itself, without memory; the
     activations are those of pre-norm blocks, which keep about 18 of their width a token in half precision."""
@@ -97,12 +119,12 @@ def needs(reports: Sequence[CaseReport], config: Config, num_classes: int) -> di
     activations = tokens * 18 * 2 * (size.depth * size.dim + model.num_blocks * size.out_channels * 1.5)
     flop, parameters = step_flop(config, num_classes)
     steps = config.train.max_steps or config.train.epochs * len(reports) / config.train.batch_size
-    return {
-        "cache_gb": voxels * 3 / 1e9,
-        "memory_gb": (parameters * 4 + activations + model.image_size**2 * slices * 200) / 1e9,
-        "step_tflop": flop / 1e12,
-        "steps": float(steps),
-    }
+    return Needs(
+        cache_gb=voxels * 3 / 1e9,
+        memory_gb=(parameters * 4 + activations + model.image_size**2 * slices * 200) / 1e9,
+        step_tflop=flop / 1e12,
+        steps=float(steps),
+    )
 
 
 def step_flop(config: Config, num_classes: int) -> tuple[float, float]:
@@ -175,74 +197,77 @@ def slices_per_second(dataset: Dataset, ids: Sequence[str], config: Config, *, s
     return count / spent
 
 
-def check(data: Path, *, preset_name: str = "small", num_workers: int | None = None) -> int:
-    """Print the table for the data set in `data`. Returns 0, or 1 where a case is bad.
+def check(args: CheckArgs) -> CheckResult:
+    """Look through the data set that `args` name and print what was found and what a run will need.
 
     Raises ValueError where there is no data set."""
     from rich.console import Console
     from rich.progress import track
-    from rich.table import Table
 
     from aftersam.data.dataset import find_dataset
+    from aftersam.device import find_device
 
-    dataset = find_dataset(data)
-    console = Console()
+    dataset, console = find_dataset(args.data), Console()
     console.print(f"{dataset.name}: {dataset.layout}, {len(dataset.cases)} scans", highlight=False)
     console.print("labels: " + ", ".join(f"{v} {n}" for v, n in dataset.labels.items()), highlight=False)
     progress = Console(stderr=True)
+    hidden = not progress.is_terminal
     reports = [
         check_case(case, dataset.labels)
-        for case in track(
-            dataset.cases, "reading", console=progress, transient=True, disable=not progress.is_terminal
-        )
+        for case in track(dataset.cases, "reading", console=progress, transient=True, disable=hidden)
     ]
-    grid = Table("case", "slices × rows × columns", "spacing mm", "HU", "missing labels", "", box=None)
-    for report in reports:
-        grid.add_row(
-            report.id,
-            "" if report.shape is None else " × ".join(map(str, report.shape)),
-            "" if report.spacing_mm is None else " × ".join(f"{s:.2f}" for s in report.spacing_mm),
-            "" if report.hu_range is None else f"{report.hu_range[0]:g} … {report.hu_range[1]:g}",
-            ""
-            if report.problem
-            else ", ".join(n for v, n in dataset.labels.items() if v not in report.labels) or "none",
-            "ok" if report.problem is None else "[red]bad[/red]",
-        )
-    console.print(grid)
-    bad = [report for report in reports if report.problem is not None]
-    for report in bad:
-        console.print(f"{report.id}: {report.problem}", soft_wrap=True, markup=False, highlight=False)
-    from aftersam.device import find_device
-
-    device = find_device("auto").type
-    config = preset(preset_name)
-    if num_workers is not None:
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, num_workers=num_workers))
-    need = needs(reports, config, len(dataset.labels) + 1)
-    fits = need["step_tflop"] < (
-        1 if device == "cpu" else 100
-    )  # else a step takes long enough to be no estimate
-    seconds = step_seconds(config, len(dataset.labels) + 1, device) if fits else None
-    time_needed = f"too long on this {device}" if seconds is None else _duration(seconds * need["steps"])
+    _print_cases(console, reports, dataset.labels)
+    config, classes, device = _config(args), len(dataset.labels) + 1, find_device("auto").type
+    need = needs(reports, config, classes)
+    fits = need.step_tflop < (1 if device == "cpu" else 100)  # else a step takes too long to be an estimate
+    seconds = step_seconds(config, classes, device) if fits else None
+    usable = [report.id for report in reports if report.problem is None]
+    time_needed = f"too long on this {device}" if seconds is None else _duration(seconds * need.steps)
     console.print(
-        f"{len(dataset.cases) - len(bad)} of {len(dataset.cases)} scans usable; preset {preset_name} needs about "
-        f"{need['cache_gb']:.2g} GB of cache and {need['memory_gb']:.2g} GB of memory; its {need['steps']:.0f} steps "
-        f"of {need['step_tflop']:.2g} TFLOP take {time_needed}",
+        f"{len(usable)} of {len(reports)} scans usable; preset {args.preset} needs about "
+        f"{need.cache_gb:.2g} GB of cache and {need.memory_gb:.2g} GB of memory; its {need.steps:.0f} steps "
+        f"of {need.step_tflop:.2g} TFLOP take {time_needed}",
         highlight=False,
         soft_wrap=True,
     )
-    usable = [report.id for report in reports if report.problem is None]
+    rate = None
     if usable:
         rate = slices_per_second(dataset, usable[:4], config)  # four tell, and each is preprocessed first
         wanted = ""
         if seconds is not None:
             wanted = f", the model takes {config.model.num_slices * config.train.batch_size / seconds:.3g}"
-        console.print(
-            f"{config.train.num_workers} workers load {rate:.3g} slices a second{wanted}",
-            highlight=False,
-            soft_wrap=True,
+        text = f"{config.train.num_workers} workers load {rate:.3g} slices a second{wanted}"
+        console.print(text, highlight=False, soft_wrap=True)
+    return CheckResult(tuple(reports), need, seconds, rate)
+
+
+def _config(args: CheckArgs) -> Config:
+    """The preset that `args` ask about, with their workers."""
+    config = preset(args.preset)
+    if args.num_workers is None:
+        return config
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, num_workers=args.num_workers))
+
+
+def _print_cases(console: Console, reports: Sequence[CaseReport], labels: dict[int, str]) -> None:
+    """A table of all cases, and what is wrong with the bad ones."""
+    from rich.table import Table
+
+    grid = Table("case", "slices × rows × columns", "spacing mm", "HU", "missing labels", "", box=None)
+    for report in reports:
+        missing = ", ".join(n for v, n in labels.items() if v not in report.labels) or "none"
+        grid.add_row(
+            report.id,
+            "" if report.shape is None else " × ".join(map(str, report.shape)),
+            "" if report.spacing_mm is None else " × ".join(f"{s:.2f}" for s in report.spacing_mm),
+            "" if report.hu_range is None else f"{report.hu_range[0]:g} … {report.hu_range[1]:g}",
+            "" if report.problem else missing,
+            "ok" if report.problem is None else "[red]bad[/red]",
         )
-    return 1 if bad else 0
+    console.print(grid)
+    for report in reports:
+        if report.problem is not None:
+            console.print(f"{report.id}: {report.problem}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _duration(seconds: float) -> str:
@@ -252,10 +277,11 @@ def _duration(seconds: float) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     args = tyro.cli(CheckArgs, args=argv, description=__doc__)
     try:
-        return check(args.data, preset_name=args.preset, num_workers=args.num_workers)
+        result = check(args)
     except (ValueError, OSError) as error:
         print(f"aftersam.check: {error}", file=sys.stderr)
         return 2
+    return 1 if any(report.problem is not None for report in result.reports) else 0
 
 
 if __name__ == "__main__":

@@ -51,6 +51,21 @@ ENCODERS: dict[str, EncoderSize] = {
 }  # fmt: skip
 
 
+STEM_CHANNELS = (16, 32, 64)  # of a convolutional stem, at strides 1, 2 and 4
+
+
+class DecoderSize(NamedTuple):
+    """Geometry of SAM's two-way transformer: blocks, heads, width of an MLP as a multiple of the channels."""
+
+    depth: int
+    num_heads: int
+    mlp_ratio: int
+
+
+DECODER = DecoderSize(2, 8, 8)
+SAM_IMAGE_SIZE = 1024  # px that SAM's position tables are for
+
+
 class HUWindow(NamedTuple):
     """CT range in Hounsfield units: clip to [low, high], then scale to [0, 1]."""
 

@@ -11,11 +11,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from aftersam.config import preset
+from aftersam.files import write_json
+
+if TYPE_CHECKING:
+    from aftersam.evaluation.scoring import Metrics
 
 
 @dataclass(frozen=True)
@@ -37,15 +41,17 @@ class DemoArgs:
     """auto, cpu, cuda or cuda:1."""
 
 
-def demo(args: DemoArgs) -> dict[str, Any]:
+def demo(args: DemoArgs) -> Metrics:
     """Phantoms, training, prediction, evaluation and report in `args.output`; returns the metrics.
 
     Raises ValueError where the folder holds a demo already."""
+    from rich.console import Console
+
     from aftersam.data.phantom import LABELS, write_dataset
     from aftersam.data.volume import read_image, read_labels
     from aftersam.evaluation.figures import overlay_png
     from aftersam.evaluation.page import write_report
-    from aftersam.evaluation.scoring import evaluate
+    from aftersam.evaluation.scoring import score_folder, table
     from aftersam.inference.pipeline import PredictArgs, predict_files
     from aftersam.training.arguments import TrainArgs
     from aftersam.training.run import train
@@ -76,7 +82,9 @@ def demo(args: DemoArgs) -> dict[str, Any]:
         PredictArgs(input=images, output=masks, model=out / "run", checkpoint="last", device=args.device)
     )
     print("4/5 scoring them")
-    metrics = evaluate(masks, labels, output=out / "metrics.json")
+    metrics = score_folder(masks, labels)
+    write_json(out / "metrics.json", metrics)
+    Console().print(table(metrics))
     print("5/5 report")
     first = sorted(labels.glob("*.nii.gz"))[0]
     scan = read_image(images / first.name.replace(".nii.gz", "_0000.nii.gz"))

@@ -9,13 +9,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import tyro
 
 from aftersam.config import Config
 from aftersam.files import NIFTI
-from aftersam.training.arguments import parse
+from aftersam.training.arguments import ConfigFile, parse
 
 if TYPE_CHECKING:
     from aftersam.inference.feature_cache import Embeddings
@@ -36,14 +36,21 @@ class EncodeArgs:
     """Official SAM weights in place of a run: a .pth file, or vit_b, vit_l, vit_h."""
     preset: Literal["paper", "best", "small", "tiny"] | None = None
     """Choices that a key not given takes; paper with a SAM checkpoint."""
-    config_file: Path | None = None
+    config_file: ConfigFile = None
     """Also --config: a config.json in place of a preset."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
 
 
-def encode_scans(args: EncodeArgs) -> int:
-    """Encode every scan that `args` name. Returns 0, or 1 where a scan could not be read and was reported.
+class EncodeResult(NamedTuple):
+    """How many scans have their features in the folder, and how many could not be read and were reported."""
+
+    encoded: int
+    failed: int
+
+
+def encode(args: EncodeArgs) -> EncodeResult:
+    """Encode every scan that `args` name.
 
     Raises ValueError where nothing can be done: no scans, no encoder, a spacing that is not known before training."""
     from rich.console import Console
@@ -72,7 +79,7 @@ def encode_scans(args: EncodeArgs) -> int:
             continue
         store.of(ready.array, ready.box)
     console.print(f"{args.output}: {len(scans) - failed} of {len(scans)} scans", soft_wrap=True)
-    return 1 if failed else 0
+    return EncodeResult(len(scans) - failed, failed)
 
 
 def _from_run(args: EncodeArgs) -> tuple[Embeddings, tuple[float, float, float] | None]:
@@ -111,10 +118,11 @@ def _from_sam(args: EncodeArgs) -> tuple[Embeddings, tuple[float, float, float] 
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
-        return encode_scans(parse(argv, EncodeArgs, __doc__))
+        result = encode(parse(argv, EncodeArgs, __doc__))
     except (ValueError, OSError) as error:
         print(f"aftersam.encode: {error}", file=sys.stderr)
         return 2
+    return 1 if result.failed else 0
 
 
 if __name__ == "__main__":

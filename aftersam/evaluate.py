@@ -9,12 +9,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from aftersam.evaluation.metrics import Convention
-from aftersam.evaluation.scoring import evaluate
+from aftersam.files import write_json
+
+if TYPE_CHECKING:
+    from aftersam.evaluation.scoring import Metrics
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,26 @@ class EvaluateArgs:
     """dataset.json with the label names; looked for beside the references and the masks unless given."""
 
 
+def evaluate(args: EvaluateArgs) -> Metrics:
+    """Score the masks that `args` name, write the scores as JSON and print them as a table.
+
+    Raises ValueError where nothing can be scored, OSError where the scores cannot be written."""
+    from rich.console import Console
+
+    from aftersam.evaluation.scoring import ScoringOptions, score_folder, table
+
+    options = ScoringOptions(args.nsd_tolerance_mm, args.convention, args.label_names)
+    metrics = score_folder(args.predictions, args.labels, options, against=args.against)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.output, metrics)
+    Console().print(table(metrics))
+    return metrics
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = tyro.cli(EvaluateArgs, args=argv, description=__doc__)
     try:
-        metrics = evaluate(**vars(args))
+        metrics = evaluate(args)
     except (ValueError, OSError) as error:
         print(f"aftersam.evaluate: {error}", file=sys.stderr)
         return 2

@@ -48,7 +48,7 @@ class Part(NamedTuple):
     outputs: list[str]
 
 
-def export_model(args: ExportArgs) -> Path:
+def export(args: ExportArgs) -> Path:
     """Write the files that `args` ask for and return their folder, which appears only when complete.
 
     Raises ValueError on a bad run, a model with prompts, a folder that exists or a package that is not there, OSError
@@ -81,7 +81,7 @@ def export_model(args: ExportArgs) -> Path:
 def parts(segmenter: Segmenter) -> dict[str, Part]:
     """Encoder and decoder of a model on the CPU. Raises ValueError for a model with prompts."""
     import torch
-    from torch.export import Dim, export
+    from torch.export import Dim
 
     from aftersam.model.aftersam import GroupDecoder, SliceEncoder
 
@@ -100,8 +100,8 @@ def parts(segmenter: Segmenter) -> dict[str, Part]:
         embedding, *skips = (level.contiguous() for level in encoder(hu))
         groups = torch.stack([embedding] * config.num_slices, dim=1).contiguous()
         any_slices, any_groups = {0: Dim("slices")}, {0: Dim("groups")}
-        encode = export(encoder, (hu,), dynamic_shapes=(any_slices,))
-        decode = export(
+        encode = torch.export.export(encoder, (hu,), dynamic_shapes=(any_slices,))
+        decode = torch.export.export(
             decoder, (groups, *skips), dynamic_shapes=(any_groups, tuple(any_groups for _ in skips))
         )
     levels = [f"skip_{i}" for i in range(len(skips))]
@@ -153,7 +153,7 @@ def _quiet() -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> int:
     args = tyro.cli(ExportArgs, args=argv, description=__doc__)
     try:
-        print(export_model(args))
+        print(export(args))
     except (ValueError, OSError) as error:
         print(f"aftersam.export: {error}", file=sys.stderr)
         return 2

@@ -103,10 +103,14 @@ def read_json(path: Path) -> Any:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write tensors by name and `facts` (JSON values) as a safetensors file, atomically and through to the disk."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with renamed(path) as temporary:
-        save_file(tensors, temporary, metadata={FACTS: json.dumps(facts)})
+        try:
+            save_file(tensors, temporary, metadata={FACTS: json.dumps(facts)})
+        except SafetensorError as error:  # a full disk, among others
+            raise OSError(str(error)) from error
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
 

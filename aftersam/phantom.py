@@ -25,12 +25,17 @@ class PhantomArgs:
     """Case i is the phantom of seed + i."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = tyro.cli(PhantomArgs, args=argv, description=__doc__)
+def phantom(args: PhantomArgs) -> Path:
+    """Write the scans that `args` ask for and return their folder. Raises ValueError where it holds a data set."""
     from aftersam.data.phantom import write_dataset
 
+    return write_dataset(args.output, cases=args.cases, seed=args.seed)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = tyro.cli(PhantomArgs, args=argv, description=__doc__)
     try:
-        print(f"{write_dataset(args.output, cases=args.cases, seed=args.seed)}: {args.cases} scans")
+        print(f"{phantom(args)}: {args.cases} scans")
     except (ValueError, OSError) as error:
         print(f"aftersam.phantom: {error}", file=sys.stderr)
         return 2

@@ -28,10 +28,22 @@ class ReportArgs:
     labels: Path | None = None
 
 
+def report(args: ReportArgs) -> Path:
+    """Write the page that `args` ask for and return its path. Raises ValueError on bad files."""
+    return write_report(
+        args.output,
+        args.metrics,
+        run=args.run,
+        images=args.images,
+        predictions=args.predictions,
+        labels=args.labels,
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = tyro.cli(ReportArgs, args=argv, description=__doc__)
     try:
-        print(write_report(**vars(args)))
+        print(report(args))
     except (ValueError, OSError) as error:
         print(f"aftersam.report: {error}", file=sys.stderr)
         return 2

@@ -7,17 +7,27 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from aftersam.training.arguments import TrainArgs, parse
-from aftersam.training.run import train
+from aftersam.training.arguments import TrainArgs, parse, preset_name
+
+if TYPE_CHECKING:
+    from aftersam.training.run import TrainResult
+
+
+def train(args: TrainArgs) -> TrainResult:
+    """Run or resume the training that `args` describe; see `aftersam.training.run.train`."""
+    from aftersam.training import run
+
+    return run.train(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse(argv, TrainArgs, __doc__)
         if not args.resume:
-            name = args.config_file or args.preset or ("paper" if args.sam_checkpoint else "small")
-            print(f"preset {name}" if args.config_file is None else f"configuration {name}")
+            name = preset_name(args.preset, args.sam_checkpoint)
+            print(f"configuration {args.config_file}" if args.config_file else f"preset {name}")
         train(args)
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"aftersam.train: {error}", file=sys.stderr)

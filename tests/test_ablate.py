@@ -42,7 +42,7 @@ def test_means_deviations_and_the_paired_test():
 
     base = [0.5, 0.6, 0.7, 0.8, 0.4, 0.3]
     better = [scores(*(b + 0.1 + 0.01 * i for i, b in enumerate(base))), scores(*(b + 0.1 for b in base))]
-    table = summarise({"2D": [scores(*base), scores(*base)], "ours": better})
+    table = summarise({"2D": [scores(*base), scores(*base)], "ours": better}, {})
     assert table["against"] == "ours"
     assert table["columns"]["2D"]["heart"] == {
         "mean": pytest.approx(0.55),
@@ -60,7 +60,7 @@ def test_means_deviations_and_the_paired_test():
 
 def test_columns_that_were_told_the_labels_are_marked(tmp_path):
     scores = {f"case {i}": {"heart": {"dsc": 0.5 + i / 10}} for i in range(3)}
-    table = {**summarise({"Box": [scores], "w.o.": [scores]}), "prompted": {"Box": "box"}}
+    table = summarise({"Box": [scores], "w.o.": [scores]}, {"Box": "box"})
     text = markdown("3", table)
     assert "|  | Box † | w.o. |" in text
     assert "† prompted from the labels" in text

@@ -204,6 +204,15 @@ def test_no_command_imports_a_command():
     assert {own: graph[own] & commands for own in commands} == {own: set() for own in commands}
 
 
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"predict"}))
+def test_a_command_takes_one_arguments_object_and_returns_a_typed_result(name):
+    tree = ast.parse((ROOT / "aftersam" / f"{name}.py").read_text(encoding="utf-8"))
+    (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    assert re.fullmatch(rf"\w+: {name.capitalize()}Args", ast.unparse(function.args))
+    result = ast.unparse(function.returns)
+    assert not re.search(r"\b(int|Any|None)\b", result), result
+
+
 def test_the_root_holds_commands_and_little_else():
     assert len(list((ROOT / "aftersam").glob("*.py"))) <= 16
 

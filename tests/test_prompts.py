@@ -10,7 +10,7 @@ import torch
 import aftersam
 from aftersam.config import ModelConfig
 from aftersam.data.phantom import write_dataset
-from aftersam.evaluation.scoring import evaluate
+from aftersam.evaluation.scoring import score_folder
 from aftersam.model.build import build_aftersam
 from aftersam.model.prompts import LabelPrompts, box_corners, clicks
 from aftersam.model.segment_anything import segment_anything_modeling
@@ -104,7 +104,7 @@ def test_a_prompted_run_is_marked_to_the_score(tmp_path, capsys):
     assert all(
         json.loads(path.read_text())["prompted"] == "points" for path in (tmp_path / "masks").glob("*.json")
     )
-    assert evaluate(tmp_path / "masks", labels, quiet=True)["prompted"] == "points"
+    assert score_folder(tmp_path / "masks", labels, quiet=True)["prompted"] == "points"
 
     scan, label = sorted(images.iterdir())[0], sorted(labels.iterdir())[0]
     mask = aftersam.load(tmp_path / "run", device="cpu").predict(

@@ -1,7 +1,5 @@
 """Training: exact resume after a real kill, refusals."""
 
-import contextlib
-import dataclasses
 import json
 import os
 import signal
@@ -14,14 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aftersam.config import Config, from_dict, preset, to_dict
+from aftersam.config import Config, from_dict, preset
 from aftersam.data.phantom import write_dataset
-from aftersam.files import read_json, write_json
-from aftersam.train import main
-from aftersam.training import run as training
+from aftersam.data.slice_group import SliceGroups
+from aftersam.files import read_json
+from aftersam.model.aftersam import AfterSAM
+from aftersam.train import main, train
 from aftersam.training.arguments import TrainArgs, parse
-from aftersam.training.losses import segmentation_loss
-from aftersam.training.schedule import group_loader
 
 FAST = ["--image-size", "48", "--num-blocks", "1", "--device", "cpu", "--precision", "fp32"]
 
@@ -35,32 +32,6 @@ def phantoms(tmp_path_factory):
 
 def arguments(data, output, *more):
     return ["--data", str(data), "--output", str(output), "--preset", "tiny", *FAST, *more]
-
-
-def arguments_of(argv):
-    return parse(argv, TrainArgs, None)
-
-
-def test_presets_and_limits_on_the_command_line(tmp_path):
-    assert arguments_of(["--data", "d", "--output", "o"]).config.model.image_encoder == "small"
-    assert arguments_of(["--data", "d", "--output", "o", "--sam-checkpoint", "vit_b"]).config == preset(
-        "paper"
-    )
-    minutes = arguments_of(["--data", "d", "--output", "o", "--max-minutes", "60"]).config.train
-    assert (minutes.max_steps, minutes.max_minutes) == (None, 60.0)
-    stored = dataclasses.replace(Config(), train=dataclasses.replace(Config().train, seed=7))
-    write_json(tmp_path / "config.json", to_dict(stored))
-    again = arguments_of(
-        ["--data", "d", "--output", "o", "--config", str(tmp_path / "config.json"), "--batch-size", "3"]
-    )
-    assert (again.config.train.seed, again.config.train.batch_size) == (7, 3)
-
-
-def test_a_misspelt_flag_names_the_nearest(capsys):
-    with pytest.raises(SystemExit) as stop:
-        arguments_of(["--data", "d", "--output", "o", "--num-slice", "3"])
-    assert stop.value.code == 2
-    assert "--num-slices" in capsys.readouterr().err
 
 
 def test_a_run_leaves_what_its_docstring_says(phantoms, tmp_path):
@@ -164,14 +135,17 @@ def test_without_validations_the_last_weights_are_the_best(phantoms, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(phantoms, tmp_path, monkeypatch, capsys):
-    step = training._Run._step
+    item, steps = SliceGroups.__getitem__, 2
 
-    def broken(self, parts):
-        if self.progress.step == 2:
-            parts[0]["hu"].fill_(float("nan"))
-        return step(self, parts)
+    def broken(self, index):
+        found = item(self, index)
+        broken.given += 1
+        if broken.given > steps * preset("tiny").train.batch_size:
+            found["hu"].fill_(float("nan"))
+        return found
 
-    monkeypatch.setattr(training._Run, "_step", broken)
+    broken.given = 0
+    monkeypatch.setattr(SliceGroups, "__getitem__", broken)
     run = tmp_path / "run"
     assert main(arguments(phantoms, run, "--max-steps", "4", "--checkpoint-steps", "1")) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
@@ -182,12 +156,12 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(phantoms, tmp_
 
 
 def test_running_out_of_memory_names_the_knobs(phantoms, tmp_path, monkeypatch, capsys):
-    def full(self, batch):
+    def full(self, *_, **__):
         raise torch.OutOfMemoryError(
             "CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation."
         )
 
-    monkeypatch.setattr(training._Run, "_loss", full)
+    monkeypatch.setattr(AfterSAM, "forward", full)
     assert main(arguments(phantoms, tmp_path / "run", "--max-steps", "1")) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     for knob in ("--activation-checkpointing", "--batch-size", "--image-size", "--num-slices", "2.00 GiB"):
@@ -205,44 +179,12 @@ def test_a_stored_configuration_repeats_the_run_to_the_bit(phantoms, tmp_path):
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-def test_scaled_gradients_are_clipped_at_their_true_size(phantoms, tmp_path, monkeypatch):
-    """fp16's gradient scaler, here about steps in fp32 since accelerate has none for a CPU, changes no clipped step."""
-    from accelerate import Accelerator
-
-    steps = ["--max-steps", "3", "--clip-norm", "0.01", "--validations", "1"]
-    assert main(arguments(phantoms, tmp_path / "plain", *steps)) == 0
-    begin, step, scaler = (
-        Accelerator.__init__,
-        training._Run._step,
-        torch.amp.GradScaler("cpu", init_scale=2.0**12),
-    )
-
-    def scaled_begin(self, **options):
-        begin(self, **options)
-        self.scaler = scaler
-
-    def scaled_step(self, parts):
-        self.accelerator.native_amp, self.accelerator.state._mixed_precision = True, "fp16"
-        return step(self, parts)
-
-    monkeypatch.setattr(Accelerator, "__init__", scaled_begin)
-    monkeypatch.setattr(Accelerator, "autocast", lambda self: contextlib.nullcontext())
-    monkeypatch.setattr(training._Run, "_step", scaled_step)
-    assert main(arguments(phantoms, tmp_path / "scaled", *steps)) == 0
-    assert scaler.get_scale() == 2.0**12
-    assert scaler._get_growth_tracker() == 3  # it was asked at every step
-    assert logged(tmp_path / "scaled") == pytest.approx(logged(tmp_path / "plain"), rel=1e-6)
-
-
-def test_deep_supervision_adds_the_loss_of_the_coarse_logits(phantoms, tmp_path):
-    run = training._Run(arguments_of(arguments(phantoms, tmp_path / "run", "--deep-supervision", "0.25")))
-    config = run.config.train
-    batch = next(iter(group_loader(run.groups, config, rank=0, world=1, start=0)))
-    _, coarse = run.model(batch["hu"], coarse=True)
-    extra = segmentation_loss(coarse, batch["labels"], ce_foreground_weight=config.ce_foreground_weight)
-    loss = run._loss(batch)
-    assert extra.total > 0.1
-    torch.testing.assert_close(loss.total, (loss.dice + loss.ce) / 2 + 0.25 * extra.total)
+def test_a_training_says_what_it_left(phantoms, tmp_path):
+    args = parse(arguments(phantoms, tmp_path / "run", "--max-steps", "3"), TrainArgs, None)
+    result = train(args)
+    assert (result.run, result.steps) == (tmp_path / "run", 3)
+    records = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert result.mean_dsc == max(r["val_mean_dsc"] for r in records if "val_mean_dsc" in r)
 
 
 def test_any_tracker_that_accelerate_knows_gets_the_curves(phantoms, tmp_path, monkeypatch):

@@ -14,6 +14,8 @@ from aftersam.files import renamed
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from aftersam.evaluation.statistics import AblationTable
+
 SOFT_TISSUE = (-160.0, 240.0)
 COLOURS = (
     "#e6550d", "#31a3dd", "#f2c12e", "#4daf4a", "#b07cd8", "#e7298a", "#66c2a5", "#a6761d",
@@ -148,7 +150,7 @@ def box_figure(scores: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
-def ablation_figure(table: Mapping[str, Any], path: Path, *, title: str) -> None:
+def ablation_figure(table: AblationTable, path: Path, *, title: str) -> None:
     """Draw a table of `aftersam.ablate` into the PNG `path`: organs across, a dot and its deviation a variant."""
     from matplotlib.figure import Figure
 
@@ -160,7 +162,7 @@ def ablation_figure(table: Mapping[str, Any], path: Path, *, title: str) -> None
         mean, deviation = (
             np.array([100 * score[key] for score in scores.values()]) for key in ("mean", "std")
         )
-        name = f"{column}, prompted by the labels" if column in table.get("prompted", {}) else column
+        name = f"{column}, prompted by the labels" if column in table["prompted"] else column
         axis.errorbar(at, mean, deviation, fmt="o", ms=5, capsize=3, color=colour(i + 1), label=name)
     axis.set_xticks(range(len(scores)), list(scores), rotation=20, fontsize=8)
     axis.set(ylabel="DSC in %")

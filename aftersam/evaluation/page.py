@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aftersam.evaluation.statistics import shown, span
 from aftersam.files import read_json, write_text
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def write_report(
     result = read_json(metrics)
     if "mean_dsc" not in result:
         raise ValueError(f"{metrics} was not written by aftersam.evaluate: it has no mean_dsc")
-    parts = [f"<h1>AFTer-SAM: {_shown(result['mean_dsc'])} mean DSC</h1>"]
+    parts = [f"<h1>AFTer-SAM: {shown(result['mean_dsc'])} mean DSC</h1>"]
     parts.append(f'<p class="facts">{html.escape(_facts(result, run))}</p>')
     parts += ["<h2>Organs</h2>", _table(result)]
     per_organ = {
@@ -94,7 +95,7 @@ def _overlays(result: dict[str, Any], images: Path, predictions: Path, labels: P
         mask, truth = (read_labels(found[case], like=scan).array for found in files[1:])
         known = names or {int(v): f"label {v}" for v in sorted({*truth.ravel(), *mask.ravel()}) if v}
         figure = overlay_figure(scan.array, mask, scan.spacing_mm, known, reference=truth)
-        pictures.append(f"<h3>{rank}: {html.escape(case)}, mean DSC {_shown(means[case])}</h3>")
+        pictures.append(f"<h3>{rank}: {html.escape(case)}, mean DSC {shown(means[case])}</h3>")
         pictures.append(_picture(figure, f"{rank} case, prediction and reference"))
     return pictures
 
@@ -105,11 +106,11 @@ def _table(result: dict[str, Any]) -> str:
     rows = ["<tr>" + "".join(f"<th>{text}</th>" for text in headings) + "</tr>"]
     for organ, row in result["organs"].items():
         cells = [
-            html.escape(organ), _shown(row["dsc"]), _span(row["dsc_interval"]), _shown(row["hd95_mm"], 1),
-            str(row["missed"]), _shown(row[nsd]), _shown(row["ice"]), str(row["gaps"]),
+            html.escape(organ), shown(row["dsc"]), span(row["dsc_interval"]), shown(row["hd95_mm"], 1),
+            str(row["missed"]), shown(row[nsd]), shown(row["ice"]), str(row["gaps"]),
         ]  # fmt: skip
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    mean = [_shown(result["mean_dsc"]), _span(result["mean_dsc_interval"])]
+    mean = [shown(result["mean_dsc"]), span(result["mean_dsc_interval"])]
     rows.append(
         '<tr class="mean"><td>mean</td>'
         + "".join(f"<td>{cell}</td>" for cell in mean)
@@ -141,11 +142,3 @@ def _picture(figure: Figure, alt: str) -> str:
 
     data = base64.b64encode(png_bytes(figure)).decode()
     return f'<p><img alt="{html.escape(alt)}" src="data:image/png;base64,{data}"></p>'
-
-
-def _shown(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _span(interval: list[float] | None) -> str:
-    return "–" if interval is None else f"{interval[0]:.3f}–{interval[1]:.3f}"

@@ -6,90 +6,122 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
+from aftersam.data.volume import Volume, read_labels
 from aftersam.evaluation.metrics import Convention, OrganScore, score_organ
-from aftersam.evaluation.statistics import bootstrap_interval, mean_of, mean_over_organs, number, paired
-from aftersam.files import NIFTI, case_id, write_json
+from aftersam.evaluation.statistics import (
+    bootstrap_interval,
+    mean_of,
+    mean_over_organs,
+    number,
+    paired,
+    shown,
+    span,
+)
+from aftersam.files import NIFTI, case_id
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 RELIABLE_CASES = 10  # below it, a bootstrap over cases says little
 
 
-def evaluate(
+@dataclass(frozen=True)
+class ScoringOptions:
+    """What `evaluate`'s flags of these names say."""
+
+    nsd_tolerance_mm: float = 3.0
+    convention: Convention = "nnunet"
+    label_names: Path | None = None
+
+
+class _Always(TypedDict):
+    mean_dsc: float | None
+    mean_dsc_interval: list[float] | None
+    interval_reliable: bool
+    num_cases: int
+    convention: Convention
+    nsd_tolerance_mm: float
+    version: str
+    organs: dict[str, dict[str, Any]]
+    cases: dict[str, dict[str, dict[str, Any]]]
+    problems: dict[str, str]
+    prompted: str | None
+
+
+class Metrics(_Always, total=False):
+    """What metrics.json holds: scores by organ over the cases, and by case and organ.
+
+    `mean_dsc` is the mean over organs of the mean over cases; by the convention monai, whose DiceMetric reduces so, the
+    mean over cases of the mean over organs. `problems` are cases that could not be scored, and why. `prompted` is box,
+    point or points where the masks were made with prompts from labels. `paired` holds differences to another system."""
+
+    paired: dict[str, Any]
+
+
+DEFAULTS = ScoringOptions()
+Scores = dict[str, OrganScore]  # of one case, by organ
+
+
+def score_folder(
     predictions: Path,
     labels: Path,
+    options: ScoringOptions = DEFAULTS,
     *,
-    output: Path | None = None,
     against: Path | None = None,
-    nsd_tolerance_mm: float = 3.0,
-    convention: Convention = "nnunet",
-    label_names: Path | None = None,
     quiet: bool = False,
-) -> dict[str, Any]:
-    """Score every reference in the folder `labels` by its mask in `predictions` and print a table.
+) -> Metrics:
+    """Score every reference in the folder `labels` by its mask in `predictions`, and by that in `against` if given.
 
-    Returns, and writes to `output`, a dictionary with `mean_dsc` (the mean over organs of the mean over cases; by the
-    convention monai, whose DiceMetric reduces so, the mean over cases of the mean over organs),
-    `organs`, `cases`, `problems` (cases that could not be scored), `prompted` (box or points where the masks were made
-    with prompts from labels, else null) and, with `against`, `paired`. A case whose mask is
-    missing, unreadable or on another grid is a problem, not a score. Raises ValueError where nothing can be scored."""
+    A case whose mask is missing, unreadable or on another grid is a problem, reported on stderr, and not a score.
+    `quiet` leaves the progress bar and advice out. Raises ValueError where nothing can be scored."""
     from rich.console import Console
     from rich.progress import track
 
-    if not nsd_tolerance_mm > 0:
-        raise ValueError(f"nsd_tolerance_mm is {nsd_tolerance_mm}, but must be above 0")
+    if not options.nsd_tolerance_mm > 0:
+        raise ValueError(f"nsd_tolerance_mm is {options.nsd_tolerance_mm}, but must be above 0")
     references = masks_in(labels)
-    ours = masks_in(predictions)
-    theirs = None if against is None else masks_in(against)
-    names = label_names_near(label_names, labels, predictions)
+    systems = {folder: masks_in(folder) for folder in (predictions, against) if folder is not None}
+    names = label_names_near(options.label_names, labels, predictions)
     console = Console(stderr=True)
-    scores: dict[str, dict[str, OrganScore]] = {}
-    other: dict[str, dict[str, OrganScore]] = {}
-    problems: dict[str, str] = {}
-    warned = False
-    for case, path in track(
-        references.items(),
-        "scoring",
-        console=console,
-        transient=True,
-        disable=quiet or not console.is_terminal,
-    ):
+    hidden = quiet or not console.is_terminal
+    scores: dict[str, list[Scores]] = {}  # case -> of each system
+    spacings, problems = [], {}
+    for case, path in track(references.items(), "scoring", console=console, transient=True, disable=hidden):
         try:
-            found, spacing = _score_case(
-                _matching(ours, case, predictions), path, names, nsd_tolerance_mm, convention
-            )
-            if theirs is not None and against is not None:
-                mask = _matching(theirs, case, against)
-                other[case], _ = _score_case(mask, path, names, nsd_tolerance_mm, convention)
-            scores[case] = found
+            found = [_matching(masks, case, folder) for folder, masks in systems.items()]
+            truth = read_labels(path)
+            scores[case] = [_score_case(mask, truth, names, options) for mask in found]
         except (ValueError, OSError) as error:
             problems[case] = str(error)
             console.print(f"aftersam.evaluate: {error}", soft_wrap=True, markup=False, highlight=False)
             continue
-        if max(spacing) > nsd_tolerance_mm and not warned and not quiet:
-            warned = True
-            console.print(
-                f"the NSD tolerance of {nsd_tolerance_mm:g} mm is below the voxel spacing of {max(spacing):g} mm: "
-                "a shift of one slice then counts as a miss"
-            )
+        spacings.append(max(truth.spacing_mm))
+        if not quiet:
+            _advise(console, spacings, options.nsd_tolerance_mm)
     if not scores:
         raise ValueError(f"no case of {labels} could be scored with the masks in {predictions}")
-    metrics = _summary(scores, problems, nsd_tolerance_mm, convention)
-    metrics["prompted"] = prompted(predictions)
-    if theirs is not None:
-        metrics["paired"] = {"against": str(against), **_paired(scores, other)}
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(output, metrics)
-    if not quiet:
-        Console().print(table(metrics))
+    ours, *others = ({case: each[i] for case, each in scores.items()} for i in range(len(systems)))
+    metrics = _summary(ours, problems, prompted(predictions), options)
+    if others:
+        metrics["paired"] = {"against": str(against), **_paired(ours, others[0])}
     return metrics
+
+
+def _advise(console: Console, spacings: Sequence[float], tolerance_mm: float) -> None:
+    """Say once, at the first scan that it is true of, that the tolerance is below the distance of its slices."""
+    *before, last = (spacing > tolerance_mm for spacing in spacings)
+    if last and not any(before):
+        console.print(
+            f"the NSD tolerance of {tolerance_mm:g} mm is below the voxel spacing of {spacings[-1]:g} mm: "
+            "a shift of one slice then counts as a miss"
+        )
 
 
 def label_names_near(explicit: Path | None, *folders: Path) -> dict[int, str]:
@@ -135,88 +167,83 @@ def _values_first(labels: Mapping[str, Any]) -> bool:
     return all(str(key).isdigit() for key in labels)
 
 
-def _score_case(
-    mask: Path, reference: Path, names: Mapping[int, str], tolerance_mm: float, convention: Convention
-) -> tuple[dict[str, OrganScore], tuple[float, float, float]]:
-    """Scores of every organ of one case, and the spacing in mm."""
-    from aftersam.data.volume import read_labels
-
-    truth = read_labels(reference)
+def _score_case(mask: Path, truth: Volume, names: Mapping[int, str], options: ScoringOptions) -> Scores:
+    """Scores of every organ of one case. Raises ValueError on a label that `names` does not have."""
     found = read_labels(mask, like=truth)
     values = sorted(set(np.unique(truth.array).tolist()) | set(np.unique(found.array).tolist()) | set(names))
     foreign = [v for v in values if v and names and v not in names]
     if foreign:
-        culprit = mask if np.any(found.array == foreign[0]) else reference
+        culprit = mask if np.any(found.array == foreign[0]) else truth.name
         known = ", ".join(f"{v} {n}" for v, n in names.items())
         raise ValueError(f"{culprit} has the label {foreign[0]}, but the label names are {known}")
-    scores = {
+    return {
         names.get(v, f"label {v}"): score_organ(
             found.array == v,
             truth.array == v,
             truth.spacing_mm,
-            tolerance_mm=tolerance_mm,
-            convention=convention,
+            tolerance_mm=options.nsd_tolerance_mm,
+            convention=options.convention,
         )
         for v in values
         if v
     }
-    return scores, truth.spacing_mm
 
 
 def _summary(
-    scores: Mapping[str, Mapping[str, OrganScore]],
+    scores: Mapping[str, Scores],
     problems: Mapping[str, str],
-    tolerance_mm: float,
-    convention: Convention,
-) -> dict[str, Any]:
+    prompts: str | None,
+    options: ScoringOptions,
+) -> Metrics:
     from aftersam import __version__
 
     organs = list(dict.fromkeys(name for case in scores.values() for name in case))
-    nsd_key = f"nsd_{tolerance_mm:g}mm"
+    nsd_key = f"nsd_{options.nsd_tolerance_mm:g}mm"
     matrix = np.array([[_value(scores[c].get(o), "dsc") for o in organs] for c in scores])  # (cases, organs)
     averaged = matrix
-    if convention == "monai":  # monai/metrics/utils.py, do_metric_reduction "mean": over organs first
+    if options.convention == "monai":  # monai/metrics/utils.py, do_metric_reduction "mean": over organs first
         averaged = np.array([[mean_of(case)] for case in matrix])
-    summary: dict[str, Any] = {
+    return {
         "mean_dsc": number(mean_over_organs(averaged)),
         "mean_dsc_interval": bootstrap_interval(averaged),
         "interval_reliable": len(scores) >= RELIABLE_CASES,
         "num_cases": len(scores),
-        "convention": convention,
-        "nsd_tolerance_mm": tolerance_mm,
+        "convention": options.convention,
+        "nsd_tolerance_mm": options.nsd_tolerance_mm,
         "version": __version__,
-        "organs": {},
+        "organs": {
+            organ: _organ([found[organ] for found in scores.values() if organ in found], column, nsd_key)
+            for organ, column in zip(organs, matrix.T, strict=True)
+        },
         "cases": {
             case: {organ: _case_json(score, nsd_key) for organ, score in found.items()}
             for case, found in scores.items()
         },
         "problems": dict(problems),
+        "prompted": prompts,
     }
-    for column, organ in enumerate(organs):
-        rows = [found[organ] for found in scores.values() if organ in found]
-        hd95 = np.array([row.hd95_mm for row in rows])
-        penalised = [row.diagonal_mm if math.isinf(row.hd95_mm) else row.hd95_mm for row in rows]
-        summary["organs"][organ] = {
-            "dsc": number(mean_of(matrix[:, column])),
-            "dsc_interval": bootstrap_interval(matrix[:, [column]]),
-            "dsc_std": number(
-                float(np.nanstd(matrix[:, column])) if np.isfinite(matrix[:, column]).any() else math.nan
-            ),
-            "hd95_mm": number(mean_of(hd95[np.isfinite(hd95)])),
-            "hd95_mm_penalised": number(mean_of(penalised)),
-            "hd95_infinite": int(np.isinf(hd95).sum()),
-            nsd_key: number(mean_of([row.nsd for row in rows])),
-            "ice": number(mean_of([row.ice for row in rows])),
-            "gaps": int(sum(row.gaps for row in rows)),
-            "undefined": int(np.isnan(matrix[:, column]).sum()),
-            "missed": sum(row.reference_voxels > 0 and row.predicted_voxels == 0 for row in rows),
-        }
-    return summary
 
 
-def _paired(
-    ours: Mapping[str, Mapping[str, OrganScore]], theirs: Mapping[str, Mapping[str, OrganScore]]
-) -> dict[str, Any]:
+def _organ(rows: Sequence[OrganScore], dsc: np.ndarray, nsd_key: str) -> dict[str, Any]:
+    """An organ's scores over the cases that have it; `dsc` (cases,) is NaN where it is not defined."""
+    hd95 = np.array([row.hd95_mm for row in rows])
+    penalised = [row.diagonal_mm if math.isinf(row.hd95_mm) else row.hd95_mm for row in rows]
+    return {
+        "dsc": number(mean_of(dsc)),
+        "dsc_interval": bootstrap_interval(dsc[:, None]),
+        "dsc_std": number(float(np.nanstd(dsc)) if np.isfinite(dsc).any() else math.nan),
+        "hd95_mm": number(mean_of(hd95[np.isfinite(hd95)])),
+        "hd95_mm_penalised": number(mean_of(penalised)),
+        "hd95_infinite": int(np.isinf(hd95).sum()),
+        nsd_key: number(mean_of([row.nsd for row in rows])),
+        "ice": number(mean_of([row.ice for row in rows])),
+        "gaps": int(sum(row.gaps for row in rows)),
+        "undefined": int(np.isnan(dsc).sum()),
+        "missed": sum(row.reference_voxels > 0 and row.predicted_voxels == 0 for row in rows),
+    }
+
+
+def _paired(ours: Mapping[str, Scores], theirs: Mapping[str, Scores]) -> dict[str, Any]:
     """Differences of DSC, ours minus theirs, over the cases that both have: mean, interval, cases won."""
     organs = list(dict.fromkeys(name for case in ours.values() for name in case))
     cases = [case for case in ours if case in theirs]
@@ -235,8 +262,8 @@ def _paired(
     }
 
 
-def table(metrics: Mapping[str, Any]) -> Table:
-    """The per-organ table of a result of `evaluate`."""
+def table(metrics: Metrics) -> Table:
+    """The scores of every organ, for people."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -254,16 +281,16 @@ def table(metrics: Mapping[str, Any]) -> Table:
         grid.add_column(heading, justify="right", no_wrap=True)
     for organ, row in metrics["organs"].items():
         grid.add_row(
-            organ, _text(row["dsc"]), _span(row["dsc_interval"]), _text(row["hd95_mm"], 1), str(row["missed"]),
-            _text(row[nsd_key]), _text(row["ice"]), str(row["gaps"]),
+            organ, shown(row["dsc"]), span(row["dsc_interval"]), shown(row["hd95_mm"], 1), str(row["missed"]),
+            shown(row[nsd_key]), shown(row["ice"]), str(row["gaps"]),
         )  # fmt: skip
     grid.add_section()
-    grid.add_row("mean", _text(metrics["mean_dsc"]), _span(metrics["mean_dsc_interval"]))
+    grid.add_row("mean", shown(metrics["mean_dsc"]), span(metrics["mean_dsc_interval"]))
     if not metrics["interval_reliable"]:
         grid.caption = f"intervals over {metrics['num_cases']} cases are unreliable"
     if "paired" in metrics:
         mean = metrics["paired"]["mean"]
-        grid.add_row("mean against the other", _text(mean["dsc_difference"]), _span(mean["interval"]))
+        grid.add_row("mean against the other", shown(mean["dsc_difference"]), span(mean["interval"]))
     return grid
 
 
@@ -294,11 +321,3 @@ def _case_json(score: OrganScore, nsd_key: str) -> dict[str, Any]:
 
 def _value(score: OrganScore | None, key: str) -> float:
     return math.nan if score is None else float(getattr(score, key))
-
-
-def _text(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _span(interval: Sequence[float] | None) -> str:
-    return "–" if interval is None else f"{interval[0]:.3f}–{interval[1]:.3f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -60,44 +60,68 @@ def score_matrix(scores: Scores, cases: Sequence[str], organs: Sequence[str], ke
     return np.array([[math.nan if value is None else float(value) for value in row] for row in found])
 
 
-def summarise(columns: Mapping[str, Sequence[Scores]]) -> dict[str, Any]:
-    """Scores of each column, one a seed, to mean DSC, its deviation over seeds, and p-values.
+class AblationTable(TypedDict):
+    """What tables.json holds of a table: DSC of columns (variants), each with one training a seed."""
 
-    A case's score is first averaged over seeds; the two-sided Wilcoxon test then pairs cases with the last column."""
-    from scipy.stats import wilcoxon
+    cases: int
+    seeds: int
+    against: str
+    """The last column, which the others are tested against."""
+    columns: dict[str, dict[str, dict[str, float]]]
+    """Column -> organ -> mean over cases and seeds, std over seeds; Average is over the organs."""
+    tests: dict[str, dict[str, float]]
+    """Column -> organ -> p of the two-sided Wilcoxon test over cases, a case's score being its mean over seeds."""
+    prompted: dict[str, str]
+    """Columns whose models are told where the organs are, and by which prompts."""
 
+
+def summarise(columns: Mapping[str, Sequence[Scores]], prompted: Mapping[str, str]) -> AblationTable:
+    """Scores of each column, one row a seed, to the table of their means, deviations and p-values."""
     first = next(iter(columns.values()))[0]
-    cases = sorted(first)
-    organs = [*next(iter(first.values())), "Average"]
-
-    def matrix(seeds: Sequence[Scores]) -> np.ndarray:
-        values = np.array([score_matrix(seed, cases, organs[:-1]) for seed in seeds])
-        return np.concatenate(
-            [values, np.nanmean(values, -1, keepdims=True)], -1
-        )  # (seeds, cases, organs + 1)
-
-    values = {column: matrix(seeds) for column, seeds in columns.items()}
-    *_, last = values
-    table: dict[str, Any] = {
+    cases, organs = sorted(first), [*next(iter(first.values())), "Average"]
+    values = {column: _scores(seeds, cases, organs[:-1]) for column, seeds in columns.items()}
+    *others, last = values
+    return {
         "cases": len(cases),
         "seeds": len(values[last]),
         "against": last,
-        "columns": {},
-        "tests": {},
+        "columns": {column: _over_cases(found, organs) for column, found in values.items()},
+        "tests": {column: _tests(values[last], values[column], organs) for column in others},
+        "prompted": dict(prompted),
     }
-    for column, found in values.items():
-        means = np.nanmean(found, axis=1)  # (seeds, organs + 1)
-        deviation = means.std(0, ddof=1) if len(means) > 1 else np.zeros(means.shape[1])
-        table["columns"][column] = {
-            organ: {"mean": float(m), "std": float(s)}
-            for organ, m, s in zip(organs, means.mean(0), deviation, strict=True)
-        }
-        if column == last:
-            continue
-        tests = {}
-        for i, organ in enumerate(organs):
-            ours, theirs = (np.nanmean(values[c][..., i], axis=0) for c in (last, column))
-            difference = (ours - theirs)[np.isfinite(ours - theirs)]
-            tests[organ] = float(wilcoxon(difference).pvalue) if np.any(difference) else 1.0
-        table["tests"][column] = tests
-    return table
+
+
+def _scores(seeds: Sequence[Scores], cases: Sequence[str], organs: Sequence[str]) -> np.ndarray:
+    """DSC (seeds, cases, organs + 1), the last the mean over organs."""
+    values = np.array([score_matrix(seed, cases, organs) for seed in seeds])
+    return np.concatenate([values, np.nanmean(values, -1, keepdims=True)], -1)
+
+
+def _over_cases(scores: np.ndarray, organs: Sequence[str]) -> dict[str, dict[str, float]]:
+    means = np.nanmean(scores, axis=1)  # (seeds, organs + 1)
+    deviation = means.std(0, ddof=1) if len(means) > 1 else np.zeros(means.shape[1])
+    return {
+        organ: {"mean": float(m), "std": float(s)}
+        for organ, m, s in zip(organs, means.mean(0), deviation, strict=True)
+    }
+
+
+def _tests(scores: np.ndarray, others: np.ndarray, organs: Sequence[str]) -> dict[str, float]:
+    from scipy.stats import wilcoxon
+
+    tests = {}
+    for i, organ in enumerate(organs):
+        ours, theirs = (np.nanmean(found[..., i], axis=0) for found in (scores, others))
+        difference = (ours - theirs)[np.isfinite(ours - theirs)]
+        tests[organ] = float(wilcoxon(difference).pvalue) if np.any(difference) else 1.0
+    return tests
+
+
+def shown(value: float | None, digits: int = 3) -> str:
+    """`value` for people; a dash where there is none."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def span(interval: Sequence[float] | None) -> str:
+    """An interval for people; a dash where there is none."""
+    return "–" if interval is None else f"{interval[0]:.3f}–{interval[1]:.3f}"

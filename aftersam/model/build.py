@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from aftersam.config import ENCODERS, Config, EncoderSize, ModelConfig
+from aftersam.config import ENCODERS, STEM_CHANNELS, Config, EncoderSize, ModelConfig
 from aftersam.files import read_tensors
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.fusion import AxialFusionTransformer
@@ -20,7 +20,7 @@ from aftersam.model.image_encoder import (
     StridedPatchEmbed,
 )
 from aftersam.model.layers import MLP, ConvStem, build_neck
-from aftersam.model.lora import add_decoder_lora, add_encoder_lora
+from aftersam.model.lora import LoRAOptions, add_lora
 from aftersam.model.mask_decoder import MaskDecoder
 from aftersam.model.sam_checkpoint import SamCheckpoint, load_image_encoder_state, load_mask_decoder_state
 from aftersam.model.tiny_vit import TinyViT
@@ -48,40 +48,16 @@ def build_aftersam(config: ModelConfig, num_classes: int, *, sam: SamCheckpoint 
 
     `sam` gives official weights to the encoder and the decoder; without it they are random (to be trained, or
     loaded from a run). encoder "auto" means "lora" with `sam` and "full" without."""
-    size = ENCODERS[config.image_encoder]
-    alpha, dropout = config.lora_alpha, config.lora_dropout
+    lora = LoRAOptions(config.lora_rank, config.lora_alpha, config.lora_dropout)
     encoder = build_image_encoder(
         config.image_encoder, image_size=config.image_size, in_channels=3 * config.stem_slices
     )
     stem = None
     if config.output_stride < 4 and not encoder.skip_channels:
-        stem = ConvStem(3, channels=(16, 32, 64))  # strides 1, 2, 4 beside SAM's one patch convolution
-    fusion = None
-    if config.attention != "none":
-        fusion = AxialFusionTransformer(
-            size.out_channels,
-            config.num_heads,
-            config.num_blocks,
-            grid=(config.image_size // size.patch,) * 2,
-            num_slices=config.num_slices,
-            attention=config.attention,
-            position_embedding=config.position_embedding,
-            fusion_init=config.fusion_init,
-            rank=config.lora_rank if config.fusion_weights == "lora" else 0,
-            alpha=alpha,
-            dropout=dropout,
-        )
-        if config.fusion_weights == "lora":
-            fusion.freeze_projections()
-    decoder = MaskDecoder(
-        num_classes,
-        size.out_channels,
-        upscale=size.patch // config.output_stride,
-        output_stride=config.output_stride,
-        skip_channels=encoder.skip_channels if stem is None else stem.skip_channels,
-        decoder_attention=config.decoder_attention,
-        prompts=config.prompts,
-    )
+        stem = ConvStem(3, channels=STEM_CHANNELS)  # beside SAM's one patch convolution
+    fusion = None if config.attention == "none" else _fusion(config, config.attention, lora)
+    skip_channels = encoder.skip_channels if stem is None else stem.skip_channels
+    decoder = _decoder(config, num_classes, skip_channels)
     if sam is not None:
         load_image_encoder_state(encoder, sam.state)
         load_mask_decoder_state(decoder, sam.state)
@@ -89,13 +65,53 @@ def build_aftersam(config: ModelConfig, num_classes: int, *, sam: SamCheckpoint 
     if mode != "full":
         encoder.requires_grad_(False)
     if mode == "lora":
-        add_encoder_lora(encoder, config.lora_rank, alpha, dropout)
+        add_lora(encoder, lora)
     if config.decoder == "lora":
-        add_decoder_lora(decoder, config.lora_rank, alpha, dropout)
+        decoder.freeze_for_lora()
+        add_lora(decoder.transformer, lora)
     return AfterSAM(
-        encoder, fusion, decoder, hu_windows=config.hu_windows, normalisation=config.normalisation, stem=stem,
+        encoder,
+        fusion,
+        decoder,
+        hu_windows=config.hu_windows,
+        normalisation=config.normalisation,
+        stem=stem,
         stem_slices=config.stem_slices,
-    )  # fmt: skip
+    )
+
+
+def _fusion(
+    config: ModelConfig, attention: Literal["both", "axial", "slice"], lora: LoRAOptions
+) -> AxialFusionTransformer:
+    size = ENCODERS[config.image_encoder]
+    adapted = config.fusion_weights == "lora"
+    fusion = AxialFusionTransformer(
+        size.out_channels,
+        config.num_heads,
+        config.num_blocks,
+        grid=(config.image_size // size.patch,) * 2,
+        num_slices=config.num_slices,
+        attention=attention,
+        position_embedding=config.position_embedding,
+        fusion_init=config.fusion_init,
+        lora=lora if adapted else None,
+    )
+    if adapted:
+        fusion.freeze_projections()
+    return fusion
+
+
+def _decoder(config: ModelConfig, num_classes: int, skip_channels: tuple[int, ...]) -> MaskDecoder:
+    size = ENCODERS[config.image_encoder]
+    return MaskDecoder(
+        num_classes,
+        size.out_channels,
+        upscale=size.patch // config.output_stride,
+        output_stride=config.output_stride,
+        skip_channels=skip_channels,
+        decoder_attention=config.decoder_attention,
+        prompts=config.prompts,
+    )
 
 
 def build_image_encoder(name: str, *, image_size: int, in_channels: int = 3) -> ImageEncoder | TinyViT:
@@ -112,7 +128,7 @@ def build_image_encoder(name: str, *, image_size: int, in_channels: int = 3) -> 
     if size.stages:
         return TinyViT(size, in_channels=in_channels)
     grid = (image_size // size.patch,) * 2
-    stem = ConvStem(in_channels, channels=(16, 32, 64)) if size.stem else None
+    stem = ConvStem(in_channels, channels=STEM_CHANNELS) if size.stem else None
     patch_embed: nn.Module
     if stem is not None:
         patch_embed = StridedPatchEmbed(stem.skip_channels[-1], size.dim)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from aftersam.model.layers import Linear, RowNorm
+from aftersam.model.layers import DenseLinear, RowNorm
+from aftersam.model.lora import LoRAOptions
 from axial_fusion import AxialFusionAttention
 
 
@@ -21,7 +22,8 @@ class AxialFusionTransformer(nn.Module):
 
     `grid` (h, w) is the token grid that the position tables are made for; other grids interpolate them.
     `position_embedding` "factored" adds a table over positions and one over slices, "full" a table over
-    the pairs. `fusion_init` "zero" makes the transformer the identity at the first step."""
+    the pairs. `fusion_init` "zero" makes the transformer the identity at the first step. With `lora`, q and v of every
+    attention have LoRA."""
 
     def __init__(
         self,
@@ -34,14 +36,11 @@ class AxialFusionTransformer(nn.Module):
         attention: Literal["both", "axial", "slice"] = "both",
         position_embedding: Literal["factored", "full"] = "factored",
         fusion_init: Literal["zero", "xavier"] = "zero",
-        rank: int = 0,
-        alpha: float | None = None,
-        dropout: float = 0.0,
+        lora: LoRAOptions | None = None,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            AxialFusionBlock(dim, num_heads, attention=attention, rank=rank, alpha=alpha, dropout=dropout)
-            for _ in range(num_blocks)
+            AxialFusionBlock(dim, num_heads, attention=attention, lora=lora) for _ in range(num_blocks)
         )
         self.activation_checkpointing = False
         slices = num_slices if position_embedding == "full" else 1
@@ -99,17 +98,14 @@ class AxialFusionBlock(nn.Module):
         *,
         mlp_ratio: float = 4.0,
         attention: Literal["both", "axial", "slice"] = "both",
-        rank: int = 0,
-        alpha: float | None = None,
-        dropout: float = 0.0,
+        lora: LoRAOptions | None = None,
     ) -> None:
         super().__init__()
-        self.attention = AxialFusionAttention(
-            dim, num_heads, rank=rank, alpha=alpha, dropout=dropout, attention=attention
-        )
+        options = {} if lora is None else lora._asdict()
+        self.attention = AxialFusionAttention(dim, num_heads, attention=attention, **options)
         self.norm = RowNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(
-            Linear(dim, int(dim * mlp_ratio)), nn.GELU(), Linear(int(dim * mlp_ratio), dim)
+            DenseLinear(dim, int(dim * mlp_ratio)), nn.GELU(), DenseLinear(int(dim * mlp_ratio), dim)
         )
 
     def reset_parameters(self, *, zero: bool) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from aftersam.model.layers import ConvStem, Linear, RowNorm, SliceFeatures
+from aftersam.model.layers import ConvStem, DenseLinear, RowNorm, SliceFeatures
 from axial_fusion import rel_pos_attention, window_attention
 from axial_fusion.ops.dense_linear import dense_linear
 
@@ -98,8 +98,8 @@ class EncoderAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.window = window
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
+        self.qkv = DenseLinear(dim, 3 * dim)
+        self.proj = DenseLinear(dim, dim)
         rows, columns = (window, window) if window else grid
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * rows - 1, dim // num_heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * columns - 1, dim // num_heads))

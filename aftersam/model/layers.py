@@ -46,15 +46,15 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.lin1 = Linear(dim, 4 * dim)
-        self.lin2 = Linear(4 * dim, dim)
+        self.lin1 = DenseLinear(dim, 4 * dim)
+        self.lin2 = DenseLinear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.lin2(F.gelu(self.lin1(x)))
 
 
-class Linear(nn.Linear):
-    """nn.Linear by the fastest library product."""
+class DenseLinear(nn.Linear):
+    """nn.Linear by the fastest product of a library."""
 
     def forward(self, x: Tensor) -> Tensor:
         return dense_linear(x, self.weight, self.bias)

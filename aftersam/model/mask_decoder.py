@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from aftersam.config import DECODER, DecoderSize
 from aftersam.model.layers import ConvBlock, LayerNorm2d, without_autocast
 from aftersam.model.prompts import LabelPrompts
 from aftersam.model.segment_anything import segment_anything_modeling
@@ -42,7 +43,7 @@ class MaskDecoder(nn.Module):
         skip_channels: tuple[int, ...] = (),
         decoder_attention: Literal["two_way", "image_to_token"] = "two_way",
         prompts: Literal["none", "box", "point", "points"] = "none",
-        num_heads: int = 8,
+        size: DecoderSize = DECODER,
     ) -> None:
         super().__init__()
         if upscale < 4 or upscale & (upscale - 1):
@@ -53,9 +54,11 @@ class MaskDecoder(nn.Module):
             )
         sam = segment_anything_modeling("transformer")
         if decoder_attention == "two_way":
-            self.transformer = sam.TwoWayTransformer(2, dim, num_heads, mlp_dim=8 * dim)
+            self.transformer = sam.TwoWayTransformer(
+                size.depth, dim, size.num_heads, mlp_dim=size.mlp_ratio * dim
+            )
         else:
-            self.transformer = ImageToTokenTransformer(2, dim, num_heads)
+            self.transformer = ImageToTokenTransformer(size.depth, dim, size.num_heads)
         self.num_classes = num_classes
         self.pe_layer = segment_anything_modeling("prompt_encoder").PositionEmbeddingRandom(dim // 2)
         self.no_mask_embed = nn.Embedding(1, dim)
@@ -82,15 +85,9 @@ class MaskDecoder(nn.Module):
                 if level is not None
             }
         )
-        mlp = segment_anything_modeling("mask_decoder").MLP
-        self.output_hypernetworks_mlps = nn.ModuleList(
-            mlp(dim, dim, channels[-1], 3) for _ in range(num_classes)
-        )
+        self.output_hypernetworks_mlps = _hypernetworks(num_classes, dim, channels[-1])
         self.class_bias = nn.Parameter(torch.zeros(num_classes))
         nn.init.constant_(self.class_bias[:1], BACKGROUND_LEAD)
-        for hypernetwork in self.output_hypernetworks_mlps:
-            nn.init.trunc_normal_(hypernetwork.layers[-1].weight, std=0.02)
-            nn.init.zeros_(hypernetwork.layers[-1].bias)
 
     def forward(
         self,
@@ -131,6 +128,13 @@ class MaskDecoder(nn.Module):
             tokens[:, : self.num_classes] @ x.flatten(2) / math.sqrt(x.shape[1]) + self.class_bias[:, None]
         )
         return logits, scores.unflatten(2, (height, width))
+
+    def freeze_for_lora(self) -> None:
+        """Freeze all but the class tokens, hypernetworks, biases and added layers: the rest is adapted by LoRA."""
+        self.requires_grad_(False)
+        for part in (self.class_tokens, self.output_hypernetworks_mlps, self.added_stages, self.fusions):
+            part.requires_grad_(True)
+        self.class_bias.requires_grad_(True)
 
     def _positions(self, height: int, width: int) -> Tensor:
         """(1, C, h, w): SAM's random Fourier features, in fp32, since bf16 turns their phases by whole radians."""
@@ -180,6 +184,16 @@ class ImageToTokenTransformer(nn.Module):
         for layer in self.layers:
             x = layer["norm4"](x + layer["cross_attn_image_to_token"](q=x + positions, k=tokens, v=tokens))
         return tokens, x
+
+
+def _hypernetworks(count: int, dim: int, channels: int) -> nn.ModuleList:
+    """SAM's MLPs from a class token to its weights of the pixels' `channels`, which start small."""
+    mlp = segment_anything_modeling("mask_decoder").MLP
+    made = nn.ModuleList(mlp(dim, dim, channels, 3) for _ in range(count))
+    for hypernetwork in made:
+        nn.init.trunc_normal_(hypernetwork.layers[-1].weight, std=0.02)
+        nn.init.zeros_(hypernetwork.layers[-1].bias)
+    return made
 
 
 def _skip_levels(stages: int, output_stride: int, levels: int) -> list[int | None]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from aftersam.config import ENCODERS
+from aftersam.config import DECODER, ENCODERS, SAM_IMAGE_SIZE
 from aftersam.files import unfinished
 from aftersam.model.segment_anything import segment_anything_modeling
 from aftersam.model.tiny_vit import CLASSIFIER, TinyViT
@@ -93,8 +93,8 @@ def read_sam_checkpoint(path_or_name: str | Path, *, progress: bool = True) -> S
 @cache
 def sam_shapes(name: str) -> dict[str, torch.Size]:
     """The shape of every tensor of SAM called `name`, from segment-anything's own modules and our TinyViT."""
-    size, image_size = ENCODERS[name], 1024
-    grid = (image_size // size.patch,) * 2
+    size, image_size = ENCODERS[name], SAM_IMAGE_SIZE
+    grid, dim = (image_size // size.patch,) * 2, size.out_channels
     sam = segment_anything_modeling("sam")
     transformer = segment_anything_modeling("transformer").TwoWayTransformer
     with torch.device("meta"):
@@ -107,7 +107,7 @@ def sam_shapes(name: str) -> dict[str, torch.Size]:
                 embed_dim=size.dim,
                 depth=size.depth,
                 num_heads=size.num_heads,
-                out_chans=size.out_channels,
+                out_chans=dim,
                 use_rel_pos=True,
                 window_size=size.window,
                 global_attn_indexes=size.global_blocks,
@@ -115,13 +115,76 @@ def sam_shapes(name: str) -> dict[str, torch.Size]:
         )
         model = sam.Sam(
             encoder,
-            sam.PromptEncoder(size.out_channels, grid, (image_size, image_size), mask_in_chans=16),
+            sam.PromptEncoder(dim, grid, (image_size, image_size), mask_in_chans=16),
             sam.MaskDecoder(
-                transformer_dim=size.out_channels, transformer=transformer(2, size.out_channels, 8, mlp_dim=2048)
+                transformer_dim=dim,
+                transformer=transformer(
+                    DECODER.depth, dim, DECODER.num_heads, mlp_dim=DECODER.mlp_ratio * dim
+                ),
             ),
-        )  # fmt: skip
+        )
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     return shapes | {key: torch.Size(shape) for key, shape in CLASSIFIER.items() if size.stages}
+
+
+def load_image_encoder_state(encoder: ImageEncoder | TinyViT, state: Mapping[str, Tensor]) -> None:
+    """Load SAM's `image_encoder.*` tensors strictly, position tables interpolated to the encoder's grid.
+
+    The classifier that MobileSAM's file carries is left out.
+
+    Raises ValueError that names the first tensor that is missing, unknown or of another shape."""
+    weights = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
+    weights = {k: v for k, v in weights.items() if PREFIX + k not in CLASSIFIER}
+    expected = encoder.state_dict()
+    for key, value in expected.items():
+        if key not in weights:
+            raise ValueError(f"the SAM weights lack {PREFIX}{key}, which this encoder needs")
+        if weights[key].shape != value.shape:
+            weights[key] = _interpolated(key, weights[key], value.shape)
+    unknown = sorted(weights.keys() - expected.keys())
+    if unknown:
+        raise ValueError(f"the SAM weights hold {PREFIX}{unknown[0]}, which this encoder does not have")
+    encoder.load_state_dict(weights)
+
+
+def load_mask_decoder_state(
+    decoder: MaskDecoder, state: Mapping[str, Tensor], *, noise: float = 0.1, seed: int = 0
+) -> None:
+    """Load what the decoder shares with SAM's `mask_decoder.*` and `prompt_encoder.*`.
+
+    Class tokens and hypernetworks all start as SAM's mask token 0 and its hypernetwork, with Gaussian noise of
+    `noise` times each tensor's standard deviation, drawn from `seed`. SAM's other mask tokens, its IoU token and
+    head and its mask prompts have no place here. Skip fusions start silent and added stages as copies
+    of each pixel, so that the first logits are SAM's masks.
+
+    Raises ValueError that names the first tensor that is missing or of another shape."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noisy(value: Tensor) -> Tensor:
+        drawn = torch.randn(value.shape, generator=generator, dtype=torch.float32).to(value)
+        return value + noise * value.std() * drawn if value.numel() > 1 else value
+
+    weights = decoder.state_dict()
+    for key, value in weights.items():
+        found, seeded = _sam_tensor(key, state)
+        if found is None:
+            continue
+        if found.shape != (value.shape[1:] if key == "class_tokens.weight" else value.shape):
+            raise ValueError(
+                f"the SAM weights do not fit the decoder's {key}: they have the shape {tuple(found.shape)}, "
+                f"it needs {tuple(value.shape)}"
+            )
+        if key == "class_tokens.weight":
+            found = found.expand_as(value)
+        weights[key] = noisy(found.clone()) if seeded else found
+    decoder.load_state_dict(weights)
+    with torch.no_grad():
+        for fusion in decoder.fusions.values():
+            fusion.block[1].weight.zero_()
+        for stage in decoder.added_stages:
+            stage[0].weight.copy_(torch.eye(stage[0].out_channels)[..., None, None])
+            stage[0].bias.zero_()
+        decoder.class_bias.zero_()
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -227,26 +290,6 @@ def _digest(read: Callable[[int], bytes], also: Callable[[bytes], object] | None
     return digest.hexdigest()
 
 
-def load_image_encoder_state(encoder: ImageEncoder | TinyViT, state: Mapping[str, Tensor]) -> None:
-    """Load SAM's `image_encoder.*` tensors strictly, position tables interpolated to the encoder's grid.
-
-    The classifier that MobileSAM's file carries is left out.
-
-    Raises ValueError that names the first tensor that is missing, unknown or of another shape."""
-    weights = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
-    weights = {k: v for k, v in weights.items() if PREFIX + k not in CLASSIFIER}
-    expected = encoder.state_dict()
-    for key, value in expected.items():
-        if key not in weights:
-            raise ValueError(f"the SAM weights lack {PREFIX}{key}, which this encoder needs")
-        if weights[key].shape != value.shape:
-            weights[key] = _interpolated(key, weights[key], value.shape)
-    unknown = sorted(weights.keys() - expected.keys())
-    if unknown:
-        raise ValueError(f"the SAM weights hold {PREFIX}{unknown[0]}, which this encoder does not have")
-    encoder.load_state_dict(weights)
-
-
 def _interpolated(key: str, value: Tensor, shape: torch.Size) -> Tensor:
     """A position table for another grid: linear in each direction, as SAM's get_rel_pos does."""
     if key == "pos_embed" and value.dim() == 4 and value.shape[-1] == shape[-1]:
@@ -259,46 +302,6 @@ def _interpolated(key: str, value: Tensor, shape: torch.Size) -> Tensor:
     raise ValueError(
         f"the SAM weights have {PREFIX}{key} of shape {tuple(value.shape)}, but this encoder needs {tuple(shape)}"
     )
-
-
-def load_mask_decoder_state(
-    decoder: MaskDecoder, state: Mapping[str, Tensor], *, noise: float = 0.1, seed: int = 0
-) -> None:
-    """Load what the decoder shares with SAM's `mask_decoder.*` and `prompt_encoder.*`.
-
-    Class tokens and hypernetworks all start as SAM's mask token 0 and its hypernetwork, with Gaussian noise of
-    `noise` times each tensor's standard deviation, drawn from `seed`. SAM's other mask tokens, its IoU token and
-    head and its mask prompts have no place here. Skip fusions start silent and added stages as copies
-    of each pixel, so that the first logits are SAM's masks.
-
-    Raises ValueError that names the first tensor that is missing or of another shape."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def noisy(value: Tensor) -> Tensor:
-        drawn = torch.randn(value.shape, generator=generator, dtype=torch.float32).to(value)
-        return value + noise * value.std() * drawn if value.numel() > 1 else value
-
-    weights = decoder.state_dict()
-    for key, value in weights.items():
-        found, seeded = _sam_tensor(key, state)
-        if found is None:
-            continue
-        if found.shape != (value.shape[1:] if key == "class_tokens.weight" else value.shape):
-            raise ValueError(
-                f"the SAM weights do not fit the decoder's {key}: they have the shape {tuple(found.shape)}, "
-                f"it needs {tuple(value.shape)}"
-            )
-        if key == "class_tokens.weight":
-            found = found.expand_as(value)
-        weights[key] = noisy(found.clone()) if seeded else found
-    decoder.load_state_dict(weights)
-    with torch.no_grad():
-        for fusion in decoder.fusions.values():
-            fusion.block[1].weight.zero_()
-        for stage in decoder.added_stages:
-            stage[0].weight.copy_(torch.eye(stage[0].out_channels)[..., None, None])
-            stage[0].bias.zero_()
-        decoder.class_bias.zero_()
 
 
 def _sam_tensor(key: str, state: Mapping[str, Tensor]) -> tuple[Tensor | None, bool]:

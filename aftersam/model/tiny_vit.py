@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from aftersam.config import EncoderSize, Stage
-from aftersam.model.layers import Linear, SliceFeatures, build_neck
+from aftersam.model.layers import DenseLinear, SliceFeatures, build_neck
 
 CLASSIFIER = {  # of ImageNet, on top of MobileSAM's encoder, never run
     "image_encoder.norm_head.weight": (320,), "image_encoder.norm_head.bias": (320,),
@@ -175,8 +175,8 @@ class TinyViTAttention(nn.Module):
         self.num_heads = num_heads
         self.window = window
         self.norm = nn.LayerNorm(dim)
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
+        self.qkv = DenseLinear(dim, 3 * dim)
+        self.proj = DenseLinear(dim, dim)
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, window**2))  # |Δrow| · S + |Δcolumn|
 
     def forward(self, x: Tensor) -> Tensor:
@@ -194,8 +194,8 @@ class _MLP(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.fc1 = Linear(dim, 4 * dim)
-        self.fc2 = Linear(4 * dim, dim)
+        self.fc1 = DenseLinear(dim, 4 * dim)
+        self.fc2 = DenseLinear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(self.norm(x))))  # type: ignore[no-any-return]

@@ -1,20 +1,24 @@
-"""The arguments of a training, and the configuration that they make."""
+"""The arguments of a training, from the command line to a configuration with every open choice made."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
 import tyro
 
 from aftersam.config import Config, from_dict, preset, validate
+from aftersam.files import read_json
 
 if TYPE_CHECKING:
     from aftersam.model.sam_checkpoint import SamCheckpoint
+
+Args = TypeVar("Args")
+ConfigFile = Annotated[Path | None, tyro.conf.arg(aliases=["--config"])]
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class TrainArgs:
     config: Config
     preset: Literal["paper", "best", "small", "tiny"] | None = None
     """Choices that a key not given takes; paper with a SAM checkpoint, else small."""
-    config_file: Path | None = None
+    config_file: ConfigFile = None
     """Also --config: repeat a run from its config.json; keys given beside it win."""
     sam_checkpoint: str | None = None
     """Official SAM weights: a .pth file, or vit_b, vit_l, vit_h, vit_t to download them once to a cache."""
@@ -42,20 +46,31 @@ class TrainArgs:
     """Folder for what a frozen encoder makes of each slice: found there, or written for the next run."""
 
 
-def configuration(args: TrainArgs) -> tuple[Config, SamCheckpoint | None, dict[str, Any]]:
-    """The configuration with every open choice made, SAM's weights if any, and run.json of a run to resume."""
-    from aftersam.files import read_json
+class Plan(NamedTuple):
+    """What a training will do."""
+
+    config: Config
+    """Every open choice made."""
+    sam: SamCheckpoint | None
+    resumed: dict[str, Any]
+    """run.json of the run that is resumed; empty for a new one."""
+
+
+def make_plan(args: TrainArgs) -> Plan:
+    """The plan of `args`. Raises ValueError on a run that exists or is not there, and on choices that do not fit."""
     from aftersam.model.build import resolve_encoder
     from aftersam.model.sam_checkpoint import read_sam_checkpoint
-    from aftersam.training.arguments import check_still
 
-    config, sam_name, stored = args.config, args.sam_checkpoint, {}
     if args.resume:
         config = from_dict(Config, read_json(args.output / "config.json"))
-        stored, sam_name = read_json(args.output / "run.json"), None
-    elif (args.output / "last.safetensors").exists():
-        raise ValueError(f"{args.output} holds a run already; go on with --resume or choose another --output")
-    sam = read_sam_checkpoint(sam_name) if sam_name else None
+        sam, resumed = None, read_json(args.output / "run.json")
+    else:
+        if (args.output / "last.safetensors").exists():
+            raise ValueError(
+                f"{args.output} holds a run already; go on with --resume or choose another --output"
+            )
+        config, resumed = args.config, {}
+        sam = read_sam_checkpoint(args.sam_checkpoint) if args.sam_checkpoint else None
     if sam is not None:
         config = dataclasses.replace(
             config,
@@ -64,7 +79,7 @@ def configuration(args: TrainArgs) -> tuple[Config, SamCheckpoint | None, dict[s
     config = validate(resolve_encoder(config, pretrained=sam is not None or args.resume))
     if args.embeddings is not None:
         check_still(config)
-    return config, sam, stored
+    return Plan(config, sam, resumed)
 
 
 def check_still(config: Config) -> None:
@@ -80,32 +95,31 @@ def check_still(config: Config) -> None:
         raise ValueError(f"--embeddings keeps what never changes, so it needs {' and '.join(wanted)}")
 
 
-def parse(argv: Sequence[str] | None, kind: Any, about: str | None) -> Any:
-    """Flags to arguments of `kind`. --preset and --config are read first: they are the other keys' defaults."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    argv = [
-        "--config-file" + a.removeprefix("--config") if a.split("=")[0] == "--config" else a for a in argv
-    ]
-    given = {name: _peek(argv, name) for name in ("--preset", "--config-file", "--sam-checkpoint")}
-    name = given["--preset"] or ("paper" if given["--sam-checkpoint"] else "small")
-    if given["--config-file"]:
-        from aftersam.files import read_json
+def parse(argv: Sequence[str] | None, kind: type[Args], about: str | None) -> Args:
+    """Flags to arguments of `kind`, which has `data`, `output` and the keys of a `config`.
 
-        config = from_dict(Config, read_json(Path(given["--config-file"])), where=given["--config-file"])
+    Keys that are not given take those of --config or of the preset, so these are looked for first."""
+    given = _bases(argv)
+    if given.config is not None:
+        config = from_dict(Config, read_json(given.config), where=str(given.config))
     else:
-        config = preset(name)
-    limits = {"max_steps": _peek(argv, "--max-steps"), "max_minutes": _peek(argv, "--max-minutes")}
-    if any(value is not None for value in limits.values()):  # one limit given replaces a preset's other
+        config = preset(preset_name(given.preset, given.sam_checkpoint))
+    if given.max_steps or given.max_minutes:  # one limit given replaces a preset's other
         cleared = dataclasses.replace(config.train, max_steps=None, max_minutes=None)
         config = dataclasses.replace(config, train=cleared)
-    default = kind(data=tyro.MISSING, output=tyro.MISSING, config=config)
+    default = kind(data=tyro.MISSING, output=tyro.MISSING, config=config)  # type: ignore[call-arg]
     return tyro.cli(kind, args=argv, default=default, description=about, config=(tyro.conf.OmitArgPrefixes,))
 
 
-def _peek(argv: Sequence[str], name: str) -> str | None:
-    """The value of flag `name`, in either spelling, before the real parser runs."""
-    for i, arg in enumerate(argv):
-        flag, equals, value = arg.partition("=")
-        if flag.replace("_", "-") == name:
-            return value if equals else (argv[i + 1] if i + 1 < len(argv) else None)
-    return None
+def preset_name(asked: str | None, sam_checkpoint: str | None) -> str:
+    """The preset whose choices are taken where no configuration file is given."""
+    return asked or ("paper" if sam_checkpoint else "small")
+
+
+def _bases(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags that other flags' defaults follow from; all others, and all mistakes, are left to the real parser."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", "--config-file", "--config_file", type=Path, nargs="?")
+    for name in ("preset", "sam-checkpoint", "max-steps", "max-minutes"):
+        parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", nargs="?")
+    return parser.parse_known_args(argv)[0]

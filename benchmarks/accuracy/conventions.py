@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 from aftersam.data.phantom import HEART, TRACHEA, write_dataset
 from aftersam.data.transforms import resample
 from aftersam.evaluation.metrics import Convention
-from aftersam.evaluation.scoring import evaluate
+from aftersam.evaluation.scoring import ScoringOptions, score_folder
 from aftersam.evaluation.statistics import mean_of
 from aftersam.evaluation.tables import markdown_table
 from benchmarks.machine import ROOT
@@ -40,14 +41,15 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
         nib.save(truth, path)
         nib.save(mask, masks / path.name)
     found: dict[str, dict[str, float]] = {
-        name: _means(evaluate(masks, labels, convention=name, quiet=True)) for name in NAMES
+        name: _means(score_folder(masks, labels, ScoringOptions(convention=name), quiet=True))
+        for name in NAMES
     }
     for kind in (labels, masks):
         (folder / "half" / kind.name).mkdir(parents=True)
         for path in sorted(kind.glob("*.nii.gz")):
             nib.save(halved(nib.load(path)), folder / "half" / kind.name / path.name)
     shutil.copy(labels.parent / "dataset.json", folder / "half")
-    half = evaluate(folder / "half" / "masks", folder / "half" / "labelsTr", quiet=True)
+    half = score_folder(folder / "half" / "masks", folder / "half" / "labelsTr", quiet=True)
     return {**found, COARSE: _means(half)}
 
 
@@ -74,7 +76,7 @@ def halved(image: Any) -> Any:
     return nib.Nifti1Image(small.transpose(2, 1, 0), affine)
 
 
-def _means(metrics: dict[str, Any]) -> dict[str, float]:
+def _means(metrics: Mapping[str, Any]) -> dict[str, float]:
     distances = [organ["hd95_mm_penalised"] for organ in metrics["organs"].values()]
     return {"dsc": metrics["mean_dsc"], "hd95_mm": mean_of(d for d in distances if d is not None)}
 

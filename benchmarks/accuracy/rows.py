@@ -22,7 +22,7 @@ from aftersam.data.cache import CachedCase, cache_cases
 from aftersam.data.dataset import find_dataset, split
 from aftersam.data.transforms import preprocess, resample
 from aftersam.data.volume import read_image, read_labels, write_labels
-from aftersam.evaluation.scoring import evaluate
+from aftersam.evaluation.scoring import score_folder
 from aftersam.files import read_json, write_json
 from aftersam.inference.inputs import Scan
 from aftersam.inference.pipeline import PredictArgs, predict_files
@@ -101,7 +101,8 @@ def score_elsewhere(output: Path, name: str, masks: Path) -> None:
 
 def _score(masks: Path, labels: Path, home: Path, row: dict[str, Any]) -> None:
     """Leave metrics.json, then row.json, which says that the row is done. Raises ValueError on a missing mask."""
-    metrics = evaluate(masks, labels, output=home / "metrics.json", quiet=True)
+    metrics = score_folder(masks, labels, quiet=True)
+    write_json(home / "metrics.json", metrics)
     if metrics["problems"]:
         raise ValueError(f"every row needs all cases: {next(iter(metrics['problems'].values()))}")
     write_json(home / "row.json", _plain({**row, "prompted": metrics["prompted"]}))

@@ -1,0 +1,172 @@
+"""What a training stands on: its processes, the scans of a fold, the model with its weights, and the run's facts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import filter_trackers
+from accelerate.utils import set_seed
+
+from aftersam.config import TrainConfig, to_dict
+from aftersam.data.cache import CachedCase, cache_cases
+from aftersam.data.dataset import Dataset, find_dataset, mirror_pairs, split
+from aftersam.data.slice_group import SliceGroups
+from aftersam.data.stored_features import StoredScan
+from aftersam.device import DTYPES, precision_for
+from aftersam.files import write_json
+from aftersam.inference.feature_cache import Embeddings
+from aftersam.inference.postprocess import one_piece
+from aftersam.model.aftersam import AfterSAM
+from aftersam.model.build import build_aftersam
+from aftersam.training.arguments import Plan, TrainArgs
+from aftersam.training.checkpoint import load_training, provenance
+from aftersam.training.schedule import Progress
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run as one of them sees them, and the precision that all compute in."""
+
+    accelerator: Accelerator
+    precision: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.precision]
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def world(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the run's files."""
+        return self.accelerator.is_main_process
+
+
+@dataclass(frozen=True)
+class Scans:
+    """The preprocessed scans of a fold; `groups` draws from those to train on."""
+
+    dataset: Dataset
+    fold: int
+    training: list[CachedCase]
+    validation: list[CachedCase]
+    groups: SliceGroups
+
+    @property
+    def labels(self) -> dict[int, str]:
+        return self.dataset.labels
+
+    @property
+    def num_classes(self) -> int:
+        """Background included."""
+        return len(self.labels) + 1
+
+
+def start_processes(config: TrainConfig, output: Path, device: str) -> Processes:
+    """Devices, precision and trackers, and the seed of every draw from here on.
+
+    Raises ValueError on a tracker that is not installed, and on fp16 without a GPU."""
+    precision = precision_for(config.precision, device)
+    if not filter_trackers(config.tracker, output):
+        raise ValueError(
+            f"tracker is {config.tracker!r}, whose package is not installed; install it, or use tensorboard"
+        )
+    AcceleratorState._reset_state()  # a run before this one in the same process may have had another precision
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no"}.get(precision, precision),
+        cpu=device == "cpu",
+        log_with=config.tracker,
+        project_dir=str(output),
+    )
+    if precision == "fp16" and accelerator.device.type == "cpu":  # where nothing scales the gradients
+        raise ValueError("precision fp16 needs a GPU to train on; use bf16 or fp32")
+    set_seed(config.seed)
+    return Processes(accelerator, precision)
+
+
+def read_scans(args: TrainArgs, plan: Plan) -> Scans:
+    """The scans of the fold, preprocessed, and their groups.
+
+    Raises ValueError on a bad data set or fold, and where a resumed run was trained on other labels."""
+    config, dataset = plan.config, find_dataset(args.data)
+    fold = plan.resumed.get("fold", args.fold)
+    args.output.mkdir(parents=True, exist_ok=True)
+    train_ids, validation_ids = split(  # the same folds for every seed, so that seeds can be compared
+        dataset, fold, 0, write_to=args.output / "splits_final.json"
+    )
+    names = {int(k): v for k, v in plan.resumed["labels"].items()} if plan.resumed else dataset.labels
+    if names != dataset.labels:
+        raise ValueError(
+            f"{args.data} has the labels {dataset.labels}, but the run to resume was trained on {names}"
+        )
+    cached = cache_cases(
+        dataset,
+        [*train_ids, *validation_ids],
+        config.data,
+        args.cache or args.output / "cache",
+        training=train_ids,
+    )
+    training = [cached[case] for case in train_ids]
+    groups = SliceGroups(
+        training,
+        model=config.model,
+        data=config.data,
+        seed=config.train.seed,
+        label_swap=mirror_pairs(dataset.labels) if "mirror" in config.data.augmentation else {},
+    )
+    return Scans(dataset, fold, training, [cached[case] for case in validation_ids], groups)
+
+
+def build_model(args: TrainArgs, plan: Plan, num_classes: int) -> tuple[AfterSAM, Progress]:
+    """The model with its weights, new, SAM's or the resumed run's, and where its run stands."""
+    model = build_aftersam(plan.config.model, num_classes, sam=plan.sam)
+    model.set_activation_checkpointing(plan.config.train.activation_checkpointing)
+    if not args.resume:
+        return model, Progress()
+    facts = load_training(args.output / "last.safetensors", model)
+    return model, Progress(**facts["progress"])
+
+
+def store_features(
+    folder: Path, model: AfterSAM, scans: Scans, processes: Processes
+) -> dict[str, StoredScan]:
+    """What the frozen encoder makes of every scan, by case: encoded once, each process its share, and kept in `folder`.
+
+    Training groups carry the features from here on."""
+    size = scans.groups.model.image_size
+    store = Embeddings(folder, model.to(processes.device), image_size=size, precision=processes.dtype)
+    cases = [*scans.training, *scans.validation]
+    for case in cases[processes.rank :: processes.world]:
+        store.of(case.hu, case.box)
+    processes.accelerator.wait_for_everyone()
+    scans.groups.stored = {case.id: store.of(case.hu, case.box) for case in cases}
+    return scans.groups.stored
+
+
+def write_facts(output: Path, plan: Plan, scans: Scans) -> None:
+    """Write what repeats the run, config.json, and what its weights need beside it, run.json."""
+    write_json(output / "config.json", to_dict(plan.config))
+    native = plan.config.data.spacing_mm == "native"
+    facts = {
+        "labels": {str(value): name for value, name in scans.labels.items()},
+        "spacing_mm": None if native else list(scans.training[0].spacing_mm),
+        "one_piece": one_piece((case.labels for case in scans.training), scans.labels),
+        "dataset": scans.dataset.name,
+        "fold": scans.fold,
+        "sam_sha256": plan.sam.sha256 if plan.sam else None,
+    }
+    write_json(output / "run.json", facts | provenance())

@@ -1,0 +1,52 @@
+"""A training's arguments: presets and files give what flags do not, mistakes name the nearest flag."""
+
+import dataclasses
+
+import pytest
+
+from aftersam.config import Config, preset, to_dict
+from aftersam.files import write_json
+from aftersam.training.arguments import TrainArgs, parse
+
+
+def parsed(argv):
+    return parse(argv, TrainArgs, None)
+
+
+def test_presets_and_limits_on_the_command_line(tmp_path):
+    assert parsed(["--data", "d", "--output", "o"]).config.model.image_encoder == "small"
+    assert parsed(["--data", "d", "--output", "o", "--sam-checkpoint", "vit_b"]).config == preset("paper")
+    minutes = parsed(["--data", "d", "--output", "o", "--max-minutes", "60"]).config.train
+    assert (minutes.max_steps, minutes.max_minutes) == (None, 60.0)
+    stored = dataclasses.replace(Config(), train=dataclasses.replace(Config().train, seed=7))
+    write_json(tmp_path / "config.json", to_dict(stored))
+    again = parsed(
+        ["--data", "d", "--output", "o", "--config", str(tmp_path / "config.json"), "--batch-size", "3"]
+    )
+    assert (again.config.train.seed, again.config.train.batch_size) == (7, 3)
+
+
+def test_a_misspelt_flag_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parsed(["--data", "d", "--output", "o", "--num-slice", "3"])
+    assert stop.value.code == 2
+    assert "--num-slices" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spelling", ["--config {}", "--config={}", "--config-file {}", "--config_file={}"])
+def test_a_configuration_file_wins_over_a_preset_and_flags_over_both(tmp_path, spelling):
+    path = tmp_path / "config.json"
+    write_json(path, to_dict(preset("paper")))
+    argv = ["--data", "d", "--output", "o", "--preset", "tiny", *spelling.format(path).split(), "--fold", "2"]
+    args = parsed(argv)
+    assert (args.config, args.config_file, args.fold) == (preset("paper"), path, 2)
+    assert parsed([*argv, "--num_blocks", "3"]).config.model.num_blocks == 3
+    assert argv[4:6] == ["--preset", "tiny"]  # as they were
+
+
+def test_a_flag_without_its_value_is_refused(capsys):
+    for flag in ("--config", "--preset", "--max-steps"):
+        with pytest.raises(SystemExit) as stop:
+            parsed(["--data", "d", "--output", "o", flag])
+        assert stop.value.code == 2
+        assert flag in capsys.readouterr().err
