@@ -312,7 +312,7 @@ def _work(args: PredictArgs) -> _Work:
 
 
 def _options(args: PredictArgs, segmenter: Segmenter) -> PredictOptions:
-    """What `args` ask for. Raises ValueError on a keep that no group has, or an organ of one side alone."""
+    """The options in `args`. Raises ValueError on a keep that no group has, or an organ of one side alone."""
     from aftersam.data.dataset import mirror_pairs
     from aftersam.inference.inputs import PredictOptions
 
