@@ -6,9 +6,9 @@ from functools import partial
 
 import pytest
 import torch
-from aftersam.model.axial_fusion import AxialFusionBlock
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from aftersam.model.fusion import AxialFusionBlock
 from axial_fusion import (
     AttentionWeights,
     LoRA,
