@@ -87,7 +87,7 @@ def score_folder(
     if not options.nsd_tolerance_mm > 0:
         raise ValueError(f"nsd_tolerance_mm is {options.nsd_tolerance_mm}, but must be above 0")
     references = masks_in(labels)
-    systems = {folder: masks_in(folder) for folder in (predictions, against) if folder is not None}
+    systems = [(folder, masks_in(folder)) for folder in (predictions, against) if folder is not None]
     names = label_names_near(options.label_names, labels, predictions)
     console = Console(stderr=True)
     hidden = quiet or not console.is_terminal
@@ -95,7 +95,7 @@ def score_folder(
     spacings, problems = [], {}
     for case, path in track(references.items(), "scoring", console=console, transient=True, disable=hidden):
         try:
-            found = [_matching(masks, case, folder) for folder, masks in systems.items()]
+            found = [_matching(masks, case, folder) for folder, masks in systems]
             truth = read_labels(path)
             scores[case] = [_score_case(mask, truth, names, options) for mask in found]
         except (ValueError, OSError) as error:
