@@ -28,8 +28,11 @@ def check_shapes(op: str, expected: Mapping[str, tuple[Tensor, tuple[str | int, 
 
     A number in place of a letter must be matched too. Raises ValueError naming the tensor that does not fit."""
     sizes: dict[str, int] = {}
+    fitting: dict[tuple[str | int, ...], torch.Size] = {}
     for name, (tensor, axes) in expected.items():
         shape = tensor.shape
+        if fitting.get(axes) == shape:
+            continue
         if len(shape) != len(axes):
             raise ValueError(f"{op}: {name} must be ({_listed(axes)}), found shape {tuple(shape)}")
         for axis, size in zip(axes, shape, strict=True):
@@ -38,6 +41,7 @@ def check_shapes(op: str, expected: Mapping[str, tuple[Tensor, tuple[str | int, 
                 raise ValueError(
                     f"{op}: {name} must be ({_listed(axes)}) with {axis} = {want}, found shape {tuple(shape)}"
                 )
+        fitting[axes] = shape
     return sizes
 
 
