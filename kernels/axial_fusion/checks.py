@@ -1,4 +1,4 @@
-"""What every op does with its arguments first: shapes, dtypes and devices checked, autocast's casts made."""
+"""What every op does with its arguments first: it checks them, casts them for autocast, and asks who differentiates."""
 
 from __future__ import annotations
 
@@ -62,6 +62,22 @@ def check_alike(op: str, **tensors: Tensor) -> None:
             )
         if tensor.device != device:
             raise ValueError(f"{op}: {other} is on {tensor.device} but {name} is on {device}")
+
+
+def under_transform(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether a torch.func transform is active or one of the tensors carries a forward-mode tangent."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    ad = torch.autograd.forward_ad
+    return ad._current_level >= 0 and any(ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def no_derivative(*tensors: Tensor) -> bool:
+    """Whether nobody will differentiate what is computed from these tensors, by autograd or by a transform."""
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return not wanted and not under_transform(tensors)
 
 
 def softmax_scale(scale: float | None, head_dim: int) -> float:

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from axial_fusion.checks import autocast_dtype, dtype_name
+from axial_fusion.checks import autocast_dtype, dtype_name, no_derivative, under_transform
 from axial_fusion.reference import AttentionWeights
 
 Op = Literal[
@@ -387,19 +387,3 @@ def plain_on(*tensors: Tensor) -> bool:
     On a CPU a composition costs less a call and autograd's saved activations save a recomputation; elsewhere the
     registered op saves its inputs alone. Transforms of torch.func and forward-mode AD need the composition."""
     return tensors[0].device.type in ("cpu", "meta") or under_transform(tensors)
-
-
-def under_transform(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether a torch.func transform is active or one of the tensors carries a forward-mode tangent."""
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    ad = torch.autograd.forward_ad
-    return ad._current_level >= 0 and any(ad.unpack_dual(t).tangent is not None for t in tensors)
-
-
-def no_derivative(*tensors: Tensor) -> bool:
-    """Whether nobody will differentiate what is computed from these tensors, by autograd or by a transform."""
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return not wanted and not under_transform(tensors)

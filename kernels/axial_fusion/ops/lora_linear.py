@@ -25,8 +25,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from axial_fusion.checks import autocast_dtype, check_alike, check_shapes, dtype_name, no_second_derivative
-from axial_fusion.dispatch import no_derivative, plain_on, select_backend
+from axial_fusion.checks import (
+    autocast_dtype,
+    check_alike,
+    check_shapes,
+    dtype_name,
+    no_derivative,
+    no_second_derivative,
+)
+from axial_fusion.dispatch import plain_on, select_backend
 from axial_fusion.gpu import lora as kernels
 from axial_fusion.gpu.lora import NO_DROPOUT, Dropout
 from axial_fusion.ops.dense_linear import by_onednn, dense_linear, onednn_linear
