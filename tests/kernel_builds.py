@@ -71,11 +71,12 @@ def lora_linear(dtype: torch.dtype, rows: int, k: int, n: int, rank: int, *, dro
 
 
 def lora_qkv(dtype: torch.dtype, rows: int, channels: int, rank: int) -> None:
-    x, a = torch.zeros(rows, channels, dtype=dtype), torch.zeros(2 * rank, channels, dtype=dtype)
+    x, weight = torch.zeros(rows, channels, dtype=dtype), torch.zeros(3 * channels, channels, dtype=dtype)
     gamma, beta = torch.zeros(2, channels).unbind()
-    qkv._normalised(x, gamma, beta, a, 1e-6, dtype, "triton")
-    b = torch.zeros(channels, rank)  # LoRA's weights stay fp32
-    lora.launch_weight(torch.zeros(3 * channels, channels, dtype=dtype), b, 0.5, b, 0.5)
+    a, b = torch.zeros(rank, channels), torch.zeros(channels, rank)  # LoRA's weights stay fp32
+    call = qkv._Call(x, gamma, beta, weight, None, a, b, a, b, 0.5, 0.5, 1e-6, "triton")
+    qkv._normalised(call, call.stacked())
+    qkv._augmented(call)
 
 
 def rel_pos_attention(dtype: torch.dtype, heads: int, dim: int, height: int, width: int) -> None:

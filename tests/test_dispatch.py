@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aftersam.model.fusion import AxialFusionBlock
+from aftersam.model.lora import LoRAOptions
 from axial_fusion import (
     AttentionWeights,
     LoRA,
@@ -149,7 +150,8 @@ def decisions(function):
 @pytest.mark.parametrize("index", [None, [1]], ids=str)
 def test_a_fusion_block_decides_at_most_twice(rank, index):
     """Once for both attentions with their projections, once for the norm of its MLP."""
-    block, x = AxialFusionBlock(16, 2, rank=rank), torch.randn(1, 3, 8, 16)
+    block = AxialFusionBlock(16, 2, lora=LoRAOptions(rank) if rank else None)
+    x = torch.randn(1, 3, 8, 16)
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             assert decisions(lambda: block(x, index)) <= 2

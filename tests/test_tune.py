@@ -9,13 +9,13 @@ from axial_fusion.gpu import axial_attention as kernels
 from axial_fusion.gpu.tiles import MEASURED, Key, Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = {"slices": 9, "head_dim": 16, "heads": 1, "positions": 8, "dtype": torch.float32, "device": DEVICE}
+SMALL = tune.Sizes(9, 16, heads=1, positions=8, dtype=torch.float32, device=DEVICE)
 
 
 @pytest.mark.parametrize("op", [op for op in tune.OPS if op != "slice_attention"])
 def test_every_right_candidate_is_timed(op):
     before = dict(MEASURED)
-    key, results = tune.tune(op, **SMALL, tiles=[Tile(16, 4, 1), Tile(64, 4, 1)], timer=lambda run: 1.0)
+    key, results = tune.tune(op, SMALL, tiles=[Tile(16, 4, 1), Tile(64, 4, 1)], timer=lambda run: 1.0)
     assert isinstance(key, Key)
     assert key.op == op
     assert [result.refused for result in results] == [None, None]
@@ -36,7 +36,7 @@ def test_a_wrong_tile_is_refused_and_never_timed(monkeypatch):
     timed = []
     _, results = tune.tune(
         "axial_attention",
-        **SMALL,
+        SMALL,
         tiles=[Tile(64, 4, 1), Tile(16, 4, 1)],
         timer=lambda run: timed.append(1) or 2.0,
     )
@@ -49,7 +49,7 @@ def test_a_wrong_tile_is_refused_and_never_timed(monkeypatch):
 @pytest.mark.skipif(DEVICE == "cuda", reason="what a CPU refuses, a GPU may run")
 def test_backends_of_slice_attention_are_measured_and_their_table_is_what_auto_takes(monkeypatch):
     before = dict(FASTEST)
-    key, results = tune.tune("slice_attention", **SMALL, timer=lambda run: 1.0)
+    key, results = tune.tune("slice_attention", SMALL, timer=lambda run: 1.0)
     assert {r.tile for r in results if r.refused is None} == {"sdpa", "sdpa_flash"}
     refused = {r.tile: r.refused for r in results if r.refused is not None}
     assert refused.keys() == {"triton", "sdpa_cudnn", "sdpa_efficient", "flash", "xformers"}
@@ -66,7 +66,7 @@ def test_backends_of_slice_attention_are_measured_and_their_table_is_what_auto_t
 
 def test_unknown_ops_are_refused_and_the_command_says_that_it_needs_a_gpu(capsys):
     with pytest.raises(ValueError, match="slice_attention"):
-        tune.tune("axial", **SMALL)
+        tune.tune("axial", SMALL)
     if DEVICE == "cpu":
         assert tune.main(["axial_attention"]) == 2
         assert "GPU" in capsys.readouterr().err

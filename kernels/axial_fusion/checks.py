@@ -1,4 +1,4 @@
-"""What every op does with its arguments first: shapes, dtypes and devices checked, autocast's casts made."""
+"""What every op does with its arguments first: it checks them, casts them for autocast, and asks who differentiates."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ def check_shapes(op: str, expected: Mapping[str, tuple[Tensor, tuple[str | int, 
 
     A number in place of a letter must be matched too. Raises ValueError naming the tensor that does not fit."""
     sizes: dict[str, int] = {}
+    fitting: dict[tuple[str | int, ...], torch.Size] = {}
     for name, (tensor, axes) in expected.items():
         shape = tensor.shape
+        if fitting.get(axes) == shape:
+            continue
         if len(shape) != len(axes):
             raise ValueError(f"{op}: {name} must be ({_listed(axes)}), found shape {tuple(shape)}")
         for axis, size in zip(axes, shape, strict=True):
@@ -38,6 +41,7 @@ def check_shapes(op: str, expected: Mapping[str, tuple[Tensor, tuple[str | int, 
                 raise ValueError(
                     f"{op}: {name} must be ({_listed(axes)}) with {axis} = {want}, found shape {tuple(shape)}"
                 )
+        fitting[axes] = shape
     return sizes
 
 
@@ -58,6 +62,22 @@ def check_alike(op: str, **tensors: Tensor) -> None:
             )
         if tensor.device != device:
             raise ValueError(f"{op}: {other} is on {tensor.device} but {name} is on {device}")
+
+
+def under_transform(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether a torch.func transform is active or one of the tensors carries a forward-mode tangent."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    ad = torch.autograd.forward_ad
+    return ad._current_level >= 0 and any(ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def no_derivative(*tensors: Tensor) -> bool:
+    """Whether nobody will differentiate what is computed from these tensors, by autograd or by a transform."""
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return not wanted and not under_transform(tensors)
 
 
 def softmax_scale(scale: float | None, head_dim: int) -> float:

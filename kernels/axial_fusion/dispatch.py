@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from axial_fusion.checks import autocast_dtype, dtype_name
+from axial_fusion.checks import autocast_dtype, dtype_name, no_derivative, under_transform
 from axial_fusion.reference import AttentionWeights
 
 Op = Literal[
@@ -114,6 +114,8 @@ class HalfBackends(NamedTuple):
 
 ON_CPU = Choice("torch", "a CPU tensor: library matmuls are fastest there")
 TRANSFORMED = Choice("torch", "plain products alone have a forward-mode derivative and every transform")
+NOTHING_TO_FUSE = Choice("torch", "library products, nothing to fuse with them here")
+SDPA = Choice("sdpa", "torch picks the fastest fused attention for the device")
 NO_TRANSFORM = "no forward-mode derivative and no torch.func transform"
 ALL_TORCH = HalfBackends("torch", "torch", "torch", "torch")
 
@@ -167,8 +169,7 @@ def _half(x: Tensor, w: AttentionWeights | None, dtype: torch.dtype, attention: 
     if w is None:
         return ALL_TORCH
     ranks = [0 if lora is None else lora.a.shape[0] for lora in (w.lora_q, w.lora_v)]
-    facts = Facts(x.device, dtype)
-    lora, dense = (_fastest_linear(facts._replace(rank=rank)).backend for rank in (max(ranks), 0))
+    lora, dense = (_fastest_linear(x.device, dtype, rank).backend for rank in (max(ranks), 0))
     if x.device.type != "cuda":
         return HalfBackends("torch", lora, dense, attention)
     rows = Facts(x.device, x.dtype, channels=x.shape[-1])
@@ -210,12 +211,20 @@ def _facts(op: str, tensors: tuple[Tensor, ...]) -> Facts:
 
 def _rank(tensors: tuple[Tensor, ...]) -> int:
     """The rank of LoRA's A, the second matrix behind x among the inputs of lora_linear or lora_qkv; 0 without."""
-    matrices = [t for t in tensors[1:] if t.dim() == 2]
-    return matrices[1].shape[0] if len(matrices) > 1 else 0
+    matrices = 0
+    for tensor in tensors[1:]:
+        matrices += tensor.dim() == 2
+        if matrices == 2:
+            return tensor.shape[0]
+    return 0
 
 
 def _fastest(op: str, tensors: tuple[Tensor, ...]) -> Choice:
     """The choice of `auto`. Raises ValueError where no backend runs."""
+    x = tensors[0]
+    rank = _rank(tensors) if op == "lora_linear" else 0
+    if op == "lora_linear" and not rank and x.device.type != "cuda":
+        return NOTHING_TO_FUSE
     if under_transform(tensors):
         if op == "lora_qkv":
             raise ValueError(f"{op} has {NO_TRANSFORM}; row_norm and lora_linear have both")
@@ -224,11 +233,11 @@ def _fastest(op: str, tensors: tuple[Tensor, ...]) -> Choice:
         return Choice(
             "composed", "library products between our kernels, each on the backend that is fastest for it"
         )
+    if op == "lora_linear":
+        return _fastest_linear(x.device, autocast_dtype(x) or x.dtype, rank)
     facts = _facts(op, tensors)
     if op == "slice_attention":
-        return _fastest_slices(facts, tensors[0].shape[2], lambda: tensors)
-    if op == "lora_linear":
-        return _fastest_linear(facts)
+        return _fastest_slices(facts, x.shape[2], lambda: tensors)
     if op == "lora_qkv":
         return _fastest_qkv(facts)
     return _fastest_kernel(op, facts)
@@ -256,22 +265,22 @@ def _fastest_slices(facts: Facts, positions: int, tensors: Callable[[], tuple[Te
     most = FEW_POSITIONS.get(facts.dtype, 0)
     if facts.device.type == "cpu" and positions <= most and not no_derivative(*tensors()):
         return Choice("torch", f"a gradient of at most {most} positions on a CPU: plain products are faster")
-    return Choice("sdpa", "torch picks the fastest fused attention for the device")
+    return SDPA
 
 
-def _fastest_linear(facts: Facts) -> Choice:
+def _fastest_linear(device: torch.device, dtype: torch.dtype, rank: int) -> Choice:
     """Of lora_linear, with LoRA where the rank is above 0."""
-    if facts.device.type == "cuda":
-        if not facts.rank:
+    if device.type == "cuda":
+        if not rank:
             return Choice("augmented", "the library's product; a bias gradient is one pass over the rows")
-        if _triton_obstacle("lora_linear", facts) is None:
+        if _triton_obstacle("lora_linear", Facts(device, dtype, rank=rank)) is None:
             return Choice(
                 "triton", "x is read and joined with its update in one pass: 265 us on an H100, not 316"
             )
         return Choice("augmented", "one product of K + r writes y once")
-    if facts.rank and facts.dtype in HALF:
+    if rank and dtype in HALF:
         return Choice("augmented", "one product rounds y once; a small update added to it after is lost")
-    return Choice("torch", "library products, nothing to fuse with them here")
+    return NOTHING_TO_FUSE
 
 
 def _fastest_qkv(facts: Facts) -> Choice:
@@ -378,19 +387,3 @@ def plain_on(*tensors: Tensor) -> bool:
     On a CPU a composition costs less a call and autograd's saved activations save a recomputation; elsewhere the
     registered op saves its inputs alone. Transforms of torch.func and forward-mode AD need the composition."""
     return tensors[0].device.type in ("cpu", "meta") or under_transform(tensors)
-
-
-def under_transform(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether a torch.func transform is active or one of the tensors carries a forward-mode tangent."""
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    ad = torch.autograd.forward_ad
-    return ad._current_level >= 0 and any(ad.unpack_dual(t).tangent is not None for t in tensors)
-
-
-def no_derivative(*tensors: Tensor) -> bool:
-    """Whether nobody will differentiate what is computed from these tensors, by autograd or by a transform."""
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return not wanted and not under_transform(tensors)

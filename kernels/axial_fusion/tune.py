@@ -30,6 +30,17 @@ TOLERANCE = {
 }  # relative L2, of what rounds most
 
 
+class Sizes(NamedTuple):
+    """What is measured: slices of a group, a head's channels, and how many heads and positions there are."""
+
+    slices: int
+    head_dim: int
+    heads: int = 8
+    positions: int = 4096
+    dtype: torch.dtype = torch.bfloat16
+    device: str = "cuda"
+
+
 class Measured(NamedTuple):
     """What became of a candidate, a tile or a backend: its median time, or why it was refused."""
 
@@ -49,13 +60,8 @@ def candidates(op: str) -> Iterable[Tile | str]:
 
 def tune(
     op: str,
+    sizes: Sizes,
     *,
-    slices: int,
-    head_dim: int,
-    heads: int = 8,
-    positions: int = 4096,
-    dtype: torch.dtype = torch.bfloat16,
-    device: str = "cuda",
     tiles: Iterable[Tile | str] | None = None,
     timer: Callable[[Callable[[], object]], float] | None = None,
 ) -> tuple[Key | SliceKey, list[Measured]]:
@@ -65,24 +71,24 @@ def tune(
     unknown op."""
     if op not in OPS:
         raise ValueError(f"op is {op!r}; there are {', '.join(OPS)}")
-    small, large = (
-        _Problem(op, slices, head_dim, heads, p, dtype, device) for p in (min(positions, 19), positions)
-    )
-    key: Key | SliceKey = Key(op, arch(small.inputs[0].device), dtype, slices, head_dim)
+    small = _Problem(op, sizes._replace(positions=min(sizes.positions, 19)))
+    large = _Problem(op, sizes)
+    arch_here = arch(small.inputs[0].device)
+    key: Key | SliceKey = Key(op, arch_here, sizes.dtype, sizes.slices, sizes.head_dim)
     table: dict[Any, Any] = MEASURED
     if op == "slice_attention":
         key, table = slice_key(small.inputs[0]), FASTEST
     exact = small.exact()
-    measure = timer or _timer(device)
+    measure = timer or _timer(sizes.device)
     results = []
     kept = table.get(key)
     try:
         for tile in candidates(op) if tiles is None else tiles:
-            if isinstance(tile, Tile) and tile.rows < slices:
+            if isinstance(tile, Tile) and tile.rows < sizes.slices:
                 continue
             table[key] = tile
             small.backend = large.backend = tile if isinstance(tile, str) else "triton"
-            refused = _wrong(small, exact, TOLERANCE[dtype])
+            refused = _wrong(small, exact, TOLERANCE[sizes.dtype])
             results.append(Measured(tile, None if refused else measure(large.run), refused))
     finally:
         table.pop(key, None)
@@ -94,16 +100,15 @@ def tune(
 class _Problem:
     """Inputs of one size and the function that is timed on them."""
 
-    def __init__(
-        self, op: str, slices: int, head_dim: int, heads: int, positions: int, dtype: torch.dtype, device: str
-    ) -> None:
+    def __init__(self, op: str, sizes: Sizes) -> None:
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+            return torch.randn(shape, generator=generator).to(sizes.device, sizes.dtype).requires_grad_()
 
         self.op, self.backend = op, "triton"
-        self.inputs = [draw(1, slices, positions, heads, head_dim) for _ in range(3)]
+        shape = (1, sizes.slices, sizes.positions, sizes.heads, sizes.head_dim)
+        self.inputs = [draw(*shape) for _ in range(3)]
         self.backward = op != "axial_attention"
 
     def run(self) -> list[Tensor]:
@@ -160,11 +165,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--positions", type=int, default=4096)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     args = vars(parser.parse_args(argv))
-    args["dtype"] = getattr(torch, args["dtype"])
+    op, sizes = args.pop("op"), Sizes(**args | {"dtype": getattr(torch, args["dtype"])})
     if not torch.cuda.is_available():
         print("axial_fusion.tune: tiles are measured on a GPU, and torch sees none", file=sys.stderr)
         return 2
-    key, results = tune(**args)
+    key, results = tune(op, sizes)
     for result in results:
         print(f"{result.refused or f'{result.milliseconds:.4f} ms':>30}  {result.tile}")
     if results and results[0].milliseconds is not None:

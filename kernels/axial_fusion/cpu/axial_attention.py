@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from axial_fusion.dispatch import HALF, no_derivative
+from axial_fusion.checks import no_derivative
+from axial_fusion.dispatch import HALF
 from axial_fusion.reference import axial_mask
 
 

@@ -43,9 +43,12 @@ def _rows(tile, batch, head, P, strides, SLICES: tl.constexpr, BLOCK: tl.constex
 
 
 @jit
-def _visible(local_q, index_q, mask_q, local_k, index_k, mask_k, lengths_ptr, batch,
-             NQ: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr):  # fmt: skip
-    """Scores that count: same position, real rows, and the causal and length rules.  # [BLOCK_Q, BLOCK_K]"""
+def _visible(queries, keys, lengths_ptr, batch, NQ: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr):
+    """Scores that count: same position, real rows, and the causal and length rules.  # [BLOCK_Q, BLOCK_K]
+
+    `queries` and `keys`: each row's slice, position in the tile, and mask."""
+    index_q, local_q, mask_q = queries
+    index_k, local_k, mask_k = keys
     visible = (local_q[:, None] == local_k[None, :]) & mask_q[:, None] & mask_k[None, :]
     if CAUSAL:
         visible = visible & (index_k[None, :] <= index_q[:, None] + (N - NQ))
@@ -78,7 +81,7 @@ def _place(tiles, M, HEADS: tl.constexpr):
 @jit
 def axial_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, lengths_ptr, y_ptr,
-    scale, P, M, tiles,
+    scale, sizes,
     stride_q, stride_k, stride_v,
     NQ: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
@@ -86,6 +89,7 @@ def axial_attention_fwd_kernel(
     D: tl.constexpr = DIM.D
     D0: tl.constexpr = DIM.D0
     D1: tl.constexpr = DIM.D1
+    P, M, tiles = sizes
     tile, batch, head = _place(tiles, M, TILE.HEADS)
     stride_yn = tl.cast(P, tl.int64) * M * D
     stride_y = (NQ * stride_yn, stride_yn, M * D, D)
@@ -103,7 +107,8 @@ def axial_attention_fwd_kernel(
         k1 = load(k_ptr, offs_k, mask_k, D0, D1, D)
         s = tl.dot(q1, tl.trans(k1), acc=s, input_precision="ieee")
 
-    visible = _visible(local_q, index_q, mask_q, local_k, index_k, mask_k, lengths_ptr, batch, NQ, N, CAUSAL)
+    queries, keys = (index_q, local_q, mask_q), (index_k, local_k, mask_k)
+    visible = _visible(queries, keys, lengths_ptr, batch, NQ, N, CAUSAL)
     p, share = _probabilities(s, visible, scale)
     share = tl.expand_dims(share, len(s.shape) - 1)
     p = p.to(v0.dtype)
@@ -116,7 +121,7 @@ def axial_attention_fwd_kernel(
 @jit
 def axial_attention_bwd_kernel(
     g_ptr, q_ptr, k_ptr, v_ptr, lengths_ptr, dq_ptr, dk_ptr, dv_ptr,
-    scale, P, M, tiles,
+    scale, sizes,
     stride_g, stride_q, stride_k, stride_v,
     NQ: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
@@ -124,6 +129,7 @@ def axial_attention_bwd_kernel(
     D: tl.constexpr = DIM.D
     D0: tl.constexpr = DIM.D0
     D1: tl.constexpr = DIM.D1
+    P, M, tiles = sizes
     tile, batch, head = _place(tiles, M, TILE.HEADS)
     stride_n = tl.cast(P, tl.int64) * M * D  # of what is written
     stride_dq = (NQ * stride_n, stride_n, M * D, D)
@@ -149,7 +155,8 @@ def axial_attention_bwd_kernel(
         s = tl.dot(q1, tl.trans(k1), acc=s, input_precision="ieee")
         dp = tl.dot(g1, tl.trans(v1), acc=dp, input_precision="ieee")
 
-    visible = _visible(local_q, index_q, mask_q, local_k, index_k, mask_k, lengths_ptr, batch, NQ, N, CAUSAL)
+    queries, keys = (index_q, local_q, mask_q), (index_k, local_k, mask_k)
+    visible = _visible(queries, keys, lengths_ptr, batch, NQ, N, CAUSAL)
     p, share = _probabilities(s, visible, scale)
     AXIS: tl.constexpr = len(s.shape) - 1
     p = p * tl.expand_dims(share, AXIS)
@@ -192,7 +199,7 @@ def launch_forward(
     with on(q.device):
         axial_attention_fwd_kernel[(programs,)](
             q, k, v, lengths, y,
-            scale, sizes[2], sizes[3], count,
+            scale, (sizes[2], sizes[3], count),
             q.stride(), k.stride(), v.stride(),
             CAUSAL=causal, **constants,
         )  # fmt: skip
@@ -213,7 +220,7 @@ def launch_backward(
     with on(q.device):
         axial_attention_bwd_kernel[(programs,)](
             grad, q, k, v, lengths, dq, dk, dv,
-            scale, sizes[2], sizes[3], count,
+            scale, (sizes[2], sizes[3], count),
             grad.stride(), q.stride(), k.stride(), v.stride(),
             CAUSAL=causal, **constants,
         )  # fmt: skip

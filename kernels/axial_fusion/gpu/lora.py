@@ -24,6 +24,9 @@ class Dropout(NamedTuple):
     p: float = 0.0
 
 
+NO_DROPOUT = Dropout()
+
+
 @jit
 def _dropped(x, row, offs_k, K, seed_ptr, threshold, keep_scale):
     """dropout(x) of elements (row, offs_k) of a (T, K) matrix: SplitMix64 of seed + index, as in reference.py."""
@@ -146,13 +149,12 @@ def tail_width(rank: int) -> int:
 
 
 def launch_tail(
-    x: Tensor, a: Tensor, out: Tensor, dropout: Dropout | None = None, xa: Tensor | None = None
+    x: Tensor, a: Tensor, out: Tensor, dropout: Dropout = NO_DROPOUT, xa: Tensor | None = None
 ) -> None:
     """Writes dropout(x (T, K)) Aᵀ of a (r, K) behind the first K columns of out (T, K + tail).
 
     Where xa (T, r) is given, writes xa and x's copy in out too; else out's first K columns are x."""
     (rows, wide), rank = x.shape, a.shape[0]
-    dropout = dropout or Dropout()
     config = tiles.lora_tail(x, dropout=dropout.seed is not None)
     with on(x.device):
         lora_tail_kernel[(-(-rows // config["BLOCK_T"]),)](

@@ -255,15 +255,30 @@ def _rel_pos_elsewhere(
 # Slice attention.
 
 
+class SliceTile(NamedTuple):
+    """A tile of queries, of keys, and a head's columns. A kernel's constant.
+
+    EVEN: tiles of keys fill the slice. TMA: it loads the keys and values."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    D: int
+    EVEN: bool
+    TMA: bool
+
+
 def slice_forward(q: Tensor) -> dict[str, Any]:
-    """The tile of q's device and head size: on sm_90 the measured one, elsewhere one that builds without spills.
+    """The tile of q (B', P, M, D): on sm_90 the measured one, elsewhere one that builds without spills.
 
     TMA loads the keys and values on sm_90, wherever Triton has descriptors."""
-    if arch(q.device) != 90:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "TMA": False, "num_warps": 4, "num_stages": 2}
-    stages = 3 if q.shape[-1] <= 32 else 2
-    tma = TensorDescriptor is not None
-    return {"BLOCK_M": 64, "BLOCK_N": 128, "TMA": tma, "num_warps": 4, "num_stages": stages}
+    keys, stages, tma, (_, positions, _, dim) = 64, 2, False, q.shape
+    if arch(q.device) == 90:
+        keys, stages, tma = 128, 3 if dim <= 32 else 2, TensorDescriptor is not None
+    return {
+        "TILE": SliceTile(64, keys, dim, positions % keys == 0, tma),
+        "num_warps": 4,
+        "num_stages": stages,
+    }
 
 
 # Rows of a matrix: LayerNorm, sums of columns.

@@ -25,11 +25,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from axial_fusion.checks import autocast_dtype, check_alike, check_shapes, dtype_name, no_second_derivative
-from axial_fusion.dispatch import no_derivative, plain_on, select_backend
+from axial_fusion.checks import (
+    autocast_dtype,
+    check_alike,
+    check_shapes,
+    dtype_name,
+    no_derivative,
+    no_second_derivative,
+)
+from axial_fusion.dispatch import plain_on, select_backend
 from axial_fusion.gpu import lora as kernels
-from axial_fusion.gpu.lora import Dropout
-from axial_fusion.ops.dense_linear import by_onednn, dense_linear
+from axial_fusion.gpu.lora import NO_DROPOUT, Dropout
+from axial_fusion.ops.dense_linear import by_onednn, dense_linear, onednn_linear
 from axial_fusion.ops.row_norm import column_sums
 from axial_fusion.reference import LoRA, dropout_mask
 
@@ -50,7 +57,7 @@ def _update(
 ) -> _Update | None:
     if a is None or b is None:
         return None
-    dropout = Dropout(seed, p)
+    dropout = NO_DROPOUT if seed is None else Dropout(seed, p)
     return _Update(a.to(x.dtype).contiguous(), b.to(x.dtype).contiguous(), scaling, dropout)
 
 
@@ -65,7 +72,7 @@ def _plain_forward(
     a, b, scaling, dropout = update
     xa = F.linear(_dropped(x, dropout), a)  # (T, r)
     if by_onednn(x, weight, bias) and no_derivative(a, b):
-        return dense_linear(x, weight, bias).addmm_(xa, b.t(), alpha=scaling), xa
+        return onednn_linear(x, weight, bias).addmm_(xa, b.t(), alpha=scaling), xa
     thin = xa @ (scaling * b).t() if bias is None else torch.addmm(bias, xa, b.t(), alpha=scaling)
     return thin.addmm_(x, weight.t()), xa
 
@@ -130,7 +137,7 @@ def _forward(
     rows = rows_of(x)
     update = _update(x, lora_a, lora_b, seed, scaling, dropout_p)
     if not rows.numel() or not weight.numel():
-        update = None if update is None else update._replace(dropout=Dropout())
+        update = None if update is None else update._replace(dropout=NO_DROPOUT)
         y, xa = _plain_forward(rows, weight, bias, update)
     else:
         y, xa = _FORWARD[backend](rows, weight.contiguous(), bias, update)
@@ -249,8 +256,7 @@ def lora_linear(
     is auto, torch, augmented or triton. Raises ValueError on a shape, dtype, device or backend mismatch."""
     lora = _checked_lora(weight, lora_a, lora_b, scaling)
     _check(x, weight, bias, lora, dropout_p, seed)
-    given = (t for t in (x, weight, bias, lora_a, lora_b) if t is not None)
-    chosen = select_backend("lora_linear", *given, backend=backend).backend
+    chosen = select_backend("lora_linear", *_tensors(x, weight, bias, lora), backend=backend).backend
     return run(x, weight, bias, lora, dropout_p, seed, chosen)
 
 
@@ -268,27 +274,33 @@ def run(
     elif seed is None:
         seed = torch.randint(2**62, (), device=x.device)
     scaling, p = float(scaling), float(dropout_p)
-    if backend == "torch" and plain_on(x, weight, *(() if a is None or b is None else (a, b))):
+    if backend == "torch" and plain_on(*_tensors(x, weight, bias, lora)):
         y, _ = _plain_forward(x.reshape(-1, x.shape[-1]), weight, bias, _update(x, a, b, seed, scaling, p))
         return y.view(*x.shape[:-1], weight.shape[0])
     y, _ = torch.ops.axial_fusion.lora_linear(x, weight, bias, a, b, seed, scaling, p, backend)
     return y
 
 
+def _tensors(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA | None) -> tuple[Tensor, ...]:
+    """The op's inputs that are there, in its order."""
+    given = (x, weight) if bias is None else (x, weight, bias)
+    return given if lora is None else (*given, lora.a, lora.b)
+
+
 def _checked_lora(weight: Tensor, a: Tensor | None, b: Tensor | None, scaling: float) -> LoRA | None:
     """The low-rank update of weight (N, K), or None. Raises ValueError where one half is missing or does not fit."""
-    sizes = check_shapes("lora_linear", {"weight": (weight, ("N", "K"))})
+    if weight.dim() != 2:
+        check_shapes("lora_linear", {"weight": (weight, ("N", "K"))})
     if (a is None) != (b is None):
         raise ValueError("lora_linear: lora_a and lora_b come together; one of them is None")
     if a is None or b is None:
         return None
-    if a.dim() != 2 or a.shape[1] != sizes["K"]:
+    count, wide = weight.shape
+    if a.dim() != 2 or a.shape[1] != wide:
+        raise ValueError(f"lora_linear: lora_a must be (r, K) with K = {wide}, found shape {tuple(a.shape)}")
+    if b.shape != (count, a.shape[0]):
         raise ValueError(
-            f"lora_linear: lora_a must be (r, K) with K = {sizes['K']}, found shape {tuple(a.shape)}"
-        )
-    if b.shape != (sizes["N"], a.shape[0]):
-        raise ValueError(
-            f"lora_linear: lora_b must be (N, r) = ({sizes['N']}, {a.shape[0]}), found {tuple(b.shape)}"
+            f"lora_linear: lora_b must be (N, r) = ({count}, {a.shape[0]}), found {tuple(b.shape)}"
         )
     check_alike("lora_linear", lora_a=a, lora_b=b)
     return LoRA(a, b, scaling)
