@@ -68,6 +68,13 @@ def test_paired_differences(folders, tmp_path):
     assert (paired["organs"]["liver"]["won"], paired["organs"]["liver"]["lost"]) == (2, 0)
 
 
+def test_a_folder_does_not_differ_from_itself(folders):
+    masks, labels = folders
+    paired = score_folder(masks, labels, against=masks, quiet=True)["paired"]
+    assert paired["num_cases"] == 3
+    assert paired["mean"]["dsc_difference"] == 0
+
+
 def test_a_label_outside_the_map_is_a_problem(folders):
     masks, labels = folders
     save_mask(masks / "a.nii.gz", np.where(organs() == 1, 7, organs()))
