@@ -72,6 +72,18 @@ def test_lora_changes_q_and_v_of_every_head_and_never_k():
     torch.testing.assert_close(qkv(x), before, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("heads", [1, 3])
+def test_reset_starts_the_adapter_anew(heads):
+    torch.manual_seed(0)
+    lora = LoRAQKV(torch.nn.Linear(6, 18), LoRAOptions(2), heads=heads)
+    first = lora.lora_q_a.detach().clone()
+    torch.nn.init.normal_(lora.lora_v_b)
+    lora.reset_lora()
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(lora(x), F.linear(x, lora.weight, lora.bias))
+    assert not torch.equal(lora.lora_q_a, first)
+
+
 def test_an_adapter_is_stored_by_its_parameters_names_and_loads_again():
     torch.manual_seed(0)
     lora, other = (LoRAQKV(torch.nn.Linear(6, 18), LoRAOptions(2)) for _ in range(2))
@@ -93,7 +105,7 @@ def test_every_attention_of_encoder_and_decoder_is_adapted_and_merged_alike():
     plain = build_aftersam(config, 3).eval()
     adapted = build_aftersam(dataclasses.replace(config, encoder="lora", decoder="lora"), 3).eval()
     assert not adapted.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
-    layers = [m for m in adapted.modules() if isinstance(m, LoRALinear)]
+    layers = [m for m in adapted.modules() if isinstance(m, LoRALinear | LoRAQKV)]
     assert [isinstance(layer, LoRAQKV) for layer in layers].count(True) == 4  # the encoder's blocks
     assert len(layers) == 4 + 2 * 7  # q and v of the decoder's attentions
     hu = 200 * torch.randn(1, 3, 48, 48)

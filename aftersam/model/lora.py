@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aftersam.model.layers import DenseLinear
-from axial_fusion import LoRALinear
+from axial_fusion import LoRALinear, lora_linear
+from axial_fusion.modules import LoRAUpdates
 
 
 class LoRAOptions(NamedTuple):
@@ -22,49 +23,39 @@ class LoRAOptions(NamedTuple):
     dropout: float = 0.0
 
 
-class LoRAQKV(LoRALinear, DenseLinear):
+class LoRAQKV(LoRAUpdates, DenseLinear):
     """A fused projection (3C, C) to q, k, v with LoRA on q and v: q = (W_Q + s·B_Q A_Q) x, v likewise.
 
-    It is a LoRALinear whose A and B are made of both pairs. The base weights keep their names and are shared with
-    `linear`. `heads` above 1 says that rows go by head, (M, 3, D), as in TinyViT."""
+    The base weights keep their names and are shared with `linear`. `heads` above 1 says that rows go by head,
+    (M, 3, D), as in TinyViT."""
 
     def __init__(self, linear: nn.Linear, options: LoRAOptions, *, heads: int = 1) -> None:
-        nn.Linear.__init__(self, linear.in_features, linear.out_features, device="meta")
+        super().__init__(linear.in_features, linear.out_features, device="meta")
         self.heads = heads
         self.weight, self.bias = linear.weight, linear.bias
-        self.scaling = (options.rank if options.alpha is None else options.alpha) / options.rank
         self.dropout = options.dropout
-        self.merged = False
-        dim = linear.in_features
-        for part in "qv":
-            a = nn.Parameter(linear.weight.new_empty(options.rank, dim))
-            nn.init.kaiming_uniform_(a, a=5**0.5)
-            self.register_parameter(f"lora_{part}_a", a)
-            self.register_parameter(
-                f"lora_{part}_b", nn.Parameter(linear.weight.new_zeros(dim, options.rank))
-            )
+        self.add_lora(options.rank, options.alpha)
 
-    @property
-    def lora_a(self) -> Tensor:  # type: ignore[override]  # made of two parameters
-        """Both A as one (2r, C)."""
-        return torch.cat([self.lora_q_a, self.lora_v_a])
-
-    @property
-    def lora_b(self) -> Tensor:  # type: ignore[override]
-        """Both B as one (3C, 2r): B_Q and B_V on its diagonal, zeros for k."""
-        q, v = self.lora_q_b, self.lora_v_b
-        rank = q.shape[1]
-        b = torch.cat([F.pad(q, (0, rank)), q.new_zeros(q.shape[0], 2 * rank), F.pad(v, (rank, 0))])
-        if self.heads > 1:
-            b = b.unflatten(0, (3, self.heads, -1)).transpose(0, 1).flatten(0, 2)
-        return b
+    def updated_weights(self) -> dict[str, Tensor]:
+        """The rows of q and of v (M, D, C), heads of 1 holding all C rows."""
+        q, _, v = self.weight.unflatten(0, (self.heads, 3, -1)).unbind(1)
+        return {"q": q, "v": v}
 
     def forward(self, x: Tensor) -> Tensor:
-        return DenseLinear.forward(self, x) if self.merged else super().forward(x)
+        if self.merged:
+            return super().forward(x)
+        a, b = self._joined()
+        dropout = self.dropout if self.training else 0.0
+        return lora_linear(x, self.weight, self.bias, a, b, scaling=self.scaling, dropout_p=dropout)
 
-    def lora_state_dict(self) -> dict[str, Tensor]:
-        """The adapter alone, by its parameters' names; load it back with strict=False."""
-        return {name: value.detach().clone() for name, value in self.named_parameters() if "lora" in name}
+    def _joined(self) -> tuple[Tensor, Tensor]:
+        """Both updates as one: A (2r, C), and B (3C, 2r) with B_Q and B_V on its diagonal, zeros for k."""
+        q, v = self.lora("q"), self.lora("v")
+        rank = q.b.shape[1]
+        b = torch.cat([F.pad(q.b, (0, rank)), q.b.new_zeros(q.b.shape[0], 2 * rank), F.pad(v.b, (rank, 0))])
+        if self.heads > 1:
+            b = b.unflatten(0, (3, self.heads, -1)).transpose(0, 1).flatten(0, 2)
+        return torch.cat([q.a, v.a]), b
 
 
 def add_lora(part: nn.Module, options: LoRAOptions) -> None:
@@ -86,5 +77,5 @@ def add_lora(part: nn.Module, options: LoRAOptions) -> None:
 def merge_lora(model: nn.Module) -> None:
     """Fold every LoRA update of `model` into its weight, in place, for inference."""
     for module in model.modules():
-        if hasattr(module, "merge"):
+        if isinstance(module, LoRAUpdates):
             module.merge()

@@ -23,7 +23,7 @@ class LoRAUpdates(nn.Module):
     merged = False
 
     def updated_weights(self) -> dict[str, Tensor]:
-        """Part -> the weight (out, in) that is updated, or a view of it; empty without LoRA."""
+        """Part -> the weight (out, in) that is updated, or a view of it (..., in); empty without LoRA."""
         raise NotImplementedError
 
     def add_lora(self, rank: int, alpha: float | None) -> None:
@@ -32,7 +32,7 @@ class LoRAUpdates(nn.Module):
         for part, weight in self.updated_weights().items():
             name_a, name_b = _lora_names(part)
             self.register_parameter(name_a, nn.Parameter(weight.new_empty(rank, weight.shape[-1])))
-            self.register_parameter(name_b, nn.Parameter(weight.new_empty(weight.shape[0], rank)))
+            self.register_parameter(name_b, nn.Parameter(weight.new_empty(weight.shape[:-1].numel(), rank)))
         self.reset_lora()
 
     @torch.no_grad()
@@ -79,9 +79,9 @@ def _lora_names(part: str) -> tuple[str, str]:
 
 
 def merge_update(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> None:
-    """weight += scaling · b a in place, computed in fp32 or better and rounded once."""
+    """weight (..., in) += scaling · b a in place, computed in fp32 or better and rounded once."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    weight.copy_(weight.to(wide) + scaling * (b.to(wide) @ a.to(wide)))
+    weight.copy_(weight.to(wide) + scaling * (b.to(wide) @ a.to(wide)).view(weight.shape))
 
 
 class LoRALinear(LoRAUpdates, nn.Linear):
