@@ -217,7 +217,12 @@ def rivals_table(result: Result) -> str:
             theirs, mine = (r["ms"][kind]["median"] for r in (best, ours))
             what = f"{subject}, {name}" + (", with backward" if kind == "forward_backward" else "")
             rows.append(
-                [what, f"{best['provider']}, {theirs:.3g} ms", f"{mine:.3g} ms", f"{theirs / mine:.2f}×"]
+                [
+                    what,
+                    f"{best['provider']}, {_digits(theirs)} ms",
+                    f"{_digits(mine)} ms",
+                    f"{theirs / mine:.2f}×",
+                ]
             )
     return markdown_table([["case", "best rival", "ours", "gain"], *rows])
 
@@ -250,7 +255,12 @@ def short_table(result: Result) -> str:
 
 
 def _milliseconds(times: Sequence[float]) -> str:
-    return " / ".join(f"{t:.3g}" for t in times)
+    return " / ".join(_digits(t) for t in times)
+
+
+def _digits(value: float) -> str:
+    """Three digits, or the whole number where it has more."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def targets_table(result: Result) -> str:
@@ -273,7 +283,7 @@ def cell(record: Result | None) -> str:
     if "ms" not in record:
         return str(record["status"])
     forward, step = (record["ms"][kind]["median"] for kind in ("forward", "forward_backward"))
-    return f"{forward:.3g} / {step:.3g} ms, {record['peak_bytes']['forward_backward'] / 2**20:,.0f} MiB"
+    return f"{_digits(forward)} / {_digits(step)} ms, {record['peak_bytes']['forward_backward'] / 2**20:,.0f} MiB"
 
 
 def page_sections(result: Result, image: Path) -> list[str]:
