@@ -143,6 +143,7 @@ def test_a_replayed_model_gives_its_own_logits():
         expected = [model(hu, query_index=(1,)) for hu in volumes]
         capture_steps(model)
         found = [model(hu, query_index=(1,)) for hu in volumes]
+    assert all(any(step.recordings.values()) for step in (model.encode, model.fuse, model.decode))
     found += [None] * len(volumes)
     with torch.autocast("cuda", torch.bfloat16):  # casts of the first context are gone
         found[len(volumes) :] = [model(hu, query_index=(1,)) for hu in volumes]

@@ -1,6 +1,7 @@
 """The benchmark harness times nothing that is wrong, and tells what it measured as it was."""
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,28 @@ def test_what_cannot_run_is_named_and_the_others_are_measured():
     assert [name for name, r in records.items() if "ms" in r] == ["right"]
     lines = [harness.line(r, CEILING) for r in records.values()]
     assert "missing: xformers is not installed" in lines[0]
+
+
+def test_what_a_call_without_memory_held_is_gone_before_the_next():
+    held = []
+
+    class Cycle:
+        pass
+
+    def too_big(x):
+        cycle = Cycle()
+        cycle.itself = cycle  # as frames and their errors hold one another
+        held.append(weakref.ref(cycle))
+        raise MemoryError
+
+    def right(x):
+        assert all(reference() is None for reference in held)
+        return square(x)
+
+    found = {"too big": Provider(too_big, square, 8), "right": Provider(right, square, 8)}
+    records = measure(SQUARE, [torch.ones(8)], found, budget_s=0.01)
+    assert [r["status"] for r in records] == ["out of memory", "ok"]
+    assert held
 
 
 def test_peak_memory_is_what_a_call_holds_at_once():

@@ -3,7 +3,7 @@
 import pytest
 
 from bench_cases import fusion_result, times
-from benchmarks.targets import TARGETS, flop_share, line, targets, training_minutes
+from benchmarks.targets import TARGETS, flop_share, line, memory_ratio, targets, training_minutes
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
@@ -18,6 +18,18 @@ def test_minutes_of_training_follow_from_a_step():
 @pytest.fixture
 def result():
     return fusion_result()
+
+
+def test_memory_is_compared_where_both_forms_ran():
+    def record(provider, role, peak, **facts):
+        case = {"subject": "transformer", "name": "a", "side": 64, "ms": {"forward": {"median": 1.0}}}
+        return case | {"provider": provider, "role": role, "peak_bytes": {"forward": peak}} | facts
+
+    known = [record("naive 3D", "other", 600), record("transformer", "ours", 3)]
+    found = memory_ratio("transformer", "naive 3D", side=64)
+    assert found({"records": known})[:2] == (200, "naive 3D")
+    assert found({"records": known[1:]}) is None
+    assert memory_ratio("transformer", "naive 3D", side=32)({"records": known}) is None
 
 
 def test_targets_have_a_value_or_a_reason(result):
