@@ -237,8 +237,9 @@ _LIBRARIES: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
 
 
 def _positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
-    """The same products with a scale above 0. FlashAttention, cuDNN and our kernel take their row maximum before they
-    scale: with a negative scale FlashAttention overflows, and cuDNN's gradients are NaN with a scale of 0 or below."""
+    """q and a scale above 0 with the same scores.
+
+    Our kernel takes the row maximum before it scales, and cuDNN 9.19 gave NaN gradients for a scale of 0 or below."""
     if scale > 0:
         return q, scale
     return (-q, -scale) if scale < 0 else (q * 0, 1.0)
