@@ -54,12 +54,12 @@ class PredictArgs:
     keep: int = 1
     """Middle slices kept of each group: K needs about 1/K of the fusion, with less context on one side."""
     overlap: Literal["none", "average"] = "none"
-    """average: the mean logits of all groups that saw a slice; every slice is decoded once for each."""
+    """average: average the logits of all groups that contain a slice; each of them decodes it."""
     tta: Literal["none", "mirror"] = "none"
     """mirror: the mean with the scan's mirror image, left and right labels swapped; twice the work."""
     parts: Literal["main", "all"] = "main"
-    """main: of an organ that is one connected piece in every training label, parts below a fifth of the largest are
-    dropped."""
+    """main: drop small disconnected parts, below a fifth of the largest, of organs that are one piece in every training
+    label. all: keep them."""
     roi: Literal["scan", "body"] = "scan"
     """body: slices of air before and after the body are background without being computed."""
     embeddings: Path | None = None
@@ -71,8 +71,8 @@ class PredictArgs:
     save_probabilities: bool = False
     """Leave CASE.probabilities.npy beside each mask: float16 (classes, background first, x, y, z)."""
     confidence: bool = False
-    """Leave CASE.confidence.nii.gz beside each mask: 1 where all groups that saw a slice agree, 0 where none does.
-    Every slice is decoded once for each; the mask stays the same."""
+    """Leave CASE.confidence.nii.gz beside each mask: 1 where all groups that contain a slice agree, 0 where
+    none does. Each of them decodes the slice; the mask stays the same."""
     statistics: bool = False
     """Leave each organ's volume in ml and mean HU as CASE.statistics.json beside each mask."""
     timings: bool = False
