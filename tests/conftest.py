@@ -1,6 +1,7 @@
 """Kernels run in Triton's interpreter unless there is a GPU; uninitialised memory is NaN where a test asks."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -15,6 +16,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch sees none"))
+
+
+@pytest.fixture(autouse=True)
+def forget_precision():
+    """accelerate keeps one precision a process: forget that of the test or fixture before."""
+    if "accelerate" in sys.modules:
+        sys.modules["accelerate"].state.AcceleratorState._reset_state()
 
 
 @pytest.fixture
