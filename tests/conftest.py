@@ -9,6 +9,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
+if not hasattr(torch.ops.torchvision, "nms"):
+    # torchvision's wheel is built against torch's CUDA build: beside the CPU build its operators do not load, and its
+    # import stops at these two names. timm and its own models need the names, not the operators.
+    TORCHVISION = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        TORCHVISION.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():

@@ -1,6 +1,13 @@
 """Attention across and within slices, factorised: fused ops with gradients, and thin modules over them."""
 
 from axial_fusion.dispatch import select_backend
+from axial_fusion.lift import (
+    adapter_state_dict,
+    lift,
+    load_adapter_state_dict,
+    set_num_slices,
+    unlift,
+)
 from axial_fusion.modules import AxialFusionAttention, LoRALinear
 from axial_fusion.ops.axial_attention import axial_attention
 from axial_fusion.ops.axial_fusion_attention import axial_fusion_attention
@@ -16,12 +23,17 @@ __all__ = [
     "AxialFusionAttention",
     "LoRA",
     "LoRALinear",
+    "adapter_state_dict",
     "axial_attention",
     "axial_fusion_attention",
+    "lift",
+    "load_adapter_state_dict",
     "lora_linear",
     "lora_qkv",
     "rel_pos_attention",
     "select_backend",
+    "set_num_slices",
     "slice_attention",
+    "unlift",
     "window_attention",
 ]
