@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+import conftest  # noqa: F401  # torchvision can be imported
+
 
 class Host(NamedTuple):
     """A model and how it is called: `call(model, x)` gives one tensor whose first axis is the slices, as x's."""
@@ -21,7 +23,7 @@ class Host(NamedTuple):
 
     @property
     def version(self) -> str:
-        return version(self.package)
+        return version(self.package).partition("+")[0]
 
     @torch.no_grad()
     def make(self) -> nn.Module:
@@ -146,54 +148,114 @@ HOSTS: dict[str, Host] = {
     "timm eva02": _timm_vit("eva02_tiny_patch14_224"),
     "timm beit": _timm_vit("beit_base_patch16_224", init_values=1.0),
     "timm swin": _timm(
-        "swin_tiny_patch4_window7_224", 32, img_size=32, embed_dim=24, depths=(2, 2), num_heads=(2, 4), window_size=4,
+        "swin_tiny_patch4_window7_224",
+        32,
+        img_size=32,
+        embed_dim=24,
+        depths=(2, 2),
+        num_heads=(2, 4),
+        window_size=4,
     ),
     "timm swin v2": _timm(
-        "swinv2_tiny_window8_256", 32, img_size=32, embed_dim=24, depths=(2, 2), num_heads=(2, 4), window_size=4,
+        "swinv2_tiny_window8_256",
+        32,
+        img_size=32,
+        embed_dim=24,
+        depths=(2, 2),
+        num_heads=(2, 4),
+        window_size=4,
     ),
     "timm mvitv2": Host("timm", _mvitv2, (3, 32, 32)),
-    "timm samvit": _timm("samvit_base_patch16", 64, img_size=64, embed_dim=48, depth=2, num_heads=3, window_size=3, global_attn_indexes=(1,)),
+    "timm samvit": _timm(
+        "samvit_base_patch16",
+        64,
+        img_size=64,
+        embed_dim=48,
+        depth=2,
+        num_heads=3,
+        window_size=3,
+        global_attn_indexes=(1,),
+    ),
     "torchvision vit": Host("torchvision", _torchvision_vit, (3, 32, 32)),
     "torchvision swin": Host("torchvision", lambda: _torchvision_swin("SwinTransformerBlock"), (3, 32, 32)),
-    "torchvision swin v2": Host("torchvision", lambda: _torchvision_swin("SwinTransformerBlockV2"), (3, 32, 32)),
+    "torchvision swin v2": Host(
+        "torchvision", lambda: _torchvision_swin("SwinTransformerBlockV2"), (3, 32, 32)
+    ),
     "torch TransformerEncoder": Host("torch", lambda: _torch_encoder(batch_first=True), (9, 48)),
     "torch TransformerEncoder, norm first": Host(
         "torch", lambda: _torch_encoder(batch_first=True, norm_first=True), (9, 48)
     ),
     "torch TransformerEncoder, sequence first": Host(
-        "torch", _torch_encoder, (9, 48), lambda model, x: model(x.transpose(0, 1)).transpose(0, 1), "sequence first"
+        "torch",
+        _torch_encoder,
+        (9, 48),
+        lambda model, x: model(x.transpose(0, 1)).transpose(0, 1),
+        "sequence first",
     ),
     "segment_anything ImageEncoderViT": Host("segment-anything", _sam, (3, 128, 128)),
     "transformers ViT": _hf("ViTModel", "ViTConfig", **_VIT),
     "transformers Dinov2": _hf("Dinov2Model", "Dinov2Config", **_VIT),
-    "transformers Dinov2 with registers": _hf("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", **_VIT),
+    "transformers Dinov2 with registers": _hf(
+        "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", **_VIT
+    ),
     "transformers SamVisionModel": _hf(
-        "SamVisionModel", "SamVisionConfig", 128, hidden_size=48, num_attention_heads=3, num_hidden_layers=2,
-        image_size=128, patch_size=16, window_size=3, global_attn_indexes=[1], mlp_dim=96, output_channels=16,
+        "SamVisionModel",
+        "SamVisionConfig",
+        128,
+        hidden_size=48,
+        num_attention_heads=3,
+        num_hidden_layers=2,
+        image_size=128,
+        patch_size=16,
+        window_size=3,
+        global_attn_indexes=[1],
+        mlp_dim=96,
+        output_channels=16,
     ),
     "transformers Sam2 Hiera": _hf(
-        "Sam2HieraDetModel", "Sam2HieraDetConfig", 64, hidden_size=24, num_attention_heads=1, image_size=[64, 64],
-        blocks_per_stage=[1, 1, 2, 1], embed_dim_per_stage=[24, 48, 96, 192], num_attention_heads_per_stage=[1, 2, 4, 8],
-        window_size_per_stage=[8, 4, 4, 4], global_attention_blocks=[3],
+        "Sam2HieraDetModel",
+        "Sam2HieraDetConfig",
+        64,
+        hidden_size=24,
+        num_attention_heads=1,
+        image_size=[64, 64],
+        blocks_per_stage=[1, 1, 2, 1],
+        embed_dim_per_stage=[24, 48, 96, 192],
+        num_attention_heads_per_stage=[1, 2, 4, 8],
+        window_size_per_stage=[8, 4, 4, 4],
+        global_attention_blocks=[3],
         window_positional_embedding_background_size=[8, 8],
     ),
     "transformers CLIP vision": _hf("CLIPVisionModel", "CLIPVisionConfig", **_VIT),
     "transformers SiglipVision": _hf("SiglipVisionModel", "SiglipVisionConfig", **_VIT),
     "diffusers BasicTransformerBlock": Host("diffusers", _diffusers_block, (9, 48)),
     "diffusers temporal transformer": Host(
-        "diffusers", _diffusers_temporal, (32, 3, 3), lambda model, x: model(x, num_frames=3).sample, "positions", video=True
+        "diffusers",
+        _diffusers_temporal,
+        (32, 3, 3),
+        lambda model, x: model(x, num_frames=3).sample,
+        "positions",
+        video=True,
     ),
     "diffusers spatio-temporal transformer": Host(
-        "diffusers", _diffusers_spatio_temporal, (32, 3, 3),
-        lambda model, x: model(x, x.new_ones(len(x), 1, 24), x.new_zeros(len(x) // 3, 3)).sample, video=True
+        "diffusers",
+        _diffusers_spatio_temporal,
+        (32, 3, 3),
+        lambda model, x: model(x, x.new_ones(len(x), 1, 24), x.new_zeros(len(x) // 3, 3)).sample,
+        video=True,
     ),
     "MONAI SABlock": Host("monai", _monai("SABlock", 48, 3), (9, 48)),
     "MONAI ViT": Host(
-        "monai", _monai("ViT", 1, 32, 8, num_layers=2, **_MONAI_VIT), (1, 32, 32), lambda model, x: model(x)[0]
+        "monai",
+        _monai("ViT", 1, 32, 8, num_layers=2, **_MONAI_VIT),
+        (1, 32, 32),
+        lambda model, x: model(x)[0],
     ),
     "MONAI UNETR": Host("monai", _monai("UNETR", 1, 3, 32, feature_size=4, **_MONAI_VIT), (1, 32, 32)),
     "MONAI SwinUNETR": Host(
-        "monai", _monai("SwinUNETR", 1, 3, feature_size=12, spatial_dims=2, window_size=4, depths=(2, 1, 1, 1)),
-        (1, 64, 64), compiled="swinViT",
+        "monai",
+        _monai("SwinUNETR", 1, 3, feature_size=12, spatial_dims=2, window_size=4, depths=(2, 1, 1, 1)),
+        (1, 64, 64),
+        compiled="swinViT",
     ),
 }

@@ -1,13 +1,8 @@
 """Attention across and within slices, factorised: fused ops with gradients, and thin modules over them."""
 
+from axial_fusion.adapter_state import adapter_state_dict, load_adapter_state_dict
 from axial_fusion.dispatch import select_backend
-from axial_fusion.lift import (
-    adapter_state_dict,
-    lift,
-    load_adapter_state_dict,
-    set_num_slices,
-    unlift,
-)
+from axial_fusion.lift import lift, set_num_slices, unlift
 from axial_fusion.modules import AxialFusionAttention, LoRALinear
 from axial_fusion.ops.axial_attention import axial_attention
 from axial_fusion.ops.axial_fusion_attention import axial_fusion_attention

@@ -6,7 +6,7 @@ Source: LoRA, arXiv 2106.09685."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,13 +62,13 @@ def type_names(module: nn.Module) -> set[str]:
 def find_projections(attention: nn.Module, *, inside: bool = True) -> dict[str, Projection] | None:
     """The projections "q", "k" and "v" of an attention, or `inside` it; None where they are not known."""
     for module in attention.modules() if inside else [attention]:
-        if isinstance(module, nn.MultiheadAttention) and module._qkv_same_embed_dim:
+        if type(module) is nn.MultiheadAttention and module._qkv_same_embed_dim:
             return _thirds(module, 3 * module.embed_dim)
         fused = getattr(module, "qkv", None)
-        if isinstance(fused, _LINEAR) and type_names(module) & _FUSED and fused.out_features % 3 == 0:
+        if type(fused) in _LINEAR and type_names(module) & _FUSED and fused.out_features % 3 == 0:
             return _thirds(fused, fused.out_features)
         for names in _SEPARATE:
-            layers = [getattr(module, name, None) for name in names]
+            layers: list[Any] = [getattr(module, name, None) for name in names]
             if all(type(layer) in _LINEAR for layer in layers):
                 return {
                     part: Projection(layer, 0, layer.out_features)
@@ -90,6 +90,7 @@ class LoRAInPlace(LoRAUpdates):
     """A projection of a host with LoRA: the same module under a class that derives from its own."""
 
     rows: dict[str, tuple[int, int]]  # part -> its rows of the weight
+    host_class: type[nn.Module]
 
     def base_weight(self) -> Tensor:
         """W, without the update."""
@@ -145,33 +146,23 @@ class LoRAInPlaceAttention(LoRAInPlace, nn.MultiheadAttention):
         return self.updated_weight()
 
 
-_CLASSES = {
-    nn.Linear: LoRAInPlaceLinear,
-    nn.modules.linear.NonDynamicallyQuantizableLinear: LoRAInPlaceLinear,
-    nn.MultiheadAttention: LoRAInPlaceAttention,
-}
-
-
 def add_lora(projections: dict[str, Projection], rank: int, alpha: float | None) -> list[LoRAInPlace]:
-    """Put LoRA on q and v, and return the modules that now have it.
-
-    Raises ValueError where a module is of another class than nn.Linear or nn.MultiheadAttention itself."""
+    """Put LoRA on q and v, and return the modules that now have it."""
     rows: dict[nn.Module, dict[str, tuple[int, int]]] = {}
     for part in "qv":
         module, first, last = projections[part]
         rows.setdefault(module, {})[part] = (first, last)
-    for module in rows:
-        if type(module) not in _CLASSES:
-            raise ValueError(
-                f"lift: rank needs projections that are nn.Linear or nn.MultiheadAttention themselves, "
-                f"found {type(module).__name__}"
-            )
-    for module, parts in rows.items():
-        module.__class__ = _CLASSES[type(module)]
-        assert isinstance(module, LoRAInPlace)
+    adapted: list[LoRAInPlace] = []
+    for host, parts in rows.items():
+        module: Any = host
+        module.host_class = type(host)
+        module.__class__ = (
+            LoRAInPlaceAttention if isinstance(host, nn.MultiheadAttention) else LoRAInPlaceLinear
+        )
         module.rows = parts if len(parts) > 1 else {"": next(iter(parts.values()))}
         module.add_lora(rank, alpha)
-    return list(rows)  # type: ignore[arg-type]
+        adapted.append(module)
+    return adapted
 
 
 def added_parameters(module: LoRAInPlace) -> dict[str, nn.Parameter]:
@@ -182,9 +173,11 @@ def added_parameters(module: LoRAInPlace) -> dict[str, nn.Parameter]:
 def remove_lora(module: LoRAInPlace) -> None:
     """Make the module what it was. Raises ValueError where the update is merged into the weight."""
     if module.merged:
-        raise ValueError("unlift: LoRA is merged into the weights; call unmerge() or load the 2D weights first")
-    for name in module.lora_state_dict():
+        raise ValueError(
+            "unlift: LoRA is merged into the weights of the host; call unmerge() on its modules first"
+        )
+    for name in added_parameters(module):
         del module._parameters[name]
-    del module.rows, module.scaling
-    original = nn.MultiheadAttention if isinstance(module, nn.MultiheadAttention) else nn.Linear
-    module.__class__ = original
+    host_class = module.host_class
+    del module.rows, module.scaling, module.host_class
+    module.__class__ = host_class  # type: ignore[assignment]

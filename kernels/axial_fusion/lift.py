@@ -8,23 +8,20 @@ The half is a child of its block, `block.axial`, called from a forward pre-hook.
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils import _pytree as pytree
-from torch.utils.hooks import RemovableHandle
 
+from axial_fusion.across_slices import AcrossSlices, SliceGroups, groups_of
 from axial_fusion.adapters import LoRAInPlace, add_lora, added_parameters, remove_lora
 from axial_fusion.blocks import Block, attention_names, count_prefix_tokens, find_blocks, takes_video
-from axial_fusion.modules import AttentionHalf, AxialFusionAttention
-from axial_fusion.reference import AttentionWeights
 
 # Libraries whose image models take (B, C, H, W) and never (B, N, C, H, W).
-_LIBRARIES = frozenset({"diffusers", "monai", "segment_anything", "timm", "torch", "torchvision", "transformers"})
+_LIBRARIES = frozenset(
+    {"diffusers", "monai", "segment_anything", "timm", "torch", "torchvision", "transformers"}
+)
 
 
 class LiftedBlock(NamedTuple):
@@ -79,31 +76,21 @@ def lift(
     if rank:
         groups.frozen = [name for name, p in model.named_parameters() if p.requires_grad]
         model.requires_grad_(False)
+        for half in halves.values():
+            half.reduce(rank, alpha)
     table = LiftTable()
     for name, block in blocks.items():
-        added: list[nn.Parameter] = []
-        if rank and block.projections is not None:
-            for adapted in add_lora(block.projections, rank, alpha):
-                added += added_parameters(adapted).values()
-        if name in halves:
-            half = halves[name]
-            if rank:
-                half.reduce(rank, alpha)
-            added += [p for p in half.parameters() if p.requires_grad]
-            block.module.axial = half
-            hook = block.module.register_forward_pre_hook(_before_block, with_kwargs=True)
-            groups.handles.append(hook)
-        if added:
+        if rank or name in halves:
+            added = _change(block, halves.get(name), groups, (rank, alpha))
             kinds = " + ".join(["axial"] * (name in halves) + ["LoRA"] * (rank > 0))
-            count = sum(p.numel() for p in added)
-            table.append(LiftedBlock(name, f"{type(block.module).__name__}: {kinds}", count))
+            table.append(LiftedBlock(name, f"{type(block.module).__name__}: {kinds}", added))
     _attach(model, groups)
     return table
 
 
 def unlift(model: nn.Module) -> None:
     """Undo `lift`: the 2D model with its own weights, hooks and names again."""
-    groups = _groups_of(model)
+    groups = groups_of(model)
     for handle in groups.handles:
         handle.remove()
     for module in list(model.modules()):
@@ -121,149 +108,12 @@ def unlift(model: nn.Module) -> None:
 def set_num_slices(model: nn.Module, num_slices: int) -> None:
     """Let a lifted model take groups of another number of slices; its weights do not depend on it."""
     _check_num_slices(num_slices)
-    _groups_of(model).num_slices = num_slices
-
-
-def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """What `lift` added to a model: axial halves and LoRA, without the host's weights and copies of them."""
-    return {name: parameter.detach().clone() for name, parameter in _added(model)}
-
-
-def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load what `adapter_state_dict` gave into a model that was lifted in the same way.
-
-    Raises ValueError where names or shapes differ."""
-    own = dict(_added(model))
-    if own.keys() != state.keys():
-        name = min(own.keys() ^ state.keys())
-        where = "the model has it, the state does not" if name in own else "the state has it, the model does not"
-        raise ValueError(f"load_adapter_state_dict: {name!r}: {where}; lift with the same where and rank")
-    for name, parameter in own.items():
-        if parameter.shape != state[name].shape:
-            raise ValueError(
-                f"load_adapter_state_dict: {name!r} is {tuple(state[name].shape)} in the state, "
-                f"but {tuple(parameter.shape)} in the model"
-            )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(state[name])
-
-
-class SliceGroups:
-    """What a lifted model and its blocks share: N, the batch of the call that runs, and how to undo it all."""
-
-    def __init__(self, num_slices: int) -> None:
-        self.num_slices = num_slices
-        self.rows: tuple[int, ...] = ()  # what B·N may be in the call that runs; empty where it is not known
-        self.batch: int | None = None  # B of an input (B, N, ...), whose output is given back so
-        self.image_dims = 0  # of the model's own input, where (B, N, ...) is told by one more
-        self.handles: list[RemovableHandle] = []
-        self.frozen: list[str] = []  # parameters of the host that lift froze
-        self.nested: list[str] = []  # encoders of torch that made nested tensors
-
-
-class AcrossSlices(AxialFusionAttention):
-    """The axial half of a lifted block: tokens as the block takes them -> tokens + FC(Attn_N(LN(tokens)))."""
-
-    def __init__(
-        self, name: str, block: Block, groups: SliceGroups, *, num_heads: int | None, alone: int
-    ) -> None:
-        heads = block.heads if num_heads is None else num_heads
-        eps = getattr(block.norm, "eps", None)
-        super().__init__(block.dim, heads, attention="axial", residual=False, eps=eps or 1e-6)
-        self.name, self.groups, self.alone = name, groups, alone
-        self.dim, self.layout, self.argument = block.dim, block.layout, block.argument
-        like = next((p for p in block.module.parameters() if p.is_floating_point()), torch.empty(()))
-        self.to(device=like.device, dtype=like.dtype).train(block.module.training)
-        self.from_host = self._start_from(block)
-
-    @torch.no_grad()
-    def _start_from(self, block: Block) -> bool:
-        """Take norm and projections of the host where they fit; whether q, k and v are now the host's."""
-        half, norm = self.inter, block.norm
-        assert half is not None
-        nn.init.zeros_(half.out.weight)
-        nn.init.zeros_(half.out.bias)
-        if isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.weight.shape == (self.dim,):
-            half.norm.weight.copy_(norm.weight)
-            if norm.bias is not None:
-                half.norm.bias.copy_(norm.bias)
-        parts = [] if block.projections is None else list(block.projections.values())
-        if not parts or any(part.weight.shape != (self.dim, self.dim) for part in parts):
-            return False
-        half.qkv.weight.copy_(torch.cat([part.weight for part in parts]))
-        for ours, part in zip(half.qkv.bias.chunk(3), parts, strict=True):
-            ours.zero_() if part.bias is None else ours.copy_(part.bias)
-        return True
-
-    def reduce(self, rank: int, alpha: float | None) -> None:
-        """Train low-rank updates of q, v and the output projection in place of the weights."""
-        full = self.inter
-        assert full is not None
-        self.inter = LowRankHalf(self.dim, rank=rank, alpha=alpha, norm=True).to(full.qkv.weight)
-        self.inter.load_state_dict(full.state_dict(), strict=False)
-        self.inter.reset_lora()
-        self.inter.out.weight.requires_grad_(False)
-        self.inter.qkv.requires_grad_(not self.from_host)
-
-    def added(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters that the host does not determine."""
-        for name, parameter in self.named_parameters():
-            low_rank = isinstance(self.inter, LowRankHalf)
-            if not (low_rank and (name == "inter.out.weight" or (self.from_host and ".qkv." in name))):
-                yield name, parameter
-
-    def forward(self, tokens: Tensor) -> Tensor:  # type: ignore[override]
-        n = self.groups.num_slices
-        x = tokens if self.layout == "slices" else tokens.transpose(0, 1)  # (B·N, P, C) or (B·N, H', W', C)
-        self._check(x, n)
-        grouped = x.reshape(x.shape[0] // n, n, math.prod(x.shape[1:-1]), self.dim)
-        update = super().forward(grouped[:, :, self.alone :] if self.alone else grouped)
-        if self.alone:
-            update = F.pad(update, (0, 0, self.alone, 0))
-        update = update.reshape(x.shape)
-        return tokens + (update if self.layout == "slices" else update.transpose(0, 1))
-
-    def _check(self, x: Tensor, n: int) -> None:
-        if x.dim() < 3 or x.shape[-1] != self.dim or x.is_nested:
-            raise ValueError(
-                f"lift: {self.name!r} got tokens {tuple(x.shape)}, but needs (B·N, P, {self.dim}) or "
-                f"(B·N, H', W', {self.dim})"
-            )
-        rows = x.shape[0]
-        if self.layout == "positions":
-            if rows != n:
-                raise ValueError(f"lift: {self.name!r} got {rows} frames a position, but num_slices is {n}")
-        elif rows % n:
-            raise ValueError(
-                f"lift: {self.name!r} got tokens of {rows} slices, but num_slices is {n}; give B·N of them, "
-                "group after group, or change it with set_num_slices"
-            )
-        elif self.layout == "slices" and self.groups.rows and rows not in self.groups.rows:
-            raise ValueError(
-                f"lift: {self.name!r} got tokens of {rows} rows in a call on {self.groups.rows[0]} slices: they are "
-                "windows or positions, not slices; leave this block out with where, or lift it by itself"
-            )
-
-
-class LowRankHalf(AttentionHalf):
-    """An axial half whose output projection is a low-rank product too: W_O + scaling · B A, W_O zero."""
-
-    def updated_weights(self) -> dict[str, Tensor]:
-        return super().updated_weights() | {"out": self.out.weight}
-
-    def weights(self) -> AttentionWeights:
-        if self.merged:
-            return super().weights()
-        a, b, scaling = self.lora("out")
-        wide = torch.promote_types(b.dtype, torch.float32)
-        update = (scaling * (b.to(wide) @ a.to(wide))).to(self.out.weight.dtype)
-        return super().weights()._replace(out_weight=self.out.weight + update)
+    groups_of(model).num_slices = num_slices
 
 
 def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Forward pre-hook: the tokens, wherever they are passed, become those after the axial half."""
-    axial = block.axial
+    axial: Any = block.axial
     tokens = args[0] if args else kwargs.get(axial.argument)
     if not isinstance(tokens, Tensor):
         raise ValueError(
@@ -278,7 +128,7 @@ def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Forward pre-hook: note the batch, and join (B, N, ...) to (B·N, ...)."""
-    groups = model.slice_groups
+    groups: Any = model.slice_groups
     groups.rows, groups.batch = (), None
     tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point())
     first = next(tensors, None)
@@ -302,7 +152,7 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _after_model(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """Forward hook, also after an error: forget the batch, and part (B·N, ...) into (B, N, ...)."""
-    groups = model.slice_groups
+    groups: Any = model.slice_groups
     batch, groups.rows, groups.batch = groups.batch, (), None
     if batch is None:
         return None
@@ -313,6 +163,21 @@ def _after_model(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return value.unflatten(0, (batch, n)) if joined else value
 
     return pytree.tree_map(part, output)
+
+
+def _change(
+    block: Block, half: AcrossSlices | None, groups: SliceGroups, lora: tuple[int, float | None]
+) -> int:
+    """Give a block its axial half and its attention LoRA; how many parameters train that were not there."""
+    added: list[nn.Parameter] = []
+    if lora[0] and block.projections is not None:
+        for adapted in add_lora(block.projections, *lora):
+            added += added_parameters(adapted).values()
+    if half is not None:
+        added += [p for p in half.parameters() if p.requires_grad]
+        block.module.axial = half
+        groups.handles.append(block.module.register_forward_pre_hook(_before_block, with_kwargs=True))
+    return sum(p.numel() for p in added)
 
 
 def _attach(model: nn.Module, groups: SliceGroups) -> None:
@@ -339,7 +204,7 @@ def _blocks_to_lift(model: nn.Module, num_slices: int, rank: int) -> dict[str, B
     for name, module in model.named_modules():
         if isinstance(getattr(module, "slice_groups", None), SliceGroups) or hasattr(module, "axial"):
             raise ValueError(f"lift: {name or type(model).__name__!r} is lifted already; unlift it first")
-        if type(module).__name__ == "PatchDropout" and getattr(module, "prob", 0):
+        if type(module).__name__ == "PatchDropout" and getattr(module, "prob", False):
             raise ValueError(
                 f"lift: {name!r} drops other patches in every slice, so that positions no longer agree; "
                 "make the model with patch_drop_rate=0"
@@ -364,7 +229,9 @@ def _choose(names: list[str], where: int | str | Sequence[int | str]) -> list[st
         return names
     if isinstance(where, int):
         if not 1 <= where <= len(names):
-            raise ValueError(f"lift: where is {where}, but the model has {len(names)} blocks: 1 to {len(names)}")
+            raise ValueError(
+                f"lift: where is {where}, but the model has {len(names)} blocks: 1 to {len(names)}"
+            )
         return names[where - 1 :: where]
     wanted = set()
     for item in [where] if isinstance(where, str) else where:
@@ -397,25 +264,6 @@ def _tokens_alone(model: nn.Module, block: str, prefix: str | int) -> int:
             "give their number, or prefix='across'"
         )
     return count
-
-
-def _added(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Name and value of every parameter that lift added."""
-    _groups_of(model)
-    for name, module in model.named_modules():
-        own: Any = ()
-        if isinstance(module, AcrossSlices):
-            own = module.added()
-        elif isinstance(module, LoRAInPlace):
-            own = added_parameters(module).items()
-        yield from ((f"{name}.{key}" if name else key, value) for key, value in own)
-
-
-def _groups_of(model: nn.Module) -> SliceGroups:
-    groups = getattr(model, "slice_groups", None)
-    if not isinstance(groups, SliceGroups):
-        raise ValueError(f"{type(model).__name__} is not lifted; give the module that lift was called on")
-    return groups
 
 
 def _check_num_slices(num_slices: int) -> None:
