@@ -12,6 +12,7 @@ from axial_fusion import (
     adapter_state_dict,
     lift,
     load_adapter_state_dict,
+    peft_adapter,
     set_num_slices,
     unlift,
 )
@@ -308,6 +309,33 @@ def test_compiled_by_inductor_with_gradients():
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
     for name, grad in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # PEFT asks transformers so
+@pytest.mark.parametrize("name", ["timm vit", "transformers ViT"])
+def test_peft_takes_the_adapter_as_its_own(name):
+    import peft
+
+    host, plain, x = made(name)
+    _, model, _, _ = lifted(name, rank=2, alpha=6)
+    for part, parameter in model.named_parameters():
+        if "axial" not in part and part.endswith("_b"):
+            nn.init.normal_(parameter, std=0.1)
+    config, state = peft_adapter(model)
+    theirs = peft.get_peft_model(plain, peft.LoraConfig(**config))
+    loaded = peft.set_peft_model_state_dict(theirs, state)
+    assert not loaded.unexpected_keys
+    with torch.no_grad():
+        want = host.call(model, x)
+        torch.testing.assert_close(host.call(theirs, x), want, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(host.call(made(name)[1], x), want, rtol=1e-2, atol=1e-2)
+
+
+def test_peft_has_no_layout_for_some_hosts():
+    with pytest.raises(ValueError, match="has no LoRA"):
+        peft_adapter(lifted("timm vit")[1])
+    with pytest.raises(ValueError, match=r"q and v alone of 'encoder\.layers"):
+        peft_adapter(lifted("torchvision vit", rank=2)[1])
 
 
 def test_compiled_inside_a_larger_model_in_one_graph():

@@ -1,6 +1,6 @@
 """Attention across and within slices, factorised: fused ops with gradients, and thin modules over them."""
 
-from axial_fusion.adapter_state import adapter_state_dict, load_adapter_state_dict
+from axial_fusion.adapter_state import adapter_state_dict, load_adapter_state_dict, peft_adapter
 from axial_fusion.dispatch import select_backend
 from axial_fusion.lift import lift, set_num_slices, unlift
 from axial_fusion.modules import AxialFusionAttention, LoRALinear
@@ -25,6 +25,7 @@ __all__ = [
     "load_adapter_state_dict",
     "lora_linear",
     "lora_qkv",
+    "peft_adapter",
     "rel_pos_attention",
     "select_backend",
     "set_num_slices",

@@ -39,6 +39,29 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
             parameter.copy_(state[name])
 
 
+def peft_adapter(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """LoRA on a lifted host as PEFT keeps it: arguments of peft.LoraConfig, and the adapter's state dict.
+
+    A fused projection has one pair of twice the rank there, B zero in the rows of k. The axial halves are not LoRA and
+    stay with `adapter_state_dict`. Raises ValueError for nn.MultiheadAttention, whose output projection PEFT adapts
+    too."""
+    groups_of(model)
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoRAInPlace)}
+    if not adapted:
+        raise ValueError(f"peft_adapter: {type(model).__name__} has no LoRA; lift it with rank above 0")
+    state: dict[str, Tensor] = {}
+    for name, module in adapted.items():
+        if isinstance(module, nn.MultiheadAttention):
+            raise ValueError(
+                f"peft_adapter: PEFT has no layout for q and v alone of {name!r}, nn.MultiheadAttention"
+            )
+        a, b = module.joined()
+        state[f"base_model.model.{name}.lora_A.weight"] = a.detach().clone()
+        state[f"base_model.model.{name}.lora_B.weight"] = b.detach().clone()
+        rank, scaling = len(a), module.scaling
+    return {"r": rank, "lora_alpha": scaling * rank, "target_modules": list(adapted)}, state
+
+
 def _added(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Name and value of every parameter that lift added."""
     groups_of(model)

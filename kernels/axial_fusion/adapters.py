@@ -64,7 +64,7 @@ def find_projections(attention: nn.Module, *, inside: bool = True) -> dict[str, 
     for module in attention.modules() if inside else [attention]:
         if type(module) is nn.MultiheadAttention and module._qkv_same_embed_dim:
             return _thirds(module, 3 * module.embed_dim)
-        fused = getattr(module, "qkv", None)
+        fused: Any = getattr(module, "qkv", None)
         if type(fused) in _LINEAR and type_names(module) & _FUSED and fused.out_features % 3 == 0:
             return _thirds(fused, fused.out_features)
         for names in _SEPARATE:
@@ -154,14 +154,13 @@ def add_lora(projections: dict[str, Projection], rank: int, alpha: float | None)
         rows.setdefault(module, {})[part] = (first, last)
     adapted: list[LoRAInPlace] = []
     for host, parts in rows.items():
-        module: Any = host
-        module.host_class = type(host)
-        module.__class__ = (
-            LoRAInPlaceAttention if isinstance(host, nn.MultiheadAttention) else LoRAInPlaceLinear
-        )
-        module.rows = parts if len(parts) > 1 else {"": next(iter(parts.values()))}
-        module.add_lora(rank, alpha)
-        adapted.append(module)
+        changed: Any = host
+        changed.host_class = type(host)
+        attention = isinstance(host, nn.MultiheadAttention)
+        changed.__class__ = LoRAInPlaceAttention if attention else LoRAInPlaceLinear
+        changed.rows = parts if len(parts) > 1 else {"": next(iter(parts.values()))}
+        changed.add_lora(rank, alpha)
+        adapted.append(changed)
     return adapted
 
 
