@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -347,3 +349,14 @@ def test_compiled_inside_a_larger_model_in_one_graph():
     compiled = torch.compile(whole, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), whole(x))
     assert model.slice_groups.batch is None
+
+
+@pytest.mark.parametrize(("page", "shape"), [("README.md", (1, 9, 384)), ("docs/hosts.md", (16, 32, 4, 4))])
+def test_what_the_pages_show_runs(page, shape):
+    """Word for word: the blocks of python that lift something."""
+    text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
+    names = {"torch": torch}
+    for code in re.findall(r"```python\n(.*?)```", text, re.S):
+        if "lift(" in code:
+            exec(code, names)
+    assert names["y"].shape == shape
