@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from axial_fusion.checks import autocast_dtype, dtype_name, no_derivative, under_transform
-from axial_fusion.reference import AttentionWeights
+from .checks import autocast_dtype, dtype_name, no_derivative, under_transform
+from .reference import AttentionWeights
 
 Op = Literal[
     "axial_attention",
