@@ -87,3 +87,73 @@ use(new)
 use(old)
 """
     run(USE + code, PACKAGE.parent)
+
+
+UNUSABLE = {
+    "ImportError": "raise ImportError('DLL load failed')",
+    "AttributeError": "raise AttributeError('module has no attribute')",
+    "OSError": "raise OSError('libcuda.so.1: cannot open shared object file')",
+    "RuntimeError": "raise RuntimeError('no driver')",
+    "SyntaxError": "def f(:",
+    "nothing inside": "",
+    "a stub whose jit gives functions": "jit = lambda f: f\nfrom . import language",
+}
+
+
+def test_a_triton_that_cannot_be_used_is_named_and_never_taken(tmp_path):
+    for number, source in enumerate(UNUSABLE.values()):
+        (tmp_path / str(number) / "triton").mkdir(parents=True)
+        (tmp_path / str(number) / "triton" / "__init__.py").write_text(source)
+        if "language" in source:
+            (tmp_path / str(number) / "triton" / "language.py").write_text("")
+    code = f"""
+import sys, types, warnings
+folders = [{str(tmp_path)!r} + "/" + str(number) for number in range({len(UNUSABLE)})]
+for folder in [*folders, "a stub", None]:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("triton", "axial_fusion")]:
+        del sys.modules[name]
+    sys.path[:] = [folder, *(p for p in sys.path if p not in folders)] if folder in folders else sys.path
+    if folder not in folders:
+        sys.modules["triton"] = folder and types.ModuleType("triton")
+    import torch, axial_fusion
+    from axial_fusion import dispatch
+    for dtype in (torch.float32, torch.bfloat16):
+        module = axial_fusion.AxialFusionAttention(32, 2, rank=2).to(dtype)
+        module(torch.randn(1, 3, 4, 32, dtype=dtype)).sum().backward()
+    there = dispatch.Facts(torch.device("cuda"), torch.bfloat16, head_dim=32, slices=3)
+    for op in ("axial_attention", "rel_pos_attention", "window_attention", "row_norm"):
+        choice = dispatch._fastest_kernel(op, there)
+        assert choice.backend == "torch" and "package triton" in choice.reason, (folder, choice)
+    q = torch.zeros(1, 3, 4, 2, 16)
+    try:
+        axial_fusion.axial_attention(q, q, q, backend="triton")
+    except ValueError as error:
+        print(error)
+    else:
+        raise AssertionError(folder)
+"""
+    said = run(code, PACKAGE.parent).splitlines()
+    assert len(said) == len(UNUSABLE) + 2
+    for kind, line in zip(UNUSABLE, said, strict=False):
+        assert kind in line or not kind.endswith("Error"), line
+    assert "is a stub" in said[len(UNUSABLE) - 1]
+    assert "is not installed" in said[-1]
+
+
+def test_a_stub_in_place_of_a_rival_is_no_obstacle_until_it_is_named():
+    code = """
+import sys, types, torch
+sys.modules["flash_attn"] = types.ModuleType("flash_attn")  # no spec
+sys.modules["xformers"] = types.ModuleType("xformers")
+import axial_fusion
+q = torch.zeros(1, 3, 4, 2, 16)
+axial_fusion.slice_attention(q, q, q)
+for backend in ("flash", "xformers"):
+    try:
+        axial_fusion.slice_attention(q, q, q, backend=backend)
+    except ValueError as error:
+        print(error)
+"""
+    said = run(code, PACKAGE.parent)
+    assert "the package flash_attn does not import" in said
+    assert "the package xformers does not import" in said

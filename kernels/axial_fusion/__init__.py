@@ -3,7 +3,9 @@
 from .dispatch import select_backend
 from .modules import AxialFusionAttention, LoRALinear
 from .ops.axial_attention import axial_attention
-from .ops.axial_fusion_attention import axial_fusion_attention
+from .ops.axial_fusion_attention import (
+    axial_fusion_attention,
+)
 from .ops.lora_linear import lora_linear
 from .ops.lora_qkv import lora_qkv
 from .ops.rel_pos_attention import rel_pos_attention

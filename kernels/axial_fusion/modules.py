@@ -8,7 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .ops.axial_fusion_attention import axial_fusion_attention
+from .ops.axial_fusion_attention import (
+    axial_fusion_attention,
+)
 from .ops.lora_linear import lora_linear
 from .reference import AttentionWeights, LoRA
 

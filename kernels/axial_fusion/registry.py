@@ -9,6 +9,14 @@ from typing import Any
 
 import torch
 
+try:
+    from torch.utils.flop_counter import register_flop_formula
+except Exception:  # torch's counter imports triton, which may be broken
+
+    def register_flop_formula(*_: Any) -> Any:
+        return lambda formula: formula
+
+
 NAMESPACE = str(__package__).replace(".", "__")
 # Ops are looked up here in each call: a function from before a reload then runs the op from after it.
 OPS = getattr(torch.ops, NAMESPACE)

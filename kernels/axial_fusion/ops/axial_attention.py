@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ..checks import autocast, check_alike, check_shapes, no_second_derivative, softmax_scale
 from ..cpu import axial_attention as plain
 from ..dispatch import plain_on, select_backend
 from ..gpu import axial_attention as gpu
-from ..registry import NAMESPACE, OPS, library
+from ..registry import NAMESPACE, OPS, library, register_flop_formula
 
 _QUERIES, _KEYS = ("B", "Nq", "P", "M", "D"), ("B", "N", "P", "M", "D")
 

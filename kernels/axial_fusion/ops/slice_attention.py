@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
 
 from ..checks import (
     autocast,
@@ -32,7 +31,7 @@ from ..checks import (
 )
 from ..dispatch import select_backend
 from ..gpu.slice_attention import launch_forward
-from ..registry import NAMESPACE, OPS, library
+from ..registry import NAMESPACE, OPS, library, register_flop_formula
 
 # Torch's cuDNN backward then reads another layout of lse.
 _RAGGED = os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "0") == "1"
