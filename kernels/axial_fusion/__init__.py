@@ -1,15 +1,17 @@
 """Attention across and within slices, factorised: fused ops with gradients, and thin modules over them."""
 
-from axial_fusion.dispatch import select_backend
-from axial_fusion.modules import AxialFusionAttention, LoRALinear
-from axial_fusion.ops.axial_attention import axial_attention
-from axial_fusion.ops.axial_fusion_attention import axial_fusion_attention
-from axial_fusion.ops.lora_linear import lora_linear
-from axial_fusion.ops.lora_qkv import lora_qkv
-from axial_fusion.ops.rel_pos_attention import rel_pos_attention
-from axial_fusion.ops.slice_attention import slice_attention
-from axial_fusion.ops.window_attention import window_attention
-from axial_fusion.reference import AttentionWeights, LoRA
+from .dispatch import select_backend
+from .modules import AxialFusionAttention, LoRALinear
+from .ops.axial_attention import axial_attention
+from .ops.axial_fusion_attention import (
+    axial_fusion_attention,
+)
+from .ops.lora_linear import lora_linear
+from .ops.lora_qkv import lora_qkv
+from .ops.rel_pos_attention import rel_pos_attention
+from .ops.slice_attention import slice_attention
+from .ops.window_attention import window_attention
+from .reference import AttentionWeights, LoRA
 
 __all__ = [
     "AttentionWeights",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
@@ -88,6 +91,21 @@ def softmax_scale(scale: float | None, head_dim: int) -> float:
 def dtype_name(dtype: torch.dtype) -> str:
     """float32, not torch.float32."""
     return str(dtype).removeprefix("torch.")
+
+
+def constant_when_traced(function: F) -> F:
+    """torch.compiler.assume_constant_result, for what torch.compile cannot trace: imports and queries of a device.
+
+    That decorator imports torch's compiler, which takes a second and fails where triton is broken."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def import_failure(package: str, error: Exception) -> str:
+    """Why a package cannot be used, from what its import raised."""
+    if isinstance(error, ModuleNotFoundError) and error.name == package:
+        return f"the package {package} is not installed"
+    return f"the package {package} does not import: {type(error).__name__}: {error}"
 
 
 def no_second_derivative(op: str) -> Callable[..., None]:

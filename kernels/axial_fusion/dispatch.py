@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from importlib.util import find_spec
+from importlib import import_module
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from axial_fusion.checks import autocast_dtype, dtype_name, no_derivative, under_transform
-from axial_fusion.reference import AttentionWeights
+from .checks import (
+    autocast_dtype,
+    constant_when_traced,
+    dtype_name,
+    import_failure,
+    no_derivative,
+    under_transform,
+)
+from .gpu.common import MISSING
+from .reference import AttentionWeights
 
 Op = Literal[
     "axial_attention",
@@ -46,7 +54,10 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "lora_qkv": ("augmented", "triton"),
     "axial_fusion_attention": ("composed", "torch"),
 }
-INSTALLED = {name: find_spec(name) is not None for name in ("triton", "flash_attn", "xformers")}
+PACKAGES = {  # of the backends that are packages: the function that is called
+    "flash": ("flash_attn", "flash_attn_func"),
+    "xformers": ("xformers.ops", "memory_efficient_attention"),
+}
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")  # Triton reads it once, as we do
 MAX_TRITON_SLICES = 64  # one tile holds every slice of a position
 MAX_TRITON_HEAD_DIM = 128
@@ -296,7 +307,7 @@ def slice_key(q: Tensor) -> SliceKey:
     return SliceKey(_capability(q.device), q.dtype, q.shape[-1])
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace a query of the device
+@constant_when_traced
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
@@ -321,6 +332,17 @@ def _named(op: str, backend: str, tensors: tuple[Tensor, ...]) -> Choice:
     return Choice(backend, "named by the caller")
 
 
+@constant_when_traced
+def _missing(backend: str) -> str | None:
+    """Why the package of a backend cannot be used, or None; it is imported where the backend is first named."""
+    module, function = PACKAGES[backend]
+    try:
+        getattr(import_module(module), function)
+    except Exception as error:  # an installation that does not fit the machine raises any error
+        return import_failure(module.partition(".")[0], error)
+    return None
+
+
 def _obstacle(op: str, backend: str, facts: Facts) -> str | None:
     """Why `backend` cannot run `op` on these facts, or None."""
     if backend == "triton":
@@ -330,9 +352,9 @@ def _obstacle(op: str, backend: str, facts: Facts) -> str | None:
     kind, dtype = facts.device.type, facts.dtype
     if backend == "sdpa_flash" and kind == "cpu":
         return None
-    package = {"flash": "flash_attn", "xformers": "xformers"}.get(backend)
-    if package and not INSTALLED[package]:
-        return f"the package {package} is not installed"
+    missing = _missing(backend) if backend in PACKAGES else None
+    if missing:
+        return missing
     if kind != "cuda":
         return f"it needs CUDA tensors, found {kind}"
     if backend in ("flash", "sdpa_flash", "sdpa_cudnn") and dtype not in HALF:
@@ -347,8 +369,8 @@ def _obstacle(op: str, backend: str, facts: Facts) -> str | None:
 def _triton_obstacle(op: str, facts: Facts) -> str | None:
     """Why the Triton kernels cannot run `op` on these facts, or None."""
     kind, dtype = facts.device.type, facts.dtype
-    if not INSTALLED["triton"]:
-        return "the package triton is not installed"
+    if MISSING:
+        return MISSING
     if kind != "cuda" and not (INTERPRETED and kind == "cpu"):
         return f"it needs CUDA tensors, found {kind}"
     if dtype not in (torch.float32, *HALF):

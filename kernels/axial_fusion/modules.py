@@ -8,9 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from axial_fusion.ops.axial_fusion_attention import axial_fusion_attention
-from axial_fusion.ops.lora_linear import lora_linear
-from axial_fusion.reference import AttentionWeights, LoRA
+from .ops.axial_fusion_attention import (
+    axial_fusion_attention,
+)
+from .ops.lora_linear import lora_linear
+from .reference import AttentionWeights, LoRA
 
 
 class LoRAUpdates(nn.Module):

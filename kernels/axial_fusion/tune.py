@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from axial_fusion import reference
-from axial_fusion.dispatch import BACKENDS, FASTEST, SliceKey, slice_key
-from axial_fusion.gpu.tiles import MEASURED, Key, Tile, arch
-from axial_fusion.ops.axial_attention import axial_attention
-from axial_fusion.ops.slice_attention import slice_attention
+from . import reference
+from .dispatch import BACKENDS, FASTEST, SliceKey, slice_key
+from .gpu.tiles import MEASURED, Key, Tile, arch
+from .ops.axial_attention import axial_attention
+from .ops.slice_attention import slice_attention
 
 OPS = ("axial_attention", "axial_attention_backward", "slice_attention")
 TOLERANCE = {

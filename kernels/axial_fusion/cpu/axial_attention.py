@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from axial_fusion.checks import no_derivative
-from axial_fusion.dispatch import HALF
-from axial_fusion.reference import axial_mask
+from ..checks import no_derivative
+from ..dispatch import HALF
+from ..reference import axial_mask
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool) -> Tensor:

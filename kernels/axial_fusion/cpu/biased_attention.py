@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from axial_fusion.checks import under_transform
-from axial_fusion.dispatch import plain_on
+from ..checks import under_transform
+from ..dispatch import plain_on
 
 _SAVED = 1 << 24  # scores that autograd may keep for a backward: 64 MiB in fp32
 _KEYS = 512  # of a query, above which fp32 scores that leave the cache cost more than computing them again

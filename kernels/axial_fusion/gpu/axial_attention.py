@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axial_fusion.gpu.common import jit, last_axis_contiguous, load, octaves, on, store, tl
-from axial_fusion.gpu.tiles import Tile, choose, packed, split
+from .common import jit, last_axis_contiguous, load, octaves, on, store, tl
+from .tiles import Tile, choose, packed, split
 
 
 @jit

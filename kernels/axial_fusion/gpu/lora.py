@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from axial_fusion.gpu import tiles
-from axial_fusion.gpu.common import jit, on, tl
+from . import tiles
+from .common import jit, on, tl
 
 MAX_REDUCED_RANK = 16  # above, partial sums of dA and dB weigh as much as dY, and library products are faster
 

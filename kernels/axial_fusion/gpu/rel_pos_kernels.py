@@ -15,8 +15,8 @@ takes how warps divide a tile."""
 
 from __future__ import annotations
 
-from axial_fusion.gpu.common import jit, octaves, store, tl
-from axial_fusion.gpu.rel_pos_parts import (
+from .common import jit, octaves, store, tl
+from .rel_pos_parts import (
     column_bias,
     key_offsets,
     keys,

@@ -5,7 +5,7 @@ none of these, and every mask is left out."""
 
 from __future__ import annotations
 
-from axial_fusion.gpu.common import jit, octaves, tl
+from .common import jit, octaves, tl
 
 
 @jit

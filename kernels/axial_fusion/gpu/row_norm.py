@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from axial_fusion.gpu import tiles
-from axial_fusion.gpu.common import jit, on, tl
+from . import tiles
+from .common import jit, on, tl
 
 
 @jit

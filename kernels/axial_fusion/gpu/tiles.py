@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from axial_fusion.gpu.common import TensorDescriptor
+from .common import TensorDescriptor
 
 
 @cache

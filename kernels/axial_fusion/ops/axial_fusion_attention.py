@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from axial_fusion.checks import autocast_dtype, check_alike, dtype_name, softmax_scale
-from axial_fusion.dispatch import HalfBackends, select_halves
-from axial_fusion.ops import axial_attention, lora_linear, lora_qkv, row_norm, slice_attention
-from axial_fusion.reference import AttentionWeights, LoRA
+from ..checks import autocast_dtype, check_alike, dtype_name, softmax_scale
+from ..dispatch import HalfBackends, select_halves
+from ..reference import AttentionWeights, LoRA
+from . import axial_attention, lora_linear, lora_qkv, row_norm, slice_attention
 
 
 def axial_fusion_attention(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from axial_fusion.checks import autocast_dtype, no_derivative
+from ..checks import autocast_dtype, no_derivative
 
 _onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 

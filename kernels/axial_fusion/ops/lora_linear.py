@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from axial_fusion.checks import (
+from ..checks import (
     autocast_dtype,
     check_alike,
     check_shapes,
@@ -33,12 +33,13 @@ from axial_fusion.checks import (
     no_derivative,
     no_second_derivative,
 )
-from axial_fusion.dispatch import plain_on, select_backend
-from axial_fusion.gpu import lora as kernels
-from axial_fusion.gpu.lora import NO_DROPOUT, Dropout
-from axial_fusion.ops.dense_linear import by_onednn, dense_linear, onednn_linear
-from axial_fusion.ops.row_norm import column_sums
-from axial_fusion.reference import LoRA, dropout_mask
+from ..dispatch import plain_on, select_backend
+from ..gpu import lora as kernels
+from ..gpu.lora import NO_DROPOUT, Dropout
+from ..reference import LoRA, dropout_mask
+from ..registry import NAMESPACE, OPS, library
+from .dense_linear import by_onednn, dense_linear, onednn_linear
+from .row_norm import column_sums
 
 ALIGN = 8  # columns of a tail: the library's fast products want rows of a multiple of 16 bytes
 
@@ -118,17 +119,19 @@ def rows_of(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-_OP = "axial_fusion::lora_linear"
+_LIB = library("lora_linear")
+_OP = f"{NAMESPACE}::lora_linear"
 _INPUTS = "Tensor? lora_a, Tensor? lora_b, Tensor? seed, float scaling, float dropout_p, str backend"
-torch.library.define(_OP, f"(Tensor x, Tensor weight, Tensor? bias, {_INPUTS}) -> (Tensor, Tensor)")
+torch.library.define(_OP, f"(Tensor x, Tensor weight, Tensor? bias, {_INPUTS}) -> (Tensor, Tensor)", lib=_LIB)
 torch.library.define(
     f"{_OP}_backward",
     f"(Tensor grad, Tensor x, Tensor xa, Tensor weight, {_INPUTS}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lib=_LIB,
 )
 
 
-@torch.library.impl(_OP, "CompositeExplicitAutograd")
+@torch.library.impl(_OP, "CompositeExplicitAutograd", lib=_LIB)
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
     seed: Tensor | None, scaling: float, dropout_p: float, backend: str,
@@ -144,7 +147,7 @@ def _forward(
     return y.view(*x.shape[:-1], weight.shape[0]), xa
 
 
-@torch.library.register_fake(_OP)
+@torch.library.register_fake(_OP, lib=_LIB)
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
     seed: Tensor | None, scaling: float, dropout_p: float, backend: str,
@@ -154,7 +157,7 @@ def _(
     return x.new_empty((*x.shape[:-1], weight.shape[0])), xa
 
 
-@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd")
+@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd", lib=_LIB)
 def _backward_op(
     grad: Tensor, x: Tensor, xa: Tensor, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None,
     seed: Tensor | None, scaling: float, dropout_p: float, backend: str, needs: list[bool],
@@ -208,7 +211,7 @@ def _lora_backward(
     return dx, da, db
 
 
-@torch.library.register_fake(f"{_OP}_backward")
+@torch.library.register_fake(f"{_OP}_backward", lib=_LIB)
 def _(
     grad: Tensor, x: Tensor, xa: Tensor, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None,
     seed: Tensor | None, scaling: float, dropout_p: float, backend: str, needs: list[bool],
@@ -228,12 +231,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:5])
-    grads = torch.ops.axial_fusion.lora_linear_backward(grad, *ctx.saved_tensors, *ctx.options, needs)
+    grads = OPS.lora_linear_backward(grad, *ctx.saved_tensors, *ctx.options, needs)
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None)
 
 
-torch.library.register_autograd(_OP, _backward, setup_context=_save)
-torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("lora_linear"))
+torch.library.register_autograd(_OP, _backward, setup_context=_save, lib=_LIB)
+torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("lora_linear"), lib=_LIB)
 
 
 def lora_linear(
@@ -277,7 +280,7 @@ def run(
     if backend == "torch" and plain_on(*_tensors(x, weight, bias, lora)):
         y, _ = _plain_forward(x.reshape(-1, x.shape[-1]), weight, bias, _update(x, a, b, seed, scaling, p))
         return y.view(*x.shape[:-1], weight.shape[0])
-    y, _ = torch.ops.axial_fusion.lora_linear(x, weight, bias, a, b, seed, scaling, p, backend)
+    y, _ = OPS.lora_linear(x, weight, bias, a, b, seed, scaling, p, backend)
     return y
 
 

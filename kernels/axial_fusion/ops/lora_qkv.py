@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from axial_fusion.checks import autocast_dtype, check_shapes, no_second_derivative
-from axial_fusion.dispatch import select_backend
-from axial_fusion.gpu import lora as kernels
-from axial_fusion.gpu.row_norm import launch_backward, launch_forward
-from axial_fusion.gpu.tiles import thin_in_norm
-from axial_fusion.ops.lora_linear import ALIGN, rows_of
-from axial_fusion.ops.row_norm import column_sums
-from axial_fusion.reference import LoRA
+from ..checks import autocast_dtype, check_shapes, no_second_derivative
+from ..dispatch import select_backend
+from ..gpu import lora as kernels
+from ..gpu.row_norm import launch_backward, launch_forward
+from ..gpu.tiles import thin_in_norm
+from ..reference import LoRA
+from ..registry import NAMESPACE, OPS, library
+from .lora_linear import ALIGN, rows_of
+from .row_norm import column_sums
 
 
 class _Call(NamedTuple):
@@ -91,16 +92,17 @@ def _augmented(c: _Call) -> Tensor:
     return out
 
 
-_OP = "axial_fusion::lora_qkv"
+_LIB = library("lora_qkv")
+_OP = f"{NAMESPACE}::lora_qkv"
 _INPUTS = (
     "Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias, Tensor? a_q, Tensor? b_q,"
     " Tensor? a_v, Tensor? b_v, float scaling_q, float scaling_v, float eps, str backend"
 )
-torch.library.define(_OP, f"({_INPUTS}) -> Tensor")
-torch.library.define(f"{_OP}_backward", f"(Tensor grad, {_INPUTS}, bool[] needs) -> Tensor[]")
+torch.library.define(_OP, f"({_INPUTS}) -> Tensor", lib=_LIB)
+torch.library.define(f"{_OP}_backward", f"(Tensor grad, {_INPUTS}, bool[] needs) -> Tensor[]", lib=_LIB)
 
 
-@torch.library.impl(_OP, "CompositeExplicitAutograd")
+@torch.library.impl(_OP, "CompositeExplicitAutograd", lib=_LIB)
 def _forward(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None,
     a_q: Tensor | None, b_q: Tensor | None, a_v: Tensor | None, b_v: Tensor | None,
@@ -111,7 +113,7 @@ def _forward(
     return F.linear(z, _augmented(c), bias).view(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.register_fake(_OP)
+@torch.library.register_fake(_OP, lib=_LIB)
 def _(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None,
     a_q: Tensor | None, b_q: Tensor | None, a_v: Tensor | None, b_v: Tensor | None,
@@ -120,7 +122,7 @@ def _(
     return weight.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd")
+@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd", lib=_LIB)
 def _backward_op(
     grad: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None,
     a_q: Tensor | None, b_q: Tensor | None, a_v: Tensor | None, b_v: Tensor | None,
@@ -186,7 +188,7 @@ def _norm_gradients(
     )
 
 
-@torch.library.register_fake(f"{_OP}_backward")
+@torch.library.register_fake(f"{_OP}_backward", lib=_LIB)
 def _(
     grad: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None,
     a_q: Tensor | None, b_q: Tensor | None, a_v: Tensor | None, b_v: Tensor | None,
@@ -206,12 +208,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:9])
-    grads = torch.ops.axial_fusion.lora_qkv_backward(grad, *ctx.saved_tensors, *ctx.options, needs)
+    grads = OPS.lora_qkv_backward(grad, *ctx.saved_tensors, *ctx.options, needs)
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 4)
 
 
-torch.library.register_autograd(_OP, _backward, setup_context=_save)
-torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("lora_qkv"))
+torch.library.register_autograd(_OP, _backward, setup_context=_save, lib=_LIB)
+torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("lora_qkv"), lib=_LIB)
 
 
 def lora_qkv(
@@ -252,7 +254,7 @@ def run(
     weight, bias = (None if t is None else t.to(dtype) for t in projection)
     a_q, b_q, scaling_q = (None, None, 1.0) if lora_q is None else lora_q
     a_v, b_v, scaling_v = (None, None, 1.0) if lora_v is None else lora_v
-    return torch.ops.axial_fusion.lora_qkv(
+    return OPS.lora_qkv(
         x, *norm, weight, bias, a_q, b_q, a_v, b_v, float(scaling_q), float(scaling_v), eps, backend
     )
 

@@ -17,24 +17,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axial_fusion.checks import autocast, check_alike, check_shapes, no_second_derivative, softmax_scale
-from axial_fusion.cpu.biased_attention import attend_backward, attend_blocks, choose
-from axial_fusion.dispatch import select_backend
-from axial_fusion.gpu.rel_pos_attention import launch_backward, launch_forward
+from ..checks import autocast, check_alike, check_shapes, no_second_derivative, softmax_scale
+from ..cpu.biased_attention import attend_backward, attend_blocks, choose
+from ..dispatch import select_backend
+from ..gpu.rel_pos_attention import launch_backward, launch_forward
+from ..registry import NAMESPACE, OPS, library
 
-_OP = "axial_fusion::rel_pos_attention"
+_LIB = library("rel_pos_attention")
+_OP = f"{NAMESPACE}::rel_pos_attention"
 torch.library.define(
     _OP,
     "(Tensor q, Tensor k, Tensor v, Tensor rel_h, Tensor rel_w, float scale, str backend) -> (Tensor, Tensor)",
+    lib=_LIB,
 )
 torch.library.define(
     f"{_OP}_backward",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor rel_h, Tensor rel_w, Tensor y, Tensor? lse, float scale,"
     " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lib=_LIB,
 )
 
 
-@torch.library.impl(_OP, "CompositeExplicitAutograd")
+@torch.library.impl(_OP, "CompositeExplicitAutograd", lib=_LIB)
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -45,7 +49,7 @@ def _forward(
     return y, q.new_empty(0, dtype=torch.float32)
 
 
-@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd")
+@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd", lib=_LIB)
 def _backward_op(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor,
     y: Tensor, lse: Tensor | None, scale: float, backend: str,
@@ -58,7 +62,7 @@ def _backward_op(
     return dq, dk, dv, dbias_h.transpose(-1, -2).contiguous(), dbias_w
 
 
-@torch.library.register_fake(_OP)
+@torch.library.register_fake(_OP, lib=_LIB)
 def _(
     q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -67,7 +71,7 @@ def _(
     return q.new_empty(q.shape), q.new_empty(lse, dtype=torch.float32)
 
 
-@torch.library.register_fake(f"{_OP}_backward")
+@torch.library.register_fake(f"{_OP}_backward", lib=_LIB)
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor,
     y: Tensor, lse: Tensor | None, scale: float, backend: str,
@@ -83,12 +87,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.axial_fusion.rel_pos_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+    grads = OPS.rel_pos_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
     return (*grads, None, None)
 
 
-torch.library.register_autograd(_OP, _backward, setup_context=_save)
-torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("rel_pos_attention"))
+torch.library.register_autograd(_OP, _backward, setup_context=_save, lib=_LIB)
+torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("rel_pos_attention"), lib=_LIB)
 
 
 def rel_pos_attention(
@@ -129,5 +133,5 @@ def rel_pos_attention(
     scale = softmax_scale(scale, q.shape[-1])
     attend = None if chosen == "triton" else choose(q, tokens, k, v, rel_h, rel_w)
     if attend is None:
-        return torch.ops.axial_fusion.rel_pos_attention(q, k, v, rel_h, rel_w, scale, chosen)[0]
+        return OPS.rel_pos_attention(q, k, v, rel_h, rel_w, scale, chosen)[0]
     return attend(q, k, v, rel_h.transpose(-1, -2), rel_w, scale)

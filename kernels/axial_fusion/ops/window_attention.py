@@ -14,26 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axial_fusion.checks import autocast, check_alike, check_shapes, no_second_derivative, softmax_scale
-from axial_fusion.cpu import window_attention as plain
-from axial_fusion.cpu.biased_attention import attend_blocks, choose
-from axial_fusion.dispatch import select_backend
-from axial_fusion.gpu.rel_pos_attention import launch_window_backward, launch_window_forward
+from ..checks import autocast, check_alike, check_shapes, no_second_derivative, softmax_scale
+from ..cpu import window_attention as plain
+from ..cpu.biased_attention import attend_blocks, choose
+from ..dispatch import select_backend
+from ..gpu.rel_pos_attention import launch_window_backward, launch_window_forward
+from ..registry import NAMESPACE, OPS, library
 
-_OP = "axial_fusion::window_attention"
+_LIB = library("window_attention")
+_OP = f"{NAMESPACE}::window_attention"
 torch.library.define(
     _OP,
     "(Tensor qkv, Tensor qkv_bias, Tensor rel_h, Tensor rel_w, int window, float scale, str backend)"
     " -> (Tensor, Tensor)",
+    lib=_LIB,
 )
 torch.library.define(
     f"{_OP}_backward",
     "(Tensor grad, Tensor qkv, Tensor qkv_bias, Tensor rel_h, Tensor rel_w, Tensor y, Tensor? lse, int window,"
     " float scale, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    lib=_LIB,
 )
 
 
-@torch.library.impl(_OP, "CompositeExplicitAutograd")
+@torch.library.impl(_OP, "CompositeExplicitAutograd", lib=_LIB)
 def _forward(
     qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor, window: int, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -46,7 +50,7 @@ def _forward(
     return plain.forward(qkv, qkv_bias, rel_h, rel_w, window, scale, attend_blocks), lse
 
 
-@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd")
+@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd", lib=_LIB)
 def _backward_op(
     grad: Tensor, qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor,
     y: Tensor, lse: Tensor | None, window: int, scale: float, backend: str,
@@ -58,7 +62,7 @@ def _backward_op(
     return plain.backward(grad, qkv, qkv_bias, rel_h, rel_w, y, window, scale)
 
 
-@torch.library.register_fake(_OP)
+@torch.library.register_fake(_OP, lib=_LIB)
 def _(
     qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor, window: int, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -68,7 +72,7 @@ def _(
     return y, y.new_empty(lse, dtype=torch.float32)
 
 
-@torch.library.register_fake(f"{_OP}_backward")
+@torch.library.register_fake(f"{_OP}_backward", lib=_LIB)
 def _(
     grad: Tensor, qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor,
     y: Tensor, lse: Tensor | None, window: int, scale: float, backend: str,
@@ -84,12 +88,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.axial_fusion.window_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+    grads = OPS.window_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
     return (*grads, None, None, None)
 
 
-torch.library.register_autograd(_OP, _backward, setup_context=_save)
-torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("window_attention"))
+torch.library.register_autograd(_OP, _backward, setup_context=_save, lib=_LIB)
+torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("window_attention"), lib=_LIB)
 
 
 def window_attention(
@@ -125,5 +129,5 @@ def window_attention(
     if chosen == "torch" and qkv.numel():
         attend = choose(qkv[..., 0, :, :].flatten(1, 2), window * window, qkv, qkv_bias, rel_h, rel_w)
     if attend is None:
-        return torch.ops.axial_fusion.window_attention(qkv, qkv_bias, rel_h, rel_w, window, scale, chosen)[0]
+        return OPS.window_attention(qkv, qkv_bias, rel_h, rel_w, window, scale, chosen)[0]
     return plain.forward(qkv, qkv_bias, rel_h, rel_w, window, scale, attend)
