@@ -124,10 +124,12 @@ class HalfBackends(NamedTuple):
 
 
 ON_CPU = Choice("torch", "a CPU tensor: library matmuls are fastest there")
-TRANSFORMED = Choice("torch", "plain products alone have a forward-mode derivative and every transform")
+TRANSFORMED = Choice(
+    "torch", "plain products alone have a forward-mode derivative, every transform and every tensor class"
+)
 NOTHING_TO_FUSE = Choice("torch", "library products, nothing to fuse with them here")
 SDPA = Choice("sdpa", "torch picks the fastest fused attention for the device")
-NO_TRANSFORM = "no forward-mode derivative and no torch.func transform"
+NO_TRANSFORM = "no forward-mode derivative, no torch.func transform and takes plain tensors alone"
 ALL_TORCH = HalfBackends("torch", "torch", "torch", "torch")
 
 
@@ -238,7 +240,7 @@ def _fastest(op: str, tensors: tuple[Tensor, ...]) -> Choice:
         return NOTHING_TO_FUSE
     if under_transform(tensors):
         if op == "lora_qkv":
-            raise ValueError(f"{op} has {NO_TRANSFORM}; row_norm and lora_linear have both")
+            raise ValueError(f"{op} has {NO_TRANSFORM}; row_norm and lora_linear have all three")
         return TRANSFORMED
     if op == "axial_fusion_attention":
         return Choice(
@@ -323,7 +325,7 @@ def _named(op: str, backend: str, tensors: tuple[Tensor, ...]) -> Choice:
         "composed",
     ):  # torch differentiates these, or says itself what it cannot
         transformed = under_transform(tensors)
-        obstacle = f"it has {NO_TRANSFORM}; the torch backend has both" if transformed else None
+        obstacle = f"it has {NO_TRANSFORM}; the torch backend has all three" if transformed else None
         obstacle = obstacle or _obstacle(op, backend, _facts(op, tensors))
     if backend == "flex" and tensors[0].device.type == "cpu" and not no_derivative(*tensors):
         obstacle = obstacle or "FlexAttention has no gradient on a CPU"
