@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+
+_TORCHS_OWN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
@@ -62,6 +65,26 @@ def check_alike(op: str, **tensors: Tensor) -> None:
             )
         if tensor.device != device:
             raise ValueError(f"{op}: {other} is on {tensor.device} but {name} is on {device}")
+
+
+def number(name: str, value: object) -> float:
+    """`value` as a float. Raises ValueError for a tensor, whose gradient would be lost without a word."""
+    if isinstance(value, Tensor):
+        raise ValueError(f"{name} is a tensor, but must be a number: it would get no gradient")
+    return float(value)  # type: ignore[arg-type]
+
+
+def torchs_own(*tensors: Tensor) -> bool:
+    """Whether the tensors are torch's own and of no subclass."""
+    return _TORCHS_OWN.issuperset(map(type, tensors))
+
+
+def wrapped(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether one of the tensors is of a subclass that computes its own operators: distributed, quantised, nested."""
+    if torchs_own(*tensors):
+        return False
+    own = (t for t in tensors if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__)
+    return any(not isinstance(t, FakeTensor) for t in own)
 
 
 def under_transform(tensors: tuple[Tensor, ...]) -> bool:
