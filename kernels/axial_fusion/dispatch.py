@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from axial_fusion.checks import autocast_dtype, dtype_name, no_derivative, under_transform
+from axial_fusion.checks import autocast_dtype, dtype_name, no_derivative, under_transform, wrapped
 from axial_fusion.reference import AttentionWeights
 
 Op = Literal[
@@ -43,7 +43,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "window_attention": ("triton", "torch"),
     "row_norm": ("triton", "torch"),
     "lora_linear": ("augmented", "triton", "torch"),
-    "lora_qkv": ("augmented", "triton"),
+    "lora_qkv": ("augmented", "triton", "torch"),
     "axial_fusion_attention": ("composed", "torch"),
 }
 INSTALLED = {name: find_spec(name) is not None for name in ("triton", "flash_attn", "xformers")}
@@ -114,6 +114,7 @@ class HalfBackends(NamedTuple):
 
 ON_CPU = Choice("torch", "a CPU tensor: library matmuls are fastest there")
 TRANSFORMED = Choice("torch", "plain products alone have a forward-mode derivative and every transform")
+WRAPPED = Choice("torch", "a tensor subclass computes its operators itself, and knows torch's alone")
 NOTHING_TO_FUSE = Choice("torch", "library products, nothing to fuse with them here")
 SDPA = Choice("sdpa", "torch picks the fastest fused attention for the device")
 NO_TRANSFORM = "no forward-mode derivative and no torch.func transform"
@@ -150,7 +151,8 @@ def select_halves(
     `slices`: of queries or of keys, whichever are more. Raises ValueError for a backend that does not exist."""
     if backend != "auto":
         _named("axial_fusion_attention", backend, (x,))
-    if backend == "torch" or under_transform((x, *_tensors(inter), *_tensors(intra))):
+    given = (x, *_tensors(inter), *_tensors(intra))
+    if backend == "torch" or wrapped(given) or under_transform(given):
         return ALL_TORCH, ALL_TORCH
     facts = Facts(x.device, autocast_dtype(x) or x.dtype, x.shape[-1] // num_heads, slices)
     across = within = "torch"
@@ -225,9 +227,9 @@ def _fastest(op: str, tensors: tuple[Tensor, ...]) -> Choice:
     rank = _rank(tensors) if op == "lora_linear" else 0
     if op == "lora_linear" and not rank and x.device.type != "cuda":
         return NOTHING_TO_FUSE
+    if wrapped(tensors):
+        return WRAPPED
     if under_transform(tensors):
-        if op == "lora_qkv":
-            raise ValueError(f"{op} has {NO_TRANSFORM}; row_norm and lora_linear have both")
         return TRANSFORMED
     if op == "axial_fusion_attention":
         return Choice(
