@@ -14,6 +14,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 F = TypeVar("F", bound=Callable[..., Any])
+_TORCHS_OWN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
@@ -84,21 +85,35 @@ def check_alike(op: str, **tensors: Tensor) -> None:
             raise ValueError(f"{op}: {other} is on {tensor.device} but {name} is on {device}")
 
 
+def number(name: str, value: object) -> float:
+    """`value` as a float. Raises ValueError for a tensor, whose gradient would be lost without a word."""
+    if isinstance(value, Tensor):
+        raise ValueError(f"{name} is a tensor, but must be a number: it would get no gradient")
+    return float(value)  # type: ignore[arg-type]
+
+
+def torchs_own(*tensors: Tensor) -> bool:
+    """Whether the tensors are torch's own and of no subclass."""
+    return _TORCHS_OWN.issuperset(map(type, tensors))
+
+
+def wrapped(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether one of the tensors is of a subclass that computes its own operators: distributed, quantised, nested."""
+    if torchs_own(*tensors):
+        return False
+    own = (t for t in tensors if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__)
+    return any(not isinstance(t, (FakeTensor, FunctionalTensor)) for t in own)
+
+
 def under_transform(tensors: tuple[Tensor, ...]) -> bool:
     """Whether plain products alone are right: a torch.func transform is active, one of the tensors carries a
-    forward-mode tangent, or is of a class that runs torch's operations itself, such as DTensor."""
+    forward-mode tangent, or is `wrapped`."""
     if torch.compiler.is_compiling():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or any(map(_runs_itself, tensors)):
+    if torch._C._functorch.peek_interpreter_stack() is not None or wrapped(tensors):
         return True
     ad = torch.autograd.forward_ad
     return ad._current_level >= 0 and any(ad.unpack_dual(t).tangent is not None for t in tensors)
-
-
-def _runs_itself(tensor: Tensor) -> bool:
-    """Whether the tensor holds no memory of its own that a kernel could read. Tracers do not count."""
-    own = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    return own and not isinstance(tensor, (FakeTensor, FunctionalTensor))
 
 
 def no_derivative(*tensors: Tensor) -> bool:
