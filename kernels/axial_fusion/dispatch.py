@@ -20,6 +20,7 @@ from .checks import (
     import_failure,
     no_derivative,
     under_transform,
+    wrapped,
 )
 from .gpu.common import MISSING
 from .reference import AttentionWeights
@@ -51,7 +52,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "window_attention": ("triton", "torch"),
     "row_norm": ("triton", "torch"),
     "lora_linear": ("augmented", "triton", "torch"),
-    "lora_qkv": ("augmented", "triton"),
+    "lora_qkv": ("augmented", "triton", "torch"),
     "axial_fusion_attention": ("composed", "torch"),
 }
 PACKAGES = {  # of the backends that are packages: the function that is called
@@ -125,6 +126,7 @@ class HalfBackends(NamedTuple):
 
 ON_CPU = Choice("torch", "a CPU tensor: library matmuls are fastest there")
 TRANSFORMED = Choice("torch", "plain products alone have a forward-mode derivative and every transform")
+WRAPPED = Choice("torch", "a tensor subclass computes its operators itself, and knows torch's alone")
 NOTHING_TO_FUSE = Choice("torch", "library products, nothing to fuse with them here")
 SDPA = Choice("sdpa", "torch picks the fastest fused attention for the device")
 NO_TRANSFORM = "no forward-mode derivative and no torch.func transform"
@@ -161,7 +163,8 @@ def select_halves(
     `slices`: of queries or of keys, whichever are more. Raises ValueError for a backend that does not exist."""
     if backend != "auto":
         _named("axial_fusion_attention", backend, (x,))
-    if backend == "torch" or under_transform((x, *_tensors(inter), *_tensors(intra))):
+    given = (x, *_tensors(inter), *_tensors(intra))
+    if backend == "torch" or wrapped(given) or under_transform(given):
         return ALL_TORCH, ALL_TORCH
     facts = Facts(x.device, autocast_dtype(x) or x.dtype, x.shape[-1] // num_heads, slices)
     across = within = "torch"
@@ -236,9 +239,9 @@ def _fastest(op: str, tensors: tuple[Tensor, ...]) -> Choice:
     rank = _rank(tensors) if op == "lora_linear" else 0
     if op == "lora_linear" and not rank and x.device.type != "cuda":
         return NOTHING_TO_FUSE
+    if wrapped(tensors):
+        return WRAPPED
     if under_transform(tensors):
-        if op == "lora_qkv":
-            raise ValueError(f"{op} has {NO_TRANSFORM}; row_norm and lora_linear have both")
         return TRANSFORMED
     if op == "axial_fusion_attention":
         return Choice(
@@ -322,8 +325,10 @@ def _named(op: str, backend: str, tensors: tuple[Tensor, ...]) -> Choice:
         "sdpa",
         "composed",
     ):  # torch differentiates these, or says itself what it cannot
-        transformed = under_transform(tensors)
-        obstacle = f"it has {NO_TRANSFORM}; the torch backend has both" if transformed else None
+        if wrapped(tensors):
+            obstacle = "it takes torch's own tensors alone; the torch backend takes subclasses that compute themselves"
+        elif under_transform(tensors):
+            obstacle = f"it has {NO_TRANSFORM}; the torch backend has both"
         obstacle = obstacle or _obstacle(op, backend, _facts(op, tensors))
     if backend == "flex" and tensors[0].device.type == "cpu" and not no_derivative(*tensors):
         obstacle = obstacle or "FlexAttention has no gradient on a CPU"

@@ -156,9 +156,8 @@ def rel_pos_fwd_kernel(
             h = next_h
 
     y_ptr += ((batch * H * W + origin) * M + head) * D
-    if not FULL:
-        total = tl.where(mask_q, total, 1.0)
-    share = 1.0 / total  # a query without keys gives NaN, as the softmax does
+    total = tl.where(total == 0.0, 1.0, total)  # a query without keys gives 0
+    share = 1.0 / total
     store(y_ptr, query * (M * D), mask_q, y0 * share[:, None], 0, D0, D)
     if D1 > 0:
         store(y_ptr, query * (M * D), mask_q, y1 * share[:, None], D0, D1, D)

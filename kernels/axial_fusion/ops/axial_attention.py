@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import autocast, check_alike, check_shapes, no_second_derivative, softmax_scale
+from ..checks import autocast, check_alike, check_shapes, dtype_name, no_second_derivative, softmax_scale
 from ..cpu import axial_attention as plain
 from ..dispatch import plain_on, select_backend
 from ..gpu import axial_attention as gpu
@@ -111,17 +111,24 @@ def axial_attention(
     check_shapes("axial_attention", {"q": (q, _QUERIES), "k": (k, _KEYS), "v": (v, _KEYS)})
     q, k, v = autocast(q, k, v)
     check_alike("axial_attention", q=q, k=k, v=v)
+    scale = softmax_scale("axial_attention", scale, q.shape[-1])
+    if not isinstance(causal, (bool, int)):
+        raise ValueError(f"axial_attention: causal must be True or False, found {type(causal).__name__}")
     if lengths is not None:
-        if lengths.shape != q.shape[:1] or lengths.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"axial_attention: lengths must be (B,) = ({q.shape[0]},) of int32 or int64, "
-                f"found {tuple(lengths.shape)} of {str(lengths.dtype).removeprefix('torch.')}"
-            )
-        if lengths.device != q.device:
-            raise ValueError(f"axial_attention: lengths is on {lengths.device} but q is on {q.device}")
-        lengths = lengths.contiguous()
+        _check_lengths(lengths, q)
     chosen = select_backend("axial_attention", q, k, v, backend=backend).backend
-    return run(q, k, v, lengths, softmax_scale(scale, q.shape[-1]), causal, chosen)
+    return run(q, k, v, lengths, scale, bool(causal), chosen)
+
+
+def _check_lengths(lengths: Tensor, q: Tensor) -> None:
+    check_shapes("axial_attention", {"lengths": (lengths, ("B",))})
+    if lengths.shape != q.shape[:1] or lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"axial_attention: lengths must be (B,) = ({q.shape[0]},) of int32 or int64, "
+            f"found {tuple(lengths.shape)} of {dtype_name(lengths.dtype)}"
+        )
+    if lengths.device != q.device:
+        raise ValueError(f"axial_attention: lengths is on {lengths.device} but q is on {q.device}")
 
 
 def run(

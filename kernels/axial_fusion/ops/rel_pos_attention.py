@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import autocast, check_alike, check_shapes, no_second_derivative, softmax_scale
+from ..checks import autocast, check_alike, check_shapes, check_whole, no_second_derivative, softmax_scale
 from ..cpu.biased_attention import attend_backward, attend_blocks, choose
 from ..dispatch import select_backend
 from ..gpu.rel_pos_attention import launch_backward, launch_forward
@@ -46,7 +46,7 @@ def _forward(
     if backend == "triton":
         return launch_forward(q, k, v, rel_h, rel_w, scale)
     y = attend_blocks(q, k, v, rel_h.transpose(-1, -2), rel_w, scale)
-    return y, q.new_empty(0, dtype=torch.float32)
+    return y, torch.empty(0, dtype=torch.float32, device=q.device)
 
 
 @torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd", lib=_LIB)
@@ -109,9 +109,11 @@ def rel_pos_attention(
     """SAM's attention over one grid (H', W') of P = H'·W' tokens: q, k, v (B, P, M, D) -> (B, P, M, D).
 
     rel_h (B, M, H', P) and rel_w (B, M, P, W') are the bias of each query against each row and column of keys,
-    added to scale · q·k; `scale` is D^-½ where None. Autocast casts all five.
+    added to scale · q·k; `scale` is D^-½ where None. A query whose bias is -inf throughout sees no key and gives 0.
+    Autocast casts all five.
     Raises ValueError on a shape, dtype, device or backend mismatch."""
     height, width = grid
+    check_whole("rel_pos_attention", **{"grid[0]": height, "grid[1]": width})
     qkv, tokens = ("B", "P", "M", "D"), height * width
     if q.dim() != 4 or q.shape[1] != tokens:
         raise ValueError(
@@ -129,8 +131,8 @@ def rel_pos_attention(
     )
     q, k, v, rel_h, rel_w = autocast(q, k, v, rel_h, rel_w)
     check_alike("rel_pos_attention", q=q, k=k, v=v, rel_h=rel_h, rel_w=rel_w)
+    scale = softmax_scale("rel_pos_attention", scale, q.shape[-1])
     chosen = select_backend("rel_pos_attention", q, k, v, rel_h, rel_w, backend=backend).backend
-    scale = softmax_scale(scale, q.shape[-1])
     attend = None if chosen == "triton" else choose(q, tokens, k, v, rel_h, rel_w)
     if attend is None:
         return OPS.rel_pos_attention(q, k, v, rel_h, rel_w, scale, chosen)[0]

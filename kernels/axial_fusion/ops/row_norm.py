@@ -42,7 +42,7 @@ def _forward(
     """z (..., C) contiguous in `dtype`, mean and rstd (T,) in fp32."""
     z = torch.empty(x.shape, dtype=dtype, device=x.device)
     if not z.numel():
-        rows = x.shape[:-1].numel()
+        rows = (x.shape[:-1].numel(),)
         return z, x.new_zeros(rows, dtype=torch.float32), x.new_zeros(rows, dtype=torch.float32)
     return z, *launch_forward(x, weight, bias, z.view(-1, x.shape[-1]), eps)
 
@@ -51,7 +51,7 @@ def _forward(
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mean, rstd = (x.new_empty(x.shape[:-1].numel(), dtype=torch.float32) for _ in range(2))
+    mean, rstd = (x.new_empty((x.shape[:-1].numel(),), dtype=torch.float32) for _ in range(2))
     return x.new_empty(x.shape, dtype=dtype), mean, rstd
 
 
@@ -60,7 +60,7 @@ def _backward_op(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight and bias; an empty tensor for each that is not needed."""
-    empty = x.new_empty(0)
+    empty = x.new_empty((0,))
     given = (x, weight, empty if bias is None else bias)
     found: tuple[Tensor | None, ...]
     if not x.numel():
@@ -81,7 +81,7 @@ def _(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return tuple(
-        t.new_empty(t.shape) if need and t is not None else x.new_empty(0)
+        t.new_empty(t.shape) if need and t is not None else x.new_empty((0,))
         for t, need in zip((x, weight, bias), needs, strict=True)
     )
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,9 +22,9 @@ from torch.nn import functional as F
 
 from ..checks import (
     autocast,
-    autocast_dtype,
     check_alike,
     check_shapes,
+    no_autocast,
     no_second_derivative,
     softmax_scale,
 )
@@ -215,15 +214,9 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Half precision computes in fp32: scores of some tens, rounded to it, would move the weights by per cents."""
     dtype = q.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    with _no_autocast(q):
+    with no_autocast(q):
         q, k, v = (t.to(wide) for t in (q, k, v))
         return (((q * scale) @ k.transpose(-1, -2)).softmax(-1) @ v).to(dtype)
-
-
-def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    if autocast_dtype(tensor) is None:
-        return nullcontext()
-    return torch.autocast(tensor.device.type, enabled=False)
 
 
 _LIBRARIES: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
@@ -259,8 +252,9 @@ def slice_attention(
     check_shapes("slice_attention", {"q": (q, _AXES), "k": (k, _AXES), "v": (v, _AXES)})
     q, k, v = autocast(q, k, v)
     check_alike("slice_attention", q=q, k=k, v=v)
+    scale = softmax_scale("slice_attention", scale, q.shape[-1])
     chosen = select_backend("slice_attention", q, k, v, backend=backend).backend
-    q, scale = _positive(q, softmax_scale(scale, q.shape[-1]))
+    q, scale = _positive(q, scale)
     return run(q, k, v, scale, chosen)
 
 

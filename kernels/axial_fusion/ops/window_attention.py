@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import autocast, check_alike, check_shapes, no_second_derivative, softmax_scale
+from ..checks import autocast, check_alike, check_shapes, check_whole, no_second_derivative, softmax_scale
 from ..cpu import window_attention as plain
 from ..cpu.biased_attention import attend_blocks, choose
 from ..dispatch import select_backend
@@ -44,9 +44,9 @@ def _forward(
     """y, and what the Triton backward needs of the softmax; empty on the torch backend."""
     if backend == "triton":
         return launch_window_forward(qkv, qkv_bias, rel_h, rel_w, window, scale)
-    lse = qkv.new_empty(0, dtype=torch.float32)
+    lse = torch.empty(0, dtype=torch.float32, device=qkv.device)
     if qkv.numel() == 0:
-        return qkv.new_empty((*qkv.shape[:3], *qkv.shape[4:])), lse
+        return torch.empty((*qkv.shape[:3], *qkv.shape[4:]), dtype=qkv.dtype, device=qkv.device), lse
     return plain.forward(qkv, qkv_bias, rel_h, rel_w, window, scale, attend_blocks), lse
 
 
@@ -110,11 +110,16 @@ def window_attention(
 
     qkv_bias (3·M·D,) is what a padded token's key and value hold; its use in the projection is not this op's.
     rel_h and rel_w (B, H', W', M, window): the bias of each query against the rows and the columns of its own
-    window, padded ones included. Autocast casts all four. Raises ValueError on a shape, dtype or device mismatch."""
-    if window < 1:
-        raise ValueError(f"window_attention: window must be at least 1, found {window}")
+    window, padded ones included. A query whose bias is -inf throughout gives 0. Autocast casts all four.
+    Raises ValueError on a shape, dtype or device mismatch."""
+    check_whole("window_attention", window=window)
     rel = ("B", "H", "W", "M", window)
-    expected = {"qkv": (qkv, ("B", "H", "W", 3, "M", "D")), "rel_h": (rel_h, rel), "rel_w": (rel_w, rel)}
+    expected = {
+        "qkv": (qkv, ("B", "H", "W", 3, "M", "D")),
+        "rel_h": (rel_h, rel),
+        "rel_w": (rel_w, rel),
+        "qkv_bias": (qkv_bias, ("E",)),
+    }
     sizes = check_shapes("window_attention", expected)
     channels = 3 * sizes["M"] * sizes["D"]
     if qkv_bias.shape != (channels,):
@@ -123,8 +128,8 @@ def window_attention(
         )
     qkv, qkv_bias, rel_h, rel_w = autocast(qkv, qkv_bias, rel_h, rel_w)
     check_alike("window_attention", qkv=qkv, qkv_bias=qkv_bias, rel_h=rel_h, rel_w=rel_w)
+    scale = softmax_scale("window_attention", scale, qkv.shape[-1])
     chosen = select_backend("window_attention", qkv, qkv_bias, rel_h, rel_w, backend=backend).backend
-    scale = softmax_scale(scale, qkv.shape[-1])
     attend = None
     if chosen == "torch" and qkv.numel():
         attend = choose(qkv[..., 0, :, :].flatten(1, 2), window * window, qkv, qkv_bias, rel_h, rel_w)
