@@ -8,7 +8,7 @@ from torch import nn
 
 from axial_fusion import AxialFusionAttention
 
-timm = pytest.importorskip("timm")
+timm, _, _ = (pytest.importorskip(package) for package in ("timm", "torchvision", "diffusers"))
 N, from_attention = 3, AxialFusionAttention.from_attention
 ATTENTIONS = {"Attention", "MultiheadAttention", "ViTAttention", "CLIPAttention", "SABlock"}
 

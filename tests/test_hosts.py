@@ -16,6 +16,9 @@ from torch.nn.utils import parametrize, prune
 
 from axial_fusion import AxialFusionAttention, LoRALinear
 
+for package in ("timm", "diffusers"):
+    pytest.importorskip(package)
+
 MONAI = "monai.networks.blocks.selfattention"
 HUGGING_FACE = {  # module: attention and config of transformers
     "vit": "ViT", "deit": "DeiT", "vit_mae": "ViTMAE", "vit_msn": "ViTMSN", "ijepa": "IJepa", "vivit": "Vivit",
