@@ -101,11 +101,9 @@ def test_a_divided_attention_of_timesformer():
 def test_a_temporal_attention_of_diffusers():
     """A motion module attends over frames at each position: the axial half without norm and residual, in the feature
     map's own layout instead of (B·P, N, C)."""
-    Attention = pytest.importorskip("diffusers").models.attention_processor.Attention
-    theirs, features = (
-        Attention(48, heads=3, dim_head=16),
-        torch.randn(2, 5, 48, 4, 4),
-    )  # (B, frames, C, H', W')
+    processor = pytest.importorskip("diffusers.models.attention_processor")
+    theirs = processor.Attention(48, heads=3, dim_head=16)
+    features = torch.randn(2, 5, 48, 4, 4)  # (B, frames, C, H', W')
     rows = features.permute(0, 3, 4, 1, 2).reshape(-1, 5, 48)
     expected = theirs(rows).unflatten(0, (2, 4, 4)).movedim(3, 1)  # (B, N, H', W', C)
 

@@ -10,12 +10,14 @@ from axial_fusion.ops.rel_pos_attention import rel_pos_attention
 from axial_fusion.ops.slice_attention import slice_attention
 from axial_fusion.ops.window_attention import window_attention
 from axial_fusion.reference import AttentionWeights, LoRA
+from axial_fusion.sam import accelerate_sam
 
 __all__ = [
     "AttentionWeights",
     "AxialFusionAttention",
     "LoRA",
     "LoRALinear",
+    "accelerate_sam",
     "axial_attention",
     "axial_fusion_attention",
     "lora_linear",

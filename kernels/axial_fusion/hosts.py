@@ -163,7 +163,7 @@ class AttentionParts:
 
 def attention_parts(attention: nn.Module, num_slices: int | None = None) -> AttentionParts:
     """The parts of a known 2D attention. Raises ValueError, naming what is in the way, for every other."""
-    base = _known(attention, _KNOWN, "an attention that from_attention knows")
+    base = known_base(attention, _KNOWN, "an attention that from_attention knows")
     kind = type(attention).__name__
     if isinstance(attention, nn.MultiheadAttention):
         names: tuple[str, ...] = ("in_proj_weight", "in_proj_bias")
@@ -175,24 +175,24 @@ def attention_parts(attention: nn.Module, num_slices: int | None = None) -> Atte
             n for n in _QKV if hasattr(attention, n[0]) and type(getattr(attention, n[0])) is not nn.Identity
         ]
         names = there[0] if there else _QKV[0]
-        qkv = [_linear(attention, name) for name in names]
+        qkv = [plain_linear(attention, name) for name in names]
     out_name = next((name for name in _OUT if hasattr(attention, name)), _OUT[0])
-    out = _linear(attention, out_name)
-    heads = next((getattr(attention, name) for name in _HEADS if hasattr(attention, name)), 0)
-    _check_weights(kind, qkv, out, heads)
-    skipped = _account(attention, {*names, out_name}, sizes=(out[0].shape[0], heads))
+    out = plain_linear(attention, out_name)
+    heads = head_count(attention)
+    check_weights(kind, qkv, out, heads)
+    skipped = account(attention, {*names, out_name}, sizes=(out[0].shape[0], heads))
     return AttentionParts(heads, qkv, out, _call(attention, base, num_slices), attention.training, skipped)
 
 
 def block_parts(block: nn.Module) -> tuple[AttentionParts, nn.LayerNorm]:
     """The parts of a known pre-norm block's attention, and its norm. Raises ValueError for every other."""
-    base = _known(block, _BLOCKS, "a pre-norm block (norm1, attn) that from_block knows")
-    norm_name, attention_name = _BLOCKS[_name(base)]
+    base = known_base(block, _BLOCKS, "a pre-norm block (norm1, attn) that from_block knows")
+    norm_name, attention_name = _BLOCKS[full_name(base)]
     norm, parts = getattr(block, norm_name), attention_parts(getattr(block, attention_name))
     channels, dtype = parts.out[0].shape[0], parts.out[0].dtype
-    skipped = _account(block, {norm_name, attention_name, *_BESIDE}, sizes=(channels, parts.heads))
-    _known(norm, _NORMS, f"the affine nn.LayerNorm that {norm_name} must be")
-    _account(norm, {"weight", "bias", "normalized_shape", "eps", "elementwise_affine"}, sizes=(channels, 1))
+    skipped = account(block, {norm_name, attention_name, *_BESIDE}, sizes=(channels, parts.heads))
+    known_base(norm, _NORMS, f"the affine nn.LayerNorm that {norm_name} must be")
+    account(norm, {"weight", "bias", "normalized_shape", "eps", "elementwise_affine"}, sizes=(channels, 1))
     if norm.weight is None or norm.weight.shape != (channels,) or norm.weight.dtype != dtype:
         raise ValueError(f"{norm_name} must be an affine nn.LayerNorm over {channels} channels in {dtype}")
     both = ", ".join(filter(None, (skipped, parts.training_only)))
@@ -221,17 +221,17 @@ def self_attention_input(
     return x, query_index
 
 
-def _name(cls: type) -> str:
+def full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _known(module: nn.Module, known: Any, what: str) -> type:
+def known_base(module: nn.Module, known: Any, what: str) -> type:
     """The known class whose forward `module` runs, unchanged, or ValueError."""
     kind = type(module)
     bases = kind.__mro__
-    index = next((i for i, base in enumerate(bases) if _name(base) in known), None)
+    index = next((i for i, base in enumerate(bases) if full_name(base) in known), None)
     if index is None:
-        raise ValueError(f"{_name(kind)} is not {what}; axial_fusion.lift keeps the host's own attention")
+        raise ValueError(f"{full_name(kind)} is not {what}; axial_fusion.lift keeps the host's own attention")
     base = bases[index]
     for derived in bases[:index]:
         own = [
@@ -239,7 +239,7 @@ def _known(module: nn.Module, known: Any, what: str) -> type:
         ]
         if own:
             raise ValueError(
-                f"{_name(kind)} changes {own[0]!r} of {_name(base)}, which is the one that is known"
+                f"{full_name(kind)} changes {own[0]!r} of {full_name(base)}, which is the one that is known"
             )
     forward = inspect.getattr_static(base, "forward")
     written_in = getattr(forward, "__globals__", {}).get("__name__", "")
@@ -247,7 +247,7 @@ def _known(module: nn.Module, known: Any, what: str) -> type:
         written_in.split(".")[0] != base.__module__.split(".")[0]
         or forward.__qualname__ != f"{base.__qualname__}.forward"
     ):
-        raise ValueError(f"{_name(base)}.forward was replaced by one of {written_in}, which is not known")
+        raise ValueError(f"{full_name(base)}.forward was replaced by one of {written_in}, which is not known")
     return base
 
 
@@ -258,7 +258,7 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     yield from ((name, value) for name, value in vars(module).items() if name not in _EVERY_MODULE)
 
 
-def _account(module: nn.Module, known: set[str], sizes: tuple[int, int]) -> str:
+def account(module: nn.Module, known: set[str], sizes: tuple[int, int]) -> str:
     """Look at every attribute but the `known`; gives what acts in training alone, in words.
 
     `sizes` are C and the heads. Raises ValueError naming what changes the result."""
@@ -320,7 +320,7 @@ def _dropout(kind: str, name: str, value: Any) -> float:
     return float(rate)
 
 
-def _linear(attention: nn.Module, name: str) -> Part:
+def plain_linear(attention: nn.Module, name: str) -> Part:
     """Weight and bias of a plain linear layer, the first of `to_out`, or ValueError."""
     kind = type(attention).__name__
     layer: Any = getattr(attention, name, None)
@@ -331,13 +331,18 @@ def _linear(attention: nn.Module, name: str) -> Part:
         layer = layer[0]
     if layer is None:
         raise ValueError(f"{kind} has no {name!r}, a linear layer that from_attention needs")
-    if _name(type(layer)) not in _LINEARS:
+    if full_name(type(layer)) not in _LINEARS:
         raise ValueError(f"{kind}.{name} is {type(layer).__name__}, but must be a plain nn.Linear")
     _check_hooks(f"{kind}.{name}", layer)
     for part, value in _attributes(layer):
         if part not in ("in_features", "out_features", "weight", "bias"):
             raise ValueError(f"{kind}.{name} has {part!r} ({_shown(value)}), but must be a plain nn.Linear")
     return layer.weight, layer.bias
+
+
+def head_count(attention: nn.Module) -> int:
+    """The number of heads, by whatever name it has; 0 without."""
+    return next((getattr(attention, name) for name in _HEADS if hasattr(attention, name)), 0)
 
 
 def _check_hooks(kind: str, module: nn.Module) -> None:
@@ -349,7 +354,7 @@ def _check_hooks(kind: str, module: nn.Module) -> None:
             )
 
 
-def _check_weights(kind: str, qkv: Sequence[Part], out: Part, heads: int) -> None:
+def check_weights(kind: str, qkv: Sequence[Part], out: Part, heads: int) -> None:
     """Raises ValueError unless the weights are plain parameters that keep C, of one dtype and device, all there."""
     channels, first = out[0].shape[0], out[0]
     for t in (t for pair in (*qkv, out) for t in pair if t is not None):
