@@ -9,6 +9,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
+if torch.version.cuda is None:
+    # torchvision's wheel does not import beside torch's CPU build unless these two names are defined
+    for name in ("nms", "qnms"):
+        torch.library.define(
+            f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        )
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():

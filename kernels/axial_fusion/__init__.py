@@ -3,21 +3,21 @@
 from .dispatch import select_backend
 from .modules import AxialFusionAttention, LoRALinear
 from .ops.axial_attention import axial_attention
-from .ops.axial_fusion_attention import (
-    axial_fusion_attention,
-)
+from .ops.axial_fusion_attention import axial_fusion_attention
 from .ops.lora_linear import lora_linear
 from .ops.lora_qkv import lora_qkv
 from .ops.rel_pos_attention import rel_pos_attention
 from .ops.slice_attention import slice_attention
 from .ops.window_attention import window_attention
 from .reference import AttentionWeights, LoRA
+from .sam import accelerate_sam
 
 __all__ = [
     "AttentionWeights",
     "AxialFusionAttention",
     "LoRA",
     "LoRALinear",
+    "accelerate_sam",
     "axial_attention",
     "axial_fusion_attention",
     "lora_linear",
