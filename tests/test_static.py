@@ -84,6 +84,18 @@ def test_blocks_that_a_multiprocessor_holds():
     assert resident_blocks(MACHINES[120], warps=4, registers=64, shared=60 * 1024) == 1
 
 
+def test_loops_that_were_unrolled_are_those_of_few_turns():
+    from types import SimpleNamespace
+
+    from axial_fusion.counts.bounds import turns_of
+
+    kernel = SimpleNamespace(__name__="lora_reduce_kernel")
+    launch = SimpleNamespace(kernel=kernel, programs=1, arguments={"N": 768, "K": 256, "BLOCK_C": 64, "da_ptr": 1})
+    assert [turns_of(launch, loops) for loops in range(3)] == [[], [12], [12, 4]]
+    with pytest.raises(ValueError, match="compiled to 3 loops"):
+        turns_of(launch, 3)
+
+
 def compiled(code: str):
     """The JSON that `code` prints in a process whose Triton compiles."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
