@@ -80,7 +80,7 @@ def default(key: Key) -> Tile:
 # On an H100 (torch 2.11, Triton 3.6): µs at B 4, P 4096, M 8 in bf16, q, k and v views of one tensor.
 # Each number is of the fastest kernel tried with such a tile. 16 rows hold 3 positions of 5 slices.
 # "wrong": products of 64 rows run on wgmma, and ptxas 12.8 miscompiles those of D's two parts, 64 + 32
-# (tests/kernel_builds.py, wrong_descriptors).
+# (counts/sass.py, wrong_descriptors).
 #                   16 rows, 8 heads,   16 rows,   32 rows,   64 rows,
 #                             4 warps     1 warp    2 warps    4 warps
 # N 9   D 32   fwd             104.0      113.2      116.0      112.8
