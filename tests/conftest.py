@@ -1,4 +1,4 @@
-"""Kernels run in Triton's interpreter unless there is a GPU; uninitialised memory is NaN where a test asks."""
+"""Kernels run in Triton's interpreter unless there is a GPU; memory, precision and a trained run for tests that ask."""
 
 import os
 import sys
@@ -44,3 +44,21 @@ def nan_memory():
 def on_the_cpu(monkeypatch):
     """The device that every machine has, as if it had no other."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run trained for a moment: random masks, real files."""
+    from aftersam.data.phantom import write_dataset
+    from aftersam.train import main as train
+
+    root = tmp_path_factory.mktemp("run")
+    write_dataset(root / "scans", cases=3, seed=0)
+    with pytest.MonkeyPatch.context() as patch:  # so few steps would leave nothing but background to compare
+        patch.setattr("aftersam.model.mask_decoder.BACKGROUND_LEAD", 0.0)
+        code = train(
+            ["--data", str(root / "scans"), "--output", str(root / "run"), "--preset", "tiny", "--image-size", "48",
+             "--num-blocks", "1", "--max-steps", "3", "--device", "cpu", "--precision", "fp32"]
+        )  # fmt: skip
+    assert code == 0
+    return root / "run"
