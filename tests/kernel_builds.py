@@ -110,6 +110,7 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "axial, Nq 1, D 96, P 7": lambda dtype: axial_attention(dtype, 1, 9, 7, 3, 96),
     "axial, N 16, D 24, P 7": lambda dtype: axial_attention(dtype, 16, 16, 7, 3, 24),
     "lora, 768 to 2304, r 4": lambda dtype: lora_linear(dtype, 36_864, 768, 2304, 4),
+    "lora, 256 to 768, r 4": lambda dtype: lora_linear(dtype, 36_864, 256, 768, 4),
     "lora, 768 to 768, r 64, dropout": lambda dtype: lora_linear(dtype, 4096, 768, 768, 64, dropout=True),
     "lora, 37 to 53, r 3, 7 rows": lambda dtype: lora_linear(dtype, 7, 37, 53, 3),
     "norm, C 256": lambda dtype: row_norm(dtype, 18_432, 256, weights=dtype),

@@ -90,7 +90,9 @@ def test_loops_that_were_unrolled_are_those_of_few_turns():
     from axial_fusion.counts.bounds import turns_of
 
     kernel = SimpleNamespace(__name__="lora_reduce_kernel")
-    launch = SimpleNamespace(kernel=kernel, programs=1, arguments={"N": 768, "K": 256, "BLOCK_C": 64, "da_ptr": 1})
+    launch = SimpleNamespace(
+        kernel=kernel, programs=1, arguments={"N": 768, "K": 256, "BLOCK_C": 64, "da_ptr": 1}
+    )
     assert [turns_of(launch, loops) for loops in range(3)] == [[], [12], [12, 4]]
     with pytest.raises(ValueError, match="compiled to 3 loops"):
         turns_of(launch, 3)
