@@ -1,10 +1,9 @@
 """Correctness first, then time: what every benchmark shares.
 
-Output and gradients of each provider of a case are compared with an fp64 reference before anything is timed. A wrong
-provider is reported as wrong and not timed. The others are timed in turns, so that a machine that slows down slows
-all of them; median, 20 % and 80 % quantiles are reported. Peak memory is what torch allocates above the inputs. FLOPs
-are counted from shapes: two for each multiply-add of a matrix product, none for recomputation. Bytes, where a case
-counts them, are what any implementation must read and write."""
+A provider that the gate (gate.py) finds wrong is reported as wrong and not timed. The others are timed in turns, so
+that a machine that slows down slows all of them; median, 20 % and 80 % quantiles are reported. Peak memory is what
+torch allocates above the inputs. FLOPs are counted from shapes: two for each multiply-add of a matrix product, none
+for recomputation. Bytes, where a case counts them, are what any implementation must read and write."""
 
 from __future__ import annotations
 
@@ -16,42 +15,17 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from aftersam.files import write_text
 from benchmarks import clock
+from benchmarks.gate import LOST, Gate, Provider
 from benchmarks.machine import RESULTS, default_device, default_dtype, environment, slug
-
-LOST = "CUDA error"  # after which no other call of this process works
-# Largest relative L2 error of an output; a gradient may have twice that.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-
-
-@dataclass(frozen=True)
-class Provider:
-    """One way to compute a case: `call` takes the inputs as they are, `reference` takes them in fp64."""
-
-    call: Callable[..., Tensor] | None
-    reference: Callable[..., Tensor]
-    flops: int
-    """Of one forward."""
-    missing: str = ""
-    """Why `call` is None on this machine."""
-    role: Literal["ours", "rival", "other"] = "rival"
-    """ours: the public call. rival: another way to compute the same function. other: another function, or a named
-    backend of ours, shown beside them."""
-    checked: Callable[..., Tensor] | None = None
-    """Compared with the reference in place of `call`: the same without autocast, or on fewer slices."""
-    captured: bool = True
-    """Whether `call` can be captured in a CUDA graph: it copies nothing to or from the host."""
-    forward_only: bool = False
-    """The backward does not fit on this machine; the output alone is compared and timed."""
 
 
 def measure(
@@ -101,62 +75,6 @@ def measure(
                     queued = clock.queued_times(calls[record["provider"]], budget_s=0.05)
                     record["ms"][f"{kind}_call"] = clock.summary(queued)
     return records
-
-
-class Gate:
-    """Compares providers with fp64 references, each of which is computed once a case."""
-
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
-        self.inputs = inputs
-        self.grad_outputs: dict[torch.Size, Tensor] = {}  # one a shape: a part of the output may be compared
-        self.known: dict[Callable[..., Tensor], list[Tensor | None]] = {}
-
-    def check(self, provider: Provider) -> dict[str, Any]:
-        """Status and relative L2 errors of the output and of the worst gradient."""
-        call = provider.checked or provider.call
-        assert call is not None
-        expected = self._expected(provider)
-        with torch.backends.cudnn.flags(
-            allow_tf32=False
-        ):  # by default cuDNN rounds fp32 convolutions to TF32
-            found = self._outputs(call, self.inputs, forward_only=provider.forward_only)
-        errors = [_relative_error(a, b) for a, b in zip(found, expected[: len(found)], strict=True)]
-        tolerance = TOLERANCE[self.inputs[0].dtype]
-        forward, backward = errors[0], torch.tensor([0.0, *errors[1:]]).max().item()  # NaN if any is NaN
-        right = forward <= tolerance and backward <= 2 * tolerance  # not `>`: a NaN must fail
-        return {"status": "ok" if right else "wrong", "error": {"forward": forward, "backward": backward}}
-
-    def _expected(self, provider: Provider) -> list[Tensor | None]:
-        """Output and gradients of the provider's reference in fp64."""
-        if provider.reference not in self.known:
-            doubles = [t.detach().double().requires_grad_(t.requires_grad) for t in self.inputs]
-            self.known[provider.reference] = self._outputs(provider.reference, doubles)
-        return self.known[provider.reference]
-
-    def _outputs(
-        self, call: Callable[..., Tensor], inputs: Sequence[Tensor], *, forward_only: bool = False
-    ) -> list[Tensor | None]:
-        """The output, then the gradient of every input that wants one; None where it has no influence."""
-        wanted = [] if forward_only else [t for t in inputs if t.requires_grad]
-        with torch.set_grad_enabled(bool(wanted)):
-            y = call(*inputs)
-        if not wanted:
-            return [y.detach()]
-        if y.shape not in self.grad_outputs:
-            generator = torch.Generator().manual_seed(1)
-            self.grad_outputs[y.shape] = torch.randn(y.shape, generator=generator).to(self.inputs[0])
-        grad_output = self.grad_outputs[y.shape].to(y)
-        return [y.detach(), *torch.autograd.grad(y, wanted, grad_output, allow_unused=True)]
-
-
-def _relative_error(found: Tensor | None, expected: Tensor | None) -> float:
-    """|found − expected| / |expected| in L2; an absent gradient is a zero one."""
-    if expected is None:
-        return 0.0 if found is None or not found.any() else float("inf")
-    if found is None or found.shape != expected.shape:
-        return float("inf")
-    scale = expected.norm().item()
-    return (found.double() - expected).norm().item() / (scale if scale > 0 else 1.0)
 
 
 def runners(

@@ -1,4 +1,4 @@
-"""Kernels run in Triton's interpreter unless there is a GPU; uninitialised memory is NaN where a test asks."""
+"""Kernels run in Triton's interpreter unless there is a GPU; memory, precision and a trained run for tests that ask."""
 
 import os
 import sys
@@ -9,12 +9,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
-if not hasattr(torch.ops.torchvision, "nms"):
-    # torchvision's wheel is built against torch's CUDA build: beside the CPU build its operators do not load, and its
-    # import stops at these two names. timm and its own models need the names, not the operators.
-    TORCHVISION = torch.library.Library("torchvision", "DEF")
+if torch.version.cuda is None:
+    # torchvision's wheel does not import beside torch's CPU build unless these two names are defined
     for name in ("nms", "qnms"):
-        TORCHVISION.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        torch.library.define(
+            f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        )
 
 
 def pytest_collection_modifyitems(items):
@@ -44,3 +44,21 @@ def nan_memory():
 def on_the_cpu(monkeypatch):
     """The device that every machine has, as if it had no other."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run trained for a moment: random masks, real files."""
+    from aftersam.data.phantom import write_dataset
+    from aftersam.train import main as train
+
+    root = tmp_path_factory.mktemp("run")
+    write_dataset(root / "scans", cases=3, seed=0)
+    with pytest.MonkeyPatch.context() as patch:  # so few steps would leave nothing but background to compare
+        patch.setattr("aftersam.model.mask_decoder.BACKGROUND_LEAD", 0.0)
+        code = train(
+            ["--data", str(root / "scans"), "--output", str(root / "run"), "--preset", "tiny", "--image-size", "48",
+             "--num-blocks", "1", "--max-steps", "3", "--device", "cpu", "--precision", "fp32"]
+        )  # fmt: skip
+    assert code == 0
+    return root / "run"

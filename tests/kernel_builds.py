@@ -1,35 +1,26 @@
 """Builds every kernel for a GPU that is not there.    python kernel_builds.py ARCH DTYPE -> JSON, a row a kernel
 
-Launchers run on CPU tensors with Triton's launch replaced by a recorder; what they would have launched, arguments
-and divisibility included, is then compiled for the architecture and disassembled. Run without TRITON_INTERPRET.
+What launchers would have launched is compiled and disassembled by axial_fusion.counts. Run without TRITON_INTERPRET.
 
 To add a kernel, add a case: a function of a dtype that calls its launcher on tensors of a real size or an odd one."""
 
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from axial_fusion.counts import sass
+from axial_fusion.counts.build import build, recorded, target
 from axial_fusion.gpu import axial_attention as axial
-from axial_fusion.gpu import lora, tiles
+from axial_fusion.gpu import lora
 from axial_fusion.gpu import rel_pos_attention as rel_pos
 from axial_fusion.gpu import row_norm as norm
 from axial_fusion.gpu import slice_attention as slices
 from axial_fusion.ops import lora_qkv as qkv
-
-BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def axial_attention(
@@ -119,6 +110,7 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "axial, Nq 1, D 96, P 7": lambda dtype: axial_attention(dtype, 1, 9, 7, 3, 96),
     "axial, N 16, D 24, P 7": lambda dtype: axial_attention(dtype, 16, 16, 7, 3, 24),
     "lora, 768 to 2304, r 4": lambda dtype: lora_linear(dtype, 36_864, 768, 2304, 4),
+    "lora, 256 to 768, r 4": lambda dtype: lora_linear(dtype, 36_864, 256, 768, 4),
     "lora, 768 to 768, r 64, dropout": lambda dtype: lora_linear(dtype, 4096, 768, 768, 64, dropout=True),
     "lora, 37 to 53, r 3, 7 rows": lambda dtype: lora_linear(dtype, 7, 37, 53, 3),
     "norm, C 256": lambda dtype: row_norm(dtype, 18_432, 256, weights=dtype),
@@ -142,87 +134,29 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
 }
 
 
-def recorded(
-    case: Callable[[torch.dtype], None], dtype: torch.dtype
-) -> list[tuple[JITFunction, tuple, dict]]:
-    """(kernel, arguments, keywords) of every launch that `case` makes."""
-    launches: list[tuple[JITFunction, tuple, dict]] = []
-    original = JITFunction.run
-
-    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
-        launches.append((kernel, args, keywords))
-
-    JITFunction.run = record
-    try:
-        case(dtype)
-    finally:
-        JITFunction.run = original
-    return launches
-
-
-def build(kernel: JITFunction, args: tuple, keywords: dict, arch: int) -> dict[str, Any]:
-    """Compile one launch for sm_`arch` as Triton would specialise it there, and count what matters in its code."""
-    target = GPUTarget("cuda", arch, 32)
-    backend = make_backend(target)
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = bind(*args, **keywords)
-    options, signature, constants, attributes = kernel._pack_args(
-        backend, keywords, bound, specialization, options
-    )
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, attributes), target=target, options=options.__dict__
-    )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [BIN / "nvdisasm", file.name]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {
-        "kernel": kernel.__name__,
-        "shared": compiled.metadata.shared,
-        "lines": sass.count("\n"),
-        "spills": sass.count("STL") + sass.count("LDL"),
-        "mma": sass.count("MMA"),
-        "hgmma": sass.count("HGMMA"),
-        "waits": sass.count("WARPGROUP.DEPBAR"),
-        "wrong_descriptors": wrong_descriptors(sass),
-    }
-
-
-def wrong_descriptors(sass: str) -> list[str]:
-    """Instructions that take the upper word of a wgmma descriptor from a register that does not hold zero.
-
-    ptxas 12.8, which Triton 3.6 and 3.7 bring along, makes such code where one shared buffer is read as tiles of two
-    swizzles, as heads of 64 + 32 channels were. On an H100 every kernel with such an instruction was wrong (relative
-    errors of 0.3 to 0.8) or read memory that is not there, and every other one was right; ptxas 13.0 compiles the
-    same PTX to code that is right."""
-    last: dict[str, str] = {}  # uniform register -> the instruction that wrote it last
-    found = []
-    for text in sass.splitlines():
-        line = re.sub(r"/\*.*?\*/", "", text).strip().rstrip(" ;")
-        upper = re.match(r"UIADD3\.X UR\d+, (UR\w+), (-?0x[0-9a-f]+), URZ, UP\d", line)
-        if upper and (int(upper[2], 16) & 0xFFFFFFFF) >> 30:  # the two bits that say how a tile is swizzled
-            zero = upper[1] == "URZ" or re.fullmatch(r"UMOV UR\d+, URZ", last.get(upper[1], ""))
-            found += [] if zero else [line]
-        written = re.match(r"(?:@!?U?P\w+ )?([A-Z0-9.]+) (?:UP\d, )?UR(\d+)\b", line)
-        if written:
-            last[f"UR{written[2]}"] = line
-            if ".64" in written[1] or ".WIDE" in written[1]:
-                last[f"UR{int(written[2]) + 1}"] = line
-    return found
-
-
 def main(arch: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    tiles.arch = lambda device: arch  # launchers choose tiles as they would there
-    rows, seen = [], set()
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
     for name, case in CASES.items():
-        for kernel, args, keywords in recorded(case, dtype):
-            row = build(kernel, args, keywords, arch)
-            key = (row["kernel"], name)
-            if key not in seen:
-                seen.add(key)
-                rows.append({"case": name, **row})
-    return rows
+        with target(arch):
+            launches = recorded(lambda case=case: case(dtype))
+        for launch in launches:
+            made, kernel = build(launch, arch), launch.kernel.__name__
+            code, _ = sass.instructions(made.sass)
+            rows.setdefault(
+                (kernel, name),
+                {
+                    "case": name,
+                    "kernel": kernel,
+                    "shared": made.shared,
+                    "lines": len(code),
+                    "spills": made.spills,
+                    "mma": sum(sass.kind_of(line) == "tensor" for line in code),
+                    "hgmma": made.sass.count("HGMMA"),
+                    "waits": made.sass.count("WARPGROUP.DEPBAR"),
+                    "wrong_descriptors": sass.wrong_descriptors(made.sass),
+                },
+            )
+    return list(rows.values())
 
 
 if __name__ == "__main__":

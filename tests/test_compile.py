@@ -18,6 +18,7 @@ DTYPES = ["bfloat16", "float16", "float32"]
 SHIPPED = ("N 9, D 32", "slice")  # cases whose products must run asynchronously on sm_90
 THIN = ("row_norm", "lora")  # no product of theirs has 64 rows and columns: the older instruction serves
 NO_PRODUCT = ("row_norm_bwd_kernel", "column_sums_kernel", "lora_weight_kernel")
+NO_PRODUCT_IN = ("norm", "qkv, C 1280")  # where row_norm_fwd_kernel makes none
 
 
 def _built(arch: int, dtype: str) -> subprocess.CompletedProcess:
@@ -57,7 +58,7 @@ def test_every_kernel_builds(arch, dtype, builds):
             built["kernel"] == "rel_pos_bwd_dkv_kernel" and "windows" in built["case"]
         )  # 32 of them a tile
         assert built["spills"] == 0, built
-        if not (built["kernel"] in NO_PRODUCT or built["case"].startswith("norm")):
+        if built["kernel"] not in NO_PRODUCT and not built["case"].startswith(NO_PRODUCT_IN):
             assert built["mma"] > 0, built
         shipped = relative or any(name in built["case"] for name in SHIPPED)
         if arch == 90 and shipped and not (axial or few_keys or built["kernel"].startswith(THIN)):

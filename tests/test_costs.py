@@ -148,7 +148,7 @@ def test_what_a_fusion_block_keeps_for_the_backward(side, plain):
             kept[name], z = saved_bytes(attend, known)
             mlp, _ = saved_bytes(lambda z=z: z + block.mlp(block.norm(z)), [*known])
             kept[name, "block"] = kept[name] + mlp
-        model = AxialFusionTransformer(256, 8, 1, grid=(side, side), num_slices=9).train()
+        model = AxialFusionTransformer(256, 8, 1, grid=(9, side, side)).train()
         features = x.detach().unflatten(2, (side, side)).movedim(-1, 2).requires_grad_()
         model.activation_checkpointing = True
         kept["checkpointed"], _ = saved_bytes(lambda: model(features), [*known, *model.parameters()])
@@ -164,7 +164,7 @@ def test_what_a_fusion_block_keeps_for_the_backward(side, plain):
 @pytest.mark.gpu
 def test_the_blocks_work_on_dense_tokens():
     """Features lie channels first; were their strides kept, each norm would copy and each sum would stride."""
-    model = transformer.AxialFusionTransformer(32, 4, 3, grid=(4, 6), num_slices=3).cuda()
+    model = transformer.AxialFusionTransformer(32, 4, 3, grid=(3, 4, 6)).cuda()
     seen = []
     for block in model.blocks:
         block.register_forward_pre_hook(lambda _, given: seen.append(given[0].is_contiguous()))

@@ -222,24 +222,6 @@ def test_a_fusion_on_a_gpu_takes_for_each_part_what_its_op_would(channels, slice
                 assert part.qkv is None
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own use
-@pytest.mark.parametrize("transform", ["vmap", "jvp", "grad"])
-def test_lora_qkv_says_that_it_has_no_transform(transform):
-    """Without a refusal, a forward-mode derivative would be zero in silence."""
-    function, (x, *rest) = projections(3)
-
-    def run(x):
-        return function(x, *rest).sum()
-
-    calls = {
-        "vmap": lambda: torch.func.vmap(run)(x),
-        "jvp": lambda: torch.func.jvp(run, (x,), (x,)),
-        "grad": lambda: torch.func.grad(run)(x),
-    }
-    with pytest.raises(ValueError, match="lora_qkv has no forward-mode derivative"):
-        calls[transform]()
-
-
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="op is 'attention'"):
         select_backend("attention", draw(1))

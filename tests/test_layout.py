@@ -1,4 +1,4 @@
-"""The shape of the repository: where imports point, how fast and silent they are, what the wheel holds."""
+"""The shape of the repository: where imports point, how fast and silent they are, what the README names."""
 
 from __future__ import annotations
 
@@ -9,16 +9,11 @@ import resource
 import shutil
 import subprocess
 import sys
-import tarfile
-import zipfile
 from collections.abc import Iterator
-from email.message import Message
-from email.parser import Parser
 from importlib import import_module
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 
 from aftersam import __version__
 from aftersam.__main__ import COMMANDS, main
@@ -308,121 +303,6 @@ def test_an_unknown_command_is_an_error_that_helps(argv, says, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert says in captured.err
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    """A copy of the tree, in which builds may leave what they like."""
-    copy = tmp_path_factory.mktemp("source")
-    for name in ("aftersam", "kernels", "tests", "benchmarks"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    return copy
-
-
-def built(folder: Path, kind: str) -> Path:
-    """The wheel or the sdist of a project folder, built offline."""
-    code = f"from setuptools import build_meta; print(build_meta.build_{kind}('out'))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return folder / "out" / done.stdout.split()[-1]
-
-
-def metadata_of(wheel: zipfile.ZipFile) -> Message:
-    (name,) = (n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
-    return Parser().parsestr(wheel.read(name).decode())
-
-
-def packed(wheel: zipfile.ZipFile) -> set[str]:
-    """What the wheel installs, without its metadata."""
-    return {n for n in wheel.namelist() if ".dist-info/" not in n}
-
-
-def files(*packages: Path) -> set[str]:
-    """What a wheel of these packages must hold: every module, py.typed, and axial_fusion's version."""
-    found = {p for package in packages for p in package.rglob("*.py")}
-    found |= {package / "py.typed" for package in packages} | {ROOT / "kernels" / "axial_fusion" / "VERSION"}
-    bases = {package: package.parent for package in packages}
-    return {
-        str(p.relative_to(base)) for p in found for package, base in bases.items() if package in p.parents
-    }
-
-
-@pytest.fixture(scope="module")
-def wheel(source) -> zipfile.ZipFile:
-    return zipfile.ZipFile(built(source, "wheel"))
-
-
-@pytest.fixture(scope="module")
-def kernels_wheel(source) -> zipfile.ZipFile:
-    return zipfile.ZipFile(built(source / "kernels", "wheel"))
-
-
-def test_the_wheel_holds_exactly_the_two_packages(wheel):
-    assert packed(wheel) == files(ROOT / "aftersam", ROOT / "kernels" / "axial_fusion")
-
-
-def test_the_kernels_wheel_holds_axial_fusion_alone_and_needs_torch_alone(wheel, kernels_wheel):
-    assert packed(kernels_wheel) == files(ROOT / "kernels" / "axial_fusion")
-    metadata = metadata_of(kernels_wheel)
-    assert (metadata["Name"], metadata["License-Expression"]) == ("axial-fusion", "Apache-2.0")
-    assert any(n.endswith("licenses/LICENSE") for n in kernels_wheel.namelist())
-    needed = {line: Requirement(line) for line in metadata.get_all("Requires-Dist")}
-    assert {r.name for r in needed.values()} == {"torch", "triton"}
-    assert {str(r.marker) for r in needed.values() if r.name == "triton"} == {'platform_system == "Linux"'}
-    assert set(needed) <= set(metadata_of(wheel).get_all("Requires-Dist"))
-
-
-def test_both_distributions_and_both_ways_to_build_them_have_one_version(
-    source, wheel, kernels_wheel, tmp_path
-):
-    assert metadata_of(wheel)["Version"] == metadata_of(kernels_wheel)["Version"] == __version__
-    for folder, name in ((source, "aftersam"), (source / "kernels", "axial_fusion")):
-        with tarfile.open(built(folder, "sdist")) as archive:
-            archive.extractall(tmp_path / name, filter="data")
-        again = zipfile.ZipFile(built(tmp_path / name / f"{name}-{__version__}", "wheel"))
-        assert metadata_of(again)["Version"] == __version__
-        assert packed(again) == packed(wheel if name == "aftersam" else kernels_wheel)
-
-
-def test_the_kernels_wheel_imports_without_the_repository(kernels_wheel, tmp_path):
-    kernels_wheel.extractall(tmp_path)
-    code = (
-        "import sys, axial_fusion, torch\n"
-        f"assert axial_fusion.__file__.startswith({str(tmp_path)!r})\n"
-        "x = torch.randn(1, 3, 4, 16)\n"
-        "assert axial_fusion.AxialFusionAttention(16, 2)(x).shape == x.shape\n"
-        "assert not {'monai', 'nibabel', 'segment_anything', 'aftersam'} & set(sys.modules)\n"
-    )
-    command = [sys.executable, "-W", "error", "-c", code]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
-        "PYTHONPATH": str(tmp_path)
-    }
-    assert_silent(
-        subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    )
-
-
-def test_the_wheel_names_its_version_command_licence_and_extras(wheel):
-    info = f"aftersam-{__version__}.dist-info"
-    assert "aftersam = aftersam.__main__:main" in wheel.read(f"{info}/entry_points.txt").decode()
-    assert f"{info}/licenses/LICENSE" in wheel.namelist()
-    metadata = metadata_of(wheel)
-    assert metadata["License-Expression"] == "Apache-2.0"
-    extras = {"flash", "xformers", "dicom", "export", "accuracy", "nnunet", "hosts", "test", "dev"}
-    assert set(metadata.get_all("Provides-Extra")) == extras
-
-
-def test_constraints_pin_a_version_in_range_of_every_requirement(wheel):
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    requirements = [Requirement(line) for line in metadata_of(wheel).get_all("Requires-Dist")]
-    outside = {"flash-attn", "setuptools"}  # built from source against the torch that is there; a build tool
-    assert {r.name for r in requirements} - outside == set(pins)
-    assert all(r.specifier.contains(pins[r.name]) for r in requirements if r.name in pins)
 
 
 def test_make_help_explains_every_target():

@@ -367,6 +367,7 @@ def test_two_processes_average_the_adapters_gradients(tmp_path):
     ("change", "message"),
     [
         ({"backend": "fused"}, "backend is 'fused'"),
+        ({"scaling": nn.Parameter(torch.ones(()))}, "scaling is a tensor"),
         ({"dropout_p": 1.0}, r"dropout_p must lie in \[0, 1\)"),
         ({"lora_b": None}, "come together"),
         ({"lora_a": torch.zeros(4, 31)}, r"lora_a must be \(r, K\) with K = 32.*\(4, 31\)"),

@@ -147,7 +147,10 @@ def test_opcheck_large_means_and_what_is_saved(backend):
         ({"x": torch.zeros(3, 9)}, r"x must be \(..., C\)"),
         ({"norm_weight": torch.ones(9)}, "weight must be|norm_weight must be"),
         ({"bias": torch.zeros(8)}, "bias must be"),
-        ({"backend": "torch"}, "backend is 'torch'"),
+        ({"backend": "fused"}, "backend is 'fused'"),
+        ({"x": torch.zeros(3, 8).int()}, "x must be floating point, found int32"),
+        ({"bias": torch.zeros(24, device="meta")}, "x is on cpu but one of its weights on meta"),
+        ({"lora_q": LoRA(torch.zeros(1, 8), torch.zeros(8, 1), torch.ones(()))}, "scaling is a tensor"),
     ],
     ids=str,
 )

@@ -1,88 +1,10 @@
-"""Modules: conversion from 2D attentions starts equal to them, LoRA merges and travels, mistakes are named."""
+"""Modules: LoRA merges and travels, mistakes are named. What is made from other libraries is in test_hosts.py."""
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from axial_fusion import AxialFusionAttention, LoRALinear
-
-
-class ViTAttention(nn.Module):
-    """What timm and SAM have in common: fused qkv, proj, num_heads."""
-
-    def __init__(self, dim=16, num_heads=2, **parts):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x):  # (B, P, C)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class ViTBlock(nn.Module):
-    def __init__(self, dim=16):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
-        self.attn = ViTAttention(dim)
-        nn.init.normal_(self.norm1.weight)
-        nn.init.normal_(self.norm1.bias)
-
-
-def test_a_2d_attention_becomes_a_3d_one_that_starts_equal():
-    attention, x = ViTAttention(), torch.randn(2, 3, 10, 16)
-    ours = AxialFusionAttention.from_attention(attention)
-    torch.testing.assert_close(ours(x), torch.stack([attention(s) for s in x]), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_torchs_multihead_attention(bias):
-    attention = nn.MultiheadAttention(16, 4, bias=bias, batch_first=True)
-    x = torch.randn(2, 3, 10, 16)
-    expected = torch.stack([attention(s, s, s, need_weights=False)[0] for s in x])
-    torch.testing.assert_close(
-        AxialFusionAttention.from_attention(attention)(x), expected, rtol=1e-5, atol=1e-6
-    )
-
-
-def test_a_block_brings_its_norm_and_residual():
-    block, x = ViTBlock(), torch.randn(2, 3, 10, 16)
-    expected = torch.stack([s + block.attn(block.norm1(s)) for s in x])
-    torch.testing.assert_close(AxialFusionAttention.from_block(block)(x), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_the_axial_half_learns_from_its_zero_projection():
-    ours, x = AxialFusionAttention.from_attention(ViTAttention()), torch.randn(1, 3, 4, 16)
-    ours(x).square().sum().backward()
-    assert ours.inter.out.weight.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize(
-    ("attention", "message"),
-    [
-        (ViTAttention(q_norm=nn.LayerNorm(8)), "q_norm"),
-        (ViTAttention(rope=nn.Linear(2, 2)), "rope"),
-        (ViTAttention(rel_pos_h=nn.Parameter(torch.zeros(3, 8))), "rel_pos_h"),
-        (ViTAttention(attn_drop=nn.Dropout(0.1)), "attn_drop"),
-        (ViTAttention(qkv=LoRALinear(16, 48, rank=2)), "LoRALinear"),
-        (nn.MultiheadAttention(16, 2, kdim=8), "another size"),
-        (nn.MultiheadAttention(16, 2, dropout=0.1), "dropout"),
-        (nn.Linear(3, 3), "qkv"),
-    ],
-    ids=str,
-)
-def test_what_would_go_wrong_is_refused_by_name(attention, message):
-    with pytest.raises(ValueError, match=message):
-        AxialFusionAttention.from_attention(attention)
-
-
-def test_an_attention_in_place_of_a_block_is_refused():
-    with pytest.raises(ValueError, match="norm1"):
-        AxialFusionAttention.from_block(nn.TransformerEncoderLayer(16, 2).self_attn)
 
 
 @pytest.mark.parametrize("attention", ["both", "axial", "slice"])

@@ -1,8 +1,7 @@
-"""Prediction: the input's own grid comes back, folders survive a bad scan, every refusal is one line."""
+"""Prediction: the input's own grid comes back, options keep their promises, every refusal is one line."""
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -11,66 +10,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
 import aftersam
-from aftersam.data.phantom import write_dataset
 from aftersam.inference.postprocess import drop_small_parts
-from aftersam.inference.segmenter import Segmenter
 from aftersam.model.image_encoder import ImageEncoder
 from aftersam.predict import main
-from aftersam.train import main as train_main
 from aftersam.training.checkpoint import save_weights
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run trained for a moment: random masks, real files."""
-    root = tmp_path_factory.mktemp("run")
-    write_dataset(root / "scans", cases=3, seed=0)
-    with pytest.MonkeyPatch.context() as patch:  # so few steps would leave nothing but background to compare
-        patch.setattr("aftersam.model.mask_decoder.BACKGROUND_LEAD", 0.0)
-        code = train_main(
-            ["--data", str(root / "scans"), "--output", str(root / "run"), "--preset", "tiny", "--image-size", "48",
-             "--num-blocks", "1", "--max-steps", "3", "--device", "cpu", "--precision", "fp32"]
-        )  # fmt: skip
-    assert code == 0
-    return root / "run"
-
-
-def scan(path, shape=(40, 36, 6), affine=None, four_d=False):
-    rng = np.random.default_rng(0)
-    array = rng.integers(-1000, 1000, shape).astype(np.int16)
-    affine = np.diag([4.0, 4.0, 5.0, 1.0]) if affine is None else affine
-    nib.save(nib.Nifti1Image(array[..., None] if four_d else array, affine), path)
-    return path
-
-
-def rotation(degrees, axis):
-    a = np.deg2rad(degrees)
-    matrix = np.eye(3)
-    i, j = [k for k in range(3) if k != axis]
-    matrix[[i, i, j, j], [i, j, i, j]] = np.cos(a), -np.sin(a), np.sin(a), np.cos(a)
-    return matrix
-
-
-def oblique():
-    affine = np.eye(4)
-    affine[:3, :3] = rotation(17, 0) @ rotation(-9, 2) @ np.diag([4.0, 4.5, 6.0])
-    affine[:3, 3] = -80, 30, 12
-    return affine
-
-
-GRIDS = {
-    "plain": ((40, 36, 6), np.diag([4.0, 4.0, 5.0, 1.0])),
-    "flipped": ((40, 36, 6), np.diag([-4.0, 4.0, -5.0, 1.0])),
-    "permuted": ((6, 40, 36), np.array([[0, 4, 0, 0], [0, 0, 4, 0], [5, 0, 0, 0], [0, 0, 0, 1.0]])),
-    "oblique": ((30, 28, 7), oblique()),
-    "anisotropic": ((24, 60, 5), np.diag([7.0, 2.0, 8.0, 1.0])),
-    "one slice": ((40, 36, 1), np.diag([4.0, 4.0, 5.0, 1.0])),
-    "larger than the window": ((70, 66, 3), np.diag([4.0, 4.0, 5.0, 1.0])),
-}
+from toy_scans import GRIDS, scan
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -157,102 +104,6 @@ def test_small_parts_of_organs_of_one_piece_are_dropped_unless_all_are_wanted(ru
     assert (masks["main"] != masks["all"]).any()  # noise has many parts
     drop_small_parts(masks["all"], pieces)
     np.testing.assert_array_equal(masks["main"], masks["all"])
-
-
-def test_a_folder_with_a_bad_scan_gives_the_other_masks(run, tmp_path, capsys):
-    scans = tmp_path / "scans"
-    scans.mkdir()
-    for name in ("a_0000", "c_0000"):
-        scan(scans / f"{name}.nii.gz")
-    whole = scan(scans / "b_0000.nii.gz").read_bytes()
-    (scans / "b_0000.nii.gz").write_bytes(whole[: len(whole) // 2])
-    command = [
-        "-i",
-        str(scans),
-        "-o",
-        str(tmp_path / "masks"),
-        "-m",
-        str(run),
-        "--device",
-        "cpu",
-        "--no-preview",
-    ]
-    assert main(command) == 1
-    masks = tmp_path / "masks"
-    assert sorted(p.name for p in masks.glob("*.nii.gz")) == ["a.nii.gz", "c.nii.gz"]
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("aftersam.predict: ")]
-    assert len(errors) == 1
-    assert "b_0000.nii.gz" in errors[0]
-    assert not [p for p in masks.iterdir() if p.name.startswith(".")]
-    before = (masks / "a.nii.gz").stat().st_mtime_ns
-    scan(scans / "b_0000.nii.gz")
-    assert main(command) == 0  # finished masks are kept, the mended scan is done
-    assert (masks / "a.nii.gz").stat().st_mtime_ns == before
-    assert (masks / "b.nii.gz").exists()
-
-
-def test_one_truncated_scan_of_five_costs_one_line(run, tmp_path, capsys):
-    scans, masks = tmp_path / "scans", tmp_path / "masks"
-    scans.mkdir()
-    for name in "abcde":
-        whole = scan(scans / f"{name}.nii.gz").read_bytes()
-    (scans / "b.nii.gz").write_bytes(whole[: len(whole) // 2])
-    command = ["-i", str(scans), "-o", str(masks), "-m", str(run), "--device", "cpu", "--no-preview"]
-    assert main(command) == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert [p.name for p in sorted(masks.glob("*.nii.gz"))] == [f"{n}.nii.gz" for n in "acde"]
-    errors = [line for line in lines if line.startswith("aftersam.predict: ")]
-    assert len(errors) == 1
-    assert "b.nii.gz is truncated" in errors[0]
-    alone = tmp_path / "alone.nii.gz"  # a scan computed beside others gets the mask that it gets alone
-    single = ["-i", str(scans / "d.nii.gz"), "-o", str(alone), "-m", str(run), "--device", "cpu"]
-    assert main([*single, "--no-preview"]) == 0
-    assert np.array_equal(
-        np.asarray(nib.load(alone).dataobj), np.asarray(nib.load(masks / "d.nii.gz").dataobj)
-    )
-
-
-def test_a_killed_run_is_finished_by_the_next(run, tmp_path):
-    scans, masks = tmp_path / "scans", tmp_path / "masks"
-    scans.mkdir()
-    for name in "abc":
-        scan(scans / f"{name}.nii.gz")
-    command = ["-i", str(scans), "-o", str(masks), "-m", str(run), "--device", "cpu", "--no-preview"]
-    killed = f"""
-import os, signal
-import nibabel as nib
-from aftersam.predict import main
-whole = nib.Nifti1Image.to_filename
-def half(image, name, **options):
-    if "b.nii.gz" not in str(name):
-        return whole(image, name, **options)
-    open(name, "wb").write(b"half")
-    os.kill(os.getpid(), signal.SIGKILL)
-nib.Nifti1Image.to_filename = half
-main({command!r})
-"""
-    died = subprocess.run([sys.executable, "-c", killed], capture_output=True, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
-    assert [p.name for p in masks.glob("*.nii.gz") if not p.name.startswith(".")] == ["a.nii.gz"]
-    assert [p for p in masks.iterdir() if p.name.startswith(".")]
-    before = (masks / "a.nii.gz").stat().st_mtime_ns
-    assert main(command) == 0
-    assert (masks / "a.nii.gz").stat().st_mtime_ns == before
-    names = {p.name for p in masks.iterdir()}
-    assert names == {f"{n}{ending}" for n in "abc" for ending in (".nii.gz", ".json")}
-
-
-def test_processes_share_a_folder(run, tmp_path, monkeypatch):
-    scans, masks = tmp_path / "scans", tmp_path / "masks"
-    scans.mkdir()
-    for name in "abc":
-        scan(scans / f"{name}.nii.gz")
-    command = ["-i", str(scans), "-o", str(masks), "-m", str(run), "--device", "cpu", "--no-preview"]
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, expected in (("1", ["b"]), ("0", ["a", "b", "c"])):
-        monkeypatch.setenv("RANK", rank)
-        assert main(command) == 0
-        assert sorted(p.name for p in masks.glob("*.nii.gz")) == [f"{n}.nii.gz" for n in expected]
 
 
 def test_timings_are_printed_and_left_beside_the_mask(run, tmp_path, capsys):
@@ -344,30 +195,6 @@ def test_stored_embeddings_spare_the_encoder_and_change_no_mask(run, tmp_path, m
         masks.append(np.asarray(nib.load(tmp_path / f"{name}.nii.gz").dataobj))
     assert (masks[0] == masks[1]).mean() > 0.999  # fp16 between
     assert np.array_equal(masks[1], masks[2])
-
-
-def test_a_scan_too_large_for_the_memory_is_reported_and_the_rest_done(run, tmp_path, capsys, monkeypatch):
-    scans, masks = tmp_path / "scans", tmp_path / "masks"
-    scans.mkdir()
-    for name, shape in (("a", (40, 36, 6)), ("b", (40, 36, 7)), ("c", (40, 36, 6))):
-        scan(scans / f"{name}.nii.gz", shape)
-    segment, bars, removed = Segmenter.segment, [], Progress.remove_task
-
-    def refuse(self, prepared, **options):
-        if len(prepared.volume.array) == 7:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
-        return segment(self, prepared, **options)
-
-    monkeypatch.setattr(Segmenter, "segment", refuse)
-    monkeypatch.setattr(Progress, "remove_task", lambda self, task: bars.append(task) or removed(self, task))
-    command = ["-i", str(scans), "-o", str(masks), "-m", str(run), "--device", "cpu", "--no-preview"]
-    assert main(command) == 1
-    assert [p.name for p in sorted(masks.glob("*.nii.gz"))] == ["a.nii.gz", "c.nii.gz"]
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("aftersam.predict: ")]
-    assert len(errors) == 1
-    assert "b.nii.gz: memory ran out; a --batch-size below 8" in errors[0]
-    assert len(bars) == 3  # the failed scan's bar went away too
-    assert main([*command[:1], str(scans / "b.nii.gz"), "-o", str(tmp_path / "b.nii.gz"), *command[4:]]) == 2
 
 
 def test_compile_prepares_each_step(run, tmp_path, monkeypatch):

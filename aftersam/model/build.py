@@ -84,13 +84,13 @@ def _fusion(
     config: ModelConfig, attention: Literal["both", "axial", "slice"], lora: LoRAOptions
 ) -> AxialFusionTransformer:
     size = ENCODERS[config.image_encoder]
+    side = config.image_size // size.patch
     adapted = config.fusion_weights == "lora"
     fusion = AxialFusionTransformer(
         size.out_channels,
         config.num_heads,
         config.num_blocks,
-        grid=(config.image_size // size.patch,) * 2,
-        num_slices=config.num_slices,
+        grid=(config.num_slices, side, side),
         attention=attention,
         position_embedding=config.position_embedding,
         fusion_init=config.fusion_init,

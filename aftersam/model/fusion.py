@@ -20,10 +20,10 @@ from axial_fusion import AxialFusionAttention
 class AxialFusionTransformer(nn.Module):
     """L blocks over slice groups, on features plus learned positions.
 
-    `grid` (h, w) is the token grid that the position tables are made for; other grids interpolate them.
-    `position_embedding` "factored" adds a table over positions and one over slices, "full" a table over
-    the pairs. `fusion_init` "zero" makes the transformer the identity at the first step. With `lora`, q and v of every
-    attention have LoRA."""
+    The position tables are made for `grid` (N, h, w), the slices of a group and their token grid; another h, w
+    interpolates them. `position_embedding` "factored" adds a table over positions and one over slices, "full" a
+    table over the pairs. `fusion_init` "zero" makes the transformer the identity at the first step. With `lora`, q
+    and v of every attention have LoRA."""
 
     def __init__(
         self,
@@ -31,8 +31,7 @@ class AxialFusionTransformer(nn.Module):
         num_heads: int,
         num_blocks: int,
         *,
-        grid: tuple[int, int],
-        num_slices: int,
+        grid: tuple[int, int, int],
         attention: Literal["both", "axial", "slice"] = "both",
         position_embedding: Literal["factored", "full"] = "factored",
         fusion_init: Literal["zero", "xavier"] = "zero",
@@ -43,11 +42,12 @@ class AxialFusionTransformer(nn.Module):
             AxialFusionBlock(dim, num_heads, attention=attention, lora=lora) for _ in range(num_blocks)
         )
         self.activation_checkpointing = False
-        slices = num_slices if position_embedding == "full" else 1
-        self.position = nn.Parameter(torch.zeros(slices, *grid, dim))  # (N or 1, h, w, C)
-        self.slice_position = (
-            nn.Parameter(torch.zeros(num_slices, 1, 1, dim)) if position_embedding == "factored" else None
-        )
+        slices, height, width = grid
+        shared = position_embedding == "factored"  # one table over positions for all slices
+        self.position = nn.Parameter(
+            torch.zeros(1 if shared else slices, height, width, dim)
+        )  # (N or 1, h, w, C)
+        self.slice_position = nn.Parameter(torch.zeros(slices, 1, 1, dim)) if shared else None
         for block in self.blocks:
             block.reset_parameters(zero=fusion_init == "zero")
         if fusion_init == "xavier":

@@ -1,10 +1,6 @@
 """Slices to features: SAM's ViT with its own parameter names, and a size of it that learns from scratch.
 
-SAM's attention adds to the score of query (h, w) and key (h', w') the bias q·R_h[h − h'] + q·R_w[w − w'], over
-the whole grid in a few blocks and inside windows in the others. Windows that leave the grid see keys of padding,
-whose input is 0 and whose key and value are therefore the layer's bias.
-
-Source: segment_anything/modeling/image_encoder.py; ViTDet, arXiv 2203.16527; rel-pos, arXiv 2112.01526."""
+Source: segment_anything/modeling/image_encoder.py; ViTDet, arXiv 2203.16527."""
 
 from __future__ import annotations
 
@@ -15,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from aftersam.model.layers import ConvStem, DenseLinear, RowNorm, SliceFeatures
-from axial_fusion import rel_pos_attention, window_attention
 from axial_fusion.ops.dense_linear import dense_linear
+from axial_fusion.sam import SamAttention
 
 
 class ImageEncoder(nn.Module):
@@ -89,39 +85,21 @@ class EncoderBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class EncoderAttention(nn.Module):
-    """SAM's attention with relative positions: over a grid (h, w), or inside windows where `window` is given."""
+class EncoderAttention(SamAttention):
+    """SAM's attention with relative positions over a grid (h, w) or inside windows, its tables zero at first."""
 
     qkv_by_head = False
 
     def __init__(self, dim: int, num_heads: int, *, grid: tuple[int, int], window: int = 0) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.window = window
-        self.qkv = DenseLinear(dim, 3 * dim)
-        self.proj = DenseLinear(dim, dim)
         rows, columns = (window, window) if window else grid
-        self.rel_pos_h = nn.Parameter(torch.zeros(2 * rows - 1, dim // num_heads))
-        self.rel_pos_w = nn.Parameter(torch.zeros(2 * columns - 1, dim // num_heads))
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[1:3]
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (T, h, w, 3, M, D)
-        q = qkv[..., 0, :, :]
-        rows = _relative(self.rel_pos_h, height, self.window or height)  # (h, keys, D)
-        columns = _relative(self.rel_pos_w, width, self.window or width)  # (w, keys, D)
-        if self.window:
-            rel_h = torch.einsum("thwmd,hkd->thwmk", q, rows)
-            rel_w = torch.einsum("thwmd,wkd->thwmk", q, columns)
-            bias = self.qkv.bias.to(qkv.dtype)
-            x = window_attention(qkv, bias, rel_h.to(qkv.dtype), rel_w.to(qkv.dtype), window=self.window)
-        else:
-            rel_h = torch.einsum("thwmd,hkd->tmkhw", q, rows).flatten(3)  # (T, M, h, P)
-            rel_w = torch.einsum("thwmd,wkd->tmhwk", q, columns).flatten(2, 3)  # (T, M, P, w)
-            q, k, v = qkv.flatten(1, 2).unbind(2)  # (T, P, M, D)
-            x = rel_pos_attention(q, k, v, rel_h.to(q.dtype), rel_w.to(q.dtype), grid=(height, width))
-            x = x.unflatten(1, (height, width))
-        return self.proj(x.flatten(-2))
+        super().__init__(
+            DenseLinear(dim, 3 * dim),
+            DenseLinear(dim, dim),
+            nn.Parameter(torch.zeros(2 * rows - 1, dim // num_heads)),
+            nn.Parameter(torch.zeros(2 * columns - 1, dim // num_heads)),
+            num_heads=num_heads,
+            window=window,
+        )
 
 
 class PatchEmbed(nn.Module):
@@ -147,10 +125,3 @@ class StridedPatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x).permute(0, 2, 3, 1)
-
-
-def _relative(table: Tensor, queries: int, keys: int) -> Tensor:
-    """table (2·keys − 1, D) -> (queries, keys, D): entry [i, j] for the distance (i mod keys) − j."""
-    i = torch.arange(queries, device=table.device) % keys
-    j = torch.arange(keys, device=table.device)
-    return table[i[:, None] - j + keys - 1]

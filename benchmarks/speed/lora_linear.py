@@ -36,6 +36,10 @@ class Shape(NamedTuple):
     n: int
     rank: int
 
+    @property
+    def name(self) -> str:
+        return f"{self.k} to {self.n}, r {self.rank}, {self.rows:,} rows"
+
 
 GPU_QUICK = [Shape(36_864, 768, 2304, 4), Shape(36_864, 256, 768, 4)]
 MIXED_ROWS = 36_864
@@ -167,7 +171,7 @@ def _case(shape: Shape, device: torch.device, dtype: torch.dtype, full: bool, *,
     found = providers(shape, dtype, device, full)
     if mixed:
         found = {name: under_autocast(way, device, dtype) for name, way in found.items()}
-    name = f"{k} to {n}, r {rank}, {rows:,} rows" + (", fp32 adapters" if mixed else "")
+    name = shape.name + (", fp32 adapters" if mixed else "")
     facts = {"subject": "lora", "name": name, **shape._asdict(), "dtype": str(dtype).removeprefix("torch.")}
     return facts, inputs, found
 

@@ -119,9 +119,8 @@ def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Itera
     for name, shape in GPU_SHAPES if gpu else CPU_SHAPES:
         b, n, side, c, m, blocks = shape
         torch.manual_seed(0)
-        model = AxialFusionTransformer(
-            c, m, blocks, grid=(side, side), num_slices=n, fusion_init="xavier"
-        ).to(device, dtype)
+        model = AxialFusionTransformer(c, m, blocks, grid=(n, side, side), fusion_init="xavier")
+        model = model.to(device, dtype)
         x = torch.randn(b, n, c, side, side, generator=torch.Generator().manual_seed(1)).to(device, dtype)
         inputs = [x.requires_grad_(), *model.parameters()]
         tokens, positions = b * n * side**2, side**2

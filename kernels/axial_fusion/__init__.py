@@ -1,23 +1,25 @@
 """Attention across and within slices, factorised: fused ops with gradients, and thin modules over them."""
 
-from axial_fusion.adapter_state import adapter_state_dict, load_adapter_state_dict, peft_adapter
-from axial_fusion.dispatch import select_backend
-from axial_fusion.lift import lift, set_num_slices, unlift
-from axial_fusion.modules import AxialFusionAttention, LoRALinear
-from axial_fusion.ops.axial_attention import axial_attention
-from axial_fusion.ops.axial_fusion_attention import axial_fusion_attention
-from axial_fusion.ops.lora_linear import lora_linear
-from axial_fusion.ops.lora_qkv import lora_qkv
-from axial_fusion.ops.rel_pos_attention import rel_pos_attention
-from axial_fusion.ops.slice_attention import slice_attention
-from axial_fusion.ops.window_attention import window_attention
-from axial_fusion.reference import AttentionWeights, LoRA
+from .adapter_state import adapter_state_dict, load_adapter_state_dict, peft_adapter
+from .dispatch import select_backend
+from .lift import lift, set_num_slices, unlift
+from .modules import AxialFusionAttention, LoRALinear
+from .ops.axial_attention import axial_attention
+from .ops.axial_fusion_attention import axial_fusion_attention
+from .ops.lora_linear import lora_linear
+from .ops.lora_qkv import lora_qkv
+from .ops.rel_pos_attention import rel_pos_attention
+from .ops.slice_attention import slice_attention
+from .ops.window_attention import window_attention
+from .reference import AttentionWeights, LoRA
+from .sam import accelerate_sam
 
 __all__ = [
     "AttentionWeights",
     "AxialFusionAttention",
     "LoRA",
     "LoRALinear",
+    "accelerate_sam",
     "adapter_state_dict",
     "axial_attention",
     "axial_fusion_attention",

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from axial_fusion.blocks import Block
-from axial_fusion.modules import AttentionHalf, AxialFusionAttention
-from axial_fusion.reference import AttentionWeights
+from .blocks import Block
+from .modules import AttentionHalf, AxialFusionAttention
+from .reference import AttentionWeights
 
 
 class SliceGroups:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from axial_fusion.across_slices import AcrossSlices, groups_of
-from axial_fusion.adapters import LoRAInPlace, added_parameters
+from .across_slices import AcrossSlices, groups_of
+from .adapters import LoRAInPlace, added_parameters
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:

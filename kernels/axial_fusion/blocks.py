@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
-from axial_fusion.adapters import Projection, find_projections, type_names
+from .adapters import Projection, find_projections, type_names
 
 # (B·N, P, C) or (B·N, H', W', C) · (P, B·N, C) · (B·P, N, C): the frames of one position are a row
 Layout = Literal["slices", "sequence first", "positions"]

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+F = TypeVar("F", bound=Callable[..., Any])
+_TORCHS_OWN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
@@ -23,6 +31,15 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors if dtype is None else tuple(t.to(dtype) for t in tensors)
 
 
+def check_dense(what: str, tensor: object) -> None:
+    """Raises ValueError unless `tensor`, which the message calls `what`, is a tensor with strides."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{what} must be a tensor, found {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise ValueError(f"{what} must be a dense tensor, found a {kind} one")
+
+
 def check_shapes(op: str, expected: Mapping[str, tuple[Tensor, tuple[str | int, ...]]]) -> dict[str, int]:
     """Match tensors with their axes, {"q": (q, ("B", "N", "P", "M", "D")), ...}, and give each letter's size.
 
@@ -30,6 +47,7 @@ def check_shapes(op: str, expected: Mapping[str, tuple[Tensor, tuple[str | int, 
     sizes: dict[str, int] = {}
     fitting: dict[tuple[str | int, ...], torch.Size] = {}
     for name, (tensor, axes) in expected.items():
+        check_dense(f"{op}: {name}", tensor)
         shape = tensor.shape
         if fitting.get(axes) == shape:
             continue
@@ -50,11 +68,14 @@ def _listed(axes: tuple[str | int, ...]) -> str:
 
 
 def check_alike(op: str, **tensors: Tensor) -> None:
-    """Raises ValueError unless the tensors share one floating dtype and one device."""
+    """Raises ValueError unless the tensors share one of FLOATS and one device."""
     (name, first), *rest = tensors.items()
     dtype, device = first.dtype, first.device
-    if not dtype.is_floating_point:
-        raise ValueError(f"{op}: {name} must be floating point, found {dtype_name(dtype)}")
+    if dtype not in FLOATS:
+        known = ", ".join(map(dtype_name, FLOATS[:-1]))
+        raise ValueError(
+            f"{op}: {name} must be floating point ({known} or {dtype_name(FLOATS[-1])}), found {dtype_name(dtype)}"
+        )
     for other, tensor in rest:
         if tensor.dtype != dtype:
             raise ValueError(
@@ -64,11 +85,32 @@ def check_alike(op: str, **tensors: Tensor) -> None:
             raise ValueError(f"{op}: {other} is on {tensor.device} but {name} is on {device}")
 
 
+def number(name: str, value: object) -> float:
+    """`value` as a float. Raises ValueError for a tensor, whose gradient would be lost without a word."""
+    if isinstance(value, Tensor):
+        raise ValueError(f"{name} is a tensor, but must be a number: it would get no gradient")
+    return float(value)  # type: ignore[arg-type]
+
+
+def torchs_own(*tensors: Tensor) -> bool:
+    """Whether the tensors are torch's own and of no subclass."""
+    return _TORCHS_OWN.issuperset(map(type, tensors))
+
+
+def wrapped(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether one of the tensors is of a subclass that computes its own operators: distributed, quantised, nested."""
+    if torchs_own(*tensors):
+        return False
+    own = (t for t in tensors if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__)
+    return any(not isinstance(t, (FakeTensor, FunctionalTensor)) for t in own)
+
+
 def under_transform(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether a torch.func transform is active or one of the tensors carries a forward-mode tangent."""
+    """Whether plain products alone are right: a torch.func transform is active, one of the tensors carries a
+    forward-mode tangent, or is `wrapped`."""
     if torch.compiler.is_compiling():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None or wrapped(tensors):
         return True
     ad = torch.autograd.forward_ad
     return ad._current_level >= 0 and any(ad.unpack_dual(t).tangent is not None for t in tensors)
@@ -80,14 +122,50 @@ def no_derivative(*tensors: Tensor) -> bool:
     return not wanted and not under_transform(tensors)
 
 
-def softmax_scale(scale: float | None, head_dim: int) -> float:
-    """`scale`, or D^-½ where it is None."""
+def softmax_scale(op: str, scale: float | None, head_dim: int) -> float:
+    """`scale`, or D^-½ where it is None. Raises ValueError for a tensor, whose gradient would be lost, and D = 0."""
+    if isinstance(scale, Tensor):
+        raise ValueError(
+            f"{op}: scale must be a number, found a tensor; multiply q by it and give scale=1.0, for its gradient"
+        )
+    if head_dim == 0:
+        raise ValueError(f"{op}: the head dim D must be at least 1, found 0")
     return 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
+
+
+def check_whole(op: str, **values: Any) -> None:
+    """Raises ValueError unless the values are integers of at least 1."""
+    for name, value in values.items():
+        whole = hasattr(value, "__index__") and not isinstance(value, (bool, Tensor))
+        if not whole or value < 1:
+            raise ValueError(f"{op}: {name} must be an integer of at least 1, found {value!r}")
+
+
+def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A context in which autocast leaves products of fp32 tensors on this tensor's device alone."""
+    if autocast_dtype(tensor) is None:
+        return nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """float32, not torch.float32."""
     return str(dtype).removeprefix("torch.")
+
+
+def constant_when_traced(function: F) -> F:
+    """torch.compiler.assume_constant_result, for what torch.compile cannot trace: imports and queries of a device.
+
+    That decorator imports torch's compiler, which takes a second and fails where triton is broken."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def import_failure(package: str, error: Exception) -> str:
+    """Why a package cannot be used, from what its import raised."""
+    if isinstance(error, ModuleNotFoundError) and error.name == package:
+        return f"the package {package} is not installed"
+    return f"the package {package} does not import: {type(error).__name__}: {error}"
 
 
 def no_second_derivative(op: str) -> Callable[..., None]:

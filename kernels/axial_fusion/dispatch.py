@@ -7,14 +7,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from importlib.util import find_spec
+from importlib import import_module
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from axial_fusion.checks import autocast_dtype, dtype_name, no_derivative, under_transform
-from axial_fusion.reference import AttentionWeights
+from .checks import (
+    autocast_dtype,
+    constant_when_traced,
+    dtype_name,
+    import_failure,
+    no_derivative,
+    under_transform,
+    wrapped,
+)
+from .gpu.common import MISSING
+from .reference import AttentionWeights
 
 Op = Literal[
     "axial_attention",
@@ -43,10 +52,13 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "window_attention": ("triton", "torch"),
     "row_norm": ("triton", "torch"),
     "lora_linear": ("augmented", "triton", "torch"),
-    "lora_qkv": ("augmented", "triton"),
+    "lora_qkv": ("augmented", "triton", "torch"),
     "axial_fusion_attention": ("composed", "torch"),
 }
-INSTALLED = {name: find_spec(name) is not None for name in ("triton", "flash_attn", "xformers")}
+PACKAGES = {  # of the backends that are packages: the function that is called
+    "flash": ("flash_attn", "flash_attn_func"),
+    "xformers": ("xformers.ops", "memory_efficient_attention"),
+}
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")  # Triton reads it once, as we do
 MAX_TRITON_SLICES = 64  # one tile holds every slice of a position
 MAX_TRITON_HEAD_DIM = 128
@@ -114,6 +126,7 @@ class HalfBackends(NamedTuple):
 
 ON_CPU = Choice("torch", "a CPU tensor: library matmuls are fastest there")
 TRANSFORMED = Choice("torch", "plain products alone have a forward-mode derivative and every transform")
+WRAPPED = Choice("torch", "a tensor subclass computes its operators itself, and knows torch's alone")
 NOTHING_TO_FUSE = Choice("torch", "library products, nothing to fuse with them here")
 SDPA = Choice("sdpa", "torch picks the fastest fused attention for the device")
 NO_TRANSFORM = "no forward-mode derivative and no torch.func transform"
@@ -150,7 +163,8 @@ def select_halves(
     `slices`: of queries or of keys, whichever are more. Raises ValueError for a backend that does not exist."""
     if backend != "auto":
         _named("axial_fusion_attention", backend, (x,))
-    if backend == "torch" or under_transform((x, *_tensors(inter), *_tensors(intra))):
+    given = (x, *_tensors(inter), *_tensors(intra))
+    if backend == "torch" or wrapped(given) or under_transform(given):
         return ALL_TORCH, ALL_TORCH
     facts = Facts(x.device, autocast_dtype(x) or x.dtype, x.shape[-1] // num_heads, slices)
     across = within = "torch"
@@ -225,9 +239,9 @@ def _fastest(op: str, tensors: tuple[Tensor, ...]) -> Choice:
     rank = _rank(tensors) if op == "lora_linear" else 0
     if op == "lora_linear" and not rank and x.device.type != "cuda":
         return NOTHING_TO_FUSE
+    if wrapped(tensors):
+        return WRAPPED
     if under_transform(tensors):
-        if op == "lora_qkv":
-            raise ValueError(f"{op} has {NO_TRANSFORM}; row_norm and lora_linear have both")
         return TRANSFORMED
     if op == "axial_fusion_attention":
         return Choice(
@@ -296,7 +310,7 @@ def slice_key(q: Tensor) -> SliceKey:
     return SliceKey(_capability(q.device), q.dtype, q.shape[-1])
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace a query of the device
+@constant_when_traced
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
@@ -311,14 +325,27 @@ def _named(op: str, backend: str, tensors: tuple[Tensor, ...]) -> Choice:
         "sdpa",
         "composed",
     ):  # torch differentiates these, or says itself what it cannot
-        transformed = under_transform(tensors)
-        obstacle = f"it has {NO_TRANSFORM}; the torch backend has both" if transformed else None
+        if wrapped(tensors):
+            obstacle = "it takes torch's own tensors alone; the torch backend takes subclasses that compute themselves"
+        elif under_transform(tensors):
+            obstacle = f"it has {NO_TRANSFORM}; the torch backend has both"
         obstacle = obstacle or _obstacle(op, backend, _facts(op, tensors))
     if backend == "flex" and tensors[0].device.type == "cpu" and not no_derivative(*tensors):
         obstacle = obstacle or "FlexAttention has no gradient on a CPU"
     if obstacle:
         raise ValueError(f"backend {backend!r} cannot run {op} here: {obstacle}")
     return Choice(backend, "named by the caller")
+
+
+@constant_when_traced
+def _missing(backend: str) -> str | None:
+    """Why the package of a backend cannot be used, or None; it is imported where the backend is first named."""
+    module, function = PACKAGES[backend]
+    try:
+        getattr(import_module(module), function)
+    except Exception as error:  # an installation that does not fit the machine raises any error
+        return import_failure(module.partition(".")[0], error)
+    return None
 
 
 def _obstacle(op: str, backend: str, facts: Facts) -> str | None:
@@ -330,9 +357,9 @@ def _obstacle(op: str, backend: str, facts: Facts) -> str | None:
     kind, dtype = facts.device.type, facts.dtype
     if backend == "sdpa_flash" and kind == "cpu":
         return None
-    package = {"flash": "flash_attn", "xformers": "xformers"}.get(backend)
-    if package and not INSTALLED[package]:
-        return f"the package {package} is not installed"
+    missing = _missing(backend) if backend in PACKAGES else None
+    if missing:
+        return missing
     if kind != "cuda":
         return f"it needs CUDA tensors, found {kind}"
     if backend in ("flash", "sdpa_flash", "sdpa_cudnn") and dtype not in HALF:
@@ -347,8 +374,8 @@ def _obstacle(op: str, backend: str, facts: Facts) -> str | None:
 def _triton_obstacle(op: str, facts: Facts) -> str | None:
     """Why the Triton kernels cannot run `op` on these facts, or None."""
     kind, dtype = facts.device.type, facts.dtype
-    if not INSTALLED["triton"]:
-        return "the package triton is not installed"
+    if MISSING:
+        return MISSING
     if kind != "cuda" and not (INTERPRETED and kind == "cpu"):
         return f"it needs CUDA tensors, found {kind}"
     if dtype not in (torch.float32, *HALF):

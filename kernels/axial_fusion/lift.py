@@ -14,9 +14,9 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from axial_fusion.across_slices import AcrossSlices, SliceGroups, groups_of
-from axial_fusion.adapters import LoRAInPlace, add_lora, added_parameters, remove_lora
-from axial_fusion.blocks import Block, attention_names, count_prefix_tokens, find_blocks, takes_video
+from .across_slices import AcrossSlices, SliceGroups, groups_of
+from .adapters import LoRAInPlace, add_lora, added_parameters, remove_lora
+from .blocks import Block, attention_names, count_prefix_tokens, find_blocks, takes_video
 
 # Libraries whose image models take (B, C, H, W) and never (B, N, C, H, W).
 _LIBRARIES = frozenset(

@@ -8,9 +8,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from axial_fusion.ops.axial_fusion_attention import axial_fusion_attention
-from axial_fusion.ops.lora_linear import lora_linear
-from axial_fusion.reference import AttentionWeights, LoRA
+from .hosts import (
+    AttentionParts,
+    HostCall,
+    Part,
+    attention_parts,
+    block_parts,
+    self_attention_input,
+)
+from .ops.axial_fusion_attention import axial_fusion_attention
+from .ops.lora_linear import lora_linear
+from .reference import AttentionWeights, LoRA
 
 
 class LoRAUpdates(nn.Module):
@@ -146,6 +154,12 @@ class AxialFusionAttention(nn.Module):
     caller's choice (`freeze_projections`). `norm` and `residual` False fit the module into a block that has its
     own."""
 
+    host = HostCall()  # how the host calls this module, where it is made from a host's attention
+    training_only = ""  # dropout of the host that evaluation skips
+    # nn.TransformerEncoderLayer reads these of its self_attn: without a bias it calls the module, as it must.
+    in_proj_bias = None
+    _qkv_same_embed_dim = True
+
     def __init__(
         self,
         dim: int,
@@ -172,10 +186,21 @@ class AxialFusionAttention(nn.Module):
         self.inter = AttentionHalf(dim, rank=rank, alpha=alpha, norm=norm) if halves[0] else None
         self.intra = AttentionHalf(dim, rank=rank, alpha=alpha, norm=norm) if halves[1] else None
 
-    def forward(self, x: Tensor, query_index: Sequence[int] | None = None) -> Tensor:
-        """x (B, N, P, C) or (B, N, H', W', C) -> the same; with `query_index` those slices alone."""
-        return axial_fusion_attention(
-            x,
+    def forward(
+        self, x: Tensor | None = None, *others: Any, query_index: Sequence[int] | None = None, **keywords: Any
+    ) -> Any:
+        """x (B, N, P, C) or (B, N, H', W', C) -> the same; with `query_index` those slices alone.
+
+        Made from a host's attention, it also takes the host's call: key and value that are the query itself, and any
+        mask or flag at the value that changes nothing; others are refused by name. The result is then the pair
+        (output, None) where the host unpacks one. With `num_slices`, x has the host's shape, (B·N, P, C) or
+        (B·N, H', W', C), or (P, B·N, C) for a MultiheadAttention that is not `batch_first`, and so has the result."""
+        host, alone = self.host, x is not None and len(others) + len(keywords) == 0
+        if not alone:
+            x, positional = self_attention_input(host, x, others, keywords)
+            query_index = positional if query_index is None else query_index
+        y = axial_fusion_attention(
+            host.to_slices(x),
             None if self.inter is None else self.inter.weights(),
             None if self.intra is None else self.intra.weights(),
             num_heads=self.num_heads,
@@ -184,6 +209,17 @@ class AxialFusionAttention(nn.Module):
             eps=self.eps,
             dropout_p=self.dropout if self.training else 0.0,
         )
+        y = host.from_slices(y)
+        return (y, None) if host.returns_pair(alone) else y
+
+    def train(self, mode: bool = True) -> AxialFusionAttention:
+        """Like nn.Module.train. Raises ValueError where the host's dropout would be missing."""
+        if mode and self.training_only:
+            raise ValueError(
+                f"AxialFusionAttention was made from a host in evaluation, without its {self.training_only}, which acts"
+                " in training; set that to 0 before from_attention or from_block"
+            )
+        return super().train(mode)
 
     def halves(self) -> list[AttentionHalf]:
         """The halves that are there, across slices first."""
@@ -197,58 +233,64 @@ class AxialFusionAttention(nn.Module):
 
     @classmethod
     def from_attention(
-        cls, attention: nn.Module, *, rank: int = 0, alpha: float | None = None
+        cls, attention: nn.Module, *, num_slices: int | None = None, rank: int = 0, alpha: float | None = None
     ) -> AxialFusionAttention:
         """A 3D attention in place of a 2D one that starts equal to it: norm and residual are its block's.
 
-        Takes timm's and SAM's attention (`qkv`, `proj`, `num_heads`) and nn.MultiheadAttention. The slice half
-        has its weights; the axial half has them too, but a zero output projection, so that it adds nothing yet.
-        Raises ValueError, naming what is in the way, for an attention this would get wrong: q/k norms, rotary or
-        relative positions, quantised or adapter-wrapped layers, dropout, separate key or value sizes."""
-        qkv, out, heads = _attention_parts(attention)
-        return cls._from_parts(qkv, out, heads, None, None, rank=rank, alpha=alpha)
+        Takes nn.MultiheadAttention and the plain attentions of timm, SAM, transformers, diffusers and MONAI that
+        axial_fusion/hosts.py lists, and is called like the one it replaces. `num_slices` is N where the host's tokens
+        are (B·N, P, C) or (B·N, H', W', C), one row a slice; None where they are (B, N, P, C).
+        The slice half has the attention's weights, frozen where those are; the axial half has them too, but a zero
+        output projection, so that it adds nothing yet, and is trained. The mode, training or evaluation, is kept.
+        Raises ValueError, naming what is in the way, for every attention this would get wrong: an unknown class, q/k
+        norms, rotary or relative positions, gates, hooks, quantised or adapter-wrapped layers, dropout in training."""
+        return cls._from_parts(attention_parts(attention, num_slices), None, rank=rank, alpha=alpha)
 
     @classmethod
     def from_block(
         cls, block: nn.Module, *, rank: int = 0, alpha: float | None = None
     ) -> AxialFusionAttention:
-        """Like `from_attention`, from a pre-norm block (`norm1`, `attn`): norm and residual included.
+        """Like `from_attention`, from a pre-norm block that hosts.py lists: norm and residual included.
 
-        Raises ValueError also for layer scale and stochastic depth, which lie between the two."""
-        for name in ("norm1", "attn"):
-            if not hasattr(block, name):
-                raise ValueError(f"{type(block).__name__} has no {name!r}; from_block needs a pre-norm block")
-        norm = block.norm1
-        if type(norm) is not nn.LayerNorm or norm.weight is None:
-            raise ValueError(f"norm1 is {type(norm).__name__}, but must be an affine nn.LayerNorm")
-        for name in ("ls1", "drop_path1", "drop_path", "gamma_1"):
-            part = getattr(block, name, None)
-            if part is not None and not isinstance(part, nn.Identity):
-                raise ValueError(f"{type(block).__name__} has {name!r} between attention and residual")
-        qkv, out, heads = _attention_parts(block.attn)
-        return cls._from_parts(qkv, out, heads, norm, norm.eps, rank=rank, alpha=alpha)
+        Raises ValueError also for layer scale, windows and stochastic depth in training, which lie between the two."""
+        parts, norm = block_parts(block)
+        return cls._from_parts(parts, norm, rank=rank, alpha=alpha)
 
     @classmethod
     def _from_parts(
-        cls, qkv: nn.Linear, out: nn.Linear, heads: int, norm: nn.LayerNorm | None, eps: float | None,
-        *, rank: int, alpha: float | None,
-    ) -> AxialFusionAttention:  # fmt: skip
-        new = cls(qkv.in_features, heads, rank=rank, alpha=alpha, norm=norm is not None,
-                  residual=norm is not None, eps=1e-6 if eps is None else eps)  # fmt: skip
-        new = new.to(device=qkv.weight.device, dtype=qkv.weight.dtype)
-        with torch.no_grad():
-            for half in new.halves():
-                half.qkv.weight.copy_(qkv.weight)
-                half.out.weight.copy_(out.weight)
-                for ours, theirs in ((half.qkv.bias, qkv.bias), (half.out.bias, out.bias)):
-                    ours.zero_() if theirs is None else ours.copy_(theirs)
-                if norm is not None and half.norm is not None:
-                    half.norm.weight.copy_(norm.weight)
-                    half.norm.bias.zero_() if norm.bias is None else half.norm.bias.copy_(norm.bias)
-            assert new.inter is not None
-            new.inter.out.weight.zero_()
-            new.inter.out.bias.zero_()
-        return new
+        cls, parts: AttentionParts, norm: nn.LayerNorm | None, *, rank: int, alpha: float | None
+    ) -> AxialFusionAttention:
+        weight = parts.out[0]
+        new = cls(weight.shape[0], parts.heads, rank=rank, alpha=alpha, norm=norm is not None,
+                  residual=norm is not None, eps=1e-6 if norm is None else norm.eps)  # fmt: skip
+        new = new.to(device=weight.device, dtype=weight.dtype)
+        for half in new.halves():
+            _take_over(half.qkv, parts.qkv)
+            _take_over(half.out, [parts.out])
+            if norm is not None:
+                _take_over(half.norm, [(norm.weight, norm.bias)])
+        assert new.inter is not None
+        new.inter.requires_grad_(True)
+        nn.init.zeros_(new.inter.out.weight)
+        nn.init.zeros_(new.inter.out.bias)
+        new.host, new.training_only = parts.call, parts.training_only
+        return new.train(parts.training)
+
+    @property
+    def batch_first(self) -> bool:
+        """Whether the batch is the first axis, as nn.TransformerEncoder asks of its layers' attention."""
+        return self.host.batch_first
+
+
+@torch.no_grad()
+def _take_over(layer: nn.Module, parts: Sequence[Part]) -> None:
+    """Copy weights and biases, one below the other, into `layer`; a bias that is missing is 0. Frozen ones stay so."""
+    layer.weight.copy_(torch.cat([weight for weight, _ in parts]))
+    layer.bias.copy_(
+        torch.cat([weight.new_zeros(weight.shape[0]) if b is None else b for weight, b in parts])
+    )
+    layer.weight.requires_grad_(parts[0][0].requires_grad)
+    layer.bias.requires_grad_(all(w.requires_grad if b is None else b.requires_grad for w, b in parts))
 
 
 class AttentionHalf(LoRAUpdates):
@@ -283,57 +325,3 @@ class AttentionHalf(LoRAUpdates):
             self.lora("q") if live else None,
             self.lora("v") if live else None,
         )
-
-
-def _attention_parts(attention: nn.Module) -> tuple[nn.Linear, nn.Linear, int]:
-    """Fused q, k, v projection, output projection and heads of a 2D attention, or ValueError."""
-    kind = type(attention).__name__
-    if isinstance(attention, nn.MultiheadAttention):
-        if not attention._qkv_same_embed_dim:
-            raise ValueError(f"{kind} has keys or values of another size than its queries")
-        if attention.bias_k is not None or attention.add_zero_attn:
-            raise ValueError(f"{kind} adds keys of its own (add_bias_kv or add_zero_attn)")
-        if attention.dropout:
-            raise ValueError(f"{kind} has attention dropout of {attention.dropout}, which this op does not")
-        qkv = nn.Linear(attention.embed_dim, 3 * attention.embed_dim, device="meta")
-        qkv.weight = attention.in_proj_weight
-        qkv.bias = attention.in_proj_bias
-        return qkv, _plain_linear(attention.out_proj, kind, "out_proj"), attention.num_heads
-    for name in ("qkv", "proj", "num_heads"):
-        if not hasattr(attention, name):
-            raise ValueError(
-                f"{kind} has no {name!r}; from_attention takes timm's, SAM's or nn.MultiheadAttention"
-            )
-    for name in ("q_norm", "k_norm", "norm"):
-        part = getattr(attention, name, None)
-        if part is not None and not isinstance(part, nn.Identity):
-            raise ValueError(
-                f"{kind} has {name!r}, a norm of queries, keys or outputs, which this op does not"
-            )
-    for name in ("rope", "rotary_emb", "pos_embed"):
-        if getattr(attention, name, None) is not None:
-            raise ValueError(f"{kind} has {name!r}, a rotary position embedding, which this op does not")
-    for name in ("rel_pos_h", "relative_position_bias_table", "rel_pos"):
-        if getattr(attention, name, None) is not None:
-            raise ValueError(f"{kind} has {name!r}: relative positions; use rel_pos_attention for SAM's")
-    for name in ("attn_drop", "proj_drop"):
-        part = getattr(attention, name, None)
-        if isinstance(part, nn.Dropout) and part.p:
-            raise ValueError(f"{kind} has dropout of {part.p} in {name!r}, which this op does not")
-    qkv, proj = (_plain_linear(getattr(attention, name), kind, name) for name in ("qkv", "proj"))
-    if qkv.out_features != 3 * qkv.in_features or proj.in_features != qkv.in_features:
-        raise ValueError(
-            f"{kind} projects {qkv.in_features} to {qkv.out_features}; q, k and v must each keep C"
-        )
-    return qkv, proj, int(attention.num_heads)
-
-
-def _plain_linear(layer: Any, kind: str, name: str) -> nn.Linear:
-    """`layer`, or ValueError where it is not nn.Linear itself: quantised, or wrapped by an adapter."""
-    if type(layer) not in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        raise ValueError(f"{kind}.{name} is {type(layer).__name__}, but must be a plain nn.Linear")
-    if not layer.weight.dtype.is_floating_point:
-        raise ValueError(
-            f"{kind}.{name} has weights of {layer.weight.dtype}: quantised layers cannot be taken over"
-        )
-    return layer

@@ -53,7 +53,7 @@ def axial_attention(
     `causal`: query i sees keys 0 .. i + N − Nq. `lengths` (B,): group b has keys 0 .. lengths[b] − 1.
     A query that sees no key gives 0."""
     dtype, scale = q.dtype, _scale(q, scale)
-    q, k, v = _accurate(q, k, v)
+    q, k, v = _accurate(q, *real_keys(lengths, k, v))
     scores = scale * torch.einsum("bnpmd,bkpmd->bpmnk", q, k)
     visible = axial_mask(q.shape[1], k.shape[1], causal=causal, lengths=lengths, device=q.device)
     if visible is not None:
@@ -77,6 +77,15 @@ def axial_mask(
         real = (key < lengths[:, None])[:, None, None, None]
         visible = real if visible is None else visible & real
     return visible
+
+
+def real_keys(lengths: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v (B, N, ...) with 0 in place of the keys past `lengths`: these may hold anything, and 0 · NaN is NaN."""
+    if lengths is None:
+        return k, v
+    past = torch.arange(k.shape[1], device=k.device) >= lengths[:, None]
+    past = past.view(*past.shape, *(1,) * (k.dim() - 2))
+    return k.masked_fill(past, 0.0), v.masked_fill(past, 0.0)
 
 
 def slice_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
@@ -108,12 +117,22 @@ def rel_pos_attention(
     """SAM's attention with decomposed relative position over one grid (H', W').
 
     q, k, v (B, P, M, D); rel_h (B, M, H', P) and rel_w (B, M, P, W') are the bias of each query against each
-    row and each column of keys -> (B, P, M, D)."""
+    row and each column of keys -> (B, P, M, D). A query whose bias is -inf throughout sees no key and gives 0."""
     dtype, scale = q.dtype, _scale(q, scale)
     q, k, v, rel_h, rel_w = _accurate(q, k, v, rel_h, rel_w)
-    bias = rel_h.transpose(-1, -2).unsqueeze(-1) + rel_w.unsqueeze(-2)  # (B, M, P, H', W')
+    rel_h, rel_w, blind = unmasked(rel_h.transpose(-1, -2), rel_w)  # (B, M, P, H'), (B, M, P, W')
+    bias = rel_h.unsqueeze(-1) + rel_w.unsqueeze(-2)  # (B, M, P, H', W')
     scores = scale * torch.einsum("bpmd,bkmd->bmpk", q, k) + bias.flatten(-2)
-    return torch.einsum("bmpk,bkmd->bpmd", scores.softmax(-1), v).to(dtype)
+    weights = scores.softmax(-1).masked_fill(blind, 0.0)
+    return torch.einsum("bmpk,bkmd->bpmd", weights, v).to(dtype)
+
+
+def unmasked(bias_h: Tensor, bias_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The bias (..., H) and (..., W) of queries with 0 for those that see no key, and which these are (..., 1).
+
+    A softmax over -inf alone would be NaN, in its gradient too."""
+    blind = (bias_h.amax(-1, keepdim=True) == -torch.inf) | (bias_w.amax(-1, keepdim=True) == -torch.inf)
+    return bias_h.masked_fill(blind, 0.0), bias_w.masked_fill(blind, 0.0), blind
 
 
 def window_attention(
@@ -123,7 +142,8 @@ def window_attention(
 
     SAM pads the grid to whole windows after the norm, so padded tokens are keys and values that hold
     `qkv_bias` (3·M·D,) alone; they are made here instead of projected. rel_h and rel_w (B, H', W', M, window) are
-    the bias of each query against the rows and the columns of its window, padding included."""
+    the bias of each query against the rows and the columns of its window, padding included. A query whose bias is -inf
+    throughout gives 0."""
     batch, height, width, _, heads, dim = qkv.shape
     dtype, scale = qkv.dtype, dim**-0.5 if scale is None else scale
     down, right = -height % window, -width % window
@@ -138,11 +158,10 @@ def window_attention(
         return t.transpose(2, 3).flatten(3, 4)
 
     q, k, v = windows(qkv).unbind(4)  # each (B, rows, columns, window², M, D)
-    bias = windows(rel_h).unsqueeze(-1) + windows(rel_w).unsqueeze(
-        -2
-    )  # (B, rows, columns, q, M, window, window)
+    bias_h, bias_w, blind = unmasked(windows(rel_h), windows(rel_w))
+    bias = bias_h.unsqueeze(-1) + bias_w.unsqueeze(-2)  # (B, rows, columns, q, M, window, window)
     scores = scale * torch.einsum("brcqmd,brckmd->brcqmk", q, k) + bias.flatten(-2)
-    y = torch.einsum("brcqmk,brckmd->brcqmd", scores.softmax(-1), v)
+    y = torch.einsum("brcqmk,brckmd->brcqmd", scores.softmax(-1).masked_fill(blind, 0.0), v)
     y = y.unflatten(3, (window, window)).transpose(2, 3).flatten(1, 2).flatten(2, 3)  # (B, Hp, Wp, M, D)
     return y[:, :height, :width].to(dtype)
 

@@ -2,7 +2,10 @@
 
 Of slice_attention it measures the backends. Every candidate is first held against the reference in fp64, forward and
 gradients; a wrong one is named and never timed. Prints the entry for `gpu.tiles.MEASURED`, of slice_attention for
-`dispatch.FASTEST`; nothing is changed. In Triton's interpreter times mean nothing."""
+`dispatch.FASTEST`; nothing is changed. In Triton's interpreter times mean nothing.
+
+    python -m axial_fusion.tune axial_attention --static --arch 90    candidates by counted instructions, without a GPU
+    python -m axial_fusion.tune axial_attention --best 4              measure the four that count least"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from axial_fusion import reference
-from axial_fusion.dispatch import BACKENDS, FASTEST, SliceKey, slice_key
-from axial_fusion.gpu.tiles import MEASURED, Key, Tile, arch
-from axial_fusion.ops.axial_attention import axial_attention
-from axial_fusion.ops.slice_attention import slice_attention
+from . import reference
+from .dispatch import BACKENDS, FASTEST, SliceKey, slice_key
+from .gpu.tiles import MEASURED, Key, Tile, arch
+from .ops.axial_attention import axial_attention
+from .ops.slice_attention import slice_attention
 
 OPS = ("axial_attention", "axial_attention_backward", "slice_attention")
 TOLERANCE = {
@@ -97,6 +100,50 @@ def tune(
     return key, sorted(results, key=lambda r: (r.milliseconds is None, r.milliseconds or 0.0))
 
 
+class Counted(NamedTuple):
+    """A tile and what its kernel cannot be faster than, in microseconds: all counted, and without memory."""
+
+    tile: Tile
+    at_least_us: float
+    on_chip_us: float
+    bound: str
+    refused: str | None
+
+
+def rank(op: str, sizes: Sizes, arch: int, *, tiles: Iterable[Tile] | None = None) -> list[Counted]:
+    """Every candidate of an axial `op` by what its machine code for sm_`arch` counts, the least first.
+
+    Candidates that memory binds alike are ranked by the rest. Those that spill, do not fit or hold instructions that
+    ptxas miscompiles are refused and come last. Raises ValueError for another op."""
+    from axial_fusion.counts import build
+    from axial_fusion.counts.bounds import cost, on_chip_us
+
+    if op not in OPS[:2]:
+        raise ValueError(f"op is {op!r}; tiles are counted of {' and '.join(OPS[:2])}")
+    problem = _Problem(op, sizes._replace(device="cpu"))
+    key = Key(op, arch, sizes.dtype, sizes.slices, sizes.head_dim)
+    kept, results = MEASURED.get(key), []
+    try:
+        for tile in candidates(op) if tiles is None else tiles:
+            if not isinstance(tile, Tile) or tile.rows < sizes.slices:
+                continue
+            MEASURED[key] = tile
+            with build.target(arch):
+                *_, launch = build.recorded(problem.launch)
+            counted = cost(launch, arch)
+            refused = [name for name, wrong in (
+                ("spills", counted["spills"]), ("miscompiled by ptxas", counted["wrong_descriptors"]),
+                ("does not fit", not counted["blocks_per_multiprocessor"]),
+            ) if wrong]  # fmt: skip
+            found = counted["at_least_us"], on_chip_us(counted), counted["bound"]
+            results.append(Counted(tile, *found, ", ".join(refused) or None))
+    finally:
+        MEASURED.pop(key, None)
+        if kept is not None:
+            MEASURED[key] = kept
+    return sorted(results, key=lambda r: (r.refused is not None, r.at_least_us, r.on_chip_us))
+
+
 class _Problem:
     """Inputs of one size and the function that is timed on them."""
 
@@ -116,6 +163,16 @@ class _Problem:
         q, k, v = self.inputs
         attend = slice_attention if self.op == "slice_attention" else axial_attention
         return self._with_gradients(attend(q, k, v, backend=self.backend), self.inputs)
+
+    def launch(self) -> None:
+        """Start the kernel of an axial op alone, on whatever the inputs' device."""
+        from axial_fusion.gpu import axial_attention as kernels
+
+        (q, k, v), scale = (t.detach() for t in self.inputs), self.inputs[0].shape[-1] ** -0.5
+        if self.backward:
+            kernels.launch_backward(torch.empty_like(q), q, k, v, None, scale, False)
+        else:
+            kernels.launch_forward(q, k, v, None, scale, False)
 
     def exact(self) -> list[Tensor]:
         wide = [t.detach().double().requires_grad_() for t in self.inputs]
@@ -164,12 +221,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--positions", type=int, default=4096)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--static", action="store_true", help="rank tiles by counts and stop; needs no GPU")
+    parser.add_argument("--arch", type=int, help="count for sm_ARCH; this GPU's, or 90 without one")
+    parser.add_argument("--best", type=int, help="measure only so many tiles, those that count least")
     args = vars(parser.parse_args(argv))
+    static, asked, best = args.pop("static"), args.pop("arch"), args.pop("best")
     op, sizes = args.pop("op"), Sizes(**args | {"dtype": getattr(torch, args["dtype"])})
-    if not torch.cuda.is_available():
+    gpu = torch.cuda.is_available()
+    if (static or best) and op not in OPS[:2]:
+        parser.error(f"tiles are counted of {' and '.join(OPS[:2])}, not of {op}")
+    if not gpu and not static:
         print("axial_fusion.tune: tiles are measured on a GPU, and torch sees none", file=sys.stderr)
         return 2
-    key, results = tune(op, sizes)
+    tiles: list[Tile | str] | None = None
+    if static or best:
+        found = rank(op, sizes, asked or (arch(torch.device("cuda")) if gpu else 90))
+        for counted in found if static else ():
+            print("{refused:>30}  ≥ {at_least_us:.1f} us by {bound}, {on_chip_us:.1f} on chip  {tile}".format(
+                **counted._asdict() | {"refused": counted.refused or ""}))  # fmt: skip
+        tiles = [counted.tile for counted in found if not counted.refused][:best]
+    if static:
+        return 0
+    key, results = tune(op, sizes, tiles=tiles)
     for result in results:
         print(f"{result.refused or f'{result.milliseconds:.4f} ms':>30}  {result.tile}")
     if results and results[0].milliseconds is not None:

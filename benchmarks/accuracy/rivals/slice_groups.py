@@ -76,12 +76,12 @@ class UNetDecoder(nn.Module):
 
 def build_after_unet(config: ModelConfig, num_classes: int) -> AfterSAM:
     """AFTer-UNet with the groups, heads and blocks of `config`: what `predict_volume` takes."""
+    side = config.image_size // 2 ** (len(UNET_CHANNELS) - 1)
     fusion = AxialFusionTransformer(
         UNET_CHANNELS[-1],
         config.num_heads,
         config.num_blocks,
-        grid=(config.image_size // 2 ** (len(UNET_CHANNELS) - 1),) * 2,
-        num_slices=config.num_slices,
+        grid=(config.num_slices, side, side),
         fusion_init="xavier",
     )
     encoder, decoder = UNetEncoder(UNET_CHANNELS), UNetDecoder(UNET_CHANNELS, num_classes)

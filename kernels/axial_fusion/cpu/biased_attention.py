@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from axial_fusion.checks import under_transform
-from axial_fusion.dispatch import plain_on
+from ..checks import no_autocast, under_transform
+from ..dispatch import plain_on
+from ..reference import unmasked
 
 _SAVED = 1 << 24  # scores that autograd may keep for a backward: 64 MiB in fp32
 _KEYS = 512  # of a query, above which fp32 scores that leave the cache cost more than computing them again
@@ -27,18 +28,22 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
 def attend_plain(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor, scale: float) -> Tensor:
-    """All scores at once, by products that autograd and every transform see through."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    scores = torch.add(_bias(bias_h, bias_w), q @ k.transpose(-1, -2), alpha=scale)
-    return (scores.softmax(-1) @ v).transpose(1, 2)
+    """All scores at once, by products that autograd and every transform see through, in fp32."""
+    dtype = q.dtype
+    with no_autocast(q):
+        q, k, v, bias_h, bias_w = (_wide(t) for t in (q, k, v, bias_h, bias_w))
+        bias_h, bias_w, blind = unmasked(bias_h, bias_w)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        scores = torch.add(_bias(bias_h, bias_w), q @ k.transpose(-1, -2), alpha=scale)
+        return (scores.softmax(-1) @ v).masked_fill(blind, 0.0).transpose(1, 2).to(dtype)
 
 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor, scale: float) -> Tensor:
     """Fused attention, block by block; no gradient."""
-    y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    y = torch.empty_like(q, memory_format=torch.contiguous_format)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     for b, m, rows in _blocks(q, k.shape[2], _BLOCK):
-        bias = _bias(bias_h[b, m, rows], bias_w[b, m, rows])
+        bias = _bias(_wide(bias_h[b, m, rows]), _wide(bias_w[b, m, rows]))
         query = q[b, rows, m].transpose(1, 2)
         part = F.scaled_dot_product_attention(query, k[b, m], v[b, m], attn_mask=bias, scale=scale)
         y[b, rows, m] = part.transpose(1, 2)
@@ -48,7 +53,7 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tenso
 def attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor, y: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the five inputs, block by block; dk and dv are summed in fp32."""
+    """Gradients of the five inputs, block by block, computed in fp32."""
     wide = torch.promote_types(q.dtype, torch.float32)
     dq, dbias_h, dbias_w = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, bias_h, bias_w))
     k, v = (t.transpose(1, 2).contiguous() for t in (k, v))  # (B, M, K, D)
@@ -56,9 +61,11 @@ def attend_backward(
     for b, m, rows in _blocks(q, k.shape[2], _BLOCK // 2):
         here = (b, m, rows)
         # (b·m, rows, D)
-        query, dy, part = (t[b, rows, m].transpose(1, 2).flatten(0, 1) for t in (q, grad, y))
-        key, value = k[b, m].flatten(0, 1), v[b, m].flatten(0, 1)
-        scores = _bias(bias_h[here], bias_w[here]).flatten(0, 1)  # (b·m, rows, K)
+        query, dy, part = (_wide(t[b, rows, m]).transpose(1, 2).flatten(0, 1) for t in (q, grad, y))
+        key, value = _wide(k[b, m]).flatten(0, 1), _wide(v[b, m]).flatten(0, 1)
+        block_h, block_w, blind = unmasked(_wide(bias_h[here]), _wide(bias_w[here]))
+        dy = dy.masked_fill(blind.flatten(0, 1), 0.0)
+        scores = _bias(block_h, block_w).flatten(0, 1)  # (b·m, rows, K)
         p = scores.baddbmm_(query, key.transpose(1, 2), alpha=scale).softmax(-1)
         ds = (dy @ value.transpose(1, 2)).sub_((dy * part).sum(-1, keepdim=True)).mul_(p)
         dv[b, m] += (p.transpose(1, 2) @ dy).view_as(dv[b, m])
@@ -68,6 +75,11 @@ def attend_backward(
         dbias_h[here] = cells.sum(-1).view_as(dbias_h[here])
         dbias_w[here] = cells.sum(-2).view_as(dbias_w[here])
     return dq, dk.transpose(1, 2).to(q.dtype), dv.transpose(1, 2).to(q.dtype), dbias_h, dbias_w
+
+
+def _wide(t: Tensor) -> Tensor:
+    """Half precision in fp32: rounded scores of some tens would move the weights by per cents, and fp16's overflow."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _bias(bias_h: Tensor, bias_w: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from axial_fusion.cpu.biased_attention import Attend, attend_backward
+from .biased_attention import Attend, attend_backward
 
 
 def _bands(size: int, window: int) -> list[tuple[slice, int]]:

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axial_fusion.gpu.common import jit, last_axis_contiguous, load, octaves, on, store, tl
-from axial_fusion.gpu.tiles import Tile, choose, packed, split
+from .common import jit, last_axis_contiguous, load, octaves, on, store, tl
+from .tiles import Tile, choose, packed, split
 
 
 @jit
@@ -43,8 +43,24 @@ def _rows(tile, batch, head, P, strides, SLICES: tl.constexpr, BLOCK: tl.constex
 
 
 @jit
-def _visible(queries, keys, lengths_ptr, batch, NQ: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr):
-    """Scores that count: same position, real rows, and the causal and length rules.  # [BLOCK_Q, BLOCK_K]
+def _real(index, mask, lengths_ptr, batch):
+    """Mask of the rows of keys that count. Those past the length may hold anything, so that they are not read."""
+    if lengths_ptr is not None:
+        mask = mask & (index < tl.load(lengths_ptr + batch))
+    return mask
+
+
+@jit
+def _kept(x, real, lengths_ptr):
+    """Rows of keys' gradients x [..., BLOCK_K, D], 0 past the length."""
+    if lengths_ptr is not None:
+        x = tl.where(real[:, None] if len(x.shape) == 2 else real[None, :, None], x, 0.0)
+    return x
+
+
+@jit
+def _visible(queries, keys, NQ: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr):
+    """Scores that count: same position, rows that count, and the causal rule.  # [BLOCK_Q, BLOCK_K]
 
     `queries` and `keys`: each row's slice, position in the tile, and mask."""
     index_q, local_q, mask_q = queries
@@ -52,8 +68,6 @@ def _visible(queries, keys, lengths_ptr, batch, NQ: tl.constexpr, N: tl.constexp
     visible = (local_q[:, None] == local_k[None, :]) & mask_q[:, None] & mask_k[None, :]
     if CAUSAL:
         visible = visible & (index_k[None, :] <= index_q[:, None] + (N - NQ))
-    if lengths_ptr is not None:
-        visible = visible & (index_k[None, :] < tl.load(lengths_ptr + batch))
     return visible
 
 
@@ -97,24 +111,24 @@ def axial_attention_fwd_kernel(
     offs_k, index_k, local_k, mask_k = _rows(tile, batch, head, P, stride_k, N, TILE.BLOCK_K, TILE)
     offs_v, _, _, _ = _rows(tile, batch, head, P, stride_v, N, TILE.BLOCK_K, TILE)
     offs_y, _, _, _ = _rows(tile, batch, head, P, stride_y, NQ, TILE.BLOCK_Q, TILE)
+    real_k = _real(index_k, mask_k, lengths_ptr, batch)
 
     q0 = load(q_ptr, offs_q, mask_q, 0, D0, D)  # [HEADS, BLOCK_Q, D0]
-    k0 = load(k_ptr, offs_k, mask_k, 0, D0, D)  # [HEADS, BLOCK_K, D0]
-    v0 = load(v_ptr, offs_v, mask_k, 0, D0, D)
+    k0 = load(k_ptr, offs_k, real_k, 0, D0, D)  # [HEADS, BLOCK_K, D0]
+    v0 = load(v_ptr, offs_v, real_k, 0, D0, D)
     s = tl.dot(q0, tl.trans(k0), input_precision="ieee")  # [HEADS, BLOCK_Q, BLOCK_K]
     if D1 > 0:
         q1 = load(q_ptr, offs_q, mask_q, D0, D1, D)
-        k1 = load(k_ptr, offs_k, mask_k, D0, D1, D)
+        k1 = load(k_ptr, offs_k, real_k, D0, D1, D)
         s = tl.dot(q1, tl.trans(k1), acc=s, input_precision="ieee")
 
-    queries, keys = (index_q, local_q, mask_q), (index_k, local_k, mask_k)
-    visible = _visible(queries, keys, lengths_ptr, batch, NQ, N, CAUSAL)
+    visible = _visible((index_q, local_q, mask_q), (index_k, local_k, real_k), NQ, N, CAUSAL)
     p, share = _probabilities(s, visible, scale)
     share = tl.expand_dims(share, len(s.shape) - 1)
     p = p.to(v0.dtype)
     store(y_ptr, offs_y, mask_q, tl.dot(p, v0, input_precision="ieee") * share, 0, D0, D)
     if D1 > 0:
-        v1 = load(v_ptr, offs_v, mask_k, D0, D1, D)
+        v1 = load(v_ptr, offs_v, real_k, D0, D1, D)
         store(y_ptr, offs_y, mask_q, tl.dot(p, v1, input_precision="ieee") * share, D0, D1, D)
 
 
@@ -140,37 +154,43 @@ def axial_attention_bwd_kernel(
     offs_v, _, _, _ = _rows(tile, batch, head, P, stride_v, N, TILE.BLOCK_K, TILE)
     offs_dq, _, _, _ = _rows(tile, batch, head, P, stride_dq, NQ, TILE.BLOCK_Q, TILE)
     offs_dk, _, _, _ = _rows(tile, batch, head, P, stride_dk, N, TILE.BLOCK_K, TILE)
+    real_k = _real(index_k, mask_k, lengths_ptr, batch)
 
     q0 = load(q_ptr, offs_q, mask_q, 0, D0, D)  # [HEADS, BLOCK_Q, D0]
-    k0 = load(k_ptr, offs_k, mask_k, 0, D0, D)  # [HEADS, BLOCK_K, D0]
+    k0 = load(k_ptr, offs_k, real_k, 0, D0, D)  # [HEADS, BLOCK_K, D0]
     g0 = load(g_ptr, offs_g, mask_q, 0, D0, D)
-    v0 = load(v_ptr, offs_v, mask_k, 0, D0, D)
+    v0 = load(v_ptr, offs_v, real_k, 0, D0, D)
     s = tl.dot(q0, tl.trans(k0), input_precision="ieee")  # [HEADS, BLOCK_Q, BLOCK_K]
     dp = tl.dot(g0, tl.trans(v0), input_precision="ieee")
     if D1 > 0:
         q1 = load(q_ptr, offs_q, mask_q, D0, D1, D)
-        k1 = load(k_ptr, offs_k, mask_k, D0, D1, D)
+        k1 = load(k_ptr, offs_k, real_k, D0, D1, D)
         g1 = load(g_ptr, offs_g, mask_q, D0, D1, D)
-        v1 = load(v_ptr, offs_v, mask_k, D0, D1, D)
+        v1 = load(v_ptr, offs_v, real_k, D0, D1, D)
         s = tl.dot(q1, tl.trans(k1), acc=s, input_precision="ieee")
         dp = tl.dot(g1, tl.trans(v1), acc=dp, input_precision="ieee")
 
-    queries, keys = (index_q, local_q, mask_q), (index_k, local_k, mask_k)
-    visible = _visible(queries, keys, lengths_ptr, batch, NQ, N, CAUSAL)
+    visible = _visible((index_q, local_q, mask_q), (index_k, local_k, real_k), NQ, N, CAUSAL)
     p, share = _probabilities(s, visible, scale)
     AXIS: tl.constexpr = len(s.shape) - 1
     p = p * tl.expand_dims(share, AXIS)
+    if CAUSAL or lengths_ptr is not None:
+        dp = tl.where(visible, dp, 0.0)  # 0 · inf would be NaN
     ds = p * (dp - tl.expand_dims(tl.sum(p * dp, AXIS), AXIS)) * scale
     p = tl.trans(p.to(q0.dtype))  # [HEADS, BLOCK_K, BLOCK_Q]
     ds = ds.to(q0.dtype)
     ds_t = tl.trans(ds)
-    store(dv_ptr, offs_dk, mask_k, tl.dot(p, g0, input_precision="ieee"), 0, D0, D)
+    dv0 = _kept(tl.dot(p, g0, input_precision="ieee"), real_k, lengths_ptr)
+    store(dv_ptr, offs_dk, mask_k, dv0, 0, D0, D)
     store(dq_ptr, offs_dq, mask_q, tl.dot(ds, k0, input_precision="ieee"), 0, D0, D)
-    store(dk_ptr, offs_dk, mask_k, tl.dot(ds_t, q0, input_precision="ieee"), 0, D0, D)
+    dk0 = _kept(tl.dot(ds_t, q0, input_precision="ieee"), real_k, lengths_ptr)
+    store(dk_ptr, offs_dk, mask_k, dk0, 0, D0, D)
     if D1 > 0:
-        store(dv_ptr, offs_dk, mask_k, tl.dot(p, g1, input_precision="ieee"), D0, D1, D)
+        dv1 = _kept(tl.dot(p, g1, input_precision="ieee"), real_k, lengths_ptr)
+        store(dv_ptr, offs_dk, mask_k, dv1, D0, D1, D)
         store(dq_ptr, offs_dq, mask_q, tl.dot(ds, k1, input_precision="ieee"), D0, D1, D)
-        store(dk_ptr, offs_dk, mask_k, tl.dot(ds_t, q1, input_precision="ieee"), D0, D1, D)
+        dk1 = _kept(tl.dot(ds_t, q1, input_precision="ieee"), real_k, lengths_ptr)
+        store(dk_ptr, offs_dk, mask_k, dk1, D0, D1, D)
 
 
 @lru_cache(maxsize=256)
@@ -188,6 +208,7 @@ def launch_forward(
 ) -> Tensor:
     """q (B, Nq, P, M, D), k and v (B, N, P, M, D), lengths (B,) -> y (B, Nq, P, M, D), contiguous."""
     q, k, v = last_axis_contiguous(q, k, v)
+    lengths = None if lengths is None else lengths.contiguous()
     sizes, slices = q.shape, k.shape[1]
     y = torch.empty(sizes, dtype=q.dtype, device=q.device)
     if y.numel() == 0:
@@ -211,6 +232,7 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, contiguous; `grad` is like q and may have any strides."""
     grad, q, k, v = last_axis_contiguous(grad, q, k, v)
+    lengths = None if lengths is None else lengths.contiguous()
     sizes, slices = q.shape, k.shape[1]
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     if q.numel() == 0 or k.numel() == 0:

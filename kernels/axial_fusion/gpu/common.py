@@ -1,6 +1,7 @@
 """What the Triton kernels and their launchers share: the decorator, loads and stores of tiles, the device's context.
 
-Without Triton, `jit` leaves a kernel the plain function that it is, and nothing calls it."""
+Without Triton, `jit` leaves a kernel the plain function that it is, and nothing calls it: `MISSING` says why. An
+installation that does not fit the machine raises any error at import, and a stub has no `jit` that makes kernels."""
 
 from __future__ import annotations
 
@@ -10,17 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import import_failure
+
+MISSING: str | None = None
 try:
     import triton
     import triton.language as tl
-except ImportError:
-    triton = tl = None
+
+    jit = triton.jit
+except Exception as error:
+    tl, MISSING = None, import_failure("triton", error)
+
+    def jit(function):
+        return function
+
+
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # an older Triton: tiles are loaded by pointers
+except Exception:  # an older Triton, where tiles are loaded by pointers, or none
     TensorDescriptor = None
-
-jit = (lambda function: function) if triton is None else triton.jit
 
 _HERE = nullcontext()
 
@@ -41,6 +50,10 @@ def last_axis_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
 def octaves(x):
     """log2(e) · x: exp(x) is exp2 of it, and hardware has exp2."""
     return x * 1.4426950408889634
+
+
+if MISSING is None and not hasattr(octaves, "__getitem__"):
+    MISSING = "the package triton is a stub: its jit makes no kernels"
 
 
 @jit

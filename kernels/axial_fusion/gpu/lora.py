@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from axial_fusion.gpu import tiles
-from axial_fusion.gpu.common import jit, on, tl
+from . import tiles
+from .common import jit, on, tl
 
 MAX_REDUCED_RANK = 16  # above, partial sums of dA and dB weigh as much as dY, and library products are faster
 
@@ -170,7 +170,7 @@ def launch_weight(
     """[W | s B | 0] of W (N, K), B (n, r) in the first n rows; C (n, r), if given, behind B in the last n rows."""
     (rows, wide), (height, rank) = weight.shape, b.shape
     width = tail_width(rank if c is None else 2 * rank)
-    out = weight.new_empty(rows, wide + width)
+    out = weight.new_empty((rows, wide + width))
     with on(weight.device):
         lora_weight_kernel[(rows,)](
             weight.contiguous(), b.contiguous(), b if c is None else c.contiguous(), out,
@@ -188,9 +188,9 @@ def launch_reduce(
     (rows, n), k, rank = dy.shape, x.shape[1], b.shape[1]
     config = tiles.lora_reduce(dy.dtype)
     programs = -(-rows // config["BLOCK_T"])
-    d = dy.new_empty(rows, tiles.LORA_TAIL)
-    da = dy.new_empty(programs, rank, k, dtype=torch.float32) if need_a else None
-    db = dy.new_empty(programs, rank, n, dtype=torch.float32) if need_b else None
+    d = dy.new_empty((rows, tiles.LORA_TAIL))
+    da = dy.new_empty((programs, rank, k), dtype=torch.float32) if need_a else None
+    db = dy.new_empty((programs, rank, n), dtype=torch.float32) if need_b else None
     with on(dy.device):
         lora_reduce_kernel[(programs,)](
             dy, x, xa, b, dropout.seed, d, da, db,

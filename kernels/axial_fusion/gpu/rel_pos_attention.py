@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axial_fusion.gpu import tiles
-from axial_fusion.gpu.common import last_axis_contiguous, on
-from axial_fusion.gpu.rel_pos_kernels import rel_pos_bwd_dkv_kernel, rel_pos_bwd_dq_kernel, rel_pos_fwd_kernel
+from . import tiles
+from .common import last_axis_contiguous, on
+from .rel_pos_kernels import rel_pos_bwd_dkv_kernel, rel_pos_bwd_dq_kernel, rel_pos_fwd_kernel
 
 
 class _Problem:

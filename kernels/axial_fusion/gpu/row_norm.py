@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from axial_fusion.gpu import tiles
-from axial_fusion.gpu.common import jit, on, tl
+from . import tiles
+from .common import jit, on, tl
 
 
 @jit
@@ -120,7 +120,7 @@ def launch_forward(
     With a (r, C), out's other columns, a multiple of 16 that holds r, become [z aᵀ | 0]."""
     groups, channels, thin = _groups(x), x.shape[-1], 0 if a is None else a.shape[0]
     rows = groups.shape[0] * groups.shape[1]
-    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    mean, rstd = (x.new_empty((rows,), dtype=torch.float32) for _ in range(2))
     config = tiles.norm(channels, thin)
     with on(x.device):
         row_norm_fwd_kernel[(-(-rows // config["BLOCK_T"]),)](
@@ -139,7 +139,7 @@ def launch_backward(
     config = tiles.norm(channels)
     programs = min(tiles.NORM_PROGRAMS, -(-rows // config["BLOCK_T"]))
     dx = x.new_empty(x.shape) if need_x else None
-    sums = x.new_empty(programs, 2, channels, dtype=torch.float32) if need_weights else None
+    sums = x.new_empty((programs, 2, channels), dtype=torch.float32) if need_weights else None
     with on(x.device):
         row_norm_bwd_kernel[(programs,)](
             dz, groups, mean, rstd, gamma.contiguous(), dx, sums,
@@ -155,7 +155,7 @@ def launch_column_sums(x: Tensor) -> Tensor:
     rows, channels = x.shape
     slab = tiles.column_slab(rows, channels)
     slabs, columns = -(-rows // slab), -(-channels // tiles.COLUMN_SUMS["BLOCK_C"])
-    sums = x.new_empty(slabs, channels, dtype=torch.float32)
+    sums = x.new_empty((slabs, channels), dtype=torch.float32)
     with on(x.device):
         column_sums_kernel[(columns, slabs)](
             x, sums, rows, x.stride(0), slab, C=channels, **tiles.COLUMN_SUMS

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axial_fusion.gpu.common import TensorDescriptor, jit, last_axis_contiguous, on, tl
-from axial_fusion.gpu.tiles import slice_forward
+from .common import TensorDescriptor, jit, last_axis_contiguous, on, tl
+from .tiles import slice_forward
 
 
 @jit

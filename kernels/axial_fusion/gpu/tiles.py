@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from axial_fusion.gpu.common import TensorDescriptor
+from .common import TensorDescriptor
 
 
 @cache
@@ -80,7 +80,7 @@ def default(key: Key) -> Tile:
 # On an H100 (torch 2.11, Triton 3.6): µs at B 4, P 4096, M 8 in bf16, q, k and v views of one tensor.
 # Each number is of the fastest kernel tried with such a tile. 16 rows hold 3 positions of 5 slices.
 # "wrong": products of 64 rows run on wgmma, and ptxas 12.8 miscompiles those of D's two parts, 64 + 32
-# (tests/kernel_builds.py, wrong_descriptors).
+# (counts/sass.py, wrong_descriptors).
 #                   16 rows, 8 heads,   16 rows,   32 rows,   64 rows,
 #                             4 warps     1 warp    2 warps    4 warps
 # N 9   D 32   fwd             104.0      113.2      116.0      112.8
@@ -243,6 +243,8 @@ def _rel_pos_elsewhere(
             rows = 64
     elif kernel == "forward":
         rows, warps = 64 if dim <= 64 and not padded else 32, 4
+        if arch >= 120 and padded and dim <= 32:
+            stages = 2  # one spills under Triton 3.6
     elif arch >= 120:
         rows, warps = 16, 4
     elif kernel == "dq":
@@ -322,7 +324,11 @@ def lora_tail(x: Tensor, *, dropout: bool) -> dict[str, int]:
     """Of x (T, K). Exact products, the mask and rows that are loaded an element at a time need registers."""
     exact = x.dtype == torch.float32
     narrow = exact or dropout or x.stride(0) % 8 or x.shape[1] % 8
-    return {"BLOCK_T": 64, "BLOCK_K": 32 if narrow else 128, "num_warps": 8 if exact else 4, "num_stages": 3}
+    few = not narrow and x.shape[1] <= 256 and arch(x.device) in (100, 103)
+    stages = 2 if few else 3  # a third one spills there
+    return {
+        "BLOCK_T": 64, "BLOCK_K": 32 if narrow else 128, "num_warps": 8 if exact else 4, "num_stages": stages
+    }  # fmt: skip
 
 
 def lora_weight(tail: int) -> dict[str, int]:

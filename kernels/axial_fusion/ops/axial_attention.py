@@ -9,27 +9,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from axial_fusion.checks import autocast, check_alike, check_shapes, no_second_derivative, softmax_scale
-from axial_fusion.cpu import axial_attention as plain
-from axial_fusion.dispatch import plain_on, select_backend
-from axial_fusion.gpu import axial_attention as gpu
+from ..checks import autocast, check_alike, check_shapes, dtype_name, no_second_derivative, softmax_scale
+from ..cpu import axial_attention as plain
+from ..dispatch import plain_on, select_backend
+from ..gpu import axial_attention as gpu
+from ..registry import NAMESPACE, OPS, library, register_flop_formula
 
 _QUERIES, _KEYS = ("B", "Nq", "P", "M", "D"), ("B", "N", "P", "M", "D")
 
-_OP = "axial_fusion::axial_attention"
+_LIB = library("axial_attention")
+_OP = f"{NAMESPACE}::axial_attention"
 torch.library.define(
-    _OP, "(Tensor q, Tensor k, Tensor v, Tensor? lengths, float scale, bool causal, str backend) -> Tensor"
+    _OP,
+    "(Tensor q, Tensor k, Tensor v, Tensor? lengths, float scale, bool causal, str backend) -> Tensor",
+    lib=_LIB,
 )
 torch.library.define(
     f"{_OP}_backward",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? lengths, float scale, bool causal, str backend)"
     " -> (Tensor, Tensor, Tensor)",
+    lib=_LIB,
 )
 
 
-@torch.library.impl(_OP, "CompositeExplicitAutograd")
+@torch.library.impl(_OP, "CompositeExplicitAutograd", lib=_LIB)
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool, backend: str
 ) -> Tensor:
@@ -37,14 +41,14 @@ def _forward(
     return run(q, k, v, lengths, scale, causal)
 
 
-@torch.library.register_fake(_OP)
+@torch.library.register_fake(_OP, lib=_LIB)
 def _(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool, backend: str
 ) -> Tensor:
     return q.new_empty(q.shape)
 
 
-@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd")
+@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd", lib=_LIB)
 def _backward_op(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -52,7 +56,7 @@ def _backward_op(
     return run(grad, q, k, v, lengths, scale, causal)
 
 
-@torch.library.register_fake(f"{_OP}_backward")
+@torch.library.register_fake(f"{_OP}_backward", lib=_LIB)
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -65,22 +69,22 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.axial_fusion.axial_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+    grads = OPS.axial_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
     return (*grads, None, None, None, None)
 
 
-torch.library.register_autograd(_OP, _backward, setup_context=_save)
-torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("axial_attention"))
+torch.library.register_autograd(_OP, _backward, setup_context=_save, lib=_LIB)
+torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("axial_attention"), lib=_LIB)
 
 
-@register_flop_formula(torch.ops.axial_fusion.axial_attention)
+@register_flop_formula(OPS.axial_attention)
 def _flops(q_shape: Any, k_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     """Two products of (Nq, D) and (D, N) a head and position, a multiply-add counted as two."""
     batch, num_queries, positions, heads, dim = q_shape
     return 4 * batch * positions * heads * num_queries * k_shape[1] * dim
 
 
-@register_flop_formula(torch.ops.axial_fusion.axial_attention_backward)
+@register_flop_formula(OPS.axial_attention_backward)
 def _backward_flops(
     grad_shape: Any, q_shape: Any, k_shape: Any, *_: Any, out_shape: Any = None, **__: Any
 ) -> int:
@@ -107,17 +111,24 @@ def axial_attention(
     check_shapes("axial_attention", {"q": (q, _QUERIES), "k": (k, _KEYS), "v": (v, _KEYS)})
     q, k, v = autocast(q, k, v)
     check_alike("axial_attention", q=q, k=k, v=v)
+    scale = softmax_scale("axial_attention", scale, q.shape[-1])
+    if not isinstance(causal, (bool, int)):
+        raise ValueError(f"axial_attention: causal must be True or False, found {type(causal).__name__}")
     if lengths is not None:
-        if lengths.shape != q.shape[:1] or lengths.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"axial_attention: lengths must be (B,) = ({q.shape[0]},) of int32 or int64, "
-                f"found {tuple(lengths.shape)} of {str(lengths.dtype).removeprefix('torch.')}"
-            )
-        if lengths.device != q.device:
-            raise ValueError(f"axial_attention: lengths is on {lengths.device} but q is on {q.device}")
-        lengths = lengths.contiguous()
+        _check_lengths(lengths, q)
     chosen = select_backend("axial_attention", q, k, v, backend=backend).backend
-    return run(q, k, v, lengths, softmax_scale(scale, q.shape[-1]), causal, chosen)
+    return run(q, k, v, lengths, scale, bool(causal), chosen)
+
+
+def _check_lengths(lengths: Tensor, q: Tensor) -> None:
+    check_shapes("axial_attention", {"lengths": (lengths, ("B",))})
+    if lengths.shape != q.shape[:1] or lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"axial_attention: lengths must be (B,) = ({q.shape[0]},) of int32 or int64, "
+            f"found {tuple(lengths.shape)} of {dtype_name(lengths.dtype)}"
+        )
+    if lengths.device != q.device:
+        raise ValueError(f"axial_attention: lengths is on {lengths.device} but q is on {q.device}")
 
 
 def run(
@@ -126,4 +137,4 @@ def run(
     """`axial_attention` of arguments that are checked and cast, on a backend that is decided."""
     if backend == "torch" and plain_on(q, k, v):
         return plain.forward(q, k, v, lengths, scale, causal)
-    return torch.ops.axial_fusion.axial_attention(q, k, v, lengths, scale, causal, backend)
+    return OPS.axial_attention(q, k, v, lengths, scale, causal, backend)

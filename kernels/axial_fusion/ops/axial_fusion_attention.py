@@ -8,15 +8,15 @@ that autograd, autocast and torch.compile see ops and no graph break.    Source:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from axial_fusion.checks import autocast_dtype, check_alike, dtype_name, softmax_scale
-from axial_fusion.dispatch import HalfBackends, select_halves
-from axial_fusion.ops import axial_attention, lora_linear, lora_qkv, row_norm, slice_attention
-from axial_fusion.reference import AttentionWeights, LoRA
+from ..checks import FLOATS, autocast_dtype, check_alike, check_dense, check_whole, dtype_name, softmax_scale
+from ..dispatch import HalfBackends, select_halves
+from ..reference import AttentionWeights, LoRA
+from . import axial_attention, lora_linear, lora_qkv, row_norm, slice_attention
 
 
 def axial_fusion_attention(
@@ -51,7 +51,7 @@ def axial_fusion_attention(
     index = None if query_index is None else _checked_index(query_index, x.shape[1])
     slices = x.shape[1] if index is None else max(x.shape[1], len(index))
     across, within = select_halves(x, inter, intra, num_heads=num_heads, slices=slices, backend=backend)
-    scale = softmax_scale(None, x.shape[-1] // num_heads)
+    scale = softmax_scale("axial_fusion_attention", None, x.shape[-1] // num_heads)
     if inter is not None:
         q, k, v = _projections(x, inter, num_heads, dropout_p, eps, across, index)
         o = axial_attention.run(q, k, v, None, scale, False, across.attention)
@@ -129,8 +129,11 @@ def _pick(x: Tensor, index: list[int] | None) -> Tensor:
 
 
 def _checked_index(query_index: Sequence[int], slices: int) -> list[int]:
-    index = list(query_index)
-    if not index or not all(0 <= i < slices for i in index):
+    if not isinstance(query_index, Iterable):
+        raise ValueError(f"axial_fusion_attention: query_index must be a list of slices, found {query_index}")
+    index = [i.item() if hasattr(i, "item") else i for i in query_index]
+    whole = all(isinstance(i, int) and not isinstance(i, bool) for i in index)
+    if not index or not whole or not all(0 <= i < slices for i in index):
         raise ValueError(
             f"axial_fusion_attention: query_index is {index}, but x has the slices 0 to {slices - 1}"
         )
@@ -140,14 +143,17 @@ def _checked_index(query_index: Sequence[int], slices: int) -> list[int]:
 def _check(
     x: Tensor, inter: AttentionWeights | None, intra: AttentionWeights | None, num_heads: int, dropout_p: float
 ) -> None:  # fmt: skip
+    check_dense("axial_fusion_attention: x", x)
     if x.dim() not in (4, 5):
         raise ValueError(
             f"axial_fusion_attention: x must be (B, N, P, C) or (B, N, H', W', C), found shape {tuple(x.shape)}"
         )
     if inter is None and intra is None:
         raise ValueError("axial_fusion_attention: inter and intra are both None; nothing is left to compute")
+    check_alike("axial_fusion_attention", x=x)
+    check_whole("axial_fusion_attention", num_heads=num_heads)
     channels = x.shape[-1]
-    if num_heads < 1 or channels % num_heads:
+    if channels % num_heads:
         raise ValueError(f"axial_fusion_attention: num_heads is {num_heads}, but must divide C = {channels}")
     for name, weights in (("inter", inter), ("intra", intra)):
         if weights is not None:
@@ -159,14 +165,19 @@ def _check_half(name: str, w: AttentionWeights, x: Tensor, dropout_p: float) -> 
     cast = autocast_dtype(x) is not None
     square, vector = (channels, channels), (channels,)
     shapes = ((3 * channels, channels), (3 * channels,), square, vector, vector, vector)
+    if w.norm_weight is None and w.norm_bias is not None:
+        raise ValueError(f"axial_fusion_attention: {name}.norm_bias is given, but norm_weight is None")
     for i, (tensor, shape) in enumerate(zip(w[:6], shapes, strict=True)):
-        if tensor is None:
-            continue
         what = f"axial_fusion_attention: {name}.{w._fields[i]}"
+        if tensor is None and i not in (0, 2):
+            continue
+        check_dense(what, tensor)
         if tensor.shape != shape:
             raise ValueError(f"{what} must be {shape} for C = {channels}, found shape {tuple(tensor.shape)}")
         if tensor.device != device:
             raise ValueError(f"{what} is on {tensor.device} but x is on {device}")
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{what} must be floating point, found {dtype_name(tensor.dtype)}")
         if i < 4 and not cast and tensor.dtype != x.dtype:  # the norm's weights may be wider
             raise ValueError(
                 f"{what} is {dtype_name(tensor.dtype)} but x is {dtype_name(x.dtype)}; cast one of them"

@@ -25,20 +25,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from axial_fusion.checks import (
+from ..checks import (
     autocast_dtype,
     check_alike,
     check_shapes,
     dtype_name,
     no_derivative,
     no_second_derivative,
+    number,
+    torchs_own,
+    under_transform,
 )
-from axial_fusion.dispatch import plain_on, select_backend
-from axial_fusion.gpu import lora as kernels
-from axial_fusion.gpu.lora import NO_DROPOUT, Dropout
-from axial_fusion.ops.dense_linear import by_onednn, dense_linear, onednn_linear
-from axial_fusion.ops.row_norm import column_sums
-from axial_fusion.reference import LoRA, dropout_mask
+from ..dispatch import plain_on, select_backend
+from ..gpu import lora as kernels
+from ..gpu.lora import NO_DROPOUT, Dropout
+from ..reference import LoRA, dropout_mask
+from ..registry import NAMESPACE, OPS, library
+from .dense_linear import by_onednn, dense_linear, onednn_linear
+from .row_norm import column_sums
 
 ALIGN = 8  # columns of a tail: the library's fast products want rows of a multiple of 16 bytes
 
@@ -68,7 +72,7 @@ def _plain_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, update: _Update | None
 ) -> tuple[Tensor, Tensor]:
     if update is None:
-        return dense_linear(x, weight, bias), x.new_empty(0)
+        return dense_linear(x, weight, bias), x.new_empty((0,))
     a, b, scaling, dropout = update
     xa = F.linear(_dropped(x, dropout), a)  # (T, r)
     if by_onednn(x, weight, bias) and no_derivative(a, b):
@@ -81,7 +85,7 @@ def _augmented_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, update: _Update | None
 ) -> tuple[Tensor, Tensor]:
     if update is None:
-        return F.linear(x, weight, bias), x.new_empty(0)
+        return F.linear(x, weight, bias), x.new_empty((0,))
     xa = F.linear(_dropped(x, update.dropout), update.a)
     return F.linear(_joined(x, xa), _joined(weight, update.scaling * update.b), bias), xa
 
@@ -90,11 +94,20 @@ def _triton_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, update: _Update | None
 ) -> tuple[Tensor, Tensor]:
     if update is None:
-        return F.linear(x, weight, bias), x.new_empty(0)
+        return F.linear(x, weight, bias), x.new_empty((0,))
     (rows, wide), rank = x.shape, update.a.shape[0]
-    joined, xa = x.new_empty(rows, wide + kernels.tail_width(rank)), x.new_empty(rows, rank)
+    joined, xa = x.new_empty((rows, wide + kernels.tail_width(rank))), x.new_empty((rows, rank))
     kernels.launch_tail(x, update.a, joined, update.dropout, xa)
     return F.linear(joined, kernels.launch_weight(weight, update.b, update.scaling), bias), xa
+
+
+def _composed(x: Tensor, weight: Tensor, bias: Tensor | None, update: _Update | None) -> Tensor:
+    """x (..., K) -> y (..., N) by F.linear alone, out of place: for transforms, and for tensors of any class."""
+    y = F.linear(x, weight, bias)
+    if update is None:
+        return y
+    xa = F.linear(_dropped(x, update.dropout), update.a)
+    return y.add(F.linear(xa, update.b), alpha=update.scaling)
 
 
 _FORWARD = {"torch": _plain_forward, "augmented": _augmented_forward, "triton": _triton_forward}
@@ -114,21 +127,23 @@ def _dropped(x: Tensor, dropout: Dropout) -> Tensor:
 
 def rows_of(x: Tensor) -> Tensor:
     """x (..., K) as (T, K) with contiguous rows; copied only where no strides say that."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-_OP = "axial_fusion::lora_linear"
+_LIB = library("lora_linear")
+_OP = f"{NAMESPACE}::lora_linear"
 _INPUTS = "Tensor? lora_a, Tensor? lora_b, Tensor? seed, float scaling, float dropout_p, str backend"
-torch.library.define(_OP, f"(Tensor x, Tensor weight, Tensor? bias, {_INPUTS}) -> (Tensor, Tensor)")
+torch.library.define(_OP, f"(Tensor x, Tensor weight, Tensor? bias, {_INPUTS}) -> (Tensor, Tensor)", lib=_LIB)
 torch.library.define(
     f"{_OP}_backward",
     f"(Tensor grad, Tensor x, Tensor xa, Tensor weight, {_INPUTS}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lib=_LIB,
 )
 
 
-@torch.library.impl(_OP, "CompositeExplicitAutograd")
+@torch.library.impl(_OP, "CompositeExplicitAutograd", lib=_LIB)
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
     seed: Tensor | None, scaling: float, dropout_p: float, backend: str,
@@ -144,17 +159,16 @@ def _forward(
     return y.view(*x.shape[:-1], weight.shape[0]), xa
 
 
-@torch.library.register_fake(_OP)
+@torch.library.register_fake(_OP, lib=_LIB)
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
     seed: Tensor | None, scaling: float, dropout_p: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    rows = x.numel() // max(1, x.shape[-1])
-    xa = x.new_empty(0) if lora_a is None else x.new_empty(rows, lora_a.shape[0])
+    xa = x.new_empty((0,)) if lora_a is None else x.new_empty((x.shape[:-1].numel(), lora_a.shape[0]))
     return x.new_empty((*x.shape[:-1], weight.shape[0])), xa
 
 
-@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd")
+@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd", lib=_LIB)
 def _backward_op(
     grad: Tensor, x: Tensor, xa: Tensor, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None,
     seed: Tensor | None, scaling: float, dropout_p: float, backend: str, needs: list[bool],
@@ -176,7 +190,7 @@ def _backward_op(
     if db is not None and lora_b is not None:
         db = db.to(lora_b.dtype).contiguous()
     dx = None if dx is None else dx.reshape(x.shape)
-    empty = x.new_empty(0)
+    empty = x.new_empty((0,))
     dx, dw, dbias, da, db = (empty if g is None else g for g in (dx, dw, dbias, da, db))
     return dx, dw, dbias, da, db
 
@@ -208,14 +222,14 @@ def _lora_backward(
     return dx, da, db
 
 
-@torch.library.register_fake(f"{_OP}_backward")
+@torch.library.register_fake(f"{_OP}_backward", lib=_LIB)
 def _(
     grad: Tensor, x: Tensor, xa: Tensor, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None,
     seed: Tensor | None, scaling: float, dropout_p: float, backend: str, needs: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     bias = weight.new_empty(weight.shape[:1])
     return tuple(
-        t.new_empty(t.shape) if need and t is not None else x.new_empty(0)
+        t.new_empty(t.shape) if need and t is not None else x.new_empty((0,))
         for t, need in zip((x, weight, bias, lora_a, lora_b), needs, strict=True)
     )
 
@@ -228,12 +242,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:5])
-    grads = torch.ops.axial_fusion.lora_linear_backward(grad, *ctx.saved_tensors, *ctx.options, needs)
+    grads = OPS.lora_linear_backward(grad, *ctx.saved_tensors, *ctx.options, needs)
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None)
 
 
-torch.library.register_autograd(_OP, _backward, setup_context=_save)
-torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("lora_linear"))
+torch.library.register_autograd(_OP, _backward, setup_context=_save, lib=_LIB)
+torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("lora_linear"), lib=_LIB)
 
 
 def lora_linear(
@@ -273,11 +287,16 @@ def run(
         seed = None
     elif seed is None:
         seed = torch.randint(2**62, (), device=x.device)
-    scaling, p = float(scaling), float(dropout_p)
-    if backend == "torch" and plain_on(*_tensors(x, weight, bias, lora)):
-        y, _ = _plain_forward(x.reshape(-1, x.shape[-1]), weight, bias, _update(x, a, b, seed, scaling, p))
-        return y.view(*x.shape[:-1], weight.shape[0])
-    y, _ = torch.ops.axial_fusion.lora_linear(x, weight, bias, a, b, seed, scaling, p, backend)
+    scaling, p = number("lora_linear: scaling", scaling), float(dropout_p)
+    if backend == "torch":
+        given = _tensors(x, weight, bias, lora)
+        if not torchs_own(*given) or under_transform(given):
+            return _composed(x, weight, bias, _update(x, a, b, seed, scaling, p))
+        if plain_on(x):
+            rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+            y, _ = _plain_forward(rows, weight, bias, _update(x, a, b, seed, scaling, p))
+            return y.view(*x.shape[:-1], weight.shape[0])
+    y, _ = OPS.lora_linear(x, weight, bias, a, b, seed, scaling, p, backend)
     return y
 
 
@@ -310,6 +329,8 @@ def _check(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA | None, dropout_p: float, seed: Tensor | None
 ) -> None:
     count, wide = weight.shape
+    if x.is_nested and (x.layout is torch.strided or (dropout_p and lora is not None)):
+        raise ValueError("lora_linear: a nested x must have layout torch.jagged, and no dropout_p")
     if x.dim() < 1 or x.shape[-1] != wide:
         raise ValueError(f"lora_linear: x must be (..., K) with K = {wide}, found shape {tuple(x.shape)}")
     if bias is not None and bias.shape != (count,):

@@ -19,14 +19,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from axial_fusion.checks import autocast_dtype, check_shapes, no_second_derivative
-from axial_fusion.dispatch import select_backend
-from axial_fusion.gpu import lora as kernels
-from axial_fusion.gpu.row_norm import launch_backward, launch_forward
-from axial_fusion.gpu.tiles import thin_in_norm
-from axial_fusion.ops.lora_linear import ALIGN, rows_of
-from axial_fusion.ops.row_norm import column_sums
-from axial_fusion.reference import LoRA
+from ..checks import autocast_dtype, check_shapes, dtype_name, no_second_derivative, number
+from ..dispatch import select_backend
+from ..gpu import lora as kernels
+from ..gpu.row_norm import launch_backward, launch_forward
+from ..gpu.tiles import thin_in_norm
+from ..reference import LoRA
+from ..registry import NAMESPACE, OPS, library
+from . import lora_linear, row_norm
+from .lora_linear import ALIGN, rows_of
+from .row_norm import column_sums
 
 
 class _Call(NamedTuple):
@@ -62,7 +64,7 @@ def _normalised(c: _Call, a: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """a = [A_Q; A_V] (2r, C) -> [z | z aᵀ | 0] (T, C + tail) in the weight's dtype, mean and rstd (T,)."""
     x, channels, thin, dtype = c.x, c.x.shape[-1], 0 if a is None else a.shape[0], c.weight.dtype
     if c.backend == "triton":
-        out = x.new_empty(x.numel() // channels, channels + kernels.tail_width(thin), dtype=dtype)
+        out = x.new_empty((x.numel() // channels, channels + kernels.tail_width(thin)), dtype=dtype)
         within = thin_in_norm(channels, thin, dtype)
         mean, rstd = launch_forward(x, c.norm_weight, c.norm_bias, out, c.eps, a if within else None)
         if a is not None and not within:
@@ -91,16 +93,17 @@ def _augmented(c: _Call) -> Tensor:
     return out
 
 
-_OP = "axial_fusion::lora_qkv"
+_LIB = library("lora_qkv")
+_OP = f"{NAMESPACE}::lora_qkv"
 _INPUTS = (
     "Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias, Tensor? a_q, Tensor? b_q,"
     " Tensor? a_v, Tensor? b_v, float scaling_q, float scaling_v, float eps, str backend"
 )
-torch.library.define(_OP, f"({_INPUTS}) -> Tensor")
-torch.library.define(f"{_OP}_backward", f"(Tensor grad, {_INPUTS}, bool[] needs) -> Tensor[]")
+torch.library.define(_OP, f"({_INPUTS}) -> Tensor", lib=_LIB)
+torch.library.define(f"{_OP}_backward", f"(Tensor grad, {_INPUTS}, bool[] needs) -> Tensor[]", lib=_LIB)
 
 
-@torch.library.impl(_OP, "CompositeExplicitAutograd")
+@torch.library.impl(_OP, "CompositeExplicitAutograd", lib=_LIB)
 def _forward(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None,
     a_q: Tensor | None, b_q: Tensor | None, a_v: Tensor | None, b_v: Tensor | None,
@@ -111,7 +114,7 @@ def _forward(
     return F.linear(z, _augmented(c), bias).view(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.register_fake(_OP)
+@torch.library.register_fake(_OP, lib=_LIB)
 def _(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None,
     a_q: Tensor | None, b_q: Tensor | None, a_v: Tensor | None, b_v: Tensor | None,
@@ -120,7 +123,7 @@ def _(
     return weight.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd")
+@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd", lib=_LIB)
 def _backward_op(
     grad: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None,
     a_q: Tensor | None, b_q: Tensor | None, a_v: Tensor | None, b_v: Tensor | None,
@@ -141,7 +144,7 @@ def _backward_op(
         update = _lora_gradients(c, d, z, thin, needs)
         dz = torch.addmm(dz, thin[:, : a.shape[0]], a)
     found = (*_norm_gradients(c, dz, mean, rstd, needs), dweight, dbias, *update)
-    return [x.new_empty(0) if g is None or not need else g for g, need in zip(found, needs, strict=True)]
+    return [x.new_empty((0,)) if g is None or not need else g for g, need in zip(found, needs, strict=True)]
 
 
 def _lora_gradients(c: _Call, d: Tensor, z: Tensor, thin: Tensor, needs: list[bool]) -> list[Tensor | None]:
@@ -186,7 +189,7 @@ def _norm_gradients(
     )
 
 
-@torch.library.register_fake(f"{_OP}_backward")
+@torch.library.register_fake(f"{_OP}_backward", lib=_LIB)
 def _(
     grad: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None,
     a_q: Tensor | None, b_q: Tensor | None, a_v: Tensor | None, b_v: Tensor | None,
@@ -194,7 +197,7 @@ def _(
 ) -> list[Tensor]:  # fmt: skip
     tensors = (x, norm_weight, norm_bias, weight, bias, a_q, b_q, a_v, b_v)
     return [
-        t.new_empty(t.shape) if need and t is not None else x.new_empty(0)
+        t.new_empty(t.shape) if need and t is not None else x.new_empty((0,))
         for t, need in zip(tensors, needs, strict=True)
     ]
 
@@ -206,12 +209,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:9])
-    grads = torch.ops.axial_fusion.lora_qkv_backward(grad, *ctx.saved_tensors, *ctx.options, needs)
+    grads = OPS.lora_qkv_backward(grad, *ctx.saved_tensors, *ctx.options, needs)
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 4)
 
 
-torch.library.register_autograd(_OP, _backward, setup_context=_save)
-torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("lora_qkv"))
+torch.library.register_autograd(_OP, _backward, setup_context=_save, lib=_LIB)
+torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("lora_qkv"), lib=_LIB)
 
 
 def lora_qkv(
@@ -229,7 +232,7 @@ def lora_qkv(
     """x (..., C), norm_weight (C,), weight (3C, C) with rows q, k, v -> (..., 3C), LoRA a (r, C), b (C, r) on q and v.
 
     Both LoRA pairs or none, of one rank. The result has the weight's dtype, or autocast's; the norm's and LoRA's
-    weights may stay fp32. `backend` auto, augmented (library calls alone) or triton.
+    weights may stay fp32. `backend` auto, augmented (library calls alone), triton or torch (three products).
     Raises ValueError on a shape, rank or backend mismatch."""
     _check(x, norm_weight, norm_bias, weight, bias, lora_q, lora_v)
     loras = [t for lora in (lora_q, lora_v) if lora is not None for t in lora[:2]]
@@ -248,13 +251,26 @@ def run(
     backend: str,
 ) -> Tensor:
     """`lora_qkv` of arguments that are checked, on a backend that is decided; weights and their biases in pairs."""
-    dtype = autocast_dtype(x) or x.dtype
-    weight, bias = (None if t is None else t.to(dtype) for t in projection)
+    weight, bias = projection
+    dtype = autocast_dtype(x) or weight.dtype
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    if backend == "torch":
+        return _composed(row_norm.run(x, *norm, eps, dtype, "torch"), weight, bias, lora_q, lora_v)
     a_q, b_q, scaling_q = (None, None, 1.0) if lora_q is None else lora_q
     a_v, b_v, scaling_v = (None, None, 1.0) if lora_v is None else lora_v
-    return torch.ops.axial_fusion.lora_qkv(
-        x, *norm, weight, bias, a_q, b_q, a_v, b_v, float(scaling_q), float(scaling_v), eps, backend
-    )
+    return OPS.lora_qkv(
+        x, *norm, weight, bias, a_q, b_q, a_v, b_v,
+        number("lora_qkv: scaling", scaling_q), number("lora_qkv: scaling", scaling_v), eps, backend,
+    )  # fmt: skip
+
+
+def _composed(
+    z: Tensor, weight: Tensor, bias: Tensor | None, lora_q: LoRA | None, lora_v: LoRA | None
+) -> Tensor:
+    """The three products of z = LN(x) by `lora_linear`'s plain engine."""
+    biases = (None, None, None) if bias is None else bias.chunk(3)
+    parts = zip(weight.chunk(3), biases, (lora_q, None, lora_v), strict=True)
+    return torch.cat([lora_linear.run(z, w, b, lora, 0.0, None, "torch") for w, b, lora in parts], -1)
 
 
 def _check(
@@ -278,6 +294,12 @@ def _check(
         raise ValueError(
             f"lora_qkv: x must be (..., C) and weight (3C, C), found shapes {tuple(x.shape)} and {tuple(weight.shape)}"
         )
+    loras = [t for lora in (lora_q, lora_v) if lora is not None for t in lora[:2]]
+    for tensor in (norm_weight, norm_bias, weight, bias, *loras):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"lora_qkv: x is on {x.device} but one of its weights on {tensor.device}")
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"lora_qkv: x must be floating point, found {dtype_name(x.dtype)}")
     if (lora_q is None) != (lora_v is None):
         raise ValueError("lora_qkv: lora_q and lora_v come together; one of them is None")
     if lora_q is not None and lora_v is not None:

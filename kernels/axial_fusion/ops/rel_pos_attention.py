@@ -17,24 +17,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axial_fusion.checks import autocast, check_alike, check_shapes, no_second_derivative, softmax_scale
-from axial_fusion.cpu.biased_attention import attend_backward, attend_blocks, choose
-from axial_fusion.dispatch import select_backend
-from axial_fusion.gpu.rel_pos_attention import launch_backward, launch_forward
+from ..checks import autocast, check_alike, check_shapes, check_whole, no_second_derivative, softmax_scale
+from ..cpu.biased_attention import attend_backward, attend_blocks, choose
+from ..dispatch import select_backend
+from ..gpu.rel_pos_attention import launch_backward, launch_forward
+from ..registry import NAMESPACE, OPS, library
 
-_OP = "axial_fusion::rel_pos_attention"
+_LIB = library("rel_pos_attention")
+_OP = f"{NAMESPACE}::rel_pos_attention"
 torch.library.define(
     _OP,
     "(Tensor q, Tensor k, Tensor v, Tensor rel_h, Tensor rel_w, float scale, str backend) -> (Tensor, Tensor)",
+    lib=_LIB,
 )
 torch.library.define(
     f"{_OP}_backward",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor rel_h, Tensor rel_w, Tensor y, Tensor? lse, float scale,"
     " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lib=_LIB,
 )
 
 
-@torch.library.impl(_OP, "CompositeExplicitAutograd")
+@torch.library.impl(_OP, "CompositeExplicitAutograd", lib=_LIB)
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -42,10 +46,10 @@ def _forward(
     if backend == "triton":
         return launch_forward(q, k, v, rel_h, rel_w, scale)
     y = attend_blocks(q, k, v, rel_h.transpose(-1, -2), rel_w, scale)
-    return y, q.new_empty(0, dtype=torch.float32)
+    return y, torch.empty(0, dtype=torch.float32, device=q.device)
 
 
-@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd")
+@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd", lib=_LIB)
 def _backward_op(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor,
     y: Tensor, lse: Tensor | None, scale: float, backend: str,
@@ -58,7 +62,7 @@ def _backward_op(
     return dq, dk, dv, dbias_h.transpose(-1, -2).contiguous(), dbias_w
 
 
-@torch.library.register_fake(_OP)
+@torch.library.register_fake(_OP, lib=_LIB)
 def _(
     q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -67,7 +71,7 @@ def _(
     return q.new_empty(q.shape), q.new_empty(lse, dtype=torch.float32)
 
 
-@torch.library.register_fake(f"{_OP}_backward")
+@torch.library.register_fake(f"{_OP}_backward", lib=_LIB)
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor,
     y: Tensor, lse: Tensor | None, scale: float, backend: str,
@@ -83,12 +87,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.axial_fusion.rel_pos_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+    grads = OPS.rel_pos_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
     return (*grads, None, None)
 
 
-torch.library.register_autograd(_OP, _backward, setup_context=_save)
-torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("rel_pos_attention"))
+torch.library.register_autograd(_OP, _backward, setup_context=_save, lib=_LIB)
+torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("rel_pos_attention"), lib=_LIB)
 
 
 def rel_pos_attention(
@@ -105,9 +109,11 @@ def rel_pos_attention(
     """SAM's attention over one grid (H', W') of P = H'·W' tokens: q, k, v (B, P, M, D) -> (B, P, M, D).
 
     rel_h (B, M, H', P) and rel_w (B, M, P, W') are the bias of each query against each row and column of keys,
-    added to scale · q·k; `scale` is D^-½ where None. Autocast casts all five.
+    added to scale · q·k; `scale` is D^-½ where None. A query whose bias is -inf throughout sees no key and gives 0.
+    Autocast casts all five.
     Raises ValueError on a shape, dtype, device or backend mismatch."""
     height, width = grid
+    check_whole("rel_pos_attention", **{"grid[0]": height, "grid[1]": width})
     qkv, tokens = ("B", "P", "M", "D"), height * width
     if q.dim() != 4 or q.shape[1] != tokens:
         raise ValueError(
@@ -125,9 +131,9 @@ def rel_pos_attention(
     )
     q, k, v, rel_h, rel_w = autocast(q, k, v, rel_h, rel_w)
     check_alike("rel_pos_attention", q=q, k=k, v=v, rel_h=rel_h, rel_w=rel_w)
+    scale = softmax_scale("rel_pos_attention", scale, q.shape[-1])
     chosen = select_backend("rel_pos_attention", q, k, v, rel_h, rel_w, backend=backend).backend
-    scale = softmax_scale(scale, q.shape[-1])
     attend = None if chosen == "triton" else choose(q, tokens, k, v, rel_h, rel_w)
     if attend is None:
-        return torch.ops.axial_fusion.rel_pos_attention(q, k, v, rel_h, rel_w, scale, chosen)[0]
+        return OPS.rel_pos_attention(q, k, v, rel_h, rel_w, scale, chosen)[0]
     return attend(q, k, v, rel_h.transpose(-1, -2), rel_w, scale)

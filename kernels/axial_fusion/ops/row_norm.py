@@ -15,48 +15,52 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from axial_fusion.checks import autocast_dtype, no_second_derivative
-from axial_fusion.dispatch import select_backend, sums_by_triton
-from axial_fusion.gpu.row_norm import launch_backward, launch_column_sums, launch_forward
+from ..checks import autocast_dtype, no_second_derivative
+from ..dispatch import select_backend, sums_by_triton
+from ..gpu.row_norm import launch_backward, launch_column_sums, launch_forward
+from ..registry import NAMESPACE, OPS, library
 
-_OP = "axial_fusion::row_norm"
+_LIB = library("row_norm")
+_OP = f"{NAMESPACE}::row_norm"
 torch.library.define(
     _OP,
     "(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    lib=_LIB,
 )
 torch.library.define(
     f"{_OP}_backward",
     "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor? bias, bool[] needs)"
     " -> (Tensor, Tensor, Tensor)",
+    lib=_LIB,
 )
 
 
-@torch.library.impl(_OP, "CompositeExplicitAutograd")
+@torch.library.impl(_OP, "CompositeExplicitAutograd", lib=_LIB)
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z (..., C) contiguous in `dtype`, mean and rstd (T,) in fp32."""
     z = torch.empty(x.shape, dtype=dtype, device=x.device)
     if not z.numel():
-        rows = x.shape[:-1].numel()
+        rows = (x.shape[:-1].numel(),)
         return z, x.new_zeros(rows, dtype=torch.float32), x.new_zeros(rows, dtype=torch.float32)
     return z, *launch_forward(x, weight, bias, z.view(-1, x.shape[-1]), eps)
 
 
-@torch.library.register_fake(_OP)
+@torch.library.register_fake(_OP, lib=_LIB)
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mean, rstd = (x.new_empty(x.shape[:-1].numel(), dtype=torch.float32) for _ in range(2))
+    mean, rstd = (x.new_empty((x.shape[:-1].numel(),), dtype=torch.float32) for _ in range(2))
     return x.new_empty(x.shape, dtype=dtype), mean, rstd
 
 
-@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd")
+@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd", lib=_LIB)
 def _backward_op(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight and bias; an empty tensor for each that is not needed."""
-    empty = x.new_empty(0)
+    empty = x.new_empty((0,))
     given = (x, weight, empty if bias is None else bias)
     found: tuple[Tensor | None, ...]
     if not x.numel():
@@ -72,12 +76,12 @@ def _backward_op(
     return dx, dweight, dbias
 
 
-@torch.library.register_fake(f"{_OP}_backward")
+@torch.library.register_fake(f"{_OP}_backward", lib=_LIB)
 def _(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return tuple(
-        t.new_empty(t.shape) if need and t is not None else x.new_empty(0)
+        t.new_empty(t.shape) if need and t is not None else x.new_empty((0,))
         for t, need in zip((x, weight, bias), needs, strict=True)
     )
 
@@ -90,12 +94,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
-    grads = torch.ops.axial_fusion.row_norm_backward(grad, *ctx.saved_tensors, needs)
+    grads = OPS.row_norm_backward(grad, *ctx.saved_tensors, needs)
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None)
 
 
-torch.library.register_autograd(_OP, _backward, setup_context=_save)
-torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("row_norm"))
+torch.library.register_autograd(_OP, _backward, setup_context=_save, lib=_LIB)
+torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("row_norm"), lib=_LIB)
 
 
 def column_sums(x: Tensor) -> Tensor:
@@ -129,7 +133,7 @@ def run(
 ) -> Tensor:
     """`row_norm` of arguments that are checked, on a backend that is decided."""
     if backend == "triton":
-        return torch.ops.axial_fusion.row_norm(x, weight, bias, eps, dtype)[0]  # type: ignore[no-any-return]
+        return OPS.row_norm(x, weight, bias, eps, dtype)[0]  # type: ignore[no-any-return]
     wide = torch.promote_types(x.dtype, weight.dtype)
     bias = None if bias is None else bias.to(wide)
     return F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias, eps).to(dtype)

@@ -14,52 +14,53 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
 
-from axial_fusion.checks import (
+from ..checks import (
     autocast,
-    autocast_dtype,
     check_alike,
     check_shapes,
+    no_autocast,
     no_second_derivative,
     softmax_scale,
 )
-from axial_fusion.dispatch import select_backend
-from axial_fusion.gpu.slice_attention import launch_forward
+from ..dispatch import select_backend
+from ..gpu.slice_attention import launch_forward
+from ..registry import NAMESPACE, OPS, library, register_flop_formula
 
 # Torch's cuDNN backward then reads another layout of lse.
 _RAGGED = os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "0") == "1"
 
 _AXES = ("B", "N", "P", "M", "D")
 
-_OP = "axial_fusion::slice_attention"
-torch.library.define(_OP, "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)")
+_LIB = library("slice_attention")
+_OP = f"{NAMESPACE}::slice_attention"
+torch.library.define(_OP, "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)", lib=_LIB)
 torch.library.define(
     f"{_OP}_backward",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, float scale) -> (Tensor, Tensor, Tensor)",
+    lib=_LIB,
 )
 
 
-@torch.library.impl(_OP, "CompositeExplicitAutograd")
+@torch.library.impl(_OP, "CompositeExplicitAutograd", lib=_LIB)
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """y (B, N, P, M, D), contiguous, and its log-sum-exp (B, N, M, P) in fp32."""
     y, lse = launch_forward(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale)
     return y.unflatten(0, q.shape[:2]), lse.unflatten(0, q.shape[:2])
 
 
-@torch.library.register_fake(_OP)
+@torch.library.register_fake(_OP, lib=_LIB)
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, slices, positions, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, slices, heads, positions), dtype=torch.float32)
 
 
-@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd")
+@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd", lib=_LIB)
 def _backward_op(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,7 +74,7 @@ def _backward_op(
     return dq, dk, dv
 
 
-@torch.library.register_fake(f"{_OP}_backward")
+@torch.library.register_fake(f"{_OP}_backward", lib=_LIB)
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,21 +137,21 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (*torch.ops.axial_fusion.slice_attention_backward(grad, *ctx.saved_tensors, ctx.scale), None)
+    return (*OPS.slice_attention_backward(grad, *ctx.saved_tensors, ctx.scale), None)
 
 
-torch.library.register_autograd(_OP, _backward, setup_context=_save)
-torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("slice_attention"))
+torch.library.register_autograd(_OP, _backward, setup_context=_save, lib=_LIB)
+torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("slice_attention"), lib=_LIB)
 
 
-@register_flop_formula(torch.ops.axial_fusion.slice_attention)
+@register_flop_formula(OPS.slice_attention)
 def _flops(q_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     """Two products of (P, D) and (D, P) a head, a multiply-add counted as two."""
     batch, slices, positions, heads, dim = q_shape
     return 4 * batch * slices * heads * positions * positions * dim
 
 
-@register_flop_formula(torch.ops.axial_fusion.slice_attention_backward)
+@register_flop_formula(OPS.slice_attention_backward)
 def _backward_flops(grad_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     """Five products: the scores again, dp, dq, dk and dv."""
     return 5 * _flops(grad_shape) // 2
@@ -213,15 +214,9 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Half precision computes in fp32: scores of some tens, rounded to it, would move the weights by per cents."""
     dtype = q.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    with _no_autocast(q):
+    with no_autocast(q):
         q, k, v = (t.to(wide) for t in (q, k, v))
         return (((q * scale) @ k.transpose(-1, -2)).softmax(-1) @ v).to(dtype)
-
-
-def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    if autocast_dtype(tensor) is None:
-        return nullcontext()
-    return torch.autocast(tensor.device.type, enabled=False)
 
 
 _LIBRARIES: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
@@ -257,15 +252,16 @@ def slice_attention(
     check_shapes("slice_attention", {"q": (q, _AXES), "k": (k, _AXES), "v": (v, _AXES)})
     q, k, v = autocast(q, k, v)
     check_alike("slice_attention", q=q, k=k, v=v)
+    scale = softmax_scale("slice_attention", scale, q.shape[-1])
     chosen = select_backend("slice_attention", q, k, v, backend=backend).backend
-    q, scale = _positive(q, softmax_scale(scale, q.shape[-1]))
+    q, scale = _positive(q, scale)
     return run(q, k, v, scale, chosen)
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
     """`slice_attention` of arguments that are checked and cast, with a scale above 0, on a backend that is decided."""
     if backend == "triton":
-        return torch.ops.axial_fusion.slice_attention(q, k, v, scale)[0]
+        return OPS.slice_attention(q, k, v, scale)[0]
     attend = _torch if q.numel() == 0 else _LIBRARIES[backend]  # no library promises to take empty tensors
     shape = q.shape[:2]
     q, k, v = (t.flatten(0, 1).transpose(1, 2) for t in (q, k, v))

@@ -14,39 +14,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axial_fusion.checks import autocast, check_alike, check_shapes, no_second_derivative, softmax_scale
-from axial_fusion.cpu import window_attention as plain
-from axial_fusion.cpu.biased_attention import attend_blocks, choose
-from axial_fusion.dispatch import select_backend
-from axial_fusion.gpu.rel_pos_attention import launch_window_backward, launch_window_forward
+from ..checks import autocast, check_alike, check_shapes, check_whole, no_second_derivative, softmax_scale
+from ..cpu import window_attention as plain
+from ..cpu.biased_attention import attend_blocks, choose
+from ..dispatch import select_backend
+from ..gpu.rel_pos_attention import launch_window_backward, launch_window_forward
+from ..registry import NAMESPACE, OPS, library
 
-_OP = "axial_fusion::window_attention"
+_LIB = library("window_attention")
+_OP = f"{NAMESPACE}::window_attention"
 torch.library.define(
     _OP,
     "(Tensor qkv, Tensor qkv_bias, Tensor rel_h, Tensor rel_w, int window, float scale, str backend)"
     " -> (Tensor, Tensor)",
+    lib=_LIB,
 )
 torch.library.define(
     f"{_OP}_backward",
     "(Tensor grad, Tensor qkv, Tensor qkv_bias, Tensor rel_h, Tensor rel_w, Tensor y, Tensor? lse, int window,"
     " float scale, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    lib=_LIB,
 )
 
 
-@torch.library.impl(_OP, "CompositeExplicitAutograd")
+@torch.library.impl(_OP, "CompositeExplicitAutograd", lib=_LIB)
 def _forward(
     qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor, window: int, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     """y, and what the Triton backward needs of the softmax; empty on the torch backend."""
     if backend == "triton":
         return launch_window_forward(qkv, qkv_bias, rel_h, rel_w, window, scale)
-    lse = qkv.new_empty(0, dtype=torch.float32)
+    lse = torch.empty(0, dtype=torch.float32, device=qkv.device)
     if qkv.numel() == 0:
-        return qkv.new_empty((*qkv.shape[:3], *qkv.shape[4:])), lse
+        return torch.empty((*qkv.shape[:3], *qkv.shape[4:]), dtype=qkv.dtype, device=qkv.device), lse
     return plain.forward(qkv, qkv_bias, rel_h, rel_w, window, scale, attend_blocks), lse
 
 
-@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd")
+@torch.library.impl(f"{_OP}_backward", "CompositeExplicitAutograd", lib=_LIB)
 def _backward_op(
     grad: Tensor, qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor,
     y: Tensor, lse: Tensor | None, window: int, scale: float, backend: str,
@@ -58,7 +62,7 @@ def _backward_op(
     return plain.backward(grad, qkv, qkv_bias, rel_h, rel_w, y, window, scale)
 
 
-@torch.library.register_fake(_OP)
+@torch.library.register_fake(_OP, lib=_LIB)
 def _(
     qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor, window: int, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -68,7 +72,7 @@ def _(
     return y, y.new_empty(lse, dtype=torch.float32)
 
 
-@torch.library.register_fake(f"{_OP}_backward")
+@torch.library.register_fake(f"{_OP}_backward", lib=_LIB)
 def _(
     grad: Tensor, qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor,
     y: Tensor, lse: Tensor | None, window: int, scale: float, backend: str,
@@ -84,12 +88,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.axial_fusion.window_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+    grads = OPS.window_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
     return (*grads, None, None, None)
 
 
-torch.library.register_autograd(_OP, _backward, setup_context=_save)
-torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("window_attention"))
+torch.library.register_autograd(_OP, _backward, setup_context=_save, lib=_LIB)
+torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("window_attention"), lib=_LIB)
 
 
 def window_attention(
@@ -106,11 +110,16 @@ def window_attention(
 
     qkv_bias (3·M·D,) is what a padded token's key and value hold; its use in the projection is not this op's.
     rel_h and rel_w (B, H', W', M, window): the bias of each query against the rows and the columns of its own
-    window, padded ones included. Autocast casts all four. Raises ValueError on a shape, dtype or device mismatch."""
-    if window < 1:
-        raise ValueError(f"window_attention: window must be at least 1, found {window}")
+    window, padded ones included. A query whose bias is -inf throughout gives 0. Autocast casts all four.
+    Raises ValueError on a shape, dtype or device mismatch."""
+    check_whole("window_attention", window=window)
     rel = ("B", "H", "W", "M", window)
-    expected = {"qkv": (qkv, ("B", "H", "W", 3, "M", "D")), "rel_h": (rel_h, rel), "rel_w": (rel_w, rel)}
+    expected = {
+        "qkv": (qkv, ("B", "H", "W", 3, "M", "D")),
+        "rel_h": (rel_h, rel),
+        "rel_w": (rel_w, rel),
+        "qkv_bias": (qkv_bias, ("E",)),
+    }
     sizes = check_shapes("window_attention", expected)
     channels = 3 * sizes["M"] * sizes["D"]
     if qkv_bias.shape != (channels,):
@@ -119,11 +128,11 @@ def window_attention(
         )
     qkv, qkv_bias, rel_h, rel_w = autocast(qkv, qkv_bias, rel_h, rel_w)
     check_alike("window_attention", qkv=qkv, qkv_bias=qkv_bias, rel_h=rel_h, rel_w=rel_w)
+    scale = softmax_scale("window_attention", scale, qkv.shape[-1])
     chosen = select_backend("window_attention", qkv, qkv_bias, rel_h, rel_w, backend=backend).backend
-    scale = softmax_scale(scale, qkv.shape[-1])
     attend = None
     if chosen == "torch" and qkv.numel():
         attend = choose(qkv[..., 0, :, :].flatten(1, 2), window * window, qkv, qkv_bias, rel_h, rel_w)
     if attend is None:
-        return torch.ops.axial_fusion.window_attention(qkv, qkv_bias, rel_h, rel_w, window, scale, chosen)[0]
+        return OPS.window_attention(qkv, qkv_bias, rel_h, rel_w, window, scale, chosen)[0]
     return plain.forward(qkv, qkv_bias, rel_h, rel_w, window, scale, attend)
