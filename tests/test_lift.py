@@ -11,6 +11,7 @@ from torch import nn
 
 from axial_fusion import (
     LoRALinear,
+    accelerate_sam,
     adapter_state_dict,
     lift,
     load_adapter_state_dict,
@@ -311,6 +312,20 @@ def test_compiled_by_inductor_with_gradients():
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
     for name, grad in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("name", ["segment_anything ImageEncoderViT", "transformers SamVisionModel"])
+def test_an_accelerated_sam_is_lifted_as_it_is(name):
+    host, model, x = made(name)
+    accelerate_sam(model)
+    with torch.no_grad():
+        expected = host.call(model, x)
+        lift(model, num_slices=3, rank=2)
+        assert torch.equal(host.call(model, x), expected)
+        set_free(model)
+        assert (host.call(model, x) - expected).abs().max() > 1e-3
+        unlift(model)
+        assert torch.equal(host.call(model, x), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # PEFT asks transformers so
