@@ -66,7 +66,7 @@ clean: ## remove caches, builds and demo-run; .venv stays
 .venv/installed: setup.py constraints.txt
 	@echo "making .venv: about 2 GB, some minutes, once"
 	python3 -m venv .venv
-	.venv/bin/python -m pip install -q -c constraints.txt -e '.[test,dev]'
+	.venv/bin/python -m pip install -q -c constraints.txt -e '.[test,hosts,dev]'
 	touch $@
 
 # torch's CUDA build asks for one Triton alone, hence --no-deps; Triton 3.6's interpreter needs numpy below 2.4.

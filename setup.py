@@ -40,6 +40,12 @@ setup(
         "export": ["onnxscript>=0.5"],  # torch writes ONNX through it
         "accuracy": ["einops>=0.7"],  # MONAI's Swin UNETR, in the accuracy table alone
         "nnunet": ["nnunetv2>=2.6"],
+        "hosts": [  # 2D models that axial_fusion.lift is tested on
+            "diffusers>=0.36",
+            "timm>=1.0.20",
+            "torchvision>=0.26",
+            "transformers>=5.0",
+        ],
         "test": [
             "einops>=0.7",  # Swin UNETR's row of the accuracy table
             "highdicom>=0.26",  # DICOM segmentations are read back

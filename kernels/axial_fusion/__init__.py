@@ -1,6 +1,8 @@
 """Attention across and within slices, factorised: fused ops with gradients, and thin modules over them."""
 
+from .adapter_state import adapter_state_dict, load_adapter_state_dict, peft_adapter
 from .dispatch import select_backend
+from .lift import lift, set_num_slices, unlift
 from .modules import AxialFusionAttention, LoRALinear
 from .ops.axial_attention import axial_attention
 from .ops.axial_fusion_attention import axial_fusion_attention
@@ -18,12 +20,18 @@ __all__ = [
     "LoRA",
     "LoRALinear",
     "accelerate_sam",
+    "adapter_state_dict",
     "axial_attention",
     "axial_fusion_attention",
+    "lift",
+    "load_adapter_state_dict",
     "lora_linear",
     "lora_qkv",
+    "peft_adapter",
     "rel_pos_attention",
     "select_backend",
+    "set_num_slices",
     "slice_attention",
+    "unlift",
     "window_attention",
 ]
