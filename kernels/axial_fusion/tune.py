@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     if not gpu and not static:
         print("axial_fusion.tune: tiles are measured on a GPU, and torch sees none", file=sys.stderr)
         return 2
-    tiles: list[Tile | str] | None = None
+    tiles: Iterable[Tile | str] | None = None
     if static or best:
         found = rank(op, sizes, asked or (arch(torch.device("cuda")) if gpu else 90))
         for counted in found if static else ():
