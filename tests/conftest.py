@@ -9,12 +9,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
-if torch.version.cuda is None:
-    # torchvision's wheel does not import beside torch's CPU build unless these two names are defined
+if not hasattr(torch.ops.torchvision, "nms"):
+    # torchvision's wheel is built against torch's CUDA build: beside the CPU build its operators do not load, and its
+    # import stops at these two names. timm and its own models need the names, not the operators.
+    TORCHVISION = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
-        torch.library.define(
-            f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        )
+        TORCHVISION.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def pytest_collection_modifyitems(items):
