@@ -1,7 +1,9 @@
 """Kernels run in Triton's interpreter unless there is a GPU; memory, precision and a trained run for tests that ask."""
 
+import importlib.util
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,12 +11,16 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
-if not hasattr(torch.ops.torchvision, "nms"):
-    # torchvision's wheel is built against torch's CUDA build: beside the CPU build its operators do not load, and its
-    # import stops at these two names. timm and its own models need the names, not the operators.
-    TORCHVISION = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        TORCHVISION.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+if torch.version.cuda is None and (torchvision := importlib.util.find_spec("torchvision")):
+    # torchvision's wheel is built against torch's CUDA build. Beside the CPU build its operators do not load, and its
+    # import stops at these two names; timm, transformers and torchvision's models need the names alone.
+    try:
+        torch.ops.load_library(Path(torchvision.origin).with_name("_C.so"))
+    except OSError:
+        for name in ("nms", "qnms"):
+            torch.library.define(
+                f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            )
 
 
 def pytest_collection_modifyitems(items):

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 from axial_fusion import (
     LoRALinear,
+    accelerate_sam,
     adapter_state_dict,
     lift,
     load_adapter_state_dict,
@@ -311,6 +314,20 @@ def test_compiled_by_inductor_with_gradients():
         torch.testing.assert_close(gradients[1][name], grad, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("name", ["segment_anything ImageEncoderViT", "transformers SamVisionModel"])
+def test_an_accelerated_sam_is_lifted_as_it_is(name):
+    host, model, x = made(name)
+    accelerate_sam(model)
+    with torch.no_grad():
+        expected = host.call(model, x)
+        lift(model, num_slices=3, rank=2)
+        assert torch.equal(host.call(model, x), expected)
+        set_free(model)
+        assert (host.call(model, x) - expected).abs().max() > 1e-3
+        unlift(model)
+        assert torch.equal(host.call(model, x), expected)
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # PEFT asks transformers so
 @pytest.mark.parametrize("name", ["timm vit", "transformers ViT"])
 def test_peft_takes_the_adapter_as_its_own(name):
@@ -347,3 +364,14 @@ def test_compiled_inside_a_larger_model_in_one_graph():
     compiled = torch.compile(whole, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), whole(x))
     assert model.slice_groups.batch is None
+
+
+@pytest.mark.parametrize(("page", "shape"), [("README.md", (1, 9, 384)), ("docs/hosts.md", (16, 32, 4, 4))])
+def test_what_the_pages_show_runs(page, shape):
+    """Word for word: the blocks of python that lift something."""
+    text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
+    names = {"torch": torch}
+    for code in re.findall(r"```python\n(.*?)```", text, re.S):
+        if "lift(" in code:
+            exec(code, names)
+    assert names["y"].shape == shape

@@ -24,6 +24,7 @@ _SEPARATE = (
 )
 # Attentions whose fused `qkv` has the rows of q, then of k, then of v: others go head by head, as TinyViT's.
 _FUSED = frozenset({
+    "axial_fusion.sam.SamAttention",
     "dinov2.layers.attention.Attention", "dinov2.layers.attention.MemEffAttention",
     "monai.networks.blocks.selfattention.SABlock", "monai.networks.nets.swin_unetr.WindowAttention",
     "segment_anything.modeling.image_encoder.Attention", "aftersam.model._segment_anything.image_encoder.Attention",
