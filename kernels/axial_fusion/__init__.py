@@ -1,7 +1,8 @@
 """Attention across and within slices, factorised: fused ops with gradients, and thin modules over them."""
 
 from axial_fusion.dispatch import select_backend
-from axial_fusion.modules import AxialFusionAttention, LoRALinear
+from axial_fusion.lora import LoRALinear
+from axial_fusion.modules import AxialFusionAttention
 from axial_fusion.ops.axial_attention import axial_attention
 from axial_fusion.ops.axial_fusion_attention import axial_fusion_attention
 from axial_fusion.ops.lora_linear import lora_linear

@@ -8,134 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from axial_fusion.lora import LoRAUpdates
 from axial_fusion.ops.axial_fusion_attention import axial_fusion_attention
-from axial_fusion.ops.lora_linear import lora_linear
-from axial_fusion.reference import AttentionWeights, LoRA
-
-
-class LoRAUpdates(nn.Module):
-    """Low-rank updates W + scaling · B A of some weights of a module: parameters, reset, merging, adapter's state.
-
-    The update of part "q" has A (rank, in) as `lora_q_a` and B (out, rank) as `lora_q_b`; that of part "" has `lora_a`
-    and `lora_b`. A starts Kaiming-uniform, B at zero.    Source: LoRA, arXiv 2106.09685."""
-
-    scaling: float  # alpha / rank
-    merged = False
-
-    def updated_weights(self) -> dict[str, Tensor]:
-        """Part -> the weight (out, in) that is updated, or a view of it (..., in); empty without LoRA."""
-        raise NotImplementedError
-
-    def add_lora(self, rank: int, alpha: float | None) -> None:
-        """Make the parameters; alpha None means alpha = rank."""
-        self.scaling = (rank if alpha is None else alpha) / rank
-        for part, weight in self.updated_weights().items():
-            name_a, name_b = _lora_names(part)
-            self.register_parameter(name_a, nn.Parameter(weight.new_empty(rank, weight.shape[-1])))
-            self.register_parameter(name_b, nn.Parameter(weight.new_empty(weight.shape[:-1].numel(), rank)))
-        self.reset_lora()
-
-    @torch.no_grad()
-    def reset_lora(self) -> None:
-        """Start anew: updates that are random but zero."""
-        for part in self.updated_weights():
-            update = self.lora(part)
-            nn.init.kaiming_uniform_(update.a, a=5**0.5)
-            update.b.zero_()
-
-    def lora(self, part: str = "") -> LoRA:
-        """The update of a part, its parameters as they are now."""
-        name_a, name_b = _lora_names(part)
-        return LoRA(getattr(self, name_a), getattr(self, name_b), self.scaling)
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Fold the updates into the weights for inference: computed in fp32, rounded once."""
-        self._fold(1.0)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Take the updates out of the weights again, to within one rounding."""
-        self._fold(-1.0)
-
-    def _fold(self, sign: float) -> None:
-        weights = self.updated_weights()
-        if not weights or self.merged == (sign > 0):
-            return
-        for part, weight in weights.items():
-            a, b, scaling = self.lora(part)
-            merge_update(weight, a, b, sign * scaling)
-        self.merged = sign > 0
-
-    def lora_state_dict(self) -> dict[str, Tensor]:
-        """The adapter alone, {"lora_a": ..., "lora_b": ...} of each part; load it back with strict=False."""
-        names = [name for part in self.updated_weights() for name in _lora_names(part)]
-        return {name: getattr(self, name).detach().clone() for name in names}
-
-
-def _lora_names(part: str) -> tuple[str, str]:
-    stem = f"lora_{part}_" if part else "lora_"
-    return stem + "a", stem + "b"
-
-
-def merge_update(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> None:
-    """weight (..., in) += scaling · b a in place, computed in fp32 or better and rounded once."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    weight.copy_(weight.to(wide) + scaling * (b.to(wide) @ a.to(wide)).view(weight.shape))
-
-
-class LoRALinear(LoRAUpdates, nn.Linear):
-    """A linear layer with a low-rank update: y = x Wᵀ + bias + (alpha / rank) · (dropout(x) Aᵀ) Bᵀ.
-
-    `weight` and `bias` keep nn.Linear's names, so its state dict loads with strict=False; `lora_a` is A (rank, in),
-    `lora_b` is B (out, rank). alpha None means alpha = rank."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        rank: int,
-        alpha: float | None = None,
-        dropout: float = 0.0,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        if rank < 1:
-            raise ValueError(f"rank is {rank}, but must be 1 or more")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout}, but must lie in [0, 1)")
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self.dropout = dropout
-        self.add_lora(rank, alpha)
-
-    @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, rank: int, alpha: float | None = None, dropout: float = 0.0
-    ) -> LoRALinear:
-        """The layer `linear` with LoRA beside its own parameters, which are frozen and shared, not copied."""
-        new = cls(linear.in_features, linear.out_features, rank=rank, alpha=alpha, dropout=dropout,
-                  bias=linear.bias is not None, device=linear.weight.device, dtype=linear.weight.dtype)  # fmt: skip
-        new.weight, new.bias = linear.weight, linear.bias
-        new.weight.requires_grad_(False)
-        if new.bias is not None:
-            new.bias.requires_grad_(False)
-        return new.train(linear.training)
-
-    def updated_weights(self) -> dict[str, Tensor]:
-        """The layer's one weight."""
-        return {"": self.weight}
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.merged:
-            return lora_linear(x, self.weight, self.bias)
-        dropout = self.dropout if self.training else 0.0
-        a, b, scaling = self.lora()
-        return lora_linear(x, self.weight, self.bias, a, b, scaling=scaling, dropout_p=dropout)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.lora_a.shape[0]}, scaling={self.scaling:g}"
+from axial_fusion.reference import AttentionWeights
 
 
 class AxialFusionAttention(nn.Module):
@@ -162,6 +37,10 @@ class AxialFusionAttention(nn.Module):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads is {num_heads}, but must divide dim = {dim}")
+        if dim < 1 or rank < 0:
+            raise ValueError(f"dim is {dim} and rank {rank}, but must be at least 1 and at least 0")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}, but must lie in [0, 1)")
         if attention not in ("both", "axial", "slice"):
             raise ValueError(f"attention is {attention!r}, but must be both, axial or slice")
         self.num_heads = num_heads
@@ -184,6 +63,11 @@ class AxialFusionAttention(nn.Module):
             eps=self.eps,
             dropout_p=self.dropout if self.training else 0.0,
         )
+
+    def reset_parameters(self) -> None:
+        """What the constructor makes, of both halves."""
+        for half in self.halves():
+            half.reset_parameters()
 
     def halves(self) -> list[AttentionHalf]:
         """The halves that are there, across slices first."""
@@ -263,10 +147,20 @@ class AttentionHalf(LoRAUpdates):
         if rank:
             self.add_lora(rank, alpha)
 
+    def base(self) -> nn.Module:
+        """The fused projection."""
+        return self.qkv
+
+    def reset_parameters(self) -> None:
+        """What the constructor makes, of the layers and of LoRA."""
+        self.merged = False
+        for layer in (self.norm, self.qkv, self.out):
+            if layer is not None:
+                layer.reset_parameters()
+        self.reset_lora()
+
     def updated_weights(self) -> dict[str, Tensor]:
         """The rows of q and of v."""
-        if not self.rank:
-            return {}
         q, _, v = self.qkv.weight.chunk(3)
         return {"q": q, "v": v}
 
@@ -274,7 +168,7 @@ class AttentionHalf(LoRAUpdates):
         """The parameters as they are now; nothing is cached, so that optimisers and DDP see one truth."""
         live = self.rank > 0 and not self.merged
         return AttentionWeights(
-            self.qkv.weight,
+            self.through(self.qkv.weight) if self.merged else self.qkv.weight,
             self.qkv.bias,
             self.out.weight,
             self.out.bias,
