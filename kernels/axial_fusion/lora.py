@@ -57,7 +57,7 @@ class LoRAUpdates(nn.Module):
     def reset_parameters(self) -> None:
         """What the constructor makes: weights as nn.Linear's, updates that are random but zero."""
         self.merged = False
-        super().reset_parameters()
+        super().reset_parameters()  # type: ignore[misc]  # nn.Linear's
         self.reset_lora()
 
     @torch.no_grad()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from axial_fusion.lora import LoRAUpdates
-from axial_fusion.ops.axial_fusion_attention import axial_fusion_attention
+from axial_fusion.lora import LoRAUpdates, runs_more
+from axial_fusion.ops.axial_attention import axial_attention
+from axial_fusion.ops.axial_fusion_attention import _checked_index, axial_fusion_attention
+from axial_fusion.ops.slice_attention import slice_attention
 from axial_fusion.reference import AttentionWeights
+
+_PLAIN = (nn.Linear, nn.LayerNorm)
 
 
 class AxialFusionAttention(nn.Module):
@@ -19,7 +24,10 @@ class AxialFusionAttention(nn.Module):
     "Axial" means across the N slices at one position, not along the rows or columns of an image. `attention`
     leaves one half out. `rank` > 0 puts LoRA on q and v of both halves; what is frozen beside it is the
     caller's choice (`freeze_projections`). `norm` and `residual` False fit the module into a block that has its
-    own."""
+    own.
+
+    The op reads the weights of plain layers. Where one is of another class or has hooks (adapters, quantised layers,
+    pruning, sharding or offloading by layer), every layer is called instead, which is right and slower."""
 
     def __init__(
         self,
@@ -48,11 +56,14 @@ class AxialFusionAttention(nn.Module):
         self.eps = eps
         self.dropout = dropout
         halves = {"both": (True, True), "axial": (True, False), "slice": (False, True)}[attention]
-        self.inter = AttentionHalf(dim, rank=rank, alpha=alpha, norm=norm) if halves[0] else None
-        self.intra = AttentionHalf(dim, rank=rank, alpha=alpha, norm=norm) if halves[1] else None
+        options = {"rank": rank, "alpha": alpha, "norm": norm, "eps": eps}
+        self.inter = AttentionHalf(dim, **options) if halves[0] else None
+        self.intra = AttentionHalf(dim, **options) if halves[1] else None
 
     def forward(self, x: Tensor, query_index: Sequence[int] | None = None) -> Tensor:
         """x (B, N, P, C) or (B, N, H', W', C) -> the same; with `query_index` those slices alone."""
+        if not all(half.is_plain() for half in self.halves()):
+            return self._by_calls(x, query_index)
         return axial_fusion_attention(
             x,
             None if self.inter is None else self.inter.weights(),
@@ -63,6 +74,23 @@ class AxialFusionAttention(nn.Module):
             eps=self.eps,
             dropout_p=self.dropout if self.training else 0.0,
         )
+
+    def _by_calls(self, x: Tensor, query_index: Sequence[int] | None) -> Tensor:
+        """The same by calling each layer, so that its hooks run and its class computes."""
+        grid = x.shape[2:-1]
+        x = x.flatten(2, 3) if len(grid) == 2 else x  # (B, N, P, C)
+        every = slice(None)
+        index = every if query_index is None else _checked_index(query_index, x.shape[1])
+        options = {"num_heads": self.num_heads, "dropout_p": self.dropout if self.training else 0.0}
+        if self.inter is not None:
+            update = self.inter(x, axial_attention, index, **options)
+            x = x[:, index] + update if self.residual or self.intra is not None else update
+        else:
+            x = x[:, index]
+        if self.intra is not None:
+            update = self.intra(x, slice_attention, every, **options)
+            x = x + update if self.residual else update
+        return x if len(grid) == 1 else x.unflatten(2, grid)
 
     def reset_parameters(self) -> None:
         """What the constructor makes, of both halves."""
@@ -138,14 +166,40 @@ class AxialFusionAttention(nn.Module):
 class AttentionHalf(LoRAUpdates):
     """Weights of one attention: norm, fused q, k, v projection, output projection, LoRA on q and v."""
 
-    def __init__(self, dim: int, *, rank: int, alpha: float | None, norm: bool) -> None:
+    def __init__(self, dim: int, *, rank: int, alpha: float | None, norm: bool, eps: float = 1e-6) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim) if norm else None
+        self.norm = nn.LayerNorm(dim, eps=eps) if norm else None
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
         self.rank = rank
         if rank:
             self.add_lora(rank, alpha)
+
+    def is_plain(self) -> bool:
+        """Whether reading the weights of the layers comes to the same as calling the layers."""
+        if type(self) is not AttentionHalf or runs_more(self):
+            return False
+        for layer in self._modules.values():
+            if layer is not None and (type(layer) not in _PLAIN or runs_more(layer)):
+                return False
+        return True
+
+    def forward(
+        self, x: Tensor, attend: Callable[..., Tensor], index: Any, *, num_heads: int, dropout_p: float
+    ) -> Tensor:
+        """This half by calling its layers: x (B, N, P, C) -> its update (B, Nq, P, C) of the slices `index`."""
+        z = x if self.norm is None else self.norm(x)
+        qkv = self.qkv(z)
+        q, k, v = (self.through(qkv) if self.merged else qkv).chunk(3, -1)
+        if self.rank and not self.merged:
+            seen = F.dropout(z, dropout_p) if dropout_p else z
+            q, v = (t + self._update(seen, part) for t, part in ((q, "q"), (v, "v")))
+        q, k, v = (t.unflatten(-1, (num_heads, -1)) for t in (q[:, index], k, v))
+        return self.out(attend(q, k, v).flatten(3)).to(x.dtype)
+
+    def _update(self, z: Tensor, part: str) -> Tensor:
+        a, b, scaling = self.lora(part)
+        return scaling * F.linear(F.linear(z, a.to(z.dtype)), b.to(z.dtype))
 
     def base(self) -> nn.Module:
         """The fused projection."""
