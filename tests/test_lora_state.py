@@ -1,6 +1,7 @@
 """The state of a module with LoRA: initialised, merged, saved, loaded and trained, in each of the three modules."""
 
 import copy
+import gc
 import itertools
 
 import pytest
@@ -145,14 +146,16 @@ def test_memory_that_is_made_late_is_initialised_as_by_the_constructor(kind):
     assert not any(getattr(part, "merged", False) for part in late.modules())
 
 
-def test_a_shared_weight_is_named_and_a_computed_one_refused():
+def test_a_shared_weight_is_named_and_a_computed_one_refused(monkeypatch):
     embedding, head = nn.Embedding(8, 8), nn.Linear(8, 8, bias=False)
     head.weight = embedding.weight
     layer = LoRALinear.from_linear(head, rank=2)
-    with pytest.warns(UserWarning, match="LoRALinear: its weight is shared with Embedding"):
+    with pytest.warns(UserWarning, match="LoRALinear: the weight is shared with Embedding"):
         layer.merge()
     layer.unmerge()
-    LoRALinear.from_linear(nn.Linear(8, 8), rank=2).merge()  # nobody else's
+    alone = LoRALinear.from_linear(nn.Linear(8, 8), rank=2)
+    monkeypatch.setattr(gc, "get_objects", lambda: pytest.fail("nobody else has it, so nobody is looked for"))
+    alone.merge()
     normed = nn.utils.parametrizations.weight_norm(LoRALinear(8, 8, rank=2))
     with pytest.raises(ValueError, match="only a plain parameter can be merged"):
         normed.merge()

@@ -129,7 +129,7 @@ def test_lora_linear_merges_and_its_adapter_travels():
     other.weight, other.bias = one.weight, one.bias
     other.load_state_dict(one.lora_state_dict(), strict=False)
     torch.testing.assert_close(other(x), before)
-    with pytest.warns(UserWarning, match="its weight is shared with LoRALinear"):
+    with pytest.warns(UserWarning, match="the weight is shared with LoRALinear"):
         one.merge()
     torch.testing.assert_close(one(x), before, rtol=1e-5, atol=1e-6)
     one.unmerge()

@@ -31,6 +31,9 @@ class LoRAUpdates(nn.Module):
     merged = False
     parts: tuple[str, ...] = ("q", "v")
 
+    def __prepare_scriptable__(self) -> None:
+        raise NotImplementedError(f"torch.jit.script cannot compile {type(self).__name__}; use torch.export")
+
     def base(self) -> nn.Module:
         """The layer whose `weight` is updated."""
         return self
@@ -91,15 +94,10 @@ class LoRAUpdates(nn.Module):
         if self.merged == (sign > 0) or not hasattr(self, "scaling"):
             return
         layer, kind = self.base(), type(self).__name__
-        own = layer._parameters.get("weight")
-        if own is None or not torchs_own(own):
-            what = f"{type(own).__name__}" if own is not None else f"what {type(layer).__name__} computes"
-            raise ValueError(
-                f"{kind}: its weight is {what}; only a plain parameter can be merged or unmerged"
-            )
+        _require_parameter(layer, kind)
         others = _others_with(layer, "weight") if sign > 0 else []
         if others:
-            warnings.warn(f"{kind}: its weight is shared with {', '.join(others)}, so merging changes both",
+            warnings.warn(f"{kind}: the weight is shared with {', '.join(others)}, so merging changes both",
                           stacklevel=3)  # fmt: skip
         for part, weight in self.updated_weights().items():
             a, b, scaling = self.lora(part)
@@ -174,6 +172,13 @@ class _Untrained(torch.autograd.Function):
         if any(t is not None for t in others):
             _Untrained.backward(ctx)
         return tangent.view_as(tangent)
+
+
+def _require_parameter(layer: nn.Module, kind: str) -> None:
+    weight = layer._parameters.get("weight")
+    if weight is None or not torchs_own(weight):
+        what = f"computed by {type(layer).__name__}" if weight is None else f"a {type(weight).__name__}"
+        raise ValueError(f"{kind}: the weight is {what}, but only a plain parameter can be merged or unmerged")
 
 
 def _others_with(layer: nn.Module, name: str) -> list[str]:
@@ -290,6 +295,11 @@ def obstacle(layer: nn.Module) -> str | None:
 
 def runs_more(layer: nn.Module) -> bool:
     """Whether a call of `layer` runs more than its class's forward: hooks, or a forward that was put on it."""
-    return bool(
-        layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    ) or ("forward" in layer.__dict__)
+    own = layer.__dict__
+    hooks = (
+        own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    )
+    return bool(hooks) or "forward" in own
