@@ -178,7 +178,9 @@ def _require_parameter(layer: nn.Module, kind: str) -> None:
     weight = layer._parameters.get("weight")
     if weight is None or not torchs_own(weight):
         what = f"computed by {type(layer).__name__}" if weight is None else f"a {type(weight).__name__}"
-        raise ValueError(f"{kind}: the weight is {what}, but only a plain parameter can be merged or unmerged")
+        raise ValueError(
+            f"{kind}: the weight is {what}, but only a plain parameter can be merged or unmerged"
+        )
 
 
 def _others_with(layer: nn.Module, name: str) -> list[str]:
