@@ -6,7 +6,7 @@ does autograd keep the softmax, which saves computing it again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
 import torch
@@ -45,7 +45,8 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tenso
     for b, m, rows in _blocks(q, k.shape[2], _BLOCK):
         bias = _bias(_wide(bias_h[b, m, rows]), _wide(bias_w[b, m, rows]))
         query = q[b, rows, m].transpose(1, 2)
-        part = F.scaled_dot_product_attention(query, k[b, m], v[b, m], attn_mask=bias, scale=scale)
+        with no_autocast(query):
+            part = F.scaled_dot_product_attention(query, k[b, m], v[b, m], attn_mask=bias, scale=scale)
         y[b, rows, m] = part.transpose(1, 2)
     return y
 
@@ -75,6 +76,15 @@ def attend_backward(
         dbias_h[here] = cells.sum(-1).view_as(dbias_h[here])
         dbias_w[here] = cells.sum(-2).view_as(dbias_w[here])
     return dq, dk.transpose(1, 2).to(q.dtype), dv.transpose(1, 2).to(q.dtype), dbias_h, dbias_w
+
+
+def backward_with_graph(
+    forward: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients that can be differentiated again, of a forward in plain products: it holds all scores at once."""
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(forward(*inputs), wanted, grad, create_graph=True, allow_unused=True))
+    return tuple(next(found) if need else None for need in needs)
 
 
 def _wide(t: Tensor) -> Tensor:
