@@ -91,7 +91,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
     window, scale, backend = ctx.options
     if torch.is_grad_enabled() and backend == "torch":
         grads = backward_with_graph(
-            lambda *inputs: plain.forward(*inputs, window, scale, attend_plain),
+            lambda qkv, bias, rel_h, rel_w: plain.forward(qkv, bias, rel_h, rel_w, window, scale, attend_plain),
             ctx.saved_tensors[:4], ctx.needs_input_grad[:4], grad,
         )  # fmt: skip
     else:
