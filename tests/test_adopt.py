@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from axial_fusion import AttentionWeights, AxialFusionAttention, axial_fusion_attention
+from axial_fusion.sam import SamAttention
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 README_LINES = [
@@ -23,27 +24,47 @@ def _seed():
     torch.manual_seed(0)
 
 
-def test_readmes_lines_run_word_for_word():
-    """The op by itself, then a 2D model of timm made 3D: per slice, its features are those of the 2D model."""
-    pytest.importorskip("timm")
-    made, adopted = {}, {}
-    exec(README_LINES[0], made)
-    assert made["y"].shape == (1, 9, 16, 16, 256)
+@pytest.fixture(scope="module")
+def readme():
+    """README's lines about the library, by what they show; every one of them is run below."""
+    blocks = [
+        code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "axial_fusion" in code
+    ]
+    shown = {
+        name: code
+        for code in blocks
+        for name in ("num_heads=8", "from_attention", "accelerate_sam")
+        if name in code
+    }
+    assert len(shown) == 3
+    return shown
 
-    code = next(code for code in README_LINES if "from_attention" in code)
-    exec(code, adopted)
-    before, _, after = code.partition("for block in vit.blocks:")
-    images = "torch.manual_seed(1)\nslices = " + re.search(r"slices = (.*)", after)[1]
-    exec(images, adopted)
-    features = adopted["vit"].forward_features(adopted["slices"])
-    flat = {}
-    exec(before, flat)
+
+def _run(code):
+    names = {}
+    exec(code, names)
+    return names
+
+
+def test_readmes_op_runs_word_for_word(readme):
+    assert _run(readme["num_heads=8"])["y"].shape == (1, 9, 16, 16, 256)
+
+
+def test_readmes_vit_starts_with_the_features_of_the_2d_model(readme):
+    pytest.importorskip("timm")
+    adopted = _run(readme["from_attention"])
+    flat = _run(readme["from_attention"].partition("for block in vit.blocks:")[0])["vit"]
     names = {k.replace(".attn.intra.out.", ".attn.proj.").replace(".attn.intra.", ".attn."): v
              for k, v in adopted["vit"].state_dict().items() if ".attn.inter." not in k}  # fmt: skip
-    flat["vit"].load_state_dict(names)
-    torch.testing.assert_close(
-        features, flat["vit"].forward_features(adopted["slices"]), rtol=1e-4, atol=1e-4
-    )
+    flat.load_state_dict(names)
+    expected = flat.forward_features(adopted["slices"])
+    torch.testing.assert_close(adopted["features"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_readmes_sam_is_accelerated(readme):
+    pytest.importorskip("torchvision")  # which segment_anything imports
+    encoder = _run(readme["accelerate_sam"])["sam"].image_encoder
+    assert all(isinstance(block.attn, SamAttention) for block in encoder.blocks)
 
 
 def test_a_timm_block_becomes_a_3d_block_that_starts_as_the_2d_one():

@@ -8,6 +8,7 @@ import torch
 from axial_fusion import axial_attention, reference, select_backend
 from axial_fusion.gpu import tiles
 from axial_fusion.gpu.tiles import Key, Tile
+from axial_fusion.registry import OPS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]
@@ -133,6 +134,37 @@ def test_what_is_not_finite_stays_in_its_position(slices, heads, head_dim, value
     clean, spoiled = run(False), run(True)
     assert all(t.isfinite().all() for t in clean)
     assert all(torch.equal(a, b) for a, b in zip(clean, spoiled, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # NumPy's, of the interpreter
+@pytest.mark.parametrize("backend", ["triton", "torch", "registered", "reference"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("slices", [3, 9, 20])
+def test_keys_past_the_length_may_hold_anything(slices, value, backend):
+    """Forward and gradients are bit for bit those without it, and 0 for those keys."""
+    tensors = inputs((3, slices, slices, 5, 2, 16), torch.float32)
+    lengths = torch.tensor([1, slices, slices // 2], device=DEVICE)
+    grad = torch.randn(tensors[0].shape, device=DEVICE)
+
+    def run():
+        if backend == "registered":
+            y = OPS.axial_attention(*tensors, lengths, 0.25, False, "torch")
+        elif backend == "reference":
+            y = reference.axial_attention(*tensors, lengths=lengths)
+        else:
+            y = axial_attention(*tensors, lengths=lengths, backend=backend)
+        return [y.detach(), *torch.autograd.grad(y, tensors, grad)]
+
+    clean = run()
+    with torch.no_grad():
+        for tensor in tensors[1:]:
+            tensor[0, 1:] = value
+            tensor[2, slices // 2 :] = value
+    spoiled = run()
+    assert all(t.isfinite().all() for t in clean)
+    assert all(torch.equal(a, b) for a, b in zip(clean, spoiled, strict=True))
+    assert (spoiled[2][0, 1:] == 0).all()
+    assert (spoiled[3][0, 1:] == 0).all()
 
 
 def test_packed_and_strided_inputs_are_read_in_place():

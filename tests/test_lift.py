@@ -1,4 +1,4 @@
-"""lift on models made here: which blocks, which tokens, what is refused and undone. Other libraries: test_hosts."""
+"""lift on models made here: which blocks, which tokens, what is refused and undone; see test_lift_hosts for others."""
 
 import copy
 import pickle

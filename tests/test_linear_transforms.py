@@ -6,9 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.func import functional_call
 from torch.nn import functional as F
 
-from axial_fusion import LoRA, LoRALinear, lora_linear, lora_qkv, reference, select_backend
+from axial_fusion import (
+    AxialFusionAttention,
+    LoRA,
+    LoRALinear,
+    lora_linear,
+    lora_qkv,
+    reference,
+    select_backend,
+)
 from axial_fusion.ops.dense_linear import dense_linear
 from axial_fusion.ops.row_norm import row_norm
 from drawn import FEW, exact, tensors
@@ -205,3 +214,26 @@ def test_onednn_is_not_called_where_it_is_switched_off():
         with torch.backends.mkldnn.flags(enabled=enabled), torch.profiler.profile() as profile:
             lora_linear(x, weight)
         assert any("mkldnn" in event.key for event in profile.key_averages()) == (enabled and has)
+
+
+@pytest.mark.parametrize("attention", ["both", "axial", "slice"])
+def test_the_module_differentiates_forwards_by_all_of_its_parameters(attention):
+    torch.manual_seed(0)
+    module, x = AxialFusionAttention(8, 2, rank=2, attention=attention), torch.randn(1, 3, 4, 8)
+    values = {name: torch.randn_like(p) for name, p in module.named_parameters()}
+    tangents = {name: torch.randn_like(p) for name, p in module.named_parameters()}
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        where, along = ({n: t.to(dtype) for n, t in d.items()} for d in (values, tangents))
+        made, given = module.to(dtype), x.to(dtype)
+        found.append(torch.func.jvp(lambda p, m=made, g=given: functional_call(m, p, g), (where,), (along,)))
+    for mine, truth in zip(*found, strict=True):
+        assert (mine.double() - truth).norm() < 1e-4 * truth.norm()
+
+
+def test_torchscript_is_refused_by_name():
+    for module in (LoRALinear(8, 6, rank=2), AxialFusionAttention(8, 2)):
+        with pytest.raises(
+            NotImplementedError, match=r"torch\.jit\.script cannot compile \w+; use torch\.export"
+        ):
+            torch.jit.script(module)

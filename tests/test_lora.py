@@ -89,7 +89,7 @@ def test_an_adapter_is_stored_by_its_parameters_names_and_loads_again():
     lora, other = (LoRAQKV(torch.nn.Linear(6, 18), LoRAOptions(2)) for _ in range(2))
     torch.nn.init.normal_(lora.lora_q_b)
     state = lora.lora_state_dict()
-    assert set(state) == {"lora_q_a", "lora_q_b", "lora_v_a", "lora_v_b"}
+    assert set(state) == {"lora_alpha", "lora_q_a", "lora_q_b", "lora_v_a", "lora_v_b"}
     assert not other.load_state_dict(state, strict=False).unexpected_keys
     x = torch.randn(5, 6)
     plain = (F.linear(x, layer.weight, layer.bias) for layer in (lora, other))

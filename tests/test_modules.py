@@ -51,7 +51,8 @@ def test_lora_linear_merges_and_its_adapter_travels():
     other.weight, other.bias = one.weight, one.bias
     other.load_state_dict(one.lora_state_dict(), strict=False)
     torch.testing.assert_close(other(x), before)
-    one.merge()
+    with pytest.warns(UserWarning, match="the weight is shared with LoRALinear"):
+        one.merge()
     torch.testing.assert_close(one(x), before, rtol=1e-5, atol=1e-6)
     one.unmerge()
     torch.testing.assert_close(one(x), before, rtol=1e-5, atol=1e-6)
@@ -62,7 +63,7 @@ def test_the_adapter_of_a_half_travels_and_resets():
     for b in (one.lora_q_b, one.lora_v_b):
         nn.init.normal_(b)
     state = one.lora_state_dict()
-    assert list(state) == ["lora_q_a", "lora_q_b", "lora_v_a", "lora_v_b"]
+    assert list(state) == ["lora_alpha", "lora_q_a", "lora_q_b", "lora_v_a", "lora_v_b"]
     assert not other.load_state_dict(state, strict=False).unexpected_keys
     for part in "qv":
         for mine, theirs in zip(one.lora(part), other.lora(part), strict=True):

@@ -7,6 +7,7 @@ import torch
 
 from axial_fusion import reference, rel_pos_attention, select_backend, window_attention
 from axial_fusion.gpu import tiles
+from axial_fusion.registry import OPS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]
@@ -161,14 +162,35 @@ def test_rows_and_columns_of_keys_that_a_table_masks(dtype, grid):
 
 
 @pytest.mark.filterwarnings("ignore:(divide by zero|invalid value):RuntimeWarning")
-def test_a_query_without_keys_is_nan_like_its_softmax():
-    q, k, v, rel_h, rel_w = (t.detach() for t in grid_inputs(1, 1, 16, (4, 4), torch.float32))
-    rel_h[..., 3] = -torch.inf
-    y = rel_pos_attention(q, k, v, rel_h, rel_w, grid=(4, 4), backend="triton")
-    exact = reference.rel_pos_attention(*(t.double() for t in (q, k, v, rel_h, rel_w)), grid=(4, 4))
-    assert torch.equal(y.isnan(), exact.isnan())
-    assert y[:, 3].isnan().all()
-    assert error(y[:, 4:], exact[:, 4:]) < 1e-6
+@pytest.mark.parametrize("backend", ["triton", "torch", "registered"])
+@pytest.mark.parametrize("grid", [(4, 4), (16, 8), (3, 5)], ids=str)
+def test_a_query_without_keys_gives_0_in_evaluation_and_in_training(grid, backend):
+    """And so do its gradients; other queries, some of their keys masked, are what they were."""
+    tensors = [t.detach() for t in grid_inputs(1, 2, 16, grid, torch.float32)]
+    tensors[3][:, :, :, 3] = -torch.inf  # a query sees no row
+    tensors[4][:, 1, 5] = -torch.inf  # or no column
+    tensors[3][:, :, 0, 7] = -torch.inf  # or not the first row
+    leaves = [t.requires_grad_() for t in tensors]
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+
+    def ours():
+        if backend == "registered":
+            return OPS.rel_pos_attention(*leaves, 0.25, "torch")[0]
+        return rel_pos_attention(*leaves, grid=grid, backend=backend)
+
+    exact = reference.rel_pos_attention(*wide, grid=grid)
+    with torch.no_grad():
+        evaluated = ours()
+    y = ours()
+    assert (y[:, 3] == 0).all()
+    assert (y[:, 5, 1] == 0).all()
+    assert max(error(y, exact), error(evaluated, exact)) < 1e-6
+    grad = torch.randn(y.shape, device=DEVICE)
+    found, expected = torch.autograd.grad(y, leaves, grad), torch.autograd.grad(exact, wide, grad.double())
+    for mine, truth in zip(found, expected, strict=True):
+        assert truth.isfinite().all()
+        assert error(mine, truth) < 2e-6
+    assert (found[0][:, 3] == 0).all()
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3])

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from aftersam.model.layers import DenseLinear
 from axial_fusion import LoRALinear, lora_linear
-from axial_fusion.modules import LoRAUpdates
+from axial_fusion.lora import LoRAUpdates
+from axial_fusion.ops.dense_linear import dense_linear
 
 
 class LoRAOptions(NamedTuple):
@@ -32,7 +33,7 @@ class LoRAQKV(LoRAUpdates, DenseLinear):
     def __init__(self, linear: nn.Linear, options: LoRAOptions, *, heads: int = 1) -> None:
         super().__init__(linear.in_features, linear.out_features, device="meta")
         self.heads = heads
-        self.weight, self.bias = linear.weight, linear.bias
+        self.take_over(linear)
         self.dropout = options.dropout
         self.add_lora(options.rank, options.alpha)
 
@@ -43,7 +44,7 @@ class LoRAQKV(LoRAUpdates, DenseLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
-            return super().forward(x)
+            return dense_linear(x, self.through(self.weight), self.bias)
         a, b = self._joined()
         dropout = self.dropout if self.training else 0.0
         return lora_linear(x, self.weight, self.bias, a, b, scaling=self.scaling, dropout_p=dropout)
@@ -67,11 +68,7 @@ def add_lora(part: nn.Module, options: LoRAOptions) -> None:
         for name in ("q_proj", "v_proj"):
             linear = getattr(attention, name, None)
             if isinstance(linear, nn.Linear):
-                setattr(
-                    attention,
-                    name,
-                    LoRALinear.from_linear(linear, options.rank, options.alpha, options.dropout),
-                )
+                setattr(attention, name, LoRALinear.sharing(linear, *options))
 
 
 def merge_lora(model: nn.Module) -> None:

@@ -4,6 +4,7 @@
     SDPA, bias          the same with scaled_dot_product_attention, the bias materialised as its mask
     one-hot             the same with the bias as a product inside SDPA (rel_pos.py)
     FlexAttention       the same with rel_h and rel_w captured by the score function; on a GPU, compiled
+    accelerate_sam      segment_anything's encoder with its attention replaced by ours, in place
     image_encoder       ours
     ..., compiled       each block through torch.compile, on a GPU
 
@@ -23,11 +24,12 @@ from torch import Tensor, nn
 from aftersam.config import ENCODERS
 from aftersam.model.build import build_image_encoder
 from aftersam.model.segment_anything import segment_anything_modeling
+from axial_fusion import accelerate_sam
 from benchmarks import harness
 from benchmarks.harness import Case, Provider
 from benchmarks.speed.rel_pos import flex, one_hot, sdpa_bias
 
-OURS = "image_encoder"
+OURS, ACCELERATED = "image_encoder", "accelerate_sam"
 RIVALS: dict[str, Callable[..., Tensor] | None] = {
     "segment-anything": None, "SDPA, bias": sdpa_bias, "one-hot": one_hot, "FlexAttention": flex,
 }  # fmt: skip
@@ -118,6 +120,8 @@ def encoder(
         state = {key: value.double() for key, value in state.items()}
     module.load_state_dict(state, assign=True)
     module.requires_grad_(False).eval()
+    if name == ACCELERATED:
+        accelerate_sam(module)
     attend = RIVALS.get(name)
     blocks: Any = module.blocks
     for block in blocks:
@@ -143,8 +147,8 @@ def providers(
         return y if isinstance(y, Tensor) else y.embedding  # type: ignore[no-any-return]
 
     found = {}
-    for name in (*RIVALS, OURS):
-        role: Any = "ours" if name == OURS else "rival"
+    for name in (*RIVALS, ACCELERATED, OURS):
+        role: Any = {OURS: "ours", ACCELERATED: "other"}.get(name, "rival")
         if name != "FlexAttention":
             found[name] = Provider(partial(run, name, False), exact, count, role=role)
         elif not gpu:
@@ -153,7 +157,7 @@ def providers(
             found[name] = Provider(None, exact, count, "compiled in a full run")
         if gpu and (full or name in (OURS, "SDPA, bias")):
             label = name if name == "FlexAttention" else f"{name}, compiled"
-            other: Any = "other" if name == OURS else "rival"
+            other: Any = "other" if name in (OURS, ACCELERATED) else "rival"
             found[label] = Provider(partial(run, name, True), exact, count, role=other)
     return found
 

@@ -3,7 +3,8 @@
 from .adapter_state import adapter_state_dict, load_adapter_state_dict, peft_adapter
 from .dispatch import select_backend
 from .lift import lift, set_num_slices, unlift
-from .modules import AxialFusionAttention, LoRALinear
+from .lora import LoRALinear
+from .modules import AxialFusionAttention
 from .ops.axial_attention import axial_attention
 from .ops.axial_fusion_attention import axial_fusion_attention
 from .ops.lora_linear import lora_linear

@@ -99,11 +99,7 @@ _PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
 _REARRANGED = ("b h (qkv l d) -> qkv b l h d", "b h (l d) -> b l h d")
 Part = tuple[Tensor, Tensor | None]  # weight and bias of a linear layer or a norm
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_EVERY_MODULE = frozenset(vars(nn.Module())) | {
-    "_compiled_call_impl",
-    "_is_full_backward_hook",
-    "_is_hf_initialized",
-}
+_EVERY_MODULE = {*vars(nn.Module()), "_compiled_call_impl", "_is_full_backward_hook", "_is_hf_initialized"}
 
 # Keywords of hosts' calls that say what else to return or how to compute it, never what the output is.
 _IGNORED = {"average_attn_weights", "num_items_in_batch", "output_hidden_states", "return_dict", "use_cache"}
@@ -163,6 +159,8 @@ class AttentionParts:
 
 def attention_parts(attention: nn.Module, num_slices: int | None = None) -> AttentionParts:
     """The parts of a known 2D attention. Raises ValueError, naming what is in the way, for every other."""
+    if num_slices is not None and num_slices < 1:
+        raise ValueError(f"num_slices is {num_slices}, but must be 1 or more")
     base = known_base(attention, _KNOWN, "an attention that from_attention knows")
     kind = type(attention).__name__
     if isinstance(attention, nn.MultiheadAttention):

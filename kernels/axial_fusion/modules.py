@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .hosts import (
     AttentionParts,
@@ -16,134 +17,13 @@ from .hosts import (
     block_parts,
     self_attention_input,
 )
-from .ops.axial_fusion_attention import axial_fusion_attention
-from .ops.lora_linear import lora_linear
-from .reference import AttentionWeights, LoRA
+from .lora import LoRAUpdates, runs_more
+from .ops.axial_attention import axial_attention
+from .ops.axial_fusion_attention import _checked_index, axial_fusion_attention
+from .ops.slice_attention import slice_attention
+from .reference import AttentionWeights
 
-
-class LoRAUpdates(nn.Module):
-    """Low-rank updates W + scaling · B A of some weights of a module: parameters, reset, merging, adapter's state.
-
-    The update of part "q" has A (rank, in) as `lora_q_a` and B (out, rank) as `lora_q_b`; that of part "" has `lora_a`
-    and `lora_b`. A starts Kaiming-uniform, B at zero.    Source: LoRA, arXiv 2106.09685."""
-
-    scaling: float  # alpha / rank
-    merged = False
-
-    def updated_weights(self) -> dict[str, Tensor]:
-        """Part -> the weight (out, in) that is updated, or a view of it (..., in); empty without LoRA."""
-        raise NotImplementedError
-
-    def add_lora(self, rank: int, alpha: float | None) -> None:
-        """Make the parameters; alpha None means alpha = rank."""
-        self.scaling = (rank if alpha is None else alpha) / rank
-        for part, weight in self.updated_weights().items():
-            name_a, name_b = _lora_names(part)
-            self.register_parameter(name_a, nn.Parameter(weight.new_empty(rank, weight.shape[-1])))
-            self.register_parameter(name_b, nn.Parameter(weight.new_empty(weight.shape[:-1].numel(), rank)))
-        self.reset_lora()
-
-    @torch.no_grad()
-    def reset_lora(self) -> None:
-        """Start anew: updates that are random but zero."""
-        for part in self.updated_weights():
-            update = self.lora(part)
-            nn.init.kaiming_uniform_(update.a, a=5**0.5)
-            update.b.zero_()
-
-    def lora(self, part: str = "") -> LoRA:
-        """The update of a part, its parameters as they are now."""
-        name_a, name_b = _lora_names(part)
-        return LoRA(getattr(self, name_a), getattr(self, name_b), self.scaling)
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Fold the updates into the weights for inference: computed in fp32, rounded once."""
-        self._fold(1.0)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Take the updates out of the weights again, to within one rounding."""
-        self._fold(-1.0)
-
-    def _fold(self, sign: float) -> None:
-        weights = self.updated_weights()
-        if not weights or self.merged == (sign > 0):
-            return
-        for part, weight in weights.items():
-            a, b, scaling = self.lora(part)
-            merge_update(weight, a, b, sign * scaling)
-        self.merged = sign > 0
-
-    def lora_state_dict(self) -> dict[str, Tensor]:
-        """The adapter alone, {"lora_a": ..., "lora_b": ...} of each part; load it back with strict=False."""
-        names = [name for part in self.updated_weights() for name in _lora_names(part)]
-        return {name: getattr(self, name).detach().clone() for name in names}
-
-
-def _lora_names(part: str) -> tuple[str, str]:
-    stem = f"lora_{part}_" if part else "lora_"
-    return stem + "a", stem + "b"
-
-
-def merge_update(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> None:
-    """weight (..., in) += scaling · b a in place, computed in fp32 or better and rounded once."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    weight.copy_(weight.to(wide) + scaling * (b.to(wide) @ a.to(wide)).view(weight.shape))
-
-
-class LoRALinear(LoRAUpdates, nn.Linear):
-    """A linear layer with a low-rank update: y = x Wᵀ + bias + (alpha / rank) · (dropout(x) Aᵀ) Bᵀ.
-
-    `weight` and `bias` keep nn.Linear's names, so its state dict loads with strict=False; `lora_a` is A (rank, in),
-    `lora_b` is B (out, rank). alpha None means alpha = rank."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        rank: int,
-        alpha: float | None = None,
-        dropout: float = 0.0,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        if rank < 1:
-            raise ValueError(f"rank is {rank}, but must be 1 or more")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout}, but must lie in [0, 1)")
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self.dropout = dropout
-        self.add_lora(rank, alpha)
-
-    @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, rank: int, alpha: float | None = None, dropout: float = 0.0
-    ) -> LoRALinear:
-        """The layer `linear` with LoRA beside its own parameters, which are frozen and shared, not copied."""
-        new = cls(linear.in_features, linear.out_features, rank=rank, alpha=alpha, dropout=dropout,
-                  bias=linear.bias is not None, device=linear.weight.device, dtype=linear.weight.dtype)  # fmt: skip
-        new.weight, new.bias = linear.weight, linear.bias
-        new.weight.requires_grad_(False)
-        if new.bias is not None:
-            new.bias.requires_grad_(False)
-        return new.train(linear.training)
-
-    def updated_weights(self) -> dict[str, Tensor]:
-        """The layer's one weight."""
-        return {"": self.weight}
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.merged:
-            return lora_linear(x, self.weight, self.bias)
-        dropout = self.dropout if self.training else 0.0
-        a, b, scaling = self.lora()
-        return lora_linear(x, self.weight, self.bias, a, b, scaling=scaling, dropout_p=dropout)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.lora_a.shape[0]}, scaling={self.scaling:g}"
+_PLAIN = (nn.Linear, nn.LayerNorm)
 
 
 class AxialFusionAttention(nn.Module):
@@ -152,7 +32,10 @@ class AxialFusionAttention(nn.Module):
     "Axial" means across the N slices at one position, not along the rows or columns of an image. `attention`
     leaves one half out. `rank` > 0 puts LoRA on q and v of both halves; what is frozen beside it is the
     caller's choice (`freeze_projections`). `norm` and `residual` False fit the module into a block that has its
-    own."""
+    own.
+
+    The op reads the weights of plain layers. Where one is of another class or has hooks (adapters, quantised layers,
+    pruning, sharding or offloading by layer), every layer is called instead, which is right and slower."""
 
     host = HostCall()  # how the host calls this module, where it is made from a host's attention
     training_only = ""  # dropout of the host that evaluation skips
@@ -176,6 +59,10 @@ class AxialFusionAttention(nn.Module):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads is {num_heads}, but must divide dim = {dim}")
+        if dim < 1 or rank < 0:
+            raise ValueError(f"dim is {dim} and rank {rank}, but must be at least 1 and at least 0")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}, but must lie in [0, 1)")
         if attention not in ("both", "axial", "slice"):
             raise ValueError(f"attention is {attention!r}, but must be both, axial or slice")
         self.num_heads = num_heads
@@ -183,8 +70,9 @@ class AxialFusionAttention(nn.Module):
         self.eps = eps
         self.dropout = dropout
         halves = {"both": (True, True), "axial": (True, False), "slice": (False, True)}[attention]
-        self.inter = AttentionHalf(dim, rank=rank, alpha=alpha, norm=norm) if halves[0] else None
-        self.intra = AttentionHalf(dim, rank=rank, alpha=alpha, norm=norm) if halves[1] else None
+        options = {"rank": rank, "alpha": alpha, "norm": norm, "eps": eps}
+        self.inter = AttentionHalf(dim, **options) if halves[0] else None
+        self.intra = AttentionHalf(dim, **options) if halves[1] else None
 
     def forward(
         self, x: Tensor | None = None, *others: Any, query_index: Sequence[int] | None = None, **keywords: Any
@@ -199,16 +87,8 @@ class AxialFusionAttention(nn.Module):
         if not alone:
             x, positional = self_attention_input(host, x, others, keywords)
             query_index = positional if query_index is None else query_index
-        y = axial_fusion_attention(
-            host.to_slices(x),
-            None if self.inter is None else self.inter.weights(),
-            None if self.intra is None else self.intra.weights(),
-            num_heads=self.num_heads,
-            residual=self.residual,
-            query_index=query_index,
-            eps=self.eps,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        plain = all(half.is_plain() for half in self.halves())
+        y = (self._fused if plain else self._by_calls)(host.to_slices(x), query_index)
         y = host.from_slices(y)
         return (y, None) if host.returns_pair(alone) else y
 
@@ -220,6 +100,41 @@ class AxialFusionAttention(nn.Module):
                 " in training; set that to 0 before from_attention or from_block"
             )
         return super().train(mode)
+
+    def _fused(self, x: Tensor, query_index: Sequence[int] | None) -> Tensor:
+        """The op, which reads the weights of plain layers."""
+        return axial_fusion_attention(
+            x,
+            None if self.inter is None else self.inter.weights(),
+            None if self.intra is None else self.intra.weights(),
+            num_heads=self.num_heads,
+            residual=self.residual,
+            query_index=query_index,
+            eps=self.eps,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+
+    def _by_calls(self, x: Tensor, query_index: Sequence[int] | None) -> Tensor:
+        """The same by calling each layer, so that its hooks run and its class computes."""
+        grid = x.shape[2:-1]
+        x = x.flatten(2, 3) if len(grid) == 2 else x  # (B, N, P, C)
+        every = slice(None)
+        index = every if query_index is None else _checked_index(query_index, x.shape[1])
+        options = {"num_heads": self.num_heads, "dropout_p": self.dropout if self.training else 0.0}
+        if self.inter is not None:
+            update = self.inter(x, axial_attention, index, **options)
+            x = x[:, index] + update if self.residual or self.intra is not None else update
+        else:
+            x = x[:, index]
+        if self.intra is not None:
+            update = self.intra(x, slice_attention, every, **options)
+            x = x + update if self.residual else update
+        return x if len(grid) == 1 else x.unflatten(2, grid)
+
+    def reset_parameters(self) -> None:
+        """What the constructor makes, of both halves."""
+        for half in self.halves():
+            half.reset_parameters()
 
     def halves(self) -> list[AttentionHalf]:
         """The halves that are there, across slices first."""
@@ -296,19 +211,55 @@ def _take_over(layer: nn.Module, parts: Sequence[Part]) -> None:
 class AttentionHalf(LoRAUpdates):
     """Weights of one attention: norm, fused q, k, v projection, output projection, LoRA on q and v."""
 
-    def __init__(self, dim: int, *, rank: int, alpha: float | None, norm: bool) -> None:
+    def __init__(self, dim: int, *, rank: int, alpha: float | None, norm: bool, eps: float = 1e-6) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim) if norm else None
+        self.norm = nn.LayerNorm(dim, eps=eps) if norm else None
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
         self.rank = rank
         if rank:
             self.add_lora(rank, alpha)
 
+    def is_plain(self) -> bool:
+        """Whether reading the weights of the layers comes to the same as calling the layers."""
+        if type(self) is not AttentionHalf or runs_more(self):
+            return False
+        for layer in self._modules.values():
+            if layer is not None and (type(layer) not in _PLAIN or runs_more(layer)):
+                return False
+        return True
+
+    def forward(
+        self, x: Tensor, attend: Callable[..., Tensor], index: Any, *, num_heads: int, dropout_p: float
+    ) -> Tensor:
+        """This half by calling its layers: x (B, N, P, C) -> its update (B, Nq, P, C) of the slices `index`."""
+        z = x if self.norm is None else self.norm(x)
+        qkv = self.qkv(z)
+        q, k, v = (self.through(qkv) if self.merged else qkv).chunk(3, -1)
+        if self.rank and not self.merged:
+            seen = F.dropout(z, dropout_p) if dropout_p else z
+            q, v = (t + self._update(seen, part) for t, part in ((q, "q"), (v, "v")))
+        q, k, v = (t.unflatten(-1, (num_heads, -1)) for t in (q[:, index], k, v))
+        return self.out(attend(q, k, v).flatten(3)).to(x.dtype)
+
+    def _update(self, z: Tensor, part: str) -> Tensor:
+        a, b, scaling = self.lora(part)
+        return scaling * F.linear(F.linear(z, a.to(z.dtype)), b.to(z.dtype))
+
+    def base(self) -> nn.Module:
+        """The fused projection."""
+        return self.qkv
+
+    def reset_parameters(self) -> None:
+        """What the constructor makes, of the layers and of LoRA."""
+        self.merged = False
+        for layer in (self.norm, self.qkv, self.out):
+            if layer is not None:
+                layer.reset_parameters()
+        self.reset_lora()
+
     def updated_weights(self) -> dict[str, Tensor]:
         """The rows of q and of v."""
-        if not self.rank:
-            return {}
         q, _, v = self.qkv.weight.chunk(3)
         return {"q": q, "v": v}
 
@@ -316,7 +267,7 @@ class AttentionHalf(LoRAUpdates):
         """The parameters as they are now; nothing is cached, so that optimisers and DDP see one truth."""
         live = self.rank > 0 and not self.merged
         return AttentionWeights(
-            self.qkv.weight,
+            self.through(self.qkv.weight) if self.merged else self.qkv.weight,
             self.qkv.bias,
             self.out.weight,
             self.out.bias,

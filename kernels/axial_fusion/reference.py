@@ -131,8 +131,13 @@ def unmasked(bias_h: Tensor, bias_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The bias (..., H) and (..., W) of queries with 0 for those that see no key, and which these are (..., 1).
 
     A softmax over -inf alone would be NaN, in its gradient too."""
-    blind = (bias_h.amax(-1, keepdim=True) == -torch.inf) | (bias_w.amax(-1, keepdim=True) == -torch.inf)
+    blind = blind_queries(bias_h, bias_w)
     return bias_h.masked_fill(blind, 0.0), bias_w.masked_fill(blind, 0.0), blind
+
+
+def blind_queries(bias_h: Tensor, bias_w: Tensor) -> Tensor:
+    """Which queries see no key, from their bias (..., H) and (..., W): (..., 1)."""
+    return (bias_h.amax(-1, keepdim=True) == -torch.inf) | (bias_w.amax(-1, keepdim=True) == -torch.inf)
 
 
 def window_attention(

@@ -21,6 +21,7 @@ from .ops.window_attention import window_attention
 # Blocks with SAM's windows and attention with relative positions, by module: block and attention.
 _SAM = {
     "segment_anything.modeling.image_encoder": ("Block", "Attention"),
+    "aftersam.model._segment_anything.image_encoder": ("Block", "Attention"),  # the same file, without the predictor
     "timm.models.vision_transformer_sam": ("Block", "Attention"),
     **{
         f"transformers.models.{m}.modeling_{m}": (f"{name}VisionLayer", f"{name}VisionAttention")

@@ -115,8 +115,8 @@ def rank(op: str, sizes: Sizes, arch: int, *, tiles: Iterable[Tile] | None = Non
 
     Candidates that memory binds alike are ranked by the rest. Those that spill, do not fit or hold instructions that
     ptxas miscompiles are refused and come last. Raises ValueError for another op."""
-    from axial_fusion.counts import build
-    from axial_fusion.counts.bounds import cost, on_chip_us
+    from .counts import build
+    from .counts.bounds import cost, on_chip_us
 
     if op not in OPS[:2]:
         raise ValueError(f"op is {op!r}; tiles are counted of {' and '.join(OPS[:2])}")
@@ -166,7 +166,7 @@ class _Problem:
 
     def launch(self) -> None:
         """Start the kernel of an axial op alone, on whatever the inputs' device."""
-        from axial_fusion.gpu import axial_attention as kernels
+        from .gpu import axial_attention as kernels
 
         (q, k, v), scale = (t.detach() for t in self.inputs), self.inputs[0].shape[-1] ** -0.5
         if self.backward:
@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     if not gpu and not static:
         print("axial_fusion.tune: tiles are measured on a GPU, and torch sees none", file=sys.stderr)
         return 2
-    tiles: list[Tile | str] | None = None
+    tiles: Iterable[Tile | str] | None = None
     if static or best:
         found = rank(op, sizes, asked or (arch(torch.device("cuda")) if gpu else 90))
         for counted in found if static else ():

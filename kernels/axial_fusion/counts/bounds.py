@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from axial_fusion.counts import sass
-from axial_fusion.counts.build import Build, Launch, build
-from axial_fusion.counts.machines import (
+from ..counts import sass
+from ..counts.build import Build, Launch, build
+from ..counts.machines import (
     EXP_PER_CYCLE,
     MACHINES,
     QUARTERS,

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from axial_fusion.gpu import tiles
+from ..gpu import tiles
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

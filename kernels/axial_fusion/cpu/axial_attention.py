@@ -30,8 +30,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: floa
     with no_autocast(q):
         long = visible is None and q.dtype == wide and max(k.shape[1], k.shape[4]) >= _LONG
         if long and q.device.type == "cpu" and no_derivative(q, k, v):
-            y = F.scaled_dot_product_attention(*(_rows(t).flatten(0, 1) for t in (q, k, v)), scale=scale)
-            return y.unflatten(0, (q.shape[0], -1)).permute(0, 3, 1, 2, 4).contiguous()
+            flat_q, flat_k, flat_v = (_rows(t).flatten(0, 1) for t in (q, k, v))  # (B·P, M, N, D)
+            y = F.scaled_dot_product_attention(flat_q, flat_k, flat_v, scale=scale)
+            return y.unflatten(0, (q.shape[0], q.shape[2])).permute(0, 3, 1, 2, 4).contiguous()
         weights = _weights(_rows(q, wide), _rows(k, wide), visible, scale).transpose(-1, -2)
         product = torch.bfloat16 if q.dtype == torch.bfloat16 else wide
         y = weights.to(product) @ _rows(v, product)

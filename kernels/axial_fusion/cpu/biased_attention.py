@@ -6,7 +6,7 @@ does autograd keep the softmax, which saves computing it again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..checks import no_autocast, under_transform
 from ..dispatch import plain_on
-from ..reference import unmasked
+from ..reference import blind_queries, unmasked
 
 _SAVED = 1 << 24  # scores that autograd may keep for a backward: 64 MiB in fp32
 _KEYS = 512  # of a query, above which fp32 scores that leave the cache cost more than computing them again
@@ -28,14 +28,22 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
 def attend_plain(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor, scale: float) -> Tensor:
-    """All scores at once, by products that autograd and every transform see through, in fp32."""
+    """All scores at once, in fp32, by products that autograd and every transform see through."""
     dtype = q.dtype
+    given = (q, k, v, bias_h, bias_w)
     with no_autocast(q):
-        q, k, v, bias_h, bias_w = (_wide(t) for t in (q, k, v, bias_h, bias_w))
-        bias_h, bias_w, blind = unmasked(bias_h, bias_w)
+        q, k, bias_h, bias_w = (_wide(t) for t in (q, k, bias_h, bias_w))
+        v = v if dtype == torch.bfloat16 else _wide(v)
+        blind = (
+            None  # masks cost a training step 5 %: where values can be looked at, only what needs them pays
+        )
+        traced = torch.compiler.is_compiling() or under_transform(given)
+        if traced or blind_queries(bias_h.detach(), bias_w.detach()).any():
+            bias_h, bias_w, blind = unmasked(bias_h, bias_w)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        scores = torch.add(_bias(bias_h, bias_w), q @ k.transpose(-1, -2), alpha=scale)
-        return (scores.softmax(-1) @ v).masked_fill(blind, 0.0).transpose(1, 2).to(dtype)
+        weights = torch.add(_bias(bias_h, bias_w), q @ k.transpose(-1, -2), alpha=scale).softmax(-1)
+        y = weights.to(v.dtype) @ v
+        return (y if blind is None else y.masked_fill(blind, 0.0)).transpose(1, 2).to(dtype)
 
 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor, scale: float) -> Tensor:
@@ -45,7 +53,8 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tenso
     for b, m, rows in _blocks(q, k.shape[2], _BLOCK):
         bias = _bias(_wide(bias_h[b, m, rows]), _wide(bias_w[b, m, rows]))
         query = q[b, rows, m].transpose(1, 2)
-        part = F.scaled_dot_product_attention(query, k[b, m], v[b, m], attn_mask=bias, scale=scale)
+        with no_autocast(query):
+            part = F.scaled_dot_product_attention(query, k[b, m], v[b, m], attn_mask=bias, scale=scale)
         y[b, rows, m] = part.transpose(1, 2)
     return y
 
@@ -75,6 +84,15 @@ def attend_backward(
         dbias_h[here] = cells.sum(-1).view_as(dbias_h[here])
         dbias_w[here] = cells.sum(-2).view_as(dbias_w[here])
     return dq, dk.transpose(1, 2).to(q.dtype), dv.transpose(1, 2).to(q.dtype), dbias_h, dbias_w
+
+
+def backward_with_graph(
+    forward: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients that can be differentiated again, of a forward in plain products: it holds all scores at once."""
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(forward(*inputs), wanted, grad, create_graph=True, allow_unused=True))
+    return tuple(next(found) if need else None for need in needs)
 
 
 def _wide(t: Tensor) -> Tensor:

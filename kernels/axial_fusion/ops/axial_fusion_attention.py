@@ -172,6 +172,7 @@ def _check_half(name: str, w: AttentionWeights, x: Tensor, dropout_p: float) -> 
         if tensor is None and i not in (0, 2):
             continue
         check_dense(what, tensor)
+        assert tensor is not None
         if tensor.shape != shape:
             raise ValueError(f"{what} must be {shape} for C = {channels}, found shape {tuple(tensor.shape)}")
         if tensor.device != device:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..checks import autocast, check_alike, check_shapes, check_whole, no_second_derivative, softmax_scale
-from ..cpu.biased_attention import attend_backward, attend_blocks, choose
+from ..cpu.biased_attention import attend_backward, attend_blocks, attend_plain, backward_with_graph, choose
 from ..dispatch import select_backend
 from ..gpu.rel_pos_attention import launch_backward, launch_forward
 from ..registry import NAMESPACE, OPS, library
@@ -87,7 +87,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads = OPS.rel_pos_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+    scale, backend = ctx.options
+    if torch.is_grad_enabled() and backend == "torch":
+        grads = backward_with_graph(
+            lambda q, k, v, rel_h, rel_w: attend_plain(q, k, v, rel_h.transpose(-1, -2), rel_w, scale),
+            ctx.saved_tensors[:5], ctx.needs_input_grad[:5], grad,
+        )  # fmt: skip
+    else:
+        grads = OPS.rel_pos_attention_backward(grad, *ctx.saved_tensors, scale, backend)
     return (*grads, None, None)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checks import autocast, check_alike, check_shapes, check_whole, no_second_derivative, softmax_scale
 from ..cpu import window_attention as plain
-from ..cpu.biased_attention import attend_blocks, choose
+from ..cpu.biased_attention import attend_blocks, attend_plain, backward_with_graph, choose
 from ..dispatch import select_backend
 from ..gpu.rel_pos_attention import launch_window_backward, launch_window_forward
 from ..registry import NAMESPACE, OPS, library
@@ -88,7 +88,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads = OPS.window_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+    window, scale, backend = ctx.options
+    if torch.is_grad_enabled() and backend == "torch":
+        grads = backward_with_graph(
+            lambda qkv, bias, rel_h, rel_w: plain.forward(qkv, bias, rel_h, rel_w, window, scale, attend_plain),
+            ctx.saved_tensors[:4], ctx.needs_input_grad[:4], grad,
+        )  # fmt: skip
+    else:
+        grads = OPS.window_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
     return (*grads, None, None, None)
 
 
