@@ -116,6 +116,8 @@ class AcrossSlices(AxialFusionAttention):
 class LowRankHalf(AttentionHalf):
     """An axial half whose output projection is a low-rank product too: W_O + scaling · B A, W_O zero."""
 
+    parts = ("q", "v", "out")
+
     def updated_weights(self) -> dict[str, Tensor]:
         return super().updated_weights() | {"out": self.out.weight}
 
@@ -126,6 +128,10 @@ class LowRankHalf(AttentionHalf):
         wide = torch.promote_types(b.dtype, torch.float32)
         update = (scaling * (b.to(wide) @ a.to(wide))).to(self.out.weight.dtype)
         return super().weights()._replace(out_weight=self.out.weight + update)
+
+    def project(self, o: Tensor) -> Tensor:
+        y = self.out(o)
+        return y if self.merged else y + self.update(o, "out")
 
 
 def groups_of(model: nn.Module) -> SliceGroups:

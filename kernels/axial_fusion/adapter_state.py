@@ -10,18 +10,22 @@ from torch import Tensor, nn
 
 from .across_slices import AcrossSlices, groups_of
 from .adapters import LoRAInPlace, added_parameters
+from .lora import LoRAUpdates
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """What `lift` added to a model: axial halves and LoRA, without the host's weights and copies of them."""
-    return {name: parameter.detach().clone() for name, parameter in _added(model)}
+    """What `lift` added to a model: axial halves, and LoRA with its alpha; no weight of the host, nor a copy of one."""
+    state = {name: parameter.detach().clone() for name, parameter in _added(model)}
+    return state | {key: module.lora_alpha() for key, module in _low_rank(model)}
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load what `adapter_state_dict` gave into a model that was lifted in the same way.
 
     Raises ValueError where names or shapes differ."""
-    own = dict(_added(model))
+    own, low_rank = dict(_added(model)), dict(_low_rank(model))
+    alphas = {key: float(value) for key, value in state.items() if key in low_rank}
+    state = {key: value for key, value in state.items() if key not in low_rank}
     if own.keys() != state.keys():
         name = min(own.keys() ^ state.keys())
         where = (
@@ -34,9 +38,13 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
                 f"load_adapter_state_dict: {name!r} is {tuple(state[name].shape)} in the state, "
                 f"but {tuple(parameter.shape)} in the model"
             )
+    for module in low_rank.values():
+        module.unmerge()
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(state[name])
+    for key, alpha in alphas.items():
+        low_rank[key].set_lora_alpha(alpha)
 
 
 def peft_adapter(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -60,6 +68,13 @@ def peft_adapter(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         state[f"base_model.model.{name}.lora_B.weight"] = b.detach().clone()
         rank, scaling = len(a), module.scaling
     return {"r": rank, "lora_alpha": scaling * rank, "target_modules": list(adapted)}, state
+
+
+def _low_rank(model: nn.Module) -> Iterator[tuple[str, LoRAUpdates]]:
+    """Key of alpha, and module, of everything that has LoRA in the model."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoRAUpdates) and module.lora_names():
+            yield f"{name}.lora_alpha" if name else "lora_alpha", module
 
 
 def _added(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

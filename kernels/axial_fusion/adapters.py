@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .modules import LoRAUpdates
+from .lora import LoRAUpdates, unmerge_what_was_loaded
 
 _LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 _SEPARATE = (
@@ -93,13 +93,20 @@ class LoRAInPlace(LoRAUpdates):
     rows: dict[str, tuple[int, int]]  # part -> its rows of the weight
     host_class: type[nn.Module]
 
+    @property
+    def parts(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(self.rows)
+
     def base_weight(self) -> Tensor:
-        """W, without the update."""
-        return self._parameters[_weight_name(self)]  # type: ignore[return-value]
+        """W, without the update, or with it where that is merged."""
+        weight = self._parameters[self.weight_name]
+        assert weight is not None
+        return self.through(weight) if self.merged else weight
 
     def updated_weights(self) -> dict[str, Tensor]:
         """The rows of q and of v, or of the one that the module is."""
-        base = self.base_weight()
+        base = self._parameters[self.weight_name]
+        assert base is not None
         return {part: base[first:last] for part, (first, last) in self.rows.items()}
 
     def joined(self) -> tuple[Tensor, Tensor]:
@@ -142,6 +149,8 @@ class LoRAInPlaceLinear(LoRAInPlace, nn.Linear):
 class LoRAInPlaceAttention(LoRAInPlace, nn.MultiheadAttention):
     """nn.MultiheadAttention with LoRA on q and v; its functional and its fast path read the updated weight."""
 
+    weight_name = "in_proj_weight"
+
     @property
     def in_proj_weight(self) -> Tensor:  # type: ignore[override]
         return self.updated_weight()
@@ -167,7 +176,7 @@ def add_lora(projections: dict[str, Projection], rank: int, alpha: float | None)
 
 def added_parameters(module: LoRAInPlace) -> dict[str, nn.Parameter]:
     """A and B of the module, by name."""
-    return {name: module._parameters[name] for name in module.lora_state_dict()}  # type: ignore[misc]
+    return {name: module._parameters[name] for name in module.lora_names()}  # type: ignore[misc]
 
 
 def remove_lora(module: LoRAInPlace) -> None:
@@ -178,6 +187,10 @@ def remove_lora(module: LoRAInPlace) -> None:
         )
     for name in added_parameters(module):
         del module._parameters[name]
+    hooks = module._load_state_dict_post_hooks
+    for key in [key for key, hook in hooks.items() if hook is unmerge_what_was_loaded]:
+        del hooks[key]
     host_class = module.host_class
     del module.rows, module.scaling, module.host_class
+    module.__dict__.pop("merged", None)
     module.__class__ = host_class  # type: ignore[assignment]

@@ -30,12 +30,13 @@ class LoRAUpdates(nn.Module):
     scaling: float  # alpha / rank
     merged = False
     parts: tuple[str, ...] = ("q", "v")
+    weight_name = "weight"  # of the parameter that is updated
 
     def __prepare_scriptable__(self) -> None:
         raise NotImplementedError(f"torch.jit.script cannot compile {type(self).__name__}; use torch.export")
 
     def base(self) -> nn.Module:
-        """The layer whose `weight` is updated."""
+        """The layer whose weight is updated."""
         return self
 
     def take_over(self, linear: nn.Linear) -> None:
@@ -54,7 +55,7 @@ class LoRAUpdates(nn.Module):
             name_a, name_b = _lora_names(part)
             self.register_parameter(name_a, nn.Parameter(weight.new_empty((rank, weight.shape[-1]))))
             self.register_parameter(name_b, nn.Parameter(weight.new_empty((weight.shape[:-1].numel(), rank))))
-        self.register_load_state_dict_post_hook(_unmerge_what_was_loaded)
+        self.register_load_state_dict_post_hook(unmerge_what_was_loaded)
         self.reset_lora()
 
     def reset_parameters(self) -> None:
@@ -94,8 +95,8 @@ class LoRAUpdates(nn.Module):
         if self.merged == (sign > 0) or not hasattr(self, "scaling"):
             return
         layer, kind = self.base(), type(self).__name__
-        _require_parameter(layer, kind)
-        others = _others_with(layer, "weight") if sign > 0 else []
+        _require_parameter(layer, self.weight_name, kind)
+        others = _others_with(layer, self.weight_name) if sign > 0 else []
         if others:
             warnings.warn(f"{kind}: the weight is shared with {', '.join(others)}, so merging changes both",
                           stacklevel=3)  # fmt: skip
@@ -108,19 +109,28 @@ class LoRAUpdates(nn.Module):
         """`tensor` of a merged module, which refuses a gradient that would have to train the update."""
         if not torch.is_grad_enabled():
             return tensor
-        updates = [getattr(self, name) for name in self._names()]
+        updates = [getattr(self, name) for name in self.lora_names()]
         trained = any(t.requires_grad for t in updates)
         return _Untrained.apply(tensor, *updates) if trained else tensor  # type: ignore[no-any-return]
 
     def lora_state_dict(self) -> dict[str, Tensor]:
         """The adapter alone, {"lora_alpha": ..., "lora_a": ..., "lora_b": ...}; load it back with strict=False."""
-        state = {name: getattr(self, name).detach().clone() for name in self._names()}
-        if not state:
-            return {}
-        alpha = self.scaling * next(iter(state.values())).shape[0]
-        return {"lora_alpha": torch.tensor(alpha, dtype=torch.float64, device="cpu"), **state}
+        state = {name: getattr(self, name).detach().clone() for name in self.lora_names()}
+        return {"lora_alpha": self.lora_alpha(), **state} if state else {}
 
-    def _names(self) -> list[str]:
+    def lora_alpha(self) -> Tensor:
+        """alpha = scaling · rank, an fp64 scalar."""
+        return torch.tensor(self.scaling * self._rank(), dtype=torch.float64, device="cpu")
+
+    def set_lora_alpha(self, alpha: float) -> None:
+        """Scale the updates by alpha / rank."""
+        self.scaling = alpha / self._rank()
+
+    def _rank(self) -> int:
+        return int(getattr(self, self.lora_names()[0]).shape[0])
+
+    def lora_names(self) -> list[str]:
+        """Names of the parameters that are A or B."""
         return [name for part in self.parts for name in _lora_names(part)] if hasattr(self, "scaling") else []
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -129,7 +139,7 @@ class LoRAUpdates(nn.Module):
             destination[prefix + "lora_merged"] = torch.tensor(True, device="cpu")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        merged, names = False, self._names()
+        merged, names = False, self.lora_names()
         if names:
             self.unmerge()
             merged = bool(state_dict.pop(prefix + "lora_merged", False))
@@ -138,12 +148,13 @@ class LoRAUpdates(nn.Module):
                 rest[-1].append(f"{prefix}lora_merged needs {', '.join(missing)} beside it")
             alpha = state_dict.pop(prefix + "lora_alpha", None)
             if alpha is not None:
-                self.scaling = float(alpha) / getattr(self, names[0]).shape[0]
+                self.set_lora_alpha(float(alpha))
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self.merged = merged
 
 
-def _unmerge_what_was_loaded(module: nn.Module, _: object) -> None:
+def unmerge_what_was_loaded(module: nn.Module, _: object) -> None:
+    """Hook after load_state_dict: leave the module unmerged."""
     assert isinstance(module, LoRAUpdates)
     module.unmerge()
 
@@ -174,8 +185,8 @@ class _Untrained(torch.autograd.Function):
         return tangent.view_as(tangent)
 
 
-def _require_parameter(layer: nn.Module, kind: str) -> None:
-    weight = layer._parameters.get("weight")
+def _require_parameter(layer: nn.Module, name: str, kind: str) -> None:
+    weight = layer._parameters.get(name)
     if weight is None or not torchs_own(weight):
         what = f"computed by {type(layer).__name__}" if weight is None else f"a {type(weight).__name__}"
         raise ValueError(

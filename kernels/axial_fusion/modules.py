@@ -222,7 +222,7 @@ class AttentionHalf(LoRAUpdates):
 
     def is_plain(self) -> bool:
         """Whether reading the weights of the layers comes to the same as calling the layers."""
-        if type(self) is not AttentionHalf or runs_more(self):
+        if runs_more(self):  # hooks, those of a half that is sharded by itself among them
             return False
         for layer in self._modules.values():
             if layer is not None and (type(layer) not in _PLAIN or runs_more(layer)):
@@ -238,13 +238,18 @@ class AttentionHalf(LoRAUpdates):
         q, k, v = (self.through(qkv) if self.merged else qkv).chunk(3, -1)
         if self.rank and not self.merged:
             seen = F.dropout(z, dropout_p) if dropout_p else z
-            q, v = (t + self._update(seen, part) for t, part in ((q, "q"), (v, "v")))
+            q, v = (t + self.update(seen, part) for t, part in ((q, "q"), (v, "v")))
         q, k, v = (t.unflatten(-1, (num_heads, -1)) for t in (q[:, index], k, v))
-        return self.out(attend(q, k, v).flatten(3)).to(x.dtype)
+        return self.project(attend(q, k, v).flatten(3)).to(x.dtype)
 
-    def _update(self, z: Tensor, part: str) -> Tensor:
+    def update(self, z: Tensor, part: str) -> Tensor:
+        """scaling · B A z of one part."""
         a, b, scaling = self.lora(part)
         return scaling * F.linear(F.linear(z, a.to(z.dtype)), b.to(z.dtype))
+
+    def project(self, o: Tensor) -> Tensor:
+        """The output projection, by calling it."""
+        return self.out(o)  # type: ignore[no-any-return]
 
     def base(self) -> nn.Module:
         """The fused projection."""
