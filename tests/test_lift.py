@@ -262,6 +262,22 @@ def test_an_adapter_of_another_lift_is_refused():
         load_adapter_state_dict(other, adapter_state_dict(model))
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_adapter_carries_alpha_into_a_model_of_another_alpha_merged_or_not(merged):
+    model, other, x = Model().double(), Model().double(), torch.randn(6, 9, 32, dtype=torch.float64)
+    other.load_state_dict(model.state_dict())
+    lift(model, num_slices=3, rank=2, alpha=8)
+    lift(other, num_slices=3, rank=2)
+    for name, parameter in (*model.named_parameters(), *other.named_parameters()):
+        if name.endswith("_b"):
+            nn.init.normal_(parameter)
+    for module in other.modules():
+        if merged and hasattr(module, "merge"):
+            module.merge()
+    load_adapter_state_dict(other, adapter_state_dict(model))
+    torch.testing.assert_close(other(x), model(x))
+
+
 def test_lora_freezes_the_host_and_unlift_thaws_what_was_trained():
     model = Model()
     model.blocks[0].requires_grad_(False)
@@ -270,7 +286,7 @@ def test_lora_freezes_the_host_and_unlift_thaws_what_was_trained():
     assert names(table) == [f"blocks.{i}" for i in range(4)]
     assert [entry.kind for entry in table] == ["Block: LoRA"] * 3 + ["Block: axial + LoRA"]
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == adapter_state_dict(model).keys()
+    assert trained == {key for key in adapter_state_dict(model) if not key.endswith("lora_alpha")}
     unlift(model)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
 
