@@ -116,6 +116,12 @@ class AcrossSlices(AxialFusionAttention):
 class LowRankHalf(AttentionHalf):
     """An axial half whose output projection is a low-rank product too: W_O + scaling · B A, W_O zero."""
 
+    parts = ("q", "v", "out")
+
+    def is_plain(self) -> bool:
+        """Always: the update of the output projection is in the weights alone, which its layer does not read."""
+        return True
+
     def updated_weights(self) -> dict[str, Tensor]:
         return super().updated_weights() | {"out": self.out.weight}
 

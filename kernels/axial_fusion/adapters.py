@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .modules import LoRAUpdates
+from .lora import LoRAUpdates
 
 _LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 _SEPARATE = (
@@ -160,6 +160,7 @@ def add_lora(projections: dict[str, Projection], rank: int, alpha: float | None)
         attention = isinstance(host, nn.MultiheadAttention)
         changed.__class__ = LoRAInPlaceAttention if attention else LoRAInPlaceLinear
         changed.rows = parts if len(parts) > 1 else {"": next(iter(parts.values()))}
+        changed.parts = tuple(changed.rows)
         changed.add_lora(rank, alpha)
         adapted.append(changed)
     return adapted
@@ -167,7 +168,7 @@ def add_lora(projections: dict[str, Projection], rank: int, alpha: float | None)
 
 def added_parameters(module: LoRAInPlace) -> dict[str, nn.Parameter]:
     """A and B of the module, by name."""
-    return {name: module._parameters[name] for name in module.lora_state_dict()}  # type: ignore[misc]
+    return {name: module._parameters[name] for name in module._names()}  # type: ignore[misc]
 
 
 def remove_lora(module: LoRAInPlace) -> None:
@@ -179,5 +180,6 @@ def remove_lora(module: LoRAInPlace) -> None:
     for name in added_parameters(module):
         del module._parameters[name]
     host_class = module.host_class
-    del module.rows, module.scaling, module.host_class
+    del module.rows, module.parts, module.scaling, module.host_class
+    module._load_state_dict_post_hooks.clear()  # add_lora's; the host's classes are plain and have none
     module.__class__ = host_class  # type: ignore[assignment]
