@@ -3,3 +3,19 @@
 harness.py checks and times a subject's providers by clock.py on the machine that machine.py describes, __main__.py
 runs every subject, targets.py holds a result to the aims, compare.py holds two results against each other, figure.py
 writes the pages of docs/ and the README's tables, first_contact.py is for new hardware."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+if torch.version.cuda is None and (_torchvision := importlib.util.find_spec("torchvision")):
+    # torchvision's wheel is built against torch's CUDA build. Beside the CPU build its operators do not load, and its
+    # import stops at these two names; timm, transformers, PEFT and torchvision's models need the names alone.
+    try:
+        torch.ops.load_library(Path(str(_torchvision.origin)).with_name("_C.so"))
+    except OSError:
+        for _name in ("nms", "qnms"):
+            torch.library.define(
+                f"torchvision::{_name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            )

@@ -1,9 +1,7 @@
 """Kernels run in Triton's interpreter unless there is a GPU; memory, precision and a trained run for tests that ask."""
 
-import importlib.util
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,16 +9,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
-if torch.version.cuda is None and (torchvision := importlib.util.find_spec("torchvision")):
-    # torchvision's wheel is built against torch's CUDA build. Beside the CPU build its operators do not load, and its
-    # import stops at these two names; timm, transformers and torchvision's models need the names alone.
-    try:
-        torch.ops.load_library(Path(torchvision.origin).with_name("_C.so"))
-    except OSError:
-        for name in ("nms", "qnms"):
-            torch.library.define(
-                f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            )
+import benchmarks  # noqa: F401  # which lets torchvision be imported beside torch's CPU build
 
 
 def pytest_collection_modifyitems(items):

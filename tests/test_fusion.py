@@ -19,8 +19,6 @@ from axial_fusion import (
     window_attention,
 )
 from axial_fusion.cpu import biased_attention
-from axial_fusion.dispatch import HalfBackends
-from axial_fusion.ops import axial_fusion_attention as fusion
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 
@@ -214,28 +212,30 @@ def test_compiles_whole_with_dynamic_sizes():
         torch.testing.assert_close(compiled(x), run(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("query_index", [None, [1], [2, 0]])
 @pytest.mark.parametrize("rank", [0, 2])
-def test_composed_as_on_a_gpu(rank, monkeypatch):
-    """Norm, LoRA projections and axial attention by Triton: forward and every gradient."""
+def test_by_triton(rank, query_index):
+    """Norm, LoRA projections and axial attention as on a GPU: forward and every gradient."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(9)
-    halves = [
-        HalfBackends("triton", "triton", "augmented", attention, "triton" if rank else None)
-        for attention in ("triton", "sdpa")
-    ]
-    monkeypatch.setattr(fusion, "select_halves", lambda *_, **__: halves)
+    slices = 3 if query_index is None else len(query_index)
     with torch.device(device):
-        x, grad = torch.randn(2, 3, 5, 16, requires_grad=True), torch.randn(2, 3, 5, 16)
+        x, grad = torch.randn(2, 3, 5, 16, requires_grad=True), torch.randn(2, slices, 5, 16)
         inter, intra = (half(16, torch.float32, rank) for _ in "ab")
     given = [x, *tensors(inter, intra)]
-    ours, theirs = (
-        run(x, inter, intra, num_heads=2)
-        for run in (axial_fusion_attention, reference.axial_fusion_attention)
-    )
+    options = {"num_heads": 2, "query_index": query_index}
+    ours = axial_fusion_attention(x, inter, intra, **options, backend="triton")
+    theirs = reference.axial_fusion_attention(x, inter, intra, **options)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     expected = torch.autograd.grad(theirs, given, grad)
     for mine, truth in zip(torch.autograd.grad(ours, given, grad), expected, strict=True):
         torch.testing.assert_close(mine, truth, rtol=1e-4, atol=1e-4)
+
+
+def test_triton_is_refused_where_it_cannot_run():
+    x, inter = torch.randn(1, 65, 2, 16), half(16, torch.float32, 0)
+    with pytest.raises(ValueError, match="cannot run axial_fusion_attention here: 65 slices are above 64"):
+        axial_fusion_attention(x, inter, None, num_heads=2, backend="triton")
 
 
 @pytest.mark.parametrize("name", ["axial_attention", "rel_pos_attention", "window_attention"])

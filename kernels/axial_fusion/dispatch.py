@@ -53,7 +53,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "row_norm": ("triton", "torch"),
     "lora_linear": ("augmented", "triton", "torch"),
     "lora_qkv": ("augmented", "triton", "torch"),
-    "axial_fusion_attention": ("composed", "torch"),
+    "axial_fusion_attention": ("composed", "triton", "torch"),
 }
 PACKAGES = {  # of the backends that are packages: the function that is called
     "flash": ("flash_attn", "flash_attn_func"),
@@ -160,10 +160,10 @@ def select_halves(
 ) -> tuple[HalfBackends, HalfBackends]:
     """The one decision of a call of axial_fusion_attention on x (B, N, P, C): the backends of its two halves.
 
-    `slices`: of queries or of keys, whichever are more. Raises ValueError for a backend that does not exist."""
-    if backend != "auto":
-        _named("axial_fusion_attention", backend, (x,))
+    `slices`: of queries or of keys, whichever are more. Raises ValueError for a backend that does not exist or run."""
     given = (x, *_tensors(inter), *_tensors(intra))
+    if backend != "auto":
+        _named("axial_fusion_attention", backend, given)
     if backend == "torch" or wrapped(given) or under_transform(given):
         return ALL_TORCH, ALL_TORCH
     facts = Facts(x.device, autocast_dtype(x) or x.dtype, x.shape[-1] // num_heads, slices)
@@ -175,7 +175,22 @@ def select_halves(
         within = _fastest_slices(
             facts, x.shape[2], lambda: (x, *_tensors(inter), *_tensors(attended))
         ).backend
+    if backend == "triton":
+        return _half_by_kernels(x, inter, facts, "triton"), _half_by_kernels(x, intra, facts, within)
     return _half(x, inter, facts.dtype, across), _half(x, intra, facts.dtype, within)
+
+
+def _half_by_kernels(x: Tensor, w: AttentionWeights | None, facts: Facts, attention: str) -> HalfBackends:
+    """A half whose norm, LoRA and attention across slices are Triton's. Raises ValueError where they cannot run."""
+    if w is None:
+        return ALL_TORCH
+    ranks = [0 if lora is None else lora.a.shape[0] for lora in (w.lora_q, w.lora_v)]
+    rows = Facts(x.device, x.dtype, channels=x.shape[-1], rank=max(ranks), weights=_dtypes(*_tensors(w)))
+    obstacle = _triton_obstacle("lora_qkv", rows) or _triton_obstacle("axial_attention", facts)
+    if obstacle:
+        raise ValueError(f"backend 'triton' cannot run axial_fusion_attention here: {obstacle}")
+    qkv = "triton" if w.norm_weight is not None and ranks[0] == ranks[1] > 0 else None
+    return HalfBackends("triton", "triton", _fastest_linear(x.device, facts.dtype, 0).backend, attention, qkv)
 
 
 def _half(x: Tensor, w: AttentionWeights | None, dtype: torch.dtype, attention: str) -> HalfBackends:
@@ -215,6 +230,8 @@ def _facts(op: str, tensors: tuple[Tensor, ...]) -> Facts:
     dtype = autocast_dtype(x) or x.dtype
     if op == "lora_linear":
         return Facts(x.device, dtype, rank=_rank(tensors))
+    if op == "axial_fusion_attention":
+        return Facts(x.device, dtype, channels=x.shape[-1], slices=x.shape[1])
     facts = Facts(x.device, dtype, head_dim=x.shape[-1])
     if op == "axial_attention":
         return facts._replace(slices=max(t.shape[1] for t in tensors[:3]))

@@ -21,14 +21,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: floa
     visible = axial_mask(q.shape[1], k.shape[1], causal=causal, lengths=lengths, device=q.device)
     k, v = real_keys(lengths, k, v)
     wide = torch.promote_types(q.dtype, torch.float32)
-    if q.shape[1] * k.shape[1] <= 16:
+    traced = torch.compiler.is_compiling()  # a graph is not made anew for each number of slices
+    if not traced and q.shape[1] * k.shape[1] <= 16:
         # So few slices that N² products of rows cost less than the copies a batched matmul makes.
         dtype, (q, k, v) = q.dtype, (t.to(wide) for t in (q, k, v))
         scores = scale * (q.unsqueeze(2) * k.unsqueeze(1)).sum(-1)  # (B, Nq, N, P, M)
         weights = _softmax(scores, None if visible is None else visible[:, 0, 0, :, :, None, None], 2)
         return (weights.unsqueeze(-1) * v.unsqueeze(1)).sum(2).to(dtype)
     with no_autocast(q):
-        long = visible is None and q.dtype == wide and max(k.shape[1], k.shape[4]) >= _LONG
+        longest = max(1 if traced else k.shape[1], k.shape[4])
+        long = visible is None and q.dtype == wide and longest >= _LONG
         if long and q.device.type == "cpu" and no_derivative(q, k, v):
             flat_q, flat_k, flat_v = (_rows(t).flatten(0, 1) for t in (q, k, v))  # (B·P, M, N, D)
             y = F.scaled_dot_product_attention(flat_q, flat_k, flat_v, scale=scale)

@@ -36,8 +36,8 @@ def axial_fusion_attention(
     `inter` are the weights of the attention across slices, `intra` of that within a slice; one of them may be
     None, its half is then left out. `query_index` computes those slices alone, as (B, Nq, ...), with keys from
     all N. `residual` False returns FC_intra(...) without its z' (z' keeps its own). `dropout_p` is of the LoRA
-    branches. `backend` "composed" is library products around the kernels of the norm and of axial attention, "torch"
-    plain torch in every part.
+    branches. `backend` "auto" or "composed" takes the fastest kernel or library product of each part, "triton" our
+    kernels in every part that has one, "torch" plain torch in every part.
 
     Under reentrant checkpointing pass every weight as an argument of the checkpointed function by itself:
     torch looks for tensors that need gradients in the arguments alone, not inside a NamedTuple.
