@@ -276,3 +276,27 @@ def test_what_the_kernel_cannot_do_is_refused_when_named_and_told_otherwise(dim,
     with pytest.raises(ValueError, match=message):
         rel_pos_attention(*tensors, grid=grid, backend="triton")
     assert select_backend("rel_pos_attention", *tensors).backend == "torch"
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("size", [(4, 4), (4, 5)])
+def test_a_bias_alone_has_a_gradient_whether_windows_are_padded_or_not(size, backend):
+    bias = torch.randn(96, requires_grad=True)
+    qkv, rel = torch.randn(1, *size, 3, 2, 16), torch.randn(1, *size, 2, 2)
+    y = window_attention(qkv, bias, rel, rel, window=2, backend=backend)
+    (found,) = torch.autograd.grad(y.sum(), bias)
+    assert bool(found.any()) == (size != (4, 4))
+
+
+def test_bfloat16_has_a_second_derivative_on_a_cpu():
+    def products(*given):
+        y = rel_pos_attention(*given, grid=(4, 5), backend="torch")
+        first = torch.autograd.grad(y.float().square().sum(), given, create_graph=True)
+        return torch.autograd.grad(sum(g.float().square().sum() for g in first), given)
+
+    shapes = (*[(1, 20, 2, 16)] * 3, (1, 2, 4, 20), (1, 2, 20, 5))
+    given = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
+    for found, right in zip(
+        products(*given), products(*(t.detach().double().requires_grad_() for t in given)), strict=True
+    ):
+        assert (found - right).norm() <= 5e-2 * right.norm()

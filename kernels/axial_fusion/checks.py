@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +14,10 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PACKAGES = {  # of the backends that are packages: the function that is called
+    "flash": ("flash_attn", "flash_attn_func"),
+    "xformers": ("xformers.ops", "memory_efficient_attention"),
+}
 F = TypeVar("F", bound=Callable[..., Any])
 _TORCHS_OWN = frozenset((Tensor, torch.nn.Parameter))
 
@@ -166,6 +171,17 @@ def import_failure(package: str, error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name == package:
         return f"the package {package} is not installed"
     return f"the package {package} does not import: {type(error).__name__}: {error}"
+
+
+@constant_when_traced
+def missing_package(backend: str) -> str | None:
+    """Why the package of a backend cannot be used, or None; it is imported where the backend is first named."""
+    module, function = PACKAGES[backend]
+    try:
+        getattr(import_module(module), function)
+    except Exception as error:  # an installation that does not fit the machine raises any error
+        return import_failure(module.partition(".")[0], error)
+    return None
 
 
 def no_second_derivative(op: str) -> Callable[..., None]:

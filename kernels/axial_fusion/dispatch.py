@@ -5,24 +5,23 @@ model is not compiled again for each image size. A backend that is named and can
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from importlib import import_module
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .checks import (
+    PACKAGES,
     autocast_dtype,
     constant_when_traced,
     dtype_name,
-    import_failure,
+    missing_package,
     no_derivative,
     under_transform,
     wrapped,
 )
-from .gpu.common import MISSING
+from .gpu.common import INTERPRETED, MISSING
 from .reference import AttentionWeights
 
 Op = Literal[
@@ -55,11 +54,6 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "lora_qkv": ("augmented", "triton", "torch"),
     "axial_fusion_attention": ("composed", "triton", "torch"),
 }
-PACKAGES = {  # of the backends that are packages: the function that is called
-    "flash": ("flash_attn", "flash_attn_func"),
-    "xformers": ("xformers.ops", "memory_efficient_attention"),
-}
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")  # Triton reads it once, as we do
 MAX_TRITON_SLICES = 64  # one tile holds every slice of a position
 MAX_TRITON_HEAD_DIM = 128
 SLICE_HEAD_DIMS = (16, 32, 64)  # of slice_attention on Triton
@@ -354,17 +348,6 @@ def _named(op: str, backend: str, tensors: tuple[Tensor, ...]) -> Choice:
     return Choice(backend, "named by the caller")
 
 
-@constant_when_traced
-def _missing(backend: str) -> str | None:
-    """Why the package of a backend cannot be used, or None; it is imported where the backend is first named."""
-    module, function = PACKAGES[backend]
-    try:
-        getattr(import_module(module), function)
-    except Exception as error:  # an installation that does not fit the machine raises any error
-        return import_failure(module.partition(".")[0], error)
-    return None
-
-
 def _obstacle(op: str, backend: str, facts: Facts) -> str | None:
     """Why `backend` cannot run `op` on these facts, or None."""
     if backend == "triton":
@@ -374,7 +357,7 @@ def _obstacle(op: str, backend: str, facts: Facts) -> str | None:
     kind, dtype = facts.device.type, facts.dtype
     if backend == "sdpa_flash" and kind == "cpu":
         return None
-    missing = _missing(backend) if backend in PACKAGES else None
+    missing = missing_package(backend) if backend in PACKAGES else None
     if missing:
         return missing
     if kind != "cuda":

@@ -306,13 +306,18 @@ def obstacle(layer: nn.Module) -> str | None:
     return None
 
 
-def runs_more(layer: nn.Module) -> bool:
-    """Whether a call of `layer` runs more than its class's forward: hooks, or a forward that was put on it."""
-    own = layer.__dict__
-    hooks = (
-        own["_forward_pre_hooks"]
-        or own["_forward_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-    )
-    return bool(hooks) or "forward" in own
+def runs_more(*layers: nn.Module | None) -> bool:
+    """Whether a call of one of `layers` runs more than its class's forward: hooks, or a forward that was put on it."""
+    for layer in layers:
+        if layer is None:
+            continue
+        own = layer.__dict__
+        if (
+            own["_forward_pre_hooks"]
+            or own["_forward_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+        ):
+            return True
+    return False

@@ -23,7 +23,7 @@ from .ops.axial_fusion_attention import _checked_index, axial_fusion_attention
 from .ops.slice_attention import slice_attention
 from .reference import AttentionWeights
 
-_PLAIN = (nn.Linear, nn.LayerNorm)
+_PLAIN = frozenset((nn.Linear, nn.LayerNorm, type(None)))
 
 
 class AxialFusionAttention(nn.Module):
@@ -87,7 +87,9 @@ class AxialFusionAttention(nn.Module):
         if not alone:
             x, positional = self_attention_input(host, x, others, keywords)
             query_index = positional if query_index is None else query_index
-        plain = all(half.is_plain() for half in self.halves())
+        plain = True
+        for half in self._modules.values():  # less than a generator over halves(), which each call pays for
+            plain = plain and (half is None or half.is_plain())
         y = (self._fused if plain else self._by_calls)(host.to_slices(x), query_index)
         y = host.from_slices(y)
         return (y, None) if host.returns_pair(alone) else y
@@ -222,12 +224,8 @@ class AttentionHalf(LoRAUpdates):
 
     def is_plain(self) -> bool:
         """Whether reading the weights of the layers comes to the same as calling the layers."""
-        if runs_more(self):  # hooks, those of a half that is sharded by itself among them
-            return False
-        for layer in self._modules.values():
-            if layer is not None and (type(layer) not in _PLAIN or runs_more(layer)):
-                return False
-        return True
+        layers = self._modules.values()  # their hooks, and those of a half that is sharded by itself
+        return _PLAIN.issuperset(map(type, layers)) and not runs_more(self, *layers)
 
     def forward(
         self, x: Tensor, attend: Callable[..., Tensor], index: Any, *, num_heads: int, dropout_p: float

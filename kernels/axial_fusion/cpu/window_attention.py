@@ -48,6 +48,9 @@ def forward(
 ) -> Tensor:
     """qkv (B, H', W', 3, M, D), not empty -> (B, H', W', M, D), contiguous, each part of the grid by `attend`."""
     batch = qkv.shape[0]
+    padded = qkv.shape[1] % window or qkv.shape[2] % window
+    if not padded and qkv_bias.requires_grad and torch.is_grad_enabled():
+        rel_w = rel_w + qkv_bias[:0].sum()  # a bias that no padding holds has a gradient too, of zeros
     bands = []
     for rows, height in _bands(qkv.shape[1], window):
         parts = []

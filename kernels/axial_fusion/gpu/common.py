@@ -5,6 +5,7 @@ installation that does not fit the machine raises any error at import, and a stu
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..checks import import_failure
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")  # Triton reads it once, as we do
 MISSING: str | None = None
 try:
     import triton
