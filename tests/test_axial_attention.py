@@ -4,11 +4,14 @@ The error may be at most 2× (gradients 3×) that of torch in the same dtype, wi
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from axial_fusion import axial_attention, reference, select_backend
 from axial_fusion.gpu import tiles
 from axial_fusion.gpu.tiles import Key, Tile
 from axial_fusion.registry import OPS
+from drawn import FEW
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]
@@ -134,6 +137,58 @@ def test_what_is_not_finite_stays_in_its_position(slices, heads, head_dim, value
     clean, spoiled = run(False), run(True)
     assert all(t.isfinite().all() for t in clean)
     assert all(torch.equal(a, b) for a, b in zip(clean, spoiled, strict=True))
+
+
+def with_gradients(backend, tensors, **options):
+    """y and the gradients of q, k and v, of q, k, v and dY."""
+    leaves = [t.detach().requires_grad_() for t in tensors[:3]]
+    if backend == "registered":
+        y = OPS.axial_attention(*leaves, options["lengths"], 0.25, options["causal"], "torch")
+    elif backend == "reference":
+        y = reference.axial_attention(*leaves, scale=0.25, **options)
+    else:
+        y = axial_attention(*leaves, scale=0.25, backend=backend, **options)
+    return [y.detach(), *torch.autograd.grad(y, leaves, tensors[3])]
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # NumPy's, of the interpreter
+@pytest.mark.parametrize("backend", ["triton", "torch", "registered", "reference"])
+@settings(FEW, max_examples=12)
+@given(st.data())
+def test_what_is_not_finite_reaches_what_sees_it_alone(backend, data):
+    """A row of q, k, v or dY changes its own position, and of that no query or key that does not see it."""
+    draw = data.draw
+    slices, queries = draw(st.sampled_from([1, 2, 3, 5, 9])), draw(st.sampled_from([1, 2, 4, 9]))
+    heads, dim = 2, draw(st.sampled_from([16, 24, 96]))
+    causal, length = draw(st.booleans()), draw(st.sampled_from([slices, slices, slices // 2]))
+    options = {"causal": causal, "lengths": None}
+    if length < slices or draw(st.booleans()):
+        options["lengths"] = torch.tensor([length], device=DEVICE)
+    tensors = [t.detach() for t in inputs((1, queries, slices, 5, heads, dim), torch.float32)]
+    tensors.append(torch.randn(tensors[0].shape, device=DEVICE))
+    clean = with_gradients(backend, tensors, **options)
+
+    which, position = draw(st.integers(0, 2 if backend == "torch" else 3)), draw(st.integers(0, 4))
+    row, head = draw(st.integers(0, tensors[which].shape[1] - 1)), draw(st.integers(0, heads - 1))
+    tensors[which][:, row, position, head] = draw(st.sampled_from([torch.inf, -torch.inf, torch.nan]))
+    spoiled = with_gradients(backend, tensors, **options)
+
+    query, key = torch.arange(queries)[:, None], torch.arange(slices)
+    visible = (key < length) & ((key <= query + slices - queries) | (not causal))
+    blind = visible.sum(1) == 0
+    # Queries whose result may change, and keys: those of one of these queries.
+    reached = visible[:, row] if which in (1, 2) else (query[:, 0] == row) & ~blind
+    keys = visible[reached].any(0)
+    for name, before, after, rows in zip("yqkv", clean, spoiled, (reached, reached, keys, keys), strict=True):
+        changed = torch.zeros(before.shape, dtype=torch.bool, device=DEVICE)
+        changed[:, rows.nonzero()[:, 0], position, head] = True
+        assert before.isfinite().all()
+        if backend == "triton":
+            assert torch.equal(before[~changed], after[~changed]), f"{name} of what does not see it"
+        else:
+            torch.testing.assert_close(before[~changed], after[~changed])
+        if name == "y" and which < 3:
+            assert not after[:, reached, position, head].isfinite().any()
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # NumPy's, of the interpreter

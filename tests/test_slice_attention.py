@@ -317,24 +317,33 @@ def test_autocast_does_not_round_the_scores(backend):
 
 def test_threads_share_no_state():
     """A named SDPA kernel must not switch the others off for the process, not even during the call."""
-    flags = torch.backends.cuda
-    want = (flags.flash_sdp_enabled(), flags.mem_efficient_sdp_enabled(), flags.math_sdp_enabled())
+    kinds = ("flash", "mem_efficient", "math", "cudnn")
     q, k, v = (t.detach() for t in inputs(1, 2, 64, 2, 32))
     seen, wrong, done = set(), [], threading.Event()
 
+    def switches():
+        return tuple(getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in kinds)
+
     def watch():
         while not done.is_set():
-            seen.add((flags.flash_sdp_enabled(), flags.mem_efficient_sdp_enabled(), flags.math_sdp_enabled()))
+            seen.add(switches())
 
     def work(backend):
+        leaf = q.clone().requires_grad_()
         exact = slice_attention(q, k, v, backend=backend)
         for _ in range(100):
-            if error(slice_attention(q, k, v, backend=backend), exact.double()) > 0:
+            y = slice_attention(leaf, k, v, backend=backend)
+            if error(y.detach(), exact.double()) > 1e-5:
                 wrong.append(backend)
+            y.sum().backward()
+
+    want = switches()
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    workers = [threading.Thread(target=work, args=(name,)) for name in ("sdpa_flash", "sdpa_flash", "sdpa")]
+    workers = [
+        threading.Thread(target=work, args=(name,)) for name in ("sdpa_flash", "sdpa_flash", "sdpa", "torch")
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -342,6 +351,7 @@ def test_threads_share_no_state():
     done.set()
     watcher.join()
     assert seen == {want}
+    assert switches() == want
     assert not wrong
 
 

@@ -53,15 +53,25 @@ def axial_attention(
     `causal`: query i sees keys 0 .. i + N − Nq. `lengths` (B,): group b has keys 0 .. lengths[b] − 1.
     A query that sees no key gives 0."""
     dtype, scale = q.dtype, _scale(q, scale)
+    if causal and q.shape[1] > 1:  # the last query sees all keys
+        parts = causal_parts(q, k, v)
+        return torch.cat([axial_attention(*part, scale=scale, lengths=lengths) for part in parts], 1)
     q, k, v = _accurate(q, *real_keys(lengths, k, v))
     scores = scale * torch.einsum("bnpmd,bkpmd->bpmnk", q, k)
-    visible = axial_mask(q.shape[1], k.shape[1], causal=causal, lengths=lengths, device=q.device)
+    visible = axial_mask(q.shape[1], k.shape[1], causal=False, lengths=lengths, device=q.device)
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
     weights = scores.softmax(-1)
     if visible is not None:
         weights = weights.masked_fill(~visible, 0.0)  # a row without keys is NaN after the softmax
     return torch.einsum("bpmnk,bkpmd->bnpmd", weights, v).to(dtype)
+
+
+def causal_parts(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Each query (B, 1, ...) with the keys and values that it sees: those that it does not see may hold anything."""
+    queries, keys = q.shape[1], k.shape[1]
+    ends = [max(0, i + 1 + keys - queries) for i in range(queries)]
+    return [(q[:, i : i + 1], k[:, :end], v[:, :end]) for i, end in enumerate(ends)]
 
 
 def axial_mask(

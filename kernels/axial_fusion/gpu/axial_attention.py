@@ -6,9 +6,9 @@ is written once, without atomics. A program takes one head, or HEADS neighbourin
 rows of D elements are contiguous in memory. Heads are the fastest axis of the grid: neighbours share cache lines.
 Traffic: forward reads q, k, v and writes y; backward reads these and dY and writes dq, dk, dv.
 
-Scores between positions of one tile are masked. Where a tile holds one position, an inf or NaN stays in its position.
-A default tile holds one position where N ≥ 9 forward, and where N ≥ 9 and D ≤ 64 backward. In other tiles an inf or
-NaN reaches the tile's few positions, since 0 · inf is NaN, and no further.
+Scores between positions of one tile, and of causal keys, are masked. A weight of 0 does not mask an inf or NaN, since
+0 · inf is NaN. Where a tile holds several positions or the rule is causal, one sum over the tile tells whether it holds
+an inf or NaN; only then is what was written computed again, each row of the values that it sees.
 
 Tiles keep off wgmma, which Triton takes for 64 rows and 4 warps: on an H100 (Triton 3.6) the sum of D's two parts,
 64 + 32, came out wrong there."""
@@ -85,6 +85,43 @@ def _probabilities(s, visible, scale):
 
 
 @jit
+def _apart(x, GROUP: tl.constexpr, CAUSAL: tl.constexpr):
+    """Whether rows of a tile must be kept apart: x holds an inf or NaN, and some pairs of rows are masked."""
+    if GROUP > 1 or CAUSAL:
+        return tl.sum(x * 0.0) != 0.0
+    else:
+        return False
+
+
+@jit
+def _seen(x, visible, apart):
+    """Scores' values x [..., R, C], 0 where they do not count; done where `apart`."""
+    if apart:
+        x = tl.where(visible, x, 0.0)
+    return x
+
+
+@jit
+def _row_by_row(out, a, x, visible, factor, DIM: tl.constexpr):
+    """Write factor · a x over what `out` holds, each row of the rows of x that are `visible` [R, C] to it alone.
+
+    a [..., R, C] is 0 elsewhere. `out` and `x`: pointer, offsets and mask of rows."""
+    out_ptr, offs_out, mask_out = out
+    x_ptr, offs_x, mask_x = x
+    tl.debug_barrier()  # writes before these
+    rows = tl.arange(0, visible.shape[0])
+    for r in range(visible.shape[0]):
+        seen = tl.max(((rows == r)[:, None] & visible).to(tl.int32), 0) > 0  # [C]
+        x0 = load(x_ptr, offs_x, mask_x & seen, 0, DIM.D0, DIM.D)
+        y0 = tl.dot(a, x0, input_precision="ieee") * factor
+        store(out_ptr, offs_out, mask_out & (rows == r), y0, 0, DIM.D0, DIM.D)
+        if DIM.D1 > 0:
+            x1 = load(x_ptr, offs_x, mask_x & seen, DIM.D0, DIM.D1, DIM.D)
+            y1 = tl.dot(a, x1, input_precision="ieee") * factor
+            store(out_ptr, offs_out, mask_out & (rows == r), y1, DIM.D0, DIM.D1, DIM.D)
+
+
+@jit
 def _place(tiles, M, HEADS: tl.constexpr):
     """A program's tile, batch element and first head."""
     groups = M // HEADS
@@ -126,10 +163,16 @@ def axial_attention_fwd_kernel(
     p, share = _probabilities(s, visible, scale)
     share = tl.expand_dims(share, len(s.shape) - 1)
     p = p.to(v0.dtype)
-    store(y_ptr, offs_y, mask_q, tl.dot(p, v0, input_precision="ieee") * share, 0, D0, D)
+    y0 = tl.dot(p, v0, input_precision="ieee") * share
+    store(y_ptr, offs_y, mask_q, y0, 0, D0, D)
+    apart = _apart(y0, TILE.GROUP, CAUSAL)
     if D1 > 0:
         v1 = load(v_ptr, offs_v, real_k, D0, D1, D)
-        store(y_ptr, offs_y, mask_q, tl.dot(p, v1, input_precision="ieee") * share, D0, D1, D)
+        y1 = tl.dot(p, v1, input_precision="ieee") * share
+        store(y_ptr, offs_y, mask_q, y1, D0, D1, D)
+        apart = apart | _apart(y1, TILE.GROUP, CAUSAL)
+    if apart:
+        _row_by_row((y_ptr, offs_y, mask_q), p, (v_ptr, offs_v, real_k), visible, share, DIM)
 
 
 @jit
@@ -171,12 +214,12 @@ def axial_attention_bwd_kernel(
         dp = tl.dot(g1, tl.trans(v1), acc=dp, input_precision="ieee")
 
     visible = _visible((index_q, local_q, mask_q), (index_k, local_k, real_k), NQ, N, CAUSAL)
+    apart = _apart(s + dp, TILE.GROUP, CAUSAL)
     p, share = _probabilities(s, visible, scale)
     AXIS: tl.constexpr = len(s.shape) - 1
-    p = p * tl.expand_dims(share, AXIS)
-    if CAUSAL or lengths_ptr is not None:
-        dp = tl.where(visible, dp, 0.0)  # 0 · inf would be NaN
-    ds = p * (dp - tl.expand_dims(tl.sum(p * dp, AXIS), AXIS)) * scale
+    p = _seen(p * tl.expand_dims(share, AXIS), visible, apart)
+    dp = _seen(dp, visible, apart | (lengths_ptr is not None))  # 0 · inf would be NaN
+    ds = _seen(p * (dp - tl.expand_dims(tl.sum(p * dp, AXIS), AXIS)) * scale, visible, apart)
     p = tl.trans(p.to(q0.dtype))  # [HEADS, BLOCK_K, BLOCK_Q]
     ds = ds.to(q0.dtype)
     ds_t = tl.trans(ds)
@@ -191,6 +234,10 @@ def axial_attention_bwd_kernel(
         store(dq_ptr, offs_dq, mask_q, tl.dot(ds, k1, input_precision="ieee"), D0, D1, D)
         dk1 = _kept(tl.dot(ds_t, q1, input_precision="ieee"), real_k, lengths_ptr)
         store(dk_ptr, offs_dk, mask_k, dk1, D0, D1, D)
+    if apart:
+        _row_by_row((dq_ptr, offs_dq, mask_q), ds, (k_ptr, offs_k, real_k), visible, 1.0, DIM)
+        _row_by_row((dk_ptr, offs_dk, mask_k), ds_t, (q_ptr, offs_q, mask_q), tl.trans(visible), 1.0, DIM)
+        _row_by_row((dv_ptr, offs_dk, mask_k), p, (g_ptr, offs_g, mask_q), tl.trans(visible), 1.0, DIM)
 
 
 @lru_cache(maxsize=256)
