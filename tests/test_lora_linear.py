@@ -377,7 +377,7 @@ def test_two_processes_average_the_adapters_gradients(tmp_path):
         ({"x": torch.zeros(3, 33)}, r"x must be \(..., K\) with K = 32, found shape \(3, 33\)"),
         ({"x": torch.zeros(())}, "x must be"),
         ({"x": torch.zeros(3, 32).half()}, "weight is float32 but x is float16"),
-        ({"x": torch.zeros(3, 32).int()}, "x must be floating point, found int32"),
+        ({"x": torch.zeros(3, 32).int()}, r"x must be floating point \(.*\), found int32"),
         ({"x": torch.zeros(3, 32, device="meta")}, "weight is on cpu but x is on meta"),
         ({"weight": torch.zeros(24)}, r"weight must be \(N, K\)"),
         ({"bias": torch.zeros(23)}, r"bias must be \(N,\) with N = 24, found shape \(23,\)"),
