@@ -6,7 +6,9 @@ from .lift import lift, set_num_slices, unlift
 from .lora import LoRALinear
 from .modules import AxialFusionAttention
 from .ops.axial_attention import axial_attention
-from .ops.axial_fusion_attention import axial_fusion_attention
+from .ops.axial_fusion_attention import (
+    axial_fusion_attention,
+)
 from .ops.lora_linear import lora_linear
 from .ops.lora_qkv import lora_qkv
 from .ops.rel_pos_attention import rel_pos_attention

@@ -19,7 +19,10 @@ from .hosts import (
 )
 from .lora import LoRAUpdates, runs_more
 from .ops.axial_attention import axial_attention
-from .ops.axial_fusion_attention import _checked_index, axial_fusion_attention
+from .ops.axial_fusion_attention import (
+    _checked_index,
+    axial_fusion_attention,
+)
 from .ops.slice_attention import slice_attention
 from .reference import AttentionWeights
 
