@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from ..checks import no_autocast, no_derivative, under_transform
 from ..reference import axial_mask, causal_parts, real_keys
-from . import bf16_weights
 
 _LONG = 64  # slices or channels of a head, from which on torch's fused attention is faster than two products
 
@@ -62,24 +61,12 @@ def _forward(
             flat_q, flat_k, flat_v = (_rows(t).flatten(0, 1) for t in (q, k, v))  # (B·P, M, N, D)
             y = F.scaled_dot_product_attention(flat_q, flat_k, flat_v, scale=scale)
             return y.unflatten(0, (q.shape[0], q.shape[2])).permute(0, 3, 1, 2, 4).contiguous(), False
-        if not causal and bf16_weights.suits(q, k, v):
-            return _in_bf16(q, k, v, visible, scale), False
         scores = _scores(_rows(q, wide), _rows(k, wide), scale)
         apart = causal and scores.requires_grad and _spoiled(scores)
         weights = _weights(scores, visible).transpose(-1, -2)
         product = torch.bfloat16 if q.dtype == torch.bfloat16 else wide
         y = weights.to(product) @ _rows(v, product)
         return y.to(q.dtype).permute(0, 3, 1, 2, 4).contiguous(), apart
-
-
-def _in_bf16(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
-    q, k, v = (_rows(t).contiguous() for t in (q, k, v))
-    hidden = empty = None
-    if visible is not None:
-        empty = ~visible.any(-1, keepdim=True)  # queries without keys: they look at all, and get 0
-        hidden = ~(visible | empty).transpose(-1, -2)
-    y = bf16_weights.weights(k, q, scale, -2, hidden=hidden).transpose(-1, -2) @ v
-    return (y if empty is None else y.masked_fill(empty, 0.0)).permute(0, 3, 1, 2, 4).contiguous()
 
 
 def _rows(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:

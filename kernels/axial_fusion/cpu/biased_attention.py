@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from ..checks import no_autocast, under_transform
 from ..dispatch import plain_on
 from ..reference import blind_queries, unmasked
-from . import bf16_weights
 
 _SAVED = 1 << 24  # scores that autograd may keep for a backward: 64 MiB in fp32
 _KEYS = 512  # of a query, above which fp32 scores that leave the cache cost more than computing them again
@@ -33,21 +32,16 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor
     dtype = q.dtype
     given = (q, k, v, bias_h, bias_w)
     with no_autocast(q):
-        in_bf16 = bf16_weights.suits(*given)
-        if not in_bf16:
-            q, k, bias_h, bias_w = (_wide(t) for t in (q, k, bias_h, bias_w))
-            v = v if dtype == torch.bfloat16 else _wide(v)
+        q, k, bias_h, bias_w = (_wide(t) for t in (q, k, bias_h, bias_w))
+        v = v if dtype == torch.bfloat16 else _wide(v)
         blind = (
             None  # masks cost a training step 5 %: where values can be looked at, only what needs them pays
         )
-        traced = torch.compiler.is_compiling() or under_transform(given)
+        traced = torch.compiler.is_compiling() or under_transform(given) or q.device.type == "meta"
         if traced or blind_queries(bias_h.detach(), bias_w.detach()).any():
             bias_h, bias_w, blind = unmasked(bias_h, bias_w)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        if in_bf16:
-            weights = bf16_weights.weights(q, k, scale, -1, bias=(bias_h, bias_w))
-        else:
-            weights = torch.add(_bias(bias_h, bias_w), q @ k.transpose(-1, -2), alpha=scale).softmax(-1)
+        weights = torch.add(_bias(bias_h, bias_w), q @ k.transpose(-1, -2), alpha=scale).softmax(-1)
         y = weights.to(v.dtype) @ v
         return (y if blind is None else y.masked_fill(blind, 0.0)).transpose(1, 2).to(dtype)
 
