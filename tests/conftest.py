@@ -27,6 +27,15 @@ def forget_precision():
         sys.modules["accelerate"].state.AcceleratorState._reset_state()
 
 
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory):
+    """A device mesh of this process alone, over gloo."""
+    store = f"file://{tmp_path_factory.mktemp('store')}/rendezvous"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture
 def nan_memory():
     """torch.empty gives NaN, so that a value a kernel forgot to write cannot pass for a zero."""

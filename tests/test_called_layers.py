@@ -147,14 +147,6 @@ def test_weights_offloaded_layer_by_layer_come_back_for_the_call():
         torch.testing.assert_close(offloaded(x), expected)
 
 
-@pytest.fixture(scope="module")
-def mesh(tmp_path_factory):
-    store = f"file://{tmp_path_factory.mktemp('store')}/rendezvous"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    yield torch.distributed.init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")  # F.linear's result is a view
 @pytest.mark.parametrize("sharded", [nn.Linear, nn.LayerNorm, type(module().inter)], ids=lambda t: t.__name__)
 def test_sharding_layer_by_layer(sharded, mesh):

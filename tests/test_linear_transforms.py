@@ -141,14 +141,6 @@ class Quantised(torch.Tensor):
         raise NotImplementedError(str(func))
 
 
-@pytest.fixture(scope="module")
-def mesh(tmp_path_factory):
-    store = f"file://{tmp_path_factory.mktemp('store')}/rendezvous"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    yield torch.distributed.init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("grad", [True, False])
 def test_tensors_of_other_classes_work_as_in_linear(grad, dtype, mesh):

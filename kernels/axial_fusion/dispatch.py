@@ -34,19 +34,10 @@ Op = Literal[
     "lora_qkv",
     "axial_fusion_attention",
 ]
+SDPA_KINDS = ("sdpa", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient")
 BACKENDS: dict[str, tuple[str, ...]] = {
     "axial_attention": ("triton", "torch"),
-    "slice_attention": (
-        "triton",
-        "sdpa",
-        "sdpa_flash",
-        "sdpa_cudnn",
-        "sdpa_efficient",
-        "flash",
-        "xformers",
-        "flex",
-        "torch",
-    ),
+    "slice_attention": ("triton", *SDPA_KINDS, "flash", "xformers", "flex", "torch"),
     "rel_pos_attention": ("triton", "torch"),
     "window_attention": ("triton", "torch"),
     "row_norm": ("triton", "torch"),
@@ -62,13 +53,7 @@ MAX_TRITON_CHANNELS = 4096  # one tile holds a row that is normalised
 MAX_TRITON_COLUMNS = 128  # one tile holds a row of keys; half as many in fp32
 MAX_FLASH_HEAD_DIM = 256  # of FlashAttention, the package's and torch's
 HALF = (torch.float16, torch.bfloat16)
-PLAIN_ON_CPU = (
-    "axial_attention",
-    "rel_pos_attention",
-    "window_attention",
-    "row_norm",
-    "axial_fusion_attention",
-)
+CHOSEN_ON_CPU = ("slice_attention", "lora_linear", "lora_qkv")  # the others are plain torch there
 # Positions up to which a gradient of slice_attention by plain products is faster on a CPU.
 FEW_POSITIONS = {torch.float16: 512, torch.bfloat16: 128}
 
@@ -123,6 +108,7 @@ TRANSFORMED = Choice("torch", "plain products alone have a forward-mode derivati
 WRAPPED = Choice("torch", "a tensor subclass computes its operators itself, and knows torch's alone")
 NOTHING_TO_FUSE = Choice("torch", "library products, nothing to fuse with them here")
 SDPA = Choice("sdpa", "torch picks the fastest fused attention for the device")
+CANNOT_RUN = "backend {!r} cannot run {} here: {}"
 NO_TRANSFORM = "no forward-mode derivative and no torch.func transform"
 ALL_TORCH = HalfBackends("torch", "torch", "torch", "torch")
 
@@ -138,7 +124,7 @@ def select_backend(op: Op, *tensors: Tensor, backend: str = "auto") -> Choice:
         raise ValueError(f"select_backend({op!r}) needs the op's tensors")
     if backend != "auto":
         return _named(op, backend, tensors)
-    if op in PLAIN_ON_CPU and tensors[0].device.type == "cpu":
+    if op not in CHOSEN_ON_CPU and tensors[0].device.type == "cpu":
         return ON_CPU
     return _fastest(op, tensors)
 
@@ -169,38 +155,36 @@ def select_halves(
         within = _fastest_slices(
             facts, x.shape[2], lambda: (x, *_tensors(inter), *_tensors(attended))
         ).backend
-    if backend == "triton":
-        return _half_by_kernels(x, inter, facts, "triton"), _half_by_kernels(x, intra, facts, within)
-    return _half(x, inter, facts.dtype, across), _half(x, intra, facts.dtype, within)
-
-
-def _half_by_kernels(x: Tensor, w: AttentionWeights | None, facts: Facts, attention: str) -> HalfBackends:
-    """A half whose norm, LoRA and attention across slices are Triton's. Raises ValueError where they cannot run."""
-    if w is None:
-        return ALL_TORCH
-    ranks = [0 if lora is None else lora.a.shape[0] for lora in (w.lora_q, w.lora_v)]
-    rows = Facts(x.device, x.dtype, channels=x.shape[-1], rank=max(ranks), weights=_dtypes(*_tensors(w)))
-    obstacle = _triton_obstacle("lora_qkv", rows) or _triton_obstacle("axial_attention", facts)
+    kernels = backend == "triton"
+    obstacle = kernels and inter is not None and _triton_obstacle("axial_attention", facts)
     if obstacle:
-        raise ValueError(f"backend 'triton' cannot run axial_fusion_attention here: {obstacle}")
-    qkv = "triton" if w.norm_weight is not None and ranks[0] == ranks[1] > 0 else None
-    return HalfBackends("triton", "triton", _fastest_linear(x.device, facts.dtype, 0).backend, attention, qkv)
+        raise ValueError(CANNOT_RUN.format("triton", "axial_fusion_attention", obstacle))
+    across = "triton" if kernels else across
+    return _half(x, inter, facts.dtype, across, kernels), _half(x, intra, facts.dtype, within, kernels)
 
 
-def _half(x: Tensor, w: AttentionWeights | None, dtype: torch.dtype, attention: str) -> HalfBackends:
-    """The backends of a half whose products compute in `dtype`."""
+def _half(
+    x: Tensor, w: AttentionWeights | None, dtype: torch.dtype, attention: str, kernels: bool
+) -> HalfBackends:
+    """The backends of a half whose products compute in `dtype`; `kernels`: our own wherever there is one.
+
+    Raises ValueError where one that is wanted cannot run."""
     if w is None:
         return ALL_TORCH
     ranks = [0 if lora is None else lora.a.shape[0] for lora in (w.lora_q, w.lora_v)]
     lora, dense = (_fastest_linear(x.device, dtype, rank).backend for rank in (max(ranks), 0))
+    rows = Facts(x.device, x.dtype, channels=x.shape[-1], rank=max(ranks), weights=_dtypes(*_tensors(w)))
+    as_one = w.norm_weight is not None and ranks[0] == ranks[1] > 0
+    if kernels:
+        obstacle = _triton_obstacle("lora_qkv", rows)
+        if obstacle:
+            raise ValueError(CANNOT_RUN.format("triton", "axial_fusion_attention", obstacle))
+        return HalfBackends("triton", "triton", dense, attention, "triton" if as_one else None)
     if x.device.type != "cuda":
         return HalfBackends("torch", lora, dense, attention)
-    rows = Facts(x.device, x.dtype, channels=x.shape[-1])
-    norm = _fastest_kernel("row_norm", rows._replace(weights=_dtypes(w.norm_weight, w.norm_bias))).backend
-    if w.norm_weight is None or not ranks[0] == ranks[1] > 0:
-        return HalfBackends(norm, lora, dense, attention)
-    qkv = _fastest_qkv(rows._replace(rank=ranks[0], weights=_dtypes(*_tensors(w)))).backend
-    return HalfBackends(norm, lora, dense, attention, qkv)
+    norm_rows = rows._replace(rank=0, weights=_dtypes(w.norm_weight, w.norm_bias))
+    norm = _fastest_kernel("row_norm", norm_rows).backend
+    return HalfBackends(norm, lora, dense, attention, _fastest_qkv(rows).backend if as_one else None)
 
 
 def _tensors(w: AttentionWeights | None) -> tuple[Tensor, ...]:
@@ -344,7 +328,7 @@ def _named(op: str, backend: str, tensors: tuple[Tensor, ...]) -> Choice:
     if backend == "flex" and tensors[0].device.type == "cpu" and not no_derivative(*tensors):
         obstacle = obstacle or "FlexAttention has no gradient on a CPU"
     if obstacle:
-        raise ValueError(f"backend {backend!r} cannot run {op} here: {obstacle}")
+        raise ValueError(CANNOT_RUN.format(backend, op, obstacle))
     return Choice(backend, "named by the caller")
 
 
