@@ -11,10 +11,8 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
-from axial_fusion import LoRALinear, lora_linear, reference, select_backend
-from axial_fusion.ops.dense_linear import dense_linear
+from axial_fusion import lora_linear, reference, select_backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]
@@ -284,47 +282,6 @@ def test_a_small_update_survives_bf16_where_merging_rounds_it_away():
         assert off(lora_linear(x, w, None, a, b, backend=backend)) < 0.5 * merged
 
 
-def test_a_peft_checkpoint_comes_and_goes():
-    peft = pytest.importorskip("peft", reason="peft is not installed")
-
-    class Projections(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.q, self.v = nn.Linear(24, 24), nn.Linear(24, 24)
-
-        def forward(self, x):
-            return self.q(x) * self.v(x)
-
-    torch.manual_seed(0)
-    base = Projections()
-    weights = {name: value.clone() for name, value in base.state_dict().items()}
-    theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q", "v"]))
-    for name, parameter in theirs.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter)
-    state = peft.get_peft_model_state_dict(theirs)
-
-    ours = Projections()
-    ours.load_state_dict(weights)
-    for name in ("q", "v"):
-        setattr(ours, name, LoRALinear.from_linear(getattr(ours, name), rank=4, alpha=8))
-        prefix = f"base_model.model.{name}"
-        adapter = {f"lora_{x.lower()}": state[f"{prefix}.lora_{x}.weight"] for x in "AB"}
-        missing = getattr(ours, name).load_state_dict(adapter, strict=False)
-        assert not missing.unexpected_keys
-    x = torch.randn(5, 24)
-    torch.testing.assert_close(ours(x), theirs(x))
-
-    back = {
-        f"base_model.model.{name}.lora_{key[-1].upper()}.weight": value
-        for name in ("q", "v") for key, value in getattr(ours, name).lora_state_dict().items()
-    }  # fmt: skip
-    for parameter in theirs.parameters():
-        parameter.data.zero_() if parameter.requires_grad else None
-    peft.set_peft_model_state_dict(theirs, back)
-    torch.testing.assert_close(theirs(x), ours(x))
-
-
 DDP = """
 import os, torch, torch.distributed as dist
 from axial_fusion import LoRALinear
@@ -417,34 +374,3 @@ def test_the_choice_of_engine_is_told():
     x = torch.zeros(3, 32, device=DEVICE)
     with pytest.raises(ValueError, match="rank 65"):
         select_backend("lora_linear", x, torch.zeros(24, 32), torch.zeros(65, 32), backend="triton")
-
-
-@pytest.mark.parametrize(("lead", "bias"), [((4, 3), True), ((7,), False), ((), True), ((0, 5), True)])
-def test_the_dense_product_is_the_linear_layer_whoever_computes_it(lead, bias):
-    x, weight, b = torch.randn(*lead, 20), torch.randn(28, 20), torch.randn(28) if bias else None
-    exact = nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
-    y = dense_linear(x, weight, b)
-    assert y.shape == exact.shape
-    assert y.dtype == torch.float32
-    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
-    strided = dense_linear(x.mT.contiguous().mT if x.dim() > 1 else x, weight.t().contiguous().t(), b)
-    torch.testing.assert_close(strided.double(), exact, rtol=1e-5, atol=1e-5)
-
-
-def test_the_dense_product_under_autograd_autocast_transforms_modes_and_compile():
-    x, weight, bias = torch.randn(6, 20), torch.randn(28, 20), torch.randn(28)
-    exact = x @ weight.t() + bias
-    leaf = weight.clone().requires_grad_()
-    dense_linear(x, leaf, bias).sum().backward()
-    torch.testing.assert_close(leaf.grad, x.sum(0).expand(28, -1))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert dense_linear(x, weight, bias).dtype == torch.bfloat16
-    torch.testing.assert_close(torch.vmap(dense_linear, (0, None, None))(x, weight, bias), exact)
-    gradient = torch.func.grad(lambda x: dense_linear(x, weight, bias).sum())(x)
-    torch.testing.assert_close(gradient, weight.sum(0).expand(6, -1))
-    compiled = torch.compile(dense_linear, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x, weight, bias), exact)
-    assert dense_linear(x.half(), weight.half(), bias.half()).dtype == torch.float16
-    with FlopCounterMode(display=False) as counter:
-        dense_linear(x, weight, bias)
-    assert counter.get_total_flops() == 2 * 6 * 20 * 28

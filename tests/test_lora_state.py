@@ -185,3 +185,45 @@ def test_torchs_encoder_layer_calls_the_layer_in_evaluation_too():
     expected = encoder(x)
     with torch.no_grad():
         torch.testing.assert_close(encoder.eval()(x), expected)
+
+
+def test_a_peft_checkpoint_comes_and_goes():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+
+    class Projections(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.v = nn.Linear(24, 24), nn.Linear(24, 24)
+
+        def forward(self, x):
+            return self.q(x) * self.v(x)
+
+    torch.manual_seed(0)
+    base = Projections()
+    weights = {name: value.clone() for name, value in base.state_dict().items()}
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q", "v"]))
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    state = peft.get_peft_model_state_dict(theirs)
+
+    ours = Projections()
+    ours.load_state_dict(weights)
+    for name in ("q", "v"):
+        setattr(ours, name, LoRALinear.from_linear(getattr(ours, name), rank=4, alpha=8))
+        prefix = f"base_model.model.{name}"
+        adapter = {f"lora_{x.lower()}": state[f"{prefix}.lora_{x}.weight"] for x in "AB"}
+        missing = getattr(ours, name).load_state_dict(adapter, strict=False)
+        assert not missing.unexpected_keys
+    x = torch.randn(5, 24)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+    back = {
+        f"base_model.model.{name}.lora_{key[-1].upper()}.weight": value
+        for name in ("q", "v") for key, value in getattr(ours, name).lora_state_dict().items()
+        if key != "lora_alpha"
+    }  # fmt: skip
+    for parameter in theirs.parameters():
+        parameter.data.zero_() if parameter.requires_grad else None
+    peft.set_peft_model_state_dict(theirs, back)
+    torch.testing.assert_close(theirs(x), ours(x))
