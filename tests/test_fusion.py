@@ -19,6 +19,7 @@ from axial_fusion import (
     window_attention,
 )
 from axial_fusion.cpu import biased_attention
+from axial_fusion.dispatch import select_halves
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 
@@ -230,6 +231,13 @@ def test_by_triton(rank, query_index):
     expected = torch.autograd.grad(theirs, given, grad)
     for mine, truth in zip(torch.autograd.grad(ours, given, grad), expected, strict=True):
         torch.testing.assert_close(mine, truth, rtol=1e-4, atol=1e-4)
+
+
+def test_triton_takes_its_slice_kernel_where_the_head_fits_and_the_library_elsewhere():
+    for channels, dtype, expected in ((32, torch.float16, "triton"), (32, torch.float32, "sdpa")):
+        x, weights = torch.zeros(1, 3, 4, channels, dtype=dtype), half(channels, dtype)
+        _, within = select_halves(x, weights, weights, num_heads=2, slices=3, backend="triton")
+        assert (within.norm, within.attention) == ("triton", expected)
 
 
 def test_triton_is_refused_where_it_cannot_run():

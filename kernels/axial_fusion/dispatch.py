@@ -147,19 +147,19 @@ def select_halves(
     if backend == "torch" or wrapped(given) or under_transform(given):
         return ALL_TORCH, ALL_TORCH
     facts = Facts(x.device, autocast_dtype(x) or x.dtype, x.shape[-1] // num_heads, slices)
-    across = within = "torch"
-    if inter is not None:
-        across = _fastest_kernel("axial_attention", facts).backend
+    within = "torch"
+    across = "torch" if inter is None else _fastest_kernel("axial_attention", facts).backend
     if intra is not None:
         attended = intra._replace(out_weight=x, out_bias=None)  # what q, k and v are made of
         within = _fastest_slices(
             facts, x.shape[2], lambda: (x, *_tensors(inter), *_tensors(attended))
         ).backend
     kernels = backend == "triton"
-    obstacle = kernels and inter is not None and _triton_obstacle("axial_attention", facts)
-    if obstacle:
-        raise ValueError(CANNOT_RUN.format("triton", "axial_fusion_attention", obstacle))
-    across = "triton" if kernels else across
+    if kernels:
+        obstacle = None if inter is None else _triton_obstacle("axial_attention", facts)
+        if obstacle:
+            raise ValueError(CANNOT_RUN.format("triton", "axial_fusion_attention", obstacle))
+        across, within = "triton", within if _triton_obstacle("slice_attention", facts) else "triton"
     return _half(x, inter, facts.dtype, across, kernels), _half(x, intra, facts.dtype, within, kernels)
 
 

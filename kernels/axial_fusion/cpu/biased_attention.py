@@ -34,9 +34,8 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor
     with no_autocast(q):
         q, k, bias_h, bias_w = (_wide(t) for t in (q, k, bias_h, bias_w))
         v = v if dtype == torch.bfloat16 else _wide(v)
-        blind = (
-            None  # masks cost a training step 5 %: where values can be looked at, only what needs them pays
-        )
+        # Masks cost a training step 5 %: where values can be looked at, only queries without keys pay for them.
+        blind = None
         traced = torch.compiler.is_compiling() or under_transform(given) or q.device.type == "meta"
         if traced or blind_queries(bias_h.detach(), bias_w.detach()).any():
             bias_h, bias_w, blind = unmasked(bias_h, bias_w)
