@@ -138,6 +138,7 @@ def _monai(name: str, *args, **options) -> Callable[[], nn.Module]:
     return make
 
 
+_SWIN = {"img_size": 32, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
 _MONAI_VIT = {"hidden_size": 48, "mlp_dim": 96, "num_heads": 3, "spatial_dims": 2}
 
 HOSTS: dict[str, Host] = {
@@ -147,24 +148,8 @@ HOSTS: dict[str, Host] = {
     "timm dinov3": _timm_vit("vit_small_patch16_dinov3", init_values=1.0),
     "timm eva02": _timm_vit("eva02_tiny_patch14_224"),
     "timm beit": _timm_vit("beit_base_patch16_224", init_values=1.0),
-    "timm swin": _timm(
-        "swin_tiny_patch4_window7_224",
-        32,
-        img_size=32,
-        embed_dim=24,
-        depths=(2, 2),
-        num_heads=(2, 4),
-        window_size=4,
-    ),
-    "timm swin v2": _timm(
-        "swinv2_tiny_window8_256",
-        32,
-        img_size=32,
-        embed_dim=24,
-        depths=(2, 2),
-        num_heads=(2, 4),
-        window_size=4,
-    ),
+    "timm swin": _timm("swin_tiny_patch4_window7_224", 32, **_SWIN),
+    "timm swin v2": _timm("swinv2_tiny_window8_256", 32, **_SWIN),
     "timm mvitv2": Host("timm", _mvitv2, (3, 32, 32)),
     "timm samvit": _timm(
         "samvit_base_patch16",
