@@ -21,6 +21,7 @@ from typing import Any, Literal
 import tyro
 
 from aftersam.config import Config, preset
+from aftersam.errors import run_command
 from aftersam.evaluation.statistics import AblationTable, Scores, summarise
 from aftersam.evaluation.tables import markdown_table
 from aftersam.files import read_json, write_json, write_text
@@ -205,12 +206,12 @@ def markdown(name: str, table: AblationTable) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = tyro.cli(AblateArgs, args=argv, description=__doc__)
-    try:
+
+    def command() -> int:
         ablate(args)
-    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        print(f"aftersam.ablate: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return run_command("ablate", command)
 
 
 if __name__ == "__main__":

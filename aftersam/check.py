@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import tyro
 
 from aftersam.config import ENCODERS, Config, preset
+from aftersam.errors import run_command
 
 if TYPE_CHECKING:
     import torch
@@ -276,12 +277,7 @@ def _duration(seconds: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = tyro.cli(CheckArgs, args=argv, description=__doc__)
-    try:
-        result = check(args)
-    except (ValueError, OSError) as error:
-        print(f"aftersam.check: {error}", file=sys.stderr)
-        return 2
-    return 1 if any(report.problem is not None for report in result.reports) else 0
+    return run_command("check", lambda: 1 if any(report.problem for report in check(args).reports) else 0)
 
 
 if __name__ == "__main__":

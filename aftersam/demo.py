@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from aftersam.config import preset
+from aftersam.errors import run_command
 from aftersam.files import write_json
 
 if TYPE_CHECKING:
@@ -98,12 +99,12 @@ def demo(args: DemoArgs) -> Metrics:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = tyro.cli(DemoArgs, args=argv, description=__doc__)
-    try:
+
+    def command() -> int:
         demo(args)
-    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        print(f"aftersam.demo: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return run_command("demo", command)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import tyro
 
 from aftersam.config import Config
+from aftersam.errors import run_command
 from aftersam.files import NIFTI
 from aftersam.training.arguments import ConfigFile, parse
 
@@ -117,12 +118,7 @@ def _from_sam(args: EncodeArgs) -> tuple[Embeddings, tuple[float, float, float] 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        result = encode(parse(argv, EncodeArgs, __doc__))
-    except (ValueError, OSError) as error:
-        print(f"aftersam.encode: {error}", file=sys.stderr)
-        return 2
-    return 1 if result.failed else 0
+    return run_command("encode", lambda: 1 if encode(parse(argv, EncodeArgs, __doc__)).failed else 0)
 
 
 if __name__ == "__main__":

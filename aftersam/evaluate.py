@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from aftersam.errors import run_command
 from aftersam.evaluation.metrics import Convention
 from aftersam.files import write_json
 
@@ -57,12 +58,7 @@ def evaluate(args: EvaluateArgs) -> Metrics:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = tyro.cli(EvaluateArgs, args=argv, description=__doc__)
-    try:
-        metrics = evaluate(args)
-    except (ValueError, OSError) as error:
-        print(f"aftersam.evaluate: {error}", file=sys.stderr)
-        return 2
-    return 1 if metrics["problems"] else 0
+    return run_command("evaluate", lambda: 1 if evaluate(args)["problems"] else 0)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
+from aftersam.errors import run_command
+
 if TYPE_CHECKING:
     import torch
 
@@ -152,12 +154,12 @@ def _quiet() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = tyro.cli(ExportArgs, args=argv, description=__doc__)
-    try:
+
+    def command() -> int:
         print(export(args))
-    except (ValueError, OSError) as error:
-        print(f"aftersam.export: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return run_command("export", command)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from typing import Annotated
 
 import tyro
 
+from aftersam.errors import run_command
+
 
 @dataclass(frozen=True)
 class PhantomArgs:
@@ -34,12 +36,12 @@ def phantom(args: PhantomArgs) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = tyro.cli(PhantomArgs, args=argv, description=__doc__)
-    try:
+
+    def command() -> int:
         print(f"{phantom(args)}: {args.cases} scans")
-    except (ValueError, OSError) as error:
-        print(f"aftersam.phantom: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return run_command("phantom", command)
 
 
 if __name__ == "__main__":

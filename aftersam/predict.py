@@ -9,17 +9,13 @@ from collections.abc import Sequence
 
 import tyro
 
+from aftersam.errors import run_command
 from aftersam.inference.pipeline import PredictArgs, predict_files
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = tyro.cli(PredictArgs, args=argv, description=__doc__)
-    try:
-        predicted = predict_files(args)
-    except (ValueError, OSError) as error:
-        print(f"aftersam.predict: {error}", file=sys.stderr)
-        return 2
-    return 1 if predicted.problems else 0
+    return run_command("predict", lambda: 1 if predict_files(args).problems else 0)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import tyro
 
+from aftersam.errors import run_command
 from aftersam.evaluation.page import write_report
 
 
@@ -42,12 +43,12 @@ def report(args: ReportArgs) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = tyro.cli(ReportArgs, args=argv, description=__doc__)
-    try:
+
+    def command() -> int:
         print(report(args))
-    except (ValueError, OSError) as error:
-        print(f"aftersam.report: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return run_command("report", command)
 
 
 if __name__ == "__main__":

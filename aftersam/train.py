@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from aftersam.errors import run_command
 from aftersam.training.arguments import TrainArgs, parse, preset_name
 
 if TYPE_CHECKING:
@@ -23,15 +24,15 @@ def train(args: TrainArgs) -> TrainResult:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        args = parse(argv, TrainArgs, __doc__)
-        if not args.resume:
-            name = preset_name(args.preset, args.sam_checkpoint)
-            print(f"configuration {args.config_file}" if args.config_file else f"preset {name}")
-        train(args)
-    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        print(f"aftersam.train: {error}", file=sys.stderr)
-        return 2
+    return run_command("train", lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    args = parse(argv, TrainArgs, __doc__)
+    if not args.resume:
+        name = preset_name(args.preset, args.sam_checkpoint)
+        print(f"configuration {args.config_file}" if args.config_file else f"preset {name}")
+    train(args)
     return 0
 
 

@@ -1,0 +1,91 @@
+"""Errors as sentences: what a file's reading raises names the file, what a command raises is one line and a code."""
+
+import os
+import signal
+import struct
+import sys
+
+import pytest
+
+from aftersam.errors import naming, run_command, sentence
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "said"),
+    [
+        (EOFError("end of stream\nand more"), ValueError, "scan.nii is truncated or damaged: end of stream"),
+        (struct.error("unpack needs 4"), ValueError, "scan.nii is truncated or damaged: unpack needs 4"),
+        (OverflowError("too large"), ValueError, "scan.nii is truncated or damaged: too large"),
+        (OSError(28, "No space left on device"), OSError, "scan.nii: No space left on device"),
+        (
+            MemoryError("Unable to allocate 3 GiB"),
+            MemoryError,
+            "scan.nii: memory ran out: Unable to allocate",
+        ),
+        (ValueError("scan.nii is 2D"), ValueError, "scan.nii is 2D"),
+    ],
+)
+def test_errors_over_a_file_start_with_its_name(raised, kind, said):
+    with pytest.raises(kind) as caught, naming("scan.nii"):
+        raise raised
+    assert sentence(caught.value).startswith(said)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_any_exception_that_passes_through_a_file_library_is_the_files():
+    from nibabel.wrapstruct import WrapStructError
+
+    with (
+        pytest.raises(ValueError, match=r"^scan\.nii is truncated or damaged: header too short"),
+        naming("scan.nii"),
+    ):
+        raise WrapStructError("header too short")
+
+
+def test_our_own_mistakes_keep_their_type():
+    with pytest.raises(TypeError, match=r"^ours$"), naming("scan.nii"):
+        raise TypeError("ours")
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [
+        (ValueError("scan.nii is 2D"), 2, "aftersam.check: scan.nii is 2D\n"),
+        (
+            OSError(2, "No such file or directory", "a.nii"),
+            2,
+            "aftersam.check: a.nii: No such file or directory\n",
+        ),
+        (MemoryError(), 2, "aftersam.check: memory ran out\n"),
+        (ValueError("a\x1b[31mb\nc"), 2, "aftersam.check: a [31mb c\n"),
+        (KeyboardInterrupt(), 130, "aftersam.check: interrupted\n"),
+    ],
+)
+def test_a_command_says_one_line_and_returns_a_code(raised, code, line, capsys):
+    def command():
+        raise raised
+
+    assert run_command("check", command) == code
+    assert capsys.readouterr().err == line
+
+
+def test_sigterm_unwinds_and_the_handler_before_is_back(tmp_path):
+    def command():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            (tmp_path / "unwound").touch()
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught:
+        run_command("train", command)
+    assert caught.value.code == 143
+    assert (tmp_path / "unwound").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_console_without_the_character_shows_a_question_mark(monkeypatch, tmp_path):
+    with (tmp_path / "console").open("w", encoding="ascii") as console:
+        monkeypatch.setattr(sys, "stdout", console)
+        assert run_command("check", lambda: print("Leber ü") or 0) == 0
+    assert (tmp_path / "console").read_text() == "Leber ?\n"
