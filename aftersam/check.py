@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import tyro
 
 from aftersam.config import ENCODERS, Config, preset
-from aftersam.errors import run_command
+from aftersam.errors import SAID, run_command, sentence
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +71,7 @@ class CheckResult:
 def check_case(case: Case, names: dict[int, str]) -> CaseReport:
     """Read a case whole and say what it holds."""
     from aftersam.data.cache import check_labels
+    from aftersam.data.intensities import check_intensities
     from aftersam.data.volume import read_image, read_labels
 
     report = CaseReport(case.id)
@@ -80,17 +81,13 @@ def check_case(case: Case, names: dict[int, str]) -> CaseReport:
         report = dataclasses.replace(
             report, shape=image.array.shape, spacing_mm=image.spacing_mm, hu_range=(low, high)
         )
-        if low >= 0:
-            return dataclasses.replace(
-                report,
-                problem=f"{case.image} has no value below 0 ({low:g} to {high:g}): not Hounsfield units?",
-            )
+        check_intensities(image)
         if case.label is None:
             return dataclasses.replace(report, problem=f"{case.image} has no label")
         labels = read_labels(case.label, like=image)
         return dataclasses.replace(report, labels=tuple(check_labels(labels, names)))
-    except (ValueError, OSError) as error:
-        return dataclasses.replace(report, problem=str(error))
+    except SAID as error:
+        return dataclasses.replace(report, problem=sentence(error))
 
 
 def needs(reports: Sequence[CaseReport], config: Config, num_classes: int) -> Needs:

@@ -44,6 +44,8 @@ class PredictArgs:
     """For a model with prompts: the label file, or a folder of them by case, that prompts are drawn from."""
     labels: str | None = None
     """Comma-separated organs to keep; the others become background."""
+    trust_intensities: bool = False
+    """Take scans whose values do not look like Hounsfield units as they are, without a word."""
     overwrite: bool = False
     """Replace masks that exist; a folder's finished masks are kept otherwise."""
     preview: bool = True
@@ -184,6 +186,7 @@ class _Work:
 
     def read(self, scan: Path) -> _Job:
         """Read one scan, and its prompts, and bring them to the model's spacing."""
+        from aftersam.data.intensities import check_intensities
         from aftersam.data.volume import read_image, read_labels
         from aftersam.inference.timings import Timings
 
@@ -193,6 +196,7 @@ class _Work:
         prompts, facts = None, dict[str, str]()
         with timings.stage("read"):
             volume = read_image(scan)
+            check_intensities(volume, trusted=self.args.trust_intensities)
             if self.args.prompt_labels is not None and needs != "none":
                 prompts = read_labels(prompt_file(self.args.prompt_labels, scan), like=volume)
                 facts = {"prompted": needs}  # who scores this mask must know

@@ -56,6 +56,7 @@ class Segmenter:
 
         Returns integer labels on the same grid, names in a header extension. `prompt_labels`, labels on the image's
         grid, are for a model with prompts. Raises ValueError on a bad grid, or where such a model gets none."""
+        from aftersam.data.intensities import check_intensities
         from aftersam.data.volume import from_nifti, image_of, labels_from_nifti, to_nifti
 
         if not hasattr(image, "affine"):
@@ -63,6 +64,7 @@ class Segmenter:
                 raise ValueError("an array needs its affine: predict(array, affine)")
             image = image_of(image, affine)
         volume = from_nifti(image)  # type: ignore[arg-type]  # an image by now
+        check_intensities(volume, refuse=False)
         prompts = None if prompt_labels is None else labels_from_nifti(prompt_labels, like=volume)
         found = self.segment(self.prepare(volume, prompt_labels=prompts))
         return to_nifti(found.labels, volume, self.labels)

@@ -36,6 +36,8 @@ class TrainArgs:
     """Official SAM weights: a .pth file, or vit_b, vit_l, vit_h, vit_t to download them once to a cache."""
     resume: bool = False
     """Go on from last.safetensors in --output, with the configuration stored there."""
+    trust_intensities: bool = False
+    """Take scans whose values do not look like Hounsfield units as they are, without a word."""
     fold: int = 0
     """Fold of splits_final.json, or of the five seeded ones where there is none."""
     device: str = "auto"
