@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import tyro
 
-from aftersam.config import ENCODERS, Config, preset
+from aftersam.config import ENCODERS, Config, Index, checked, preset
 from aftersam.errors import SAID, run_command, sentence
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class CheckArgs:
     """Data set: nnU-Net raw, MSD, SegTHOR, or images/ beside labels/."""
     preset: Annotated[Literal["paper", "best", "small", "tiny"], tyro.conf.arg(aliases=["-p"])] = "small"
     """Preset whose needs are estimated."""
-    num_workers: int | None = None
+    num_workers: Index | None = None
     """Worker processes to measure loading with; the preset's unless given."""
 
 
@@ -205,7 +205,7 @@ def check(args: CheckArgs) -> CheckResult:
     from aftersam.data.dataset import find_dataset
     from aftersam.device import find_device
 
-    dataset, console = find_dataset(args.data), Console()
+    dataset, console = find_dataset(checked(args).data), Console()
     console.print(f"{dataset.name}: {dataset.layout}, {len(dataset.cases)} scans", highlight=False)
     console.print("labels: " + ", ".join(f"{v} {n}" for v, n in dataset.labels.items()), highlight=False)
     progress = Console(stderr=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import tyro
 
-from aftersam.config import Config
+from aftersam.config import Config, checked
 from aftersam.errors import SAID, run_command, sentence
 from aftersam.files import by_case, scans_in
 from aftersam.training.arguments import ConfigFile, parse
@@ -64,6 +64,7 @@ def encode(args: EncodeArgs) -> EncodeResult:
     from aftersam.data.transforms import preprocess
     from aftersam.data.volume import read_image
 
+    checked(args)
     if (args.model is None) == (args.sam_checkpoint is None):
         raise ValueError("give a run (-m) or SAM weights (--sam-checkpoint), one of the two")
     if args.data.is_dir():

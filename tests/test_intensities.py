@@ -1,4 +1,4 @@
-"""Whether values are Hounsfield units: real CT, however it is cropped and padded, is never refused; the rest is told."""
+"""Whether values are Hounsfield units: real CT, cropped and padded, is never refused; the rest is refused or warned."""
 
 import warnings
 from pathlib import Path

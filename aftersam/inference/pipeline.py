@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from aftersam.config import Count, Small, checked
 from aftersam.files import DICOM, case_name, remove_leftovers, renamed, write_json
 from aftersam.inference.jobs import jobs_of, prompt_file
 
@@ -50,9 +51,9 @@ class PredictArgs:
     """Replace masks that exist; a folder's finished masks are kept otherwise."""
     preview: bool = True
     """Leave a PNG of the mask over the scan beside each mask."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Slices and groups computed at once; less needs less memory."""
-    keep: int = 1
+    keep: Small = 1
     """Middle slices kept of each group: K needs about 1/K of the fusion, with less context on one side."""
     overlap: Literal["none", "average"] = "none"
     """average: average the logits of all groups that contain a slice; each of them decodes it."""
@@ -101,6 +102,7 @@ def predict_files(args: PredictArgs) -> Predicted:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    checked(args)
     prompts = [] if args.prompt_labels is None else [args.prompt_labels]
     jobs, folder = jobs_of(
         args.input, args.output, also_read=[args.model, *prompts], overwrite=args.overwrite
