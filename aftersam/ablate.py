@@ -21,7 +21,7 @@ from typing import Any, Literal
 import tyro
 
 from aftersam.config import Config, Count, Index, Positive, Seed, Small, checked, preset
-from aftersam.errors import run_command
+from aftersam.errors import plain_console, run_command
 from aftersam.evaluation.statistics import AblationTable, Scores, summarise
 from aftersam.evaluation.tables import markdown_table
 from aftersam.files import read_json, write_json, write_text
@@ -81,8 +81,6 @@ def ablate(args: AblateArgs) -> dict[str, AblationTable]:
     """Train, predict and score what is missing of the tables; write tables.md, tables.json and a PNG of each.
 
     Raises ValueError on bad input."""
-    from rich.console import Console
-
     from aftersam.evaluation.figures import ablation_figure
 
     checked(args)
@@ -107,7 +105,7 @@ def ablate(args: AblateArgs) -> dict[str, AblationTable]:
     write_text(args.output / "tables.md", text + "\n")
     # NaN where no case has an organ, which write_json refuses
     write_text(args.output / "tables.json", json.dumps(result, indent=1) + "\n")
-    Console(soft_wrap=True).print(text, markup=False, highlight=False)
+    plain_console().print(text, soft_wrap=True)
     return result
 
 
@@ -206,10 +204,8 @@ def markdown(name: str, table: AblationTable) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = tyro.cli(AblateArgs, args=argv, description=__doc__)
-
     def command() -> int:
-        ablate(args)
+        ablate(tyro.cli(AblateArgs, args=argv, description=__doc__))
         return 0
 
     return run_command("ablate", command)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import tyro
 
 from aftersam.config import ENCODERS, Config, Index, checked, preset
-from aftersam.errors import SAID, run_command, sentence
+from aftersam.errors import SAID, plain_console, run_command, sentence
 
 if TYPE_CHECKING:
     import torch
@@ -199,16 +199,15 @@ def check(args: CheckArgs) -> CheckResult:
     """Look through the data set that `args` name and print what was found and what a run will need.
 
     Raises ValueError where there is no data set."""
-    from rich.console import Console
     from rich.progress import track
 
     from aftersam.data.dataset import find_dataset
     from aftersam.device import find_device
 
-    dataset, console = find_dataset(checked(args).data), Console()
-    console.print(f"{dataset.name}: {dataset.layout}, {len(dataset.cases)} scans", highlight=False)
-    console.print("labels: " + ", ".join(f"{v} {n}" for v, n in dataset.labels.items()), highlight=False)
-    progress = Console(stderr=True)
+    dataset, console = find_dataset(checked(args).data), plain_console()
+    console.print(f"{dataset.name}: {dataset.layout}, {len(dataset.cases)} scans")
+    console.print("labels: " + ", ".join(f"{v} {n}" for v, n in dataset.labels.items()))
+    progress = plain_console(stderr=True)
     hidden = not progress.is_terminal
     reports = [
         check_case(case, dataset.labels)
@@ -225,7 +224,6 @@ def check(args: CheckArgs) -> CheckResult:
         f"{len(usable)} of {len(reports)} scans usable; preset {args.preset} needs about "
         f"{need.cache_gb:.2g} GB of cache and {need.memory_gb:.2g} GB of memory; its {need.steps:.0f} steps "
         f"of {need.step_tflop:.2g} TFLOP take {time_needed}",
-        highlight=False,
         soft_wrap=True,
     )
     rate = None
@@ -250,6 +248,7 @@ def _config(args: CheckArgs) -> Config:
 def _print_cases(console: Console, reports: Sequence[CaseReport], labels: dict[int, str]) -> None:
     """A table of all cases, and what is wrong with the bad ones."""
     from rich.table import Table
+    from rich.text import Text
 
     grid = Table("case", "slices × rows × columns", "spacing mm", "HU", "missing labels", "", box=None)
     for report in reports:
@@ -260,12 +259,12 @@ def _print_cases(console: Console, reports: Sequence[CaseReport], labels: dict[i
             "" if report.spacing_mm is None else " × ".join(f"{s:.2f}" for s in report.spacing_mm),
             "" if report.hu_range is None else f"{report.hu_range[0]:g} … {report.hu_range[1]:g}",
             "" if report.problem else missing,
-            "ok" if report.problem is None else "[red]bad[/red]",
+            "ok" if report.problem is None else Text("bad", style="red"),
         )
     console.print(grid)
     for report in reports:
         if report.problem is not None:
-            console.print(f"{report.id}: {report.problem}", soft_wrap=True, markup=False, highlight=False)
+            console.print(f"{report.id}: {report.problem}", soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:
@@ -273,8 +272,11 @@ def _duration(seconds: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = tyro.cli(CheckArgs, args=argv, description=__doc__)
-    return run_command("check", lambda: 1 if any(report.problem for report in check(args).reports) else 0)
+    def command() -> int:
+        args = tyro.cli(CheckArgs, args=argv, description=__doc__)
+        return 1 if any(report.problem for report in check(args).reports) else 0
+
+    return run_command("check", command)
 
 
 if __name__ == "__main__":

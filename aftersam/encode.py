@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import tyro
 
 from aftersam.config import Config, checked
-from aftersam.errors import SAID, run_command, sentence
+from aftersam.errors import SAID, one_line, plain_console, run_command, sentence
 from aftersam.files import by_case, scans_in
 from aftersam.training.arguments import ConfigFile, parse
 
@@ -56,7 +56,6 @@ def encode(args: EncodeArgs) -> EncodeResult:
     """Encode every scan that `args` name.
 
     Raises ValueError where nothing can be done: no scans, no encoder, a spacing that is not known before training."""
-    from rich.console import Console
     from rich.progress import track
 
     from aftersam.data.dataset import find_dataset
@@ -73,7 +72,7 @@ def encode(args: EncodeArgs) -> EncodeResult:
     else:
         scans = [args.data]
     store, spacing_mm = _from_run(args) if args.model is not None else _from_sam(args)
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     failed = 0
     for scan in track(scans, "encoding", console=console, transient=True):
         try:
@@ -82,12 +81,10 @@ def encode(args: EncodeArgs) -> EncodeResult:
             ready = preprocess(volume, spacing_mm)
         except SAID as error:
             failed += 1
-            console.print(
-                f"aftersam.encode: {sentence(error)}", soft_wrap=True, markup=False, highlight=False
-            )
+            console.print(f"aftersam.encode: {sentence(error)}", soft_wrap=True)
             continue
         store.of(ready.array, ready.box)
-    console.print(f"{args.output}: {len(scans) - failed} of {len(scans)} scans", soft_wrap=True)
+    console.print(f"{one_line(args.output)}: {len(scans) - failed} of {len(scans)} scans", soft_wrap=True)
     return EncodeResult(len(scans) - failed, failed)
 
 

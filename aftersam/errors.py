@@ -14,6 +14,10 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SAID = (ValueError, OSError, FloatingPointError, MemoryError)  # what a command tells in one line
 _BY_A_FILE = (*SAID, EOFError, OverflowError, RecursionError, struct.error, zlib.error)
@@ -75,6 +79,13 @@ def sentence(error: BaseException) -> str:
     return one_line(text)
 
 
+def plain_console(*, stderr: bool = False) -> Console:
+    """A console on which names stand as they are: brackets are no markup, :words: no emoji, numbers not coloured."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
 def one_line(text: object) -> str:
     """`text` without line breaks and control characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
@@ -85,7 +96,11 @@ def _warning_in_a_line(name: str) -> Iterator[None]:
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"aftersam.{name}: {one_line(message)}\n"
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Glyph .* missing from"
+            )  # matplotlib's, of names in its pictures
+            yield
     finally:
         warnings.formatwarning = before
 

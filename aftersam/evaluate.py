@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from aftersam.config import Millimetres
-from aftersam.errors import run_command
+from aftersam.errors import plain_console, run_command
 from aftersam.evaluation.metrics import Convention
 from aftersam.files import write_json
 
@@ -45,21 +45,21 @@ def evaluate(args: EvaluateArgs) -> Metrics:
     """Score the masks that `args` name, write the scores as JSON and print them as a table.
 
     Raises ValueError where nothing can be scored, OSError where the scores cannot be written."""
-    from rich.console import Console
-
     from aftersam.evaluation.scoring import ScoringOptions, score_folder, table
 
     options = ScoringOptions(args.nsd_tolerance_mm, args.convention, args.label_names)
     metrics = score_folder(args.predictions, args.labels, options, against=args.against)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.output, metrics)
-    Console().print(table(metrics))
+    plain_console().print(table(metrics))
     return metrics
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = tyro.cli(EvaluateArgs, args=argv, description=__doc__)
-    return run_command("evaluate", lambda: 1 if evaluate(args)["problems"] else 0)
+    def command() -> int:
+        return 1 if evaluate(tyro.cli(EvaluateArgs, args=argv, description=__doc__))["problems"] else 0
+
+    return run_command("evaluate", command)
 
 
 if __name__ == "__main__":

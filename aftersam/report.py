@@ -42,10 +42,8 @@ def report(args: ReportArgs) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = tyro.cli(ReportArgs, args=argv, description=__doc__)
-
     def command() -> int:
-        print(report(args))
+        print(report(tyro.cli(ReportArgs, args=argv, description=__doc__)))
         return 0
 
     return run_command("report", command)

@@ -20,6 +20,7 @@ from aftersam.data.dataset import Case, Dataset, median_spacing
 from aftersam.data.intensities import check_intensities
 from aftersam.data.transforms import preprocess, resample
 from aftersam.data.volume import Volume, read_image, read_labels
+from aftersam.errors import plain_console
 from aftersam.files import renamed_folder
 
 VERSION = 1  # of what is stored and how it is computed; a change makes every cache anew
@@ -69,7 +70,6 @@ def cache_cases(
 
     The spacing "median" is that of the cases `training`. `trusted` intensities are not judged. Raises ValueError, or
     OSError where the folder cannot be written, naming the scan; what was finished before is kept."""
-    from rich.console import Console
     from rich.progress import track
 
     cases = {case.id: case for case in dataset.cases}
@@ -80,7 +80,7 @@ def cache_cases(
         spacing = None if config.spacing_mm == "native" else config.spacing_mm
     folder.mkdir(parents=True, exist_ok=True)
     wanted = [cases[i] for i in ids]
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         found = pool.map(
             lambda case: cache_case(case, dataset.labels, spacing, folder, trusted=trusted), wanted

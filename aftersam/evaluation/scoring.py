@@ -14,6 +14,7 @@ import numpy as np
 
 from aftersam.config import Millimetres, checked
 from aftersam.data.volume import Volume, read_labels
+from aftersam.errors import SAID, plain_console, sentence
 from aftersam.evaluation.metrics import Convention, OrganScore, score_organ
 from aftersam.evaluation.statistics import (
     bootstrap_interval,
@@ -82,14 +83,13 @@ def score_folder(
 
     A case whose mask is missing, unreadable or on another grid is a problem, reported on stderr, and not a score.
     `quiet` leaves the progress bar and advice out. Raises ValueError where nothing can be scored."""
-    from rich.console import Console
     from rich.progress import track
 
     checked(options)
     references = masks_in(labels)
     systems = [(folder, masks_in(folder)) for folder in (predictions, against) if folder is not None]
     names = label_names_near(options.label_names, labels, predictions)
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     hidden = quiet or not console.is_terminal
     scores: dict[str, list[Scores]] = {}  # case -> of each system
     spacings, problems = [], {}
@@ -98,9 +98,9 @@ def score_folder(
             found = [_matching(masks, case, folder) for folder, masks in systems]
             truth = read_labels(path)
             scores[case] = [_score_case(mask, truth, names, options) for mask in found]
-        except (ValueError, OSError) as error:
-            problems[case] = str(error)
-            console.print(f"aftersam.evaluate: {error}", soft_wrap=True, markup=False, highlight=False)
+        except SAID as error:
+            problems[case] = sentence(error)
+            console.print(f"aftersam.evaluate: {sentence(error)}", soft_wrap=True)
             continue
         spacings.append(max(truth.spacing_mm))
         if not quiet:

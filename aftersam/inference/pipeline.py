@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from aftersam.config import Count, Small, checked
+from aftersam.errors import SAID, one_line, plain_console, sentence
 from aftersam.files import DICOM, case_name, remove_leftovers, renamed, write_json
 from aftersam.inference.jobs import jobs_of, prompt_file
 
@@ -99,7 +100,6 @@ def predict_files(args: PredictArgs) -> Predicted:
     While one scan is computed the next is read and the last is written, so three are in memory at most. Under
     torchrun each process takes its share of a folder, on a GPU of its own with the device "auto".
     Raises ValueError where nothing can be done: no scans, a bad run, an output that exists."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     checked(args)
@@ -109,14 +109,20 @@ def predict_files(args: PredictArgs) -> Predicted:
     )
     jobs = jobs[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]  # torchrun's
     work = _work(args)
-    report = _Report(Console(stderr=True), folder)
+    report = _Report(plain_console(stderr=True), folder)
     kept = [mask for _, mask in jobs if mask.exists() and not args.overwrite]
     for mask in kept:
-        report.console.print(f"{mask} exists and is kept; --overwrite replaces it", soft_wrap=True)
+        report.console.print(f"{one_line(mask)} exists and is kept; --overwrite replaces it", soft_wrap=True)
     jobs = [(scan, mask) for scan, mask in jobs if mask not in kept]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    hidden = not report.console.is_terminal
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with (
-        Progress(*columns, console=report.console, transient=True) as bar,
+        Progress(*columns, console=report.console, transient=True, disable=hidden) as bar,
         ThreadPoolExecutor(1) as reader,
         ThreadPoolExecutor(1) as writer,
     ):
@@ -152,11 +158,11 @@ class _Report:
         """One bad scan of a folder costs a line, not the others."""
         try:
             yield
-        except (ValueError, OSError) as error:
+        except SAID as error:
             if not self.folder:
                 raise
-            self.problems.append(str(error))
-            self.console.print(f"aftersam.predict: {error}", soft_wrap=True, markup=False, highlight=False)
+            self.problems.append(sentence(error))
+            self.console.print(f"aftersam.predict: {sentence(error)}", soft_wrap=True)
 
     def collect(self, writing: list[tuple[Path, Future[str]]]) -> None:
         """Wait for masks to be written and tell of each."""
@@ -259,7 +265,7 @@ class _Work:
         organs = (
             ", ".join(self.names[v] for v in sorted(set(np.unique(labels)) & set(self.names))) or "nothing"
         )
-        line = f"{mask}: {organs}; {volume.array.shape[0]} slices in {time.monotonic() - job.began:.1f} s"
+        line = f"{one_line(mask)}: {organs}; {volume.array.shape[0]} slices in {time.monotonic() - job.began:.1f} s"
         if self.args.timings:
             write_json(_beside(mask, ".timings.json"), timings.summary())
             line += f"\n{timings.line()}"
