@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
-if (_hosts := Path(sys.prefix, "hosts")).is_dir():  # timm and torchvision, which `make` keeps out of site-packages
+if (
+    _hosts := Path(sys.prefix, "hosts")
+).is_dir():  # timm and torchvision, which `make` keeps out of site-packages
     sys.path.append(str(_hosts))
 if torch.version.cuda is None and (_torchvision := importlib.util.find_spec("torchvision")):
     # torchvision's wheel is built against torch's CUDA build. Beside the CPU build its operators do not load, and its
