@@ -9,6 +9,7 @@ import signal
 import struct
 import sys
 import threading
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +36,7 @@ class naming(contextlib.AbstractContextManager[None]):
     ) -> None:
         if not isinstance(error, Exception) or not (isinstance(error, _BY_A_FILE) or _in_a_library(error)):
             return
-        if isinstance(error, SAID) and str(self.path) in str(error):
+        if isinstance(error, SAID) and str(self.path) in str(error) and len(str(error).splitlines()) == 1:
             return
         if isinstance(error, MemoryError):
             raise MemoryError(f"{self.path}: memory ran out: {_first_line(error)}") from error
@@ -47,12 +48,13 @@ class naming(contextlib.AbstractContextManager[None]):
 def run_command(name: str, command: Callable[[], int]) -> int:
     """The exit code of `command`: 2 after one line where it was refused, 130 and 143 where it was stopped.
 
-    SIGTERM unwinds like an exception, so that no temporary file is left. A console that lacks a character shows ?."""
+    SIGTERM unwinds like an exception, so that no temporary file is left. A warning is one line as well. A console that
+    lacks a character shows ?."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        with _stopping_at_sigterm():
+        with _stopping_at_sigterm(), _warning_in_a_line(name):
             return command()
     except SAID as error:
         print(f"aftersam.{name}: {sentence(error)}", file=sys.stderr)
@@ -70,7 +72,22 @@ def sentence(error: BaseException) -> str:
         text = "memory ran out"
     else:
         text = str(error) or type(error).__name__
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return one_line(text)
+
+
+def one_line(text: object) -> str:
+    """`text` without line breaks and control characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+
+
+@contextlib.contextmanager
+def _warning_in_a_line(name: str) -> Iterator[None]:
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"aftersam.{name}: {one_line(message)}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 @contextlib.contextmanager

@@ -7,17 +7,16 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from aftersam.config import Config, from_dict, preset, validate
+from aftersam.config import Args, Config, Index, checked, from_dict, preset, validate
 from aftersam.files import read_json
 
 if TYPE_CHECKING:
     from aftersam.model.sam_checkpoint import SamCheckpoint
 
-Args = TypeVar("Args")
 ConfigFile = Annotated[Path | None, tyro.conf.arg(aliases=["--config"])]
 
 
@@ -36,7 +35,9 @@ class TrainArgs:
     """Official SAM weights: a .pth file, or vit_b, vit_l, vit_h, vit_t to download them once to a cache."""
     resume: bool = False
     """Go on from last.safetensors in --output, with the configuration stored there."""
-    fold: int = 0
+    trust_intensities: bool = False
+    """Take scans whose values do not look like Hounsfield units as they are, without a word."""
+    fold: Index = 0
     """Fold of splits_final.json, or of the five seeded ones where there is none."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
@@ -61,6 +62,7 @@ def make_plan(args: TrainArgs) -> Plan:
     from aftersam.model.build import resolve_encoder
     from aftersam.model.sam_checkpoint import read_sam_checkpoint
 
+    checked(args)
     if args.resume:
         config = from_dict(Config, read_json(args.output / "config.json"))
         sam, resumed = None, read_json(args.output / "run.json")
