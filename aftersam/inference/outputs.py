@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aftersam.files import remove_leftovers, renamed, write_json
-from aftersam.inference.jobs import DICOM, beside, case_of
+from aftersam.files import renamed, write_json
+from aftersam.inference.jobs import DICOM, beside
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +38,6 @@ def write_outputs(args: PredictArgs, names: dict[int, str], job: Job, found: Pre
     labels, volume, mask = found.labels, job.prepared.volume, job.mask
     timings = job.prepared.scan.timings
     mask.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(mask.parent, case_of(mask))
     with timings.stage("write"):
         labels[~np.isin(labels, list(names))] = 0
         _write_extras(args, names, job, found)
