@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aftersam.files import renamed, write_json
-from aftersam.inference.jobs import DICOM, beside
+from aftersam.files import DICOM, case_name, renamed, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,3 +91,8 @@ def _write_mask(names: dict[int, str], job: Job, labels: np.ndarray) -> None:
     with renamed(mask) as temporary:
         on_grid = np.asarray(to_nifti(labels, volume).dataobj)
         write_segmentation(temporary, on_grid, job.scan, names)
+
+
+def beside(mask: Path, ending: str) -> Path:
+    """The file of the mask's case with another ending."""
+    return mask.with_name(case_name(mask) + ending)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from aftersam.inference.jobs import beside, find_jobs, kept_labels, prompt_file
-from aftersam.inference.outputs import Job, write_outputs
+from aftersam.inference.jobs import jobs_of, prompt_file
+from aftersam.inference.outputs import Job, beside, write_outputs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,7 +99,10 @@ def predict_files(args: PredictArgs) -> Predicted:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    jobs, folder = find_jobs(args.input, args.output, overwrite=args.overwrite)
+    prompts = [] if args.prompt_labels is None else [args.prompt_labels]
+    jobs, folder = jobs_of(
+        args.input, args.output, also_read=[args.model, *prompts], overwrite=args.overwrite
+    )
     jobs = jobs[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]  # torchrun's
     work = _work(args)
     report = _Report(Console(stderr=True), folder)
@@ -232,7 +235,7 @@ def _work(args: PredictArgs) -> _Work:
     segmenter = load(
         args.model, checkpoint=args.checkpoint, device=args.device, compiled=args.compile, graphs=args.graph
     )
-    names = kept_labels(args.labels, segmenter.labels)
+    names = _kept_labels(args.labels, segmenter.labels)
     return _Work(args, segmenter, _options(args, segmenter), _embeddings(args, segmenter), names)
 
 
@@ -261,3 +264,20 @@ def _embeddings(args: PredictArgs, segmenter: Segmenter) -> Embeddings | None:
 
     size = segmenter.config.model.image_size
     return Embeddings(args.embeddings, segmenter.model, image_size=size, precision=segmenter.precision)
+
+
+def _kept_labels(wanted: str | None, labels: dict[int, str]) -> dict[int, str]:
+    """The labels by value that the comma-separated `wanted` names; all of them for None."""
+    if wanted is None:
+        return labels
+    import difflib
+
+    values = {name: value for value, name in labels.items()}
+    kept = {}
+    for name in (part.strip() for part in wanted.split(",")):
+        if name not in values:
+            close = difflib.get_close_matches(name, values, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"the model has no label {name!r}{hint} It has {', '.join(values)}")
+        kept[values[name]] = name
+    return kept
