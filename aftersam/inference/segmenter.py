@@ -138,14 +138,14 @@ def load(
 
     `compiled` compiles each step at its first use: a minute that many scans pay back. `graphs` replays each step as
     a CUDA graph where the model is on a GPU: the same masks, without a launch for each of hundreds of kernels.
-    Raises ValueError on a missing, truncated or foreign file."""
+    Raises ValueError on a missing, truncated or foreign file, and on a device that is not there."""
     from aftersam.device import dtype_for, find_device
     from aftersam.files import read_json
     from aftersam.inference.graphs import capture_steps
     from aftersam.model.build import build_aftersam, load_weights
     from aftersam.model.lora import merge_lora
 
-    run = Path(run)
+    run, where = Path(run), find_device(device)
     if not (run / "config.json").is_file():
         raise ValueError(f"{run} is not a training run: it has no config.json")
     config = validate(from_dict(Config, read_json(run / "config.json"), where=str(run / "config.json")))
@@ -158,7 +158,6 @@ def load(
         compile_steps(model)
     if graphs:
         capture_steps(model)
-    where = find_device(device)
     spacing = facts["spacing_mm"]
     return Segmenter(
         model.to(where).eval(),

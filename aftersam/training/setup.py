@@ -16,7 +16,7 @@ from aftersam.data.cache import CachedCase, cache_cases
 from aftersam.data.dataset import Dataset, find_dataset, mirror_pairs, split
 from aftersam.data.slice_group import SliceGroups
 from aftersam.data.stored_features import StoredScan
-from aftersam.device import DTYPES, precision_for
+from aftersam.device import DTYPES, find_device, precision_for
 from aftersam.files import write_json
 from aftersam.inference.feature_cache import Embeddings
 from aftersam.inference.postprocess import one_piece
@@ -79,19 +79,26 @@ class Scans:
 def start_processes(config: TrainConfig, output: Path, device: str) -> Processes:
     """Devices, precision and trackers, and the seed of every draw from here on.
 
-    Raises ValueError on a tracker that is not installed, and on fp16 without a GPU."""
-    precision = precision_for(config.precision, device)
+    Raises ValueError on a device that is not there, a tracker that is not installed, and fp16 without a GPU."""
+    where = find_device(device)
+    precision = precision_for(config.precision, where.type)
     if not filter_trackers(config.tracker, output):
         raise ValueError(
             f"tracker is {config.tracker!r}, whose package is not installed; install it, or use tensorboard"
         )
+    if where.type == "cuda":
+        torch.cuda.set_device(where)  # what accelerate takes in a single process
     AcceleratorState._reset_state()  # a run before this one in the same process may have had another precision
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(precision, precision),
-        cpu=device == "cpu",
+        cpu=where.type == "cpu",
         log_with=config.tracker,
         project_dir=str(output),
     )
+    if accelerator.num_processes > 1 and ":" in device:
+        raise ValueError(
+            f"device is {device}, but each of {accelerator.num_processes} processes has its own; use cuda"
+        )
     if precision == "fp16" and accelerator.device.type == "cpu":  # where nothing scales the gradients
         raise ValueError("precision fp16 needs a GPU to train on; use bf16 or fp32")
     set_seed(config.seed)
