@@ -15,7 +15,7 @@ import tyro
 
 from aftersam.config import Config
 from aftersam.errors import run_command
-from aftersam.files import NIFTI
+from aftersam.files import by_case, scans_in
 from aftersam.training.arguments import ConfigFile, parse
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def encode(args: EncodeArgs) -> EncodeResult:
     if (args.model is None) == (args.sam_checkpoint is None):
         raise ValueError("give a run (-m) or SAM weights (--sam-checkpoint), one of the two")
     if args.data.is_dir():
-        scans = sorted(path for path in args.data.iterdir() if path.name.endswith(NIFTI))
+        scans = list(by_case(scans_in(args.data)).values())
         scans = scans or [case.image for case in find_dataset(args.data).cases]
     else:
         scans = [args.data]

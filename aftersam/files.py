@@ -10,7 +10,8 @@ import glob
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,20 +19,62 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NIFTI = (".nii.gz", ".nii")
+DICOM = ".dcm"
 FACTS = "aftersam"  # key of our JSON in a safetensors file's metadata
 
 
+def is_nifti(path: Path) -> bool:
+    """Whether the name ends in .nii or .nii.gz, in upper or lower case."""
+    return path.name.lower().endswith(NIFTI)
+
+
+def scans_in(folder: Path) -> list[Path]:
+    """The NIfTI files of a folder, sorted. Hidden ones are none: macOS leaves ._a.nii.gz beside a.nii.gz."""
+    return sorted(path for path in folder.iterdir() if is_nifti(path) and not path.name.startswith("."))
+
+
 def case_name(path: Path) -> str:
-    """File name without NIfTI's endings."""
-    for ending in NIFTI:
-        if path.name.endswith(ending):
-            return path.name.removesuffix(ending)
-    return path.name
+    """File name without the ending of NIfTI or DICOM."""
+    ending = next((e for e in (*NIFTI, DICOM) if path.name.lower().endswith(e)), "")
+    return path.name[: len(path.name) - len(ending)]
 
 
 def case_id(path: Path) -> str:
-    """File name without NIfTI's endings and nnU-Net's channel number."""
+    """File name without its ending and nnU-Net's channel number: what the mask of a scan is called."""
     return case_name(path).removesuffix("_0000")
+
+
+def by_case(files: Iterable[Path]) -> dict[str, Path]:
+    """{case: file}; two Unicode spellings of a name are one case.
+
+    Raises ValueError that names both where two files are one case: one mask would replace the other."""
+    found: dict[str, Path] = {}
+    for path in files:
+        case = unicodedata.normalize("NFC", case_id(path))
+        if case in found:
+            raise ValueError(f"{found[case]} and {path} are both the case {case!r}; rename or remove one")
+        found[case] = path
+    return found
+
+
+def masks_of(scans: Sequence[Path], folder: Path) -> list[tuple[Path, Path]]:
+    """(scan, its mask in `folder`) of each scan.
+
+    Raises ValueError where two scans would give one mask, or a mask would replace a scan."""
+    by_case(scans)
+    pairs = [(scan, folder / f"{case_id(scan)}.nii.gz") for scan in scans]
+    for _, mask in pairs:
+        refuse_input(mask, scans)
+    return pairs
+
+
+def refuse_input(output: Path, inputs: Iterable[Path]) -> None:
+    """Raise ValueError where `output` is one of the inputs, under this name or through a link."""
+    for path in inputs:
+        if output.resolve() == path.resolve() or (
+            output.exists() and path.exists() and output.samefile(path)
+        ):
+            raise ValueError(f"the output {output} is the input {path}; choose another name for the output")
 
 
 @contextlib.contextmanager

@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 
 from aftersam.files import (
+    by_case,
     case_id,
+    masks_of,
     read_json,
+    refuse_input,
     remove_leftovers,
     renamed,
     renamed_folder,
+    scans_in,
     write_json,
     write_text,
 )
@@ -73,5 +77,46 @@ def test_only_what_a_dead_process_left_of_a_case_is_removed(tmp_path):
 
 
 def test_a_case_is_a_name_without_endings_and_channel():
-    names = ["a.nii.gz", "a_0000.nii.gz", "a.nii", "a_0000", "a"]
+    names = ["a.nii.gz", "a_0000.nii.gz", "a.nii", "a_0000", "a", "a.NII.GZ", "a_0000.Nii", "a.dcm"]
     assert {case_id(Path("folder") / name) for name in names} == {"a"}
+
+
+def test_scans_are_nifti_files_in_any_case_that_are_not_hidden(tmp_path):
+    scans = ["a.nii.gz", "b.NII.GZ", "c.nii", "d.Nii"]
+    for name in [*scans, "._a.nii.gz", ".1.a.nii.gz", "a.nrrd", "a.nii.gz.txt", "dataset.json"]:
+        (tmp_path / name).write_text("")
+    assert [path.name for path in scans_in(tmp_path)] == scans
+    masks = [mask.name for _, mask in masks_of(scans_in(tmp_path), tmp_path / "out")]
+    assert masks == ["a.nii.gz", "b.nii.gz", "c.nii.gz", "d.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("a.nii", "a.nii.gz"),
+        ("a.nii.gz", "a_0000.nii.gz"),
+        ("a.nii.gz", "a.NII.GZ"),
+        ("centreA/ct.nii.gz", "centreB/ct.nii.gz"),
+        ("u\u0308.nii.gz", "\xfc.nii.gz"),
+    ],
+    ids=str,
+)
+def test_two_scans_of_one_mask_are_refused_naming_both(pair, tmp_path):
+    for clash in (by_case, lambda scans: masks_of(scans, tmp_path)):
+        with pytest.raises(ValueError, match="are both the case") as caught:
+            clash([Path("b.nii"), *map(Path, pair)])
+        assert all(name in str(caught.value) for name in pair)
+
+
+def test_an_output_that_is_an_input_is_refused_by_any_name(tmp_path):
+    scan = tmp_path / "a.nii.gz"
+    scan.write_text("scan")
+    (tmp_path / "soft").symlink_to(scan)
+    (tmp_path / "hard").hardlink_to(scan)
+    (tmp_path / "there").symlink_to(tmp_path)
+    for output in (scan, tmp_path / "soft", tmp_path / "hard", tmp_path / "x" / ".." / "there" / scan.name):
+        with pytest.raises(ValueError, match=r"is the input .*a\.nii\.gz"):
+            refuse_input(output, [tmp_path / "missing", scan])
+    refuse_input(tmp_path / "new.nii.gz", [scan])
+    with pytest.raises(ValueError, match="is the input"):
+        masks_of([tmp_path / "b_0000.nii.gz", scan], tmp_path)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from aftersam.data.volume import read_grid, read_labels
-from aftersam.files import NIFTI, case_id, write_json
+from aftersam.files import by_case, case_id, scans_in, write_json
 
 FOLDS = 5
 SEGTHOR_LABELS = {1: "esophagus", 2: "heart", 3: "trachea", 4: "aorta"}
@@ -160,18 +160,6 @@ def _label_names(description: dict[str, Any], where: Path) -> dict[int, str]:
     return dict(sorted(names.items()))
 
 
-def _scans(folder: Path) -> dict[str, Path]:
-    """Case id to file of every NIfTI file in a folder; macOS's ._ files are none."""
-    files = sorted(p for p in folder.iterdir() if p.name.endswith(NIFTI) and not p.name.startswith("."))
-    scans: dict[str, Path] = {}
-    for path in files:
-        name = case_id(path)
-        if name in scans:
-            raise ValueError(f"{path} and {scans[name]} are the same case twice")
-        scans[name] = path
-    return scans
-
-
 def _nnunet(root: Path, description: dict[str, Any]) -> Dataset:
     where = root / "dataset.json"
     channels = description.get("channel_names", description.get("modality", {}))
@@ -189,7 +177,7 @@ def _plain(root: Path, description: dict[str, Any]) -> Dataset:
     if "labels" in description:
         names = _label_names(description, root / "dataset.json")
     else:
-        maps = _scans(labels).values() if labels.is_dir() else ()
+        maps = scans_in(labels) if labels.is_dir() else ()
         highest = max((int(read_labels(path).array.max()) for path in maps), default=0)
         names = {value: f"label_{value}" for value in range(1, highest + 1)}
         if not names:
@@ -198,8 +186,8 @@ def _plain(root: Path, description: dict[str, Any]) -> Dataset:
 
 
 def _paired(root: Path, layout: str, images: Path, labels: Path, names: dict[int, str]) -> Dataset:
-    scans = _scans(images)
-    masks = _scans(labels) if labels.is_dir() else {}
+    scans = by_case(scans_in(images))
+    masks = by_case(scans_in(labels)) if labels.is_dir() else {}
     cases = tuple(Case(name, path, masks.get(name)) for name, path in scans.items())
     return Dataset(root.resolve().name, layout, root, cases, names)
 
@@ -212,6 +200,7 @@ def _decathlon(root: Path, description: dict[str, Any]) -> Dataset:
             raise ValueError(f"{where} lists the training case {entry!r}; an image and a label are needed")
         image, label = root / entry["image"], root / entry["label"]
         cases.append(Case(case_id(image), image, label))
+    by_case(case.image for case in cases)
     return Dataset(
         str(description.get("name", root.resolve().name)),
         "Medical Segmentation Decathlon",
@@ -225,10 +214,9 @@ def _segthor(root: Path) -> Dataset:
     folder = root / "train" if (root / "train").is_dir() else root
     cases = []
     for home in sorted(p for p in folder.iterdir() if p.is_dir()):
-        label = next((home / f"GT{e}" for e in NIFTI if (home / f"GT{e}").exists()), None)
-        image = next((home / f"{home.name}{e}" for e in NIFTI if (home / f"{home.name}{e}").exists()), None)
-        if image is not None:
-            cases.append(Case(home.name, image, label))
+        files = by_case(scans_in(home))
+        if home.name in files:
+            cases.append(Case(home.name, files[home.name], files.get("GT")))
     if not cases:
         raise ValueError(
             f"{root} is no data set: there is neither imagesTr/ nor images/ nor a dataset.json nor SegTHOR's "
@@ -267,6 +255,6 @@ def link_cases(dataset: Dataset, ids: Collection[str], home: Path) -> None:
             raise ValueError(f"{case.image} has no label to be scored by")
         for folder, file in (("images", case.image), ("labels", case.label)):
             (home / folder).mkdir(parents=True, exist_ok=True)
-            ending = ".nii.gz" if file.name.endswith(".gz") else ".nii"
+            ending = ".nii.gz" if file.name.lower().endswith(".gz") else ".nii"
             with contextlib.suppress(FileExistsError):  # of a command before, or beside this one
                 (home / folder / f"{case.id}{ending}").symlink_to(file.resolve())

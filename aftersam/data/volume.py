@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from aftersam.files import NIFTI, case_name, renamed, write_json
+from aftersam.files import case_name, is_nifti, renamed, write_json
 
 if TYPE_CHECKING:
     import nibabel as nib
@@ -148,7 +148,7 @@ def write_labels(
     Both appear under their names only when complete. Raises ValueError on a name that is not NIfTI's or labels
     of another shape, OSError where the file cannot be written."""
     path = Path(path)
-    if not path.name.endswith(NIFTI):
+    if not is_nifti(path):
         raise ValueError(f"{path} must end in .nii or .nii.gz to be written")
     image = to_nifti(labels, like, names)
     if names is not None:  # the mask last: where it is, all is there
@@ -202,7 +202,7 @@ def _open(path: Path) -> nib.Nifti1Image:
 
     if not path.exists():
         raise ValueError(f"{path} does not exist")
-    if not path.name.endswith(NIFTI):
+    if not is_nifti(path):
         raise ValueError(f"{path} is not a NIfTI file (.nii or .nii.gz)")
     with nib.openers.ImageOpener(str(path), "rb") as file:
         size = file.read(4)

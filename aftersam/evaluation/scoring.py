@@ -23,7 +23,7 @@ from aftersam.evaluation.statistics import (
     shown,
     span,
 )
-from aftersam.files import NIFTI, case_id
+from aftersam.files import by_case, scans_in
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -298,10 +298,7 @@ def masks_in(folder: Path) -> dict[str, Path]:
     """{case: file} of a folder, by name without NIfTI's ending and nnU-Net's channel number."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    found = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.endswith(NIFTI) and not path.name.startswith("."):
-            found[case_id(path)] = path
+    found = by_case(scans_in(folder))
     if not found:
         raise ValueError(f"{folder} holds no mask that ends in .nii.gz or .nii")
     return found

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from aftersam.files import NIFTI, remove_leftovers, renamed, write_json
+from aftersam.files import DICOM, case_name, remove_leftovers, renamed, write_json
+from aftersam.inference.jobs import jobs_of, prompt_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from aftersam.inference.inputs import PredictOptions
     from aftersam.inference.segmenter import Prepared, Segmenter
     from aftersam.inference.sliding import Prediction
-
-DICOM = ".dcm"
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,10 @@ def predict_files(args: PredictArgs) -> Predicted:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    jobs, folder = _jobs(args)
+    prompts = [] if args.prompt_labels is None else [args.prompt_labels]
+    jobs, folder = jobs_of(
+        args.input, args.output, also_read=[args.model, *prompts], overwrite=args.overwrite
+    )
     jobs = jobs[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]  # torchrun's
     work = _work(args)
     report = _Report(Console(stderr=True), folder)
@@ -192,7 +194,7 @@ class _Work:
         with timings.stage("read"):
             volume = read_image(scan)
             if self.args.prompt_labels is not None and needs != "none":
-                prompts = read_labels(_prompt_file(self.args.prompt_labels, scan), like=volume)
+                prompts = read_labels(prompt_file(self.args.prompt_labels, scan), like=volume)
                 facts = {"prompted": needs}  # who scores this mask must know
         prepared = self.segmenter.prepare(volume, prompt_labels=prompts, timings=timings)
         return _Job(scan, prepared, facts, began)
@@ -243,7 +245,7 @@ class _Work:
 
         labels, volume, timings = found.labels, job.prepared.volume, job.prepared.scan.timings
         mask.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(mask.parent, _case(mask))
+        remove_leftovers(mask.parent, case_name(mask))
         with timings.stage("write"):
             labels[~np.isin(labels, list(self.names))] = 0
             self._write_extras(job, found, mask)
@@ -338,49 +340,8 @@ def _embeddings(args: PredictArgs, segmenter: Segmenter) -> Embeddings | None:
     return Embeddings(args.embeddings, segmenter.model, image_size=size, precision=segmenter.precision)
 
 
-def _jobs(args: PredictArgs) -> tuple[list[tuple[Path, Path]], bool]:
-    """(scan, mask) pairs, and whether the input is a folder of scans."""
-    if not args.input.exists():
-        raise ValueError(f"{args.input} does not exist")
-    scans = []
-    if args.input.is_dir():
-        scans = sorted(p for p in args.input.iterdir() if p.name.endswith(NIFTI))
-    if scans:
-        if args.output.name.endswith((*NIFTI, DICOM)) or args.output.is_file():
-            raise ValueError(f"{args.input} is a folder of {len(scans)} scans, so --output must be a folder")
-        return [(scan, args.output / f"{_case(scan)}.nii.gz") for scan in scans], True
-    mask = args.output
-    if mask.suffix == DICOM and not args.input.is_dir():
-        raise ValueError(
-            f"{mask} would be a DICOM segmentation, but {args.input} is no folder of a DICOM series"
-        )
-    if not mask.name.endswith((*NIFTI, DICOM)):
-        mask = mask / f"{_case(args.input)}.nii.gz"
-    if mask.exists() and not args.overwrite:
-        raise ValueError(f"{mask} exists; --overwrite replaces it")
-    return [(args.input, mask)], False
-
-
-def _prompt_file(labels: Path, scan: Path) -> Path:
-    """The label of `scan`: `labels` itself, or the file with the scan's name in that folder."""
-    if not labels.is_dir():
-        return labels
-    found = [p for ending in NIFTI if (p := labels / (_case(scan) + ending)).exists()]
-    if not found:
-        raise ValueError(f"{labels} has no label {_case(scan)}.nii.gz to draw the prompts of {scan} from")
-    return found[0]
-
-
-def _case(scan: Path) -> str:
-    """The case's name: without the file ending and nnU-Net's channel number."""
-    name = scan.name
-    for ending in (*NIFTI, DICOM):
-        name = name.removesuffix(ending)
-    return name.removesuffix("_0000")
-
-
 def _beside(mask: Path, ending: str) -> Path:
-    return mask.with_name(_case(mask) + ending)
+    return mask.with_name(case_name(mask) + ending)
 
 
 def _kept_labels(wanted: str | None, labels: dict[int, str]) -> dict[int, str]:

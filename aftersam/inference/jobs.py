@@ -1,0 +1,58 @@
+"""What a prediction is asked for: which scans there are, and where the mask of each goes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from aftersam.files import DICOM, NIFTI, by_case, case_id, is_nifti, masks_of, refuse_input, scans_in
+
+
+def jobs_of(
+    source: Path, output: Path, *, also_read: Sequence[Path] = (), overwrite: bool = False
+) -> tuple[list[tuple[Path, Path]], bool]:
+    """(scan, mask) pairs, and whether the input `source` is a folder of scans.
+
+    Raises ValueError where there is no scan, where a mask exists, and where one would replace a scan, another mask or
+    what is `also_read`."""
+    if not source.exists():
+        raise ValueError(f"{source} does not exist")
+    refuse_input(output, [source, *also_read])
+    scans = scans_in(source) if source.is_dir() else []
+    if scans:
+        if output.name.lower().endswith((*NIFTI, DICOM)) or output.is_file():
+            raise ValueError(f"{source} is a folder of {len(scans)} scans, so --output must be a folder")
+        _refuse_format(output)
+        return masks_of(scans, output), True
+    mask = output
+    if mask.suffix == DICOM and not source.is_dir():
+        raise ValueError(f"{mask} would be a DICOM segmentation, but {source} is no folder of a DICOM series")
+    if not is_nifti(mask) and mask.suffix != DICOM:
+        _refuse_format(mask)
+        mask = mask / f"{case_id(source)}.nii.gz"
+    refuse_input(mask, [source, *also_read])
+    if source.is_dir():
+        refuse_input(mask.parent, [source])  # the next prediction would take the mask for a scan
+    if mask.exists() and not overwrite:
+        raise ValueError(f"{mask} exists; --overwrite replaces it")
+    return [(source, mask)], False
+
+
+def _refuse_format(folder: Path) -> None:
+    """Raise ValueError where the new folder `folder` has a name that asks for a file of a format we do not write."""
+    if not folder.is_dir() and re.fullmatch(r"\.[A-Za-z]{2,5}\d?", folder.suffix):
+        raise ValueError(
+            f"--output {folder} ends in {folder.suffix}, but a mask is written as .nii.gz, .nii or, for a DICOM "
+            "series, .dcm; make the folder first if it is to be one"
+        )
+
+
+def prompt_file(labels: Path, scan: Path) -> Path:
+    """The label of `scan`: `labels` itself, or the file with the scan's name in that folder."""
+    if not labels.is_dir():
+        return labels
+    found = by_case(scans_in(labels)).get(case_id(scan))
+    if found is None:
+        raise ValueError(f"{labels} has no label {case_id(scan)}.nii.gz to draw the prompts of {scan} from")
+    return found
