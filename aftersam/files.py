@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aftersam.errors import naming
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -44,13 +46,18 @@ def case_id(path: Path) -> str:
     return case_name(path).removesuffix("_0000")
 
 
+def normal_form(name: str) -> str:
+    """`name` in the one Unicode spelling that we compare: macOS writes ü as u and two dots."""
+    return unicodedata.normalize("NFC", name)
+
+
 def by_case(files: Iterable[Path]) -> dict[str, Path]:
     """{case: file}; two Unicode spellings of a name are one case.
 
     Raises ValueError that names both where two files are one case: one mask would replace the other."""
     found: dict[str, Path] = {}
     for path in files:
-        case = unicodedata.normalize("NFC", case_id(path))
+        case = normal_form(case_id(path))
         if case in found:
             raise ValueError(f"{found[case]} and {path} are both the case {case!r}; rename or remove one")
         found[case] = path
@@ -135,13 +142,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON in `path`. Raises ValueError in one sentence where it is missing or broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    """The JSON in `path`, with or without Notepad's byte-order mark.
+
+    Raises ValueError in one sentence where it is missing, no file, broken or nested without end."""
+    if not path.is_file():
+        raise ValueError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
+    with naming(path, "is not valid JSON"):
+        return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
