@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from aftersam.files import DICOM, case_name, remove_leftovers, renamed, write_json
-from aftersam.inference.jobs import jobs_of, prompt_file
+from aftersam.inference.jobs import beside, jobs_of, kept_labels, prompt_file
+from aftersam.inference.outputs import Job, write_outputs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from aftersam.inference.feature_cache import Embeddings
     from aftersam.inference.inputs import PredictOptions
-    from aftersam.inference.segmenter import Prepared, Segmenter
+    from aftersam.inference.segmenter import Segmenter
     from aftersam.inference.sliding import Prediction
 
 
@@ -116,20 +116,20 @@ def predict_files(args: PredictArgs) -> Predicted:
         ThreadPoolExecutor(1) as reader,
         ThreadPoolExecutor(1) as writer,
     ):
-        upcoming = [reader.submit(work.read, scan) for scan, _ in jobs[:1]]
+        upcoming = [reader.submit(work.read, *pair) for pair in jobs[:1]]
         writing: list[tuple[Path, Future[str]]] = []
         for index, (scan, mask) in enumerate(jobs):
             reading = upcoming.pop()
-            upcoming = [reader.submit(work.read, later) for later, _ in jobs[index + 1 : index + 2]]
+            upcoming = [reader.submit(work.read, *later) for later in jobs[index + 1 : index + 2]]
             with report.problems_of_one_scan():
                 job = reading.result()
                 task = bar.add_task(scan.name, total=job.prepared.volume.array.shape[0])
                 try:
-                    found = work.compute(job, mask, functools.partial(bar.advance, task))
+                    found = work.compute(job, functools.partial(bar.advance, task))
                 finally:
                     bar.remove_task(task)
                 report.collect(writing)
-                writing = [(mask, writer.submit(work.write, job, found, mask))]
+                writing = [(mask, writer.submit(write_outputs, args, work.names, job, found))]
         report.collect(writing)
     return Predicted(tuple(report.written), tuple(kept), tuple(report.problems))
 
@@ -163,18 +163,8 @@ class _Report:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """A scan between reading and writing."""
-
-    scan: Path
-    prepared: Prepared
-    facts: dict[str, str]  # for the JSON beside the mask
-    began: float
-
-
-@dataclass(frozen=True)
 class _Work:
-    """What is done to each scan: read, compute and write, each in a thread of its own."""
+    """What is done to each scan before it is written: read and compute, each in a thread of its own."""
 
     args: PredictArgs
     segmenter: Segmenter
@@ -182,7 +172,7 @@ class _Work:
     embeddings: Embeddings | None
     names: dict[int, str]  # labels that masks keep
 
-    def read(self, scan: Path) -> _Job:
+    def read(self, scan: Path, mask: Path) -> Job:
         """Read one scan, and its prompts, and bring them to the model's spacing."""
         from aftersam.data.volume import read_image, read_labels
         from aftersam.inference.timings import Timings
@@ -197,9 +187,9 @@ class _Work:
                 prompts = read_labels(prompt_file(self.args.prompt_labels, scan), like=volume)
                 facts = {"prompted": needs}  # who scores this mask must know
         prepared = self.segmenter.prepare(volume, prompt_labels=prompts, timings=timings)
-        return _Job(scan, prepared, facts, began)
+        return Job(scan, mask, prepared, facts, began)
 
-    def compute(self, job: _Job, mask: Path, progress: Callable[[int], None]) -> Prediction:
+    def compute(self, job: Job, progress: Callable[[int], None]) -> Prediction:
         """Segment one scan. Raises ValueError where the memory does not suffice."""
         import torch
 
@@ -210,7 +200,7 @@ class _Work:
                 with scan.timings.stage("encode"):
                     stored = self.embeddings.of(scan.hu, scan.box, batch_size=batch)
                 prepared = prepared._replace(scan=dataclasses.replace(scan, stored=stored))
-            with self._probabilities(job, mask) as probabilities:
+            with self._probabilities(job) as probabilities:
                 return self.segmenter.segment(
                     prepared,
                     options=self.options,
@@ -225,81 +215,17 @@ class _Work:
             ) from None
 
     @contextlib.contextmanager
-    def _probabilities(self, job: _Job, mask: Path) -> Iterator[np.ndarray | None]:
+    def _probabilities(self, job: Job) -> Iterator[np.ndarray | None]:
         """The file that the scan's probabilities go to as they come, if they are wanted."""
         if not self.args.save_probabilities:
             yield None
             return
         from aftersam.data.volume import open_probabilities
 
-        mask.parent.mkdir(parents=True, exist_ok=True)
-        path = _beside(mask, ".probabilities.npy")
+        job.mask.parent.mkdir(parents=True, exist_ok=True)
+        path = beside(job.mask, ".probabilities.npy")
         with open_probabilities(path, job.prepared.volume, len(self.segmenter.labels) + 1) as array:
             yield array
-
-    def write(self, job: _Job, found: Prediction, mask: Path) -> str:
-        """Write one mask, after all that lies beside it: a mask under its name is a scan that is finished.
-
-        Returns what to tell the user. Raises OSError where a file cannot be written."""
-        import numpy as np
-
-        labels, volume, timings = found.labels, job.prepared.volume, job.prepared.scan.timings
-        mask.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(mask.parent, case_name(mask))
-        with timings.stage("write"):
-            labels[~np.isin(labels, list(self.names))] = 0
-            self._write_extras(job, found, mask)
-            self._write_mask(job, labels, mask)
-        organs = (
-            ", ".join(self.names[v] for v in sorted(set(np.unique(labels)) & set(self.names))) or "nothing"
-        )
-        line = f"{mask}: {organs}; {volume.array.shape[0]} slices in {time.monotonic() - job.began:.1f} s"
-        if self.args.timings:
-            write_json(_beside(mask, ".timings.json"), timings.summary())
-            line += f"\n{timings.line()}"
-        return line
-
-    def _write_extras(self, job: _Job, found: Prediction, mask: Path) -> None:
-        """What lies beside the mask, as far as it is wanted: preview, statistics, confidence."""
-        import numpy as np
-
-        from aftersam.data.volume import write_confidence
-        from aftersam.evaluation.metrics import organ_statistics
-
-        labels, volume = found.labels, job.prepared.volume
-        if self.args.preview:
-            from aftersam.evaluation.figures import overlay_png
-
-            overlay_png(
-                _beside(mask, ".png"),
-                volume.array,
-                labels,
-                volume.spacing_mm,
-                self.names,
-                title=job.scan.name,
-            )
-        if self.args.statistics:
-            voxel_mm3 = abs(float(np.linalg.det(volume.affine[:3, :3])))
-            statistics = organ_statistics(labels, volume.array, self.names, voxel_mm3=voxel_mm3)
-            write_json(_beside(mask, ".statistics.json"), statistics)
-        if found.confidence is not None:
-            write_confidence(_beside(mask, ".confidence.nii.gz"), found.confidence, volume)
-
-    def _write_mask(self, job: _Job, labels: np.ndarray, mask: Path) -> None:
-        """The mask itself, as NIfTI or as a DICOM segmentation of the series."""
-        import numpy as np
-
-        from aftersam.data.volume import to_nifti, write_labels
-
-        volume = job.prepared.volume
-        if mask.suffix != DICOM:
-            write_labels(mask, labels, volume, self.names, job.facts)
-            return
-        from aftersam.data.dicom import write_segmentation
-
-        with renamed(mask) as temporary:
-            on_grid = np.asarray(to_nifti(labels, volume).dataobj)
-            write_segmentation(temporary, on_grid, job.scan, self.names)
 
 
 def _work(args: PredictArgs) -> _Work:
@@ -309,7 +235,7 @@ def _work(args: PredictArgs) -> _Work:
     segmenter = load(
         args.model, checkpoint=args.checkpoint, device=args.device, compiled=args.compile, graphs=args.graph
     )
-    names = _kept_labels(args.labels, segmenter.labels)
+    names = kept_labels(args.labels, segmenter.labels)
     return _Work(args, segmenter, _options(args, segmenter), _embeddings(args, segmenter), names)
 
 
@@ -338,24 +264,3 @@ def _embeddings(args: PredictArgs, segmenter: Segmenter) -> Embeddings | None:
 
     size = segmenter.config.model.image_size
     return Embeddings(args.embeddings, segmenter.model, image_size=size, precision=segmenter.precision)
-
-
-def _beside(mask: Path, ending: str) -> Path:
-    return mask.with_name(case_name(mask) + ending)
-
-
-def _kept_labels(wanted: str | None, labels: dict[int, str]) -> dict[int, str]:
-    """The labels by value that the comma-separated `wanted` names; all of them for None."""
-    if wanted is None:
-        return labels
-    import difflib
-
-    values = {name: value for value, name in labels.items()}
-    kept = {}
-    for name in (part.strip() for part in wanted.split(",")):
-        if name not in values:
-            close = difflib.get_close_matches(name, values, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"the model has no label {name!r}{hint} It has {', '.join(values)}")
-        kept[values[name]] = name
-    return kept
