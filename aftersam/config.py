@@ -317,9 +317,15 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type, values: dict[str, Any], *, where: str = "config") -> Any:
     """An instance of the dataclass `cls` from JSON values; keys not named keep their defaults.
 
-    Raises ValueError on an unknown key, naming the nearest one, or on a value of the wrong type."""
+    Raises ValueError on an unknown key, naming the nearest one, on one that is missing, and on a value of the wrong
+    type."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} holds a {type(values).__name__}, but must be an object")
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
+    needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory]
+    if missing := [name for name in needed if name not in values]:
+        raise ValueError(f"{where} lacks {missing[0]!r}")
     for key in values:
         if key not in names:
             raise ValueError(f"{where} has no key {key!r}{_nearest(key, names)}")
@@ -339,10 +345,15 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
                 f"{where} is {value!r}{_nearest(value, args)}; it must be one of {', '.join(map(str, args))}"
             )
         return value
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} is {value!r:.60}, but must be an object")
+        return {key: _convert(args[1], entry, f"{where}.{key}") for key, entry in value.items()}
     if origin is tuple:
+        if not isinstance(value, (list, tuple)) or (args[-1] is not Ellipsis and len(value) != len(args)):
+            count = "" if args[-1] is Ellipsis else f" of {len(args)}"
+            raise ValueError(f"{where} is {value!r:.60}, but must be a list{count}")
         inner = args[:1] * len(value) if args[-1] is Ellipsis else args
-        if not isinstance(value, (list, tuple)) or len(value) != len(inner):
-            raise ValueError(f"{where} is {value!r}, but must be a list of {len(inner)}")
         return tuple(
             _convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True))
         )

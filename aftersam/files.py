@@ -187,19 +187,28 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, An
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the facts that `write_tensors` left. Raises ValueError on a truncated or foreign file."""
-    from safetensors import SafetensorError, safe_open
+    with _opened(path) as file:
+        facts = json.loads((file.metadata() or {}).get(FACTS, "null"))
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} was not written by aftersam.train")
+    return tensors, facts
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors that `write_tensors` left, from the header alone. Raises ValueError likewise."""
+    with _opened(path) as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  not a dict
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import safe_open
 
     if not path.is_file():
         raise ValueError(f"{path} does not exist; train writes best.safetensors and last.safetensors")
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get(FACTS, "null"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    if facts is None:
-        raise ValueError(f"{path} was not written by aftersam.train")
-    return tensors, facts
+    with naming(path, "is not a whole safetensors file"), safe_open(path, framework="pt") as file:
+        yield file
 
 
 @contextlib.contextmanager
