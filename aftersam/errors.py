@@ -10,13 +10,14 @@ import struct
 import sys
 import threading
 import time
+import tokenize
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 
 SAID = (ValueError, OSError, FloatingPointError, MemoryError)  # what a command tells in one line
-_BY_A_FILE = (*SAID, EOFError, OverflowError, RecursionError, struct.error, zlib.error)
+_BY_A_FILE = (*SAID, EOFError, OverflowError, RecursionError, struct.error, tokenize.TokenError, zlib.error)
 _LIBRARIES = frozenset(
     {"highdicom", "matplotlib", "nibabel", "PIL", "pydicom", "pylibjpeg", "safetensors", "SimpleITK"}
 )

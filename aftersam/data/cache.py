@@ -20,7 +20,7 @@ from aftersam.config import DataConfig, from_dict
 from aftersam.data.dataset import Case, Dataset, median_spacing
 from aftersam.data.transforms import preprocess, resample
 from aftersam.data.volume import Volume, read_image, read_labels
-from aftersam.errors import naming
+from aftersam.errors import SAID, naming
 from aftersam.files import read_json, renamed_folder
 
 VERSION = 1  # of what is stored and how it is computed; a change makes every cache anew
@@ -176,7 +176,7 @@ def _open(home: Path, names: Collection[int]) -> CachedCase:
 def _is_whole(home: Path, names: Collection[int]) -> bool:
     try:
         _open(home, names)
-    except (ValueError, OSError):
+    except SAID:
         return False
     return True
 
