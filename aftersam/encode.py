@@ -107,12 +107,11 @@ def _from_sam(args: EncodeArgs) -> tuple[Embeddings, tuple[float, float, float] 
     from aftersam.model.sam_checkpoint import read_sam_checkpoint
 
     assert args.sam_checkpoint is not None
-    config, spacing = args.config, args.config.data.spacing_mm
+    config, spacing, device = args.config, args.config.data.spacing_mm, find_device(args.device)
     if spacing == "median":
         raise ValueError("spacing_mm is median, which depends on the training set; give three lengths in mm")
     sam = read_sam_checkpoint(args.sam_checkpoint)
     model = dataclasses.replace(config.model, image_encoder=sam.name, encoder="frozen")  # type: ignore[arg-type]
-    device = find_device(args.device)
     precision = dtype_for(config.train.precision, device.type)
     built = build_aftersam(model, num_classes=2, sam=sam).to(device)
     store = Embeddings(args.output, built, image_size=model.image_size, precision=precision)

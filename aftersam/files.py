@@ -18,6 +18,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aftersam.errors import naming
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -54,13 +56,18 @@ def case_id(path: Path) -> str:
     return case_name(path).removesuffix("_0000")
 
 
+def normal_form(name: str) -> str:
+    """`name` in the one Unicode spelling that we compare: macOS writes ü as u and two dots."""
+    return unicodedata.normalize("NFC", name)
+
+
 def by_case(files: Iterable[Path]) -> dict[str, Path]:
     """{case: file}; two Unicode spellings of a name are one case.
 
     Raises ValueError that names both where two files are one case: one mask would replace the other."""
     found: dict[str, Path] = {}
     for path in files:
-        case = unicodedata.normalize("NFC", case_id(path))
+        case = normal_form(case_id(path))
         if case in found:
             raise ValueError(f"{found[case]} and {path} are both the case {case!r}; rename or remove one")
         found[case] = path
@@ -166,13 +173,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON in `path`. Raises ValueError in one sentence where it is missing or broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    """The JSON in `path`, with or without Notepad's byte-order mark.
+
+    Raises ValueError in one sentence where it is missing, no file, broken or nested without end."""
+    if not path.is_file():
+        raise ValueError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
+    with naming(path, "is not valid JSON"):
+        return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -189,19 +196,28 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, An
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the facts that `write_tensors` left. Raises ValueError on a truncated or foreign file."""
-    from safetensors import SafetensorError, safe_open
+    with _opened(path) as file:
+        facts = json.loads((file.metadata() or {}).get(FACTS, "null"))
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} was not written by aftersam.train")
+    return tensors, facts
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors that `write_tensors` left, from the header alone. Raises ValueError likewise."""
+    with _opened(path) as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  not a dict
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import safe_open
 
     if not path.is_file():
         raise ValueError(f"{path} does not exist; train writes best.safetensors and last.safetensors")
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get(FACTS, "null"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    if facts is None:
-        raise ValueError(f"{path} was not written by aftersam.train")
-    return tensors, facts
+    with naming(path, "is not a whole safetensors file"), safe_open(path, framework="pt") as file:
+        yield file
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aftersam.files import DICOM, case_name, renamed, write_json
+from aftersam.files import DICOM, renamed, write_json
+from aftersam.inference.jobs import beside
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,8 +104,3 @@ def _write_mask(names: dict[int, str], job: Job, labels: np.ndarray, path: Path)
         return
     write_json(beside(job.mask, ".json"), {**label_names_json(names), **job.facts})
     to_nifti(labels, job.prepared.volume, names).to_filename(path)
-
-
-def beside(mask: Path, ending: str) -> Path:
-    """The file of the mask's case with another ending."""
-    return mask.with_name(case_name(mask) + ending)

@@ -16,8 +16,8 @@ import tyro
 
 from aftersam.errors import SAID, naming, out_of_memory, printable, sentence, tell
 from aftersam.files import remove_leftovers
-from aftersam.inference.jobs import jobs_of, prompt_file
-from aftersam.inference.outputs import Job, beside, write_outputs
+from aftersam.inference.jobs import beside, jobs_of, kept_labels, prompt_file
+from aftersam.inference.outputs import Job, write_outputs
 from aftersam.inference.processes import sharing_processes
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ def _work(args: PredictArgs) -> _Work:
     segmenter = load(
         args.model, checkpoint=args.checkpoint, device=args.device, compiled=args.compile, graphs=args.graph
     )
-    names = _kept_labels(args.labels, segmenter.labels)
+    names = kept_labels(args.labels, segmenter.labels)
     return _Work(args, segmenter, _options(args, segmenter), _embeddings(args, segmenter), names)
 
 
@@ -298,20 +298,3 @@ def _embeddings(args: PredictArgs, segmenter: Segmenter) -> Embeddings | None:
 
     size = segmenter.config.model.image_size
     return Embeddings(args.embeddings, segmenter.model, image_size=size, precision=segmenter.precision)
-
-
-def _kept_labels(wanted: str | None, labels: dict[int, str]) -> dict[int, str]:
-    """The labels by value that the comma-separated `wanted` names; all of them for None."""
-    if wanted is None:
-        return labels
-    import difflib
-
-    values = {name: value for value, name in labels.items()}
-    kept = {}
-    for name in (part.strip() for part in wanted.split(",")):
-        if name not in values:
-            close = difflib.get_close_matches(name, values, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"the model has no label {name!r}{hint} It has {', '.join(values)}")
-        kept[values[name]] = name
-    return kept
