@@ -83,9 +83,11 @@ def ablate(args: AblateArgs) -> dict[str, AblationTable]:
     Raises ValueError on bad input."""
     from rich.console import Console
 
+    from aftersam.device import find_device
     from aftersam.evaluation.figures import ablation_figure
 
     checked(args)
+    find_device(args.device)
     if "small" in args.table and args.preset != "small":
         raise ValueError(f"table small shows what the preset small is made of, not {args.preset}")
     args.output.mkdir(parents=True, exist_ok=True)

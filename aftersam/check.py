@@ -206,8 +206,10 @@ def check(args: CheckArgs) -> CheckResult:
     from aftersam.device import find_device
 
     dataset, console = find_dataset(checked(args).data), Console()
-    console.print(f"{dataset.name}: {dataset.layout}, {len(dataset.cases)} scans", highlight=False)
-    console.print("labels: " + ", ".join(f"{v} {n}" for v, n in dataset.labels.items()), highlight=False)
+    found = f"{dataset.name}: {dataset.layout}, {len(dataset.cases)} scans"
+    console.print(found, markup=False, highlight=False)
+    named = ", ".join(f"{v} {n}" for v, n in dataset.labels.items())
+    console.print(f"labels: {named}", markup=False, highlight=False)
     progress = Console(stderr=True)
     hidden = not progress.is_terminal
     reports = [
@@ -249,13 +251,14 @@ def _config(args: CheckArgs) -> Config:
 
 def _print_cases(console: Console, reports: Sequence[CaseReport], labels: dict[int, str]) -> None:
     """A table of all cases, and what is wrong with the bad ones."""
+    from rich.markup import escape
     from rich.table import Table
 
     grid = Table("case", "slices × rows × columns", "spacing mm", "HU", "missing labels", "", box=None)
     for report in reports:
-        missing = ", ".join(n for v, n in labels.items() if v not in report.labels) or "none"
+        missing = escape(", ".join(n for v, n in labels.items() if v not in report.labels) or "none")
         grid.add_row(
-            report.id,
+            escape(report.id),
             "" if report.shape is None else " × ".join(map(str, report.shape)),
             "" if report.spacing_mm is None else " × ".join(f"{s:.2f}" for s in report.spacing_mm),
             "" if report.hu_range is None else f"{report.hu_range[0]:g} … {report.hu_range[1]:g}",
