@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 SAID = (ValueError, OSError, FloatingPointError, MemoryError)  # what a command tells in one line
+LONGEST = 800  # characters of a sentence
 _BY_A_FILE = (*SAID, EOFError, OverflowError, RecursionError, struct.error, tokenize.TokenError, zlib.error)
 _LIBRARIES = frozenset(
     {"highdicom", "matplotlib", "nibabel", "PIL", "pydicom", "pylibjpeg", "safetensors", "SimpleITK"}
@@ -112,7 +113,7 @@ def signals_noted() -> Iterator[list[int]]:
 
 
 def sentence(error: BaseException) -> str:
-    """What `error` says, in one line without control characters."""
+    """What `error` says, in one line without control characters and without the rest of a value that fills pages."""
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     elif isinstance(error, MemoryError) and not str(error):
@@ -121,7 +122,8 @@ def sentence(error: BaseException) -> str:
         text = str(error) or type(error).__name__
     if "Original Traceback" in text:  # of a worker process, as torch hands it on
         text = text.rstrip().rsplit("\n", 1)[-1].partition(": ")[2]
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]} …"
 
 
 @contextlib.contextmanager
