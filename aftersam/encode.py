@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import tyro
 
 from aftersam.config import Config
-from aftersam.errors import run_command
-from aftersam.files import by_case, scans_in
+from aftersam.errors import SAID, naming, run_command, sentence, tell
+from aftersam.files import by_case, remove_leftovers, scans_in
 from aftersam.training.arguments import ConfigFile, parse
 
 if TYPE_CHECKING:
@@ -70,16 +70,18 @@ def encode(args: EncodeArgs) -> EncodeResult:
         scans = [args.data]
     store, spacing_mm = _from_run(args) if args.model is not None else _from_sam(args)
     console = Console(stderr=True)
+    remove_leftovers(args.output)
     failed = 0
     for scan in track(scans, "encoding", console=console, transient=True):
         try:
-            ready = preprocess(read_image(scan), spacing_mm)
-        except (ValueError, OSError) as error:
+            with naming(scan):
+                ready = preprocess(read_image(scan), spacing_mm)
+            with naming(scan, "could not be encoded"):
+                store.of(ready.array, ready.box)
+        except SAID as error:
             failed += 1
-            console.print(f"aftersam.encode: {error}", soft_wrap=True, markup=False, highlight=False)
-            continue
-        store.of(ready.array, ready.box)
-    console.print(f"{args.output}: {len(scans) - failed} of {len(scans)} scans", soft_wrap=True)
+            tell(console, f"aftersam.encode: {sentence(error)}")
+    tell(console, f"{args.output}: {len(scans) - failed} of {len(scans)} scans")
     return EncodeResult(len(scans) - failed, failed)
 
 

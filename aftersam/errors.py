@@ -15,6 +15,10 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SAID = (ValueError, OSError, FloatingPointError, MemoryError)  # what a command tells in one line
 LONGEST = 800  # characters of a sentence
@@ -44,11 +48,13 @@ class naming(contextlib.AbstractContextManager[None]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not isinstance(error, Exception) or not (isinstance(error, _BY_A_FILE) or _in_a_library(error)):
+        if not isinstance(error, Exception):
+            return
+        if not (isinstance(error, _BY_A_FILE) or out_of_memory(error) or _in_a_library(error)):
             return
         if isinstance(error, SAID) and str(self.path) in str(error):
             return
-        if isinstance(error, MemoryError):
+        if out_of_memory(error):
             raise MemoryError(f"{self.path}: memory ran out: {_first_line(error)}") from error
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(f"{self.path}: {error.strerror or error}") from error
@@ -65,7 +71,9 @@ def run_command(name: str, command: Callable[[], int]) -> int:
     try:
         with _stopping_at_sigterm():
             return command()
-    except SAID as error:
+    except (*SAID, RuntimeError) as error:
+        if not isinstance(error, SAID) and not out_of_memory(error):
+            raise
         print(f"aftersam.{name}: {sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
@@ -122,8 +130,25 @@ def sentence(error: BaseException) -> str:
         text = str(error) or type(error).__name__
     if "Original Traceback" in text:  # of a worker process, as torch hands it on
         text = text.rstrip().rsplit("\n", 1)[-1].partition(": ")[2]
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    line = " ".join(printable(text).split())
     return line if len(line) <= LONGEST else f"{line[:LONGEST]} …"
+
+
+def printable(text: object) -> str:
+    """`text` in one line without control characters: a name out of a file must not steer a terminal."""
+    return "".join(c if c.isprintable() else " " for c in str(text)).strip()
+
+
+def tell(console: Console, text: object) -> None:
+    """Print `text` as one line; a name in it is no markup."""
+    console.print(printable(text), soft_wrap=True, markup=False, highlight=False)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, which torch says with a type of its own on a GPU and with a text on a CPU."""
+    if isinstance(error, RuntimeError):
+        return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError)
 
 
 @contextlib.contextmanager

@@ -134,6 +134,15 @@ def renamed_folder(home: Path) -> Iterator[Path]:
             raise _not_written(home, error) from error
 
 
+def reserve(path: Path) -> None:
+    """Take the whole size of a file with holes from the disk now. Raises OSError where the disk is too full.
+
+    A memory map that is written onto a full disk would kill the process without a word."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files that killed processes left in `folder`. A living process holds a lock on its own.
 
