@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SAID = (ValueError, OSError, FloatingPointError, MemoryError)  # what a command tells in one line
+LONGEST = 800  # characters of a sentence
 _BY_A_FILE = (*SAID, EOFError, OverflowError, RecursionError, struct.error, tokenize.TokenError, zlib.error)
 _LIBRARIES = frozenset(
     {"highdicom", "matplotlib", "nibabel", "PIL", "pydicom", "pylibjpeg", "safetensors", "SimpleITK"}
@@ -122,7 +123,7 @@ def signals_noted() -> Iterator[list[int]]:
 
 
 def sentence(error: BaseException) -> str:
-    """What `error` says, in one line without control characters."""
+    """What `error` says, in one line without control characters and without the rest of a value that fills pages."""
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     elif isinstance(error, MemoryError) and not str(error):
@@ -135,8 +136,9 @@ def sentence(error: BaseException) -> str:
 
 
 def one_line(text: object) -> str:
-    """`text` with its white space and control characters as single spaces."""
-    return " ".join(printable(text).split())
+    """`text` with its white space and control characters as single spaces, cut where it is very long."""
+    line = " ".join(printable(text).split())
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]} …"
 
 
 def printable(text: object) -> str:

@@ -25,7 +25,7 @@ def mutated_json(rng, value):
 
 def _changed(rng, value):
     """`value` with one of its nodes, or itself, replaced, dropped or doubled."""
-    other = VALUES[rng.integers(len(VALUES))]
+    other = copy.deepcopy(VALUES[rng.integers(len(VALUES))])
     if not isinstance(value, (dict, list)) or not value or rng.random() < 0.05:
         return other
     keys = list(value) if isinstance(value, dict) else list(range(len(value)))

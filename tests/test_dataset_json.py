@@ -77,6 +77,7 @@ def test_a_byte_order_mark_is_taken(tmp_path):
         ({"labels": {"background": 0, " ": 1}}, "the name ' '"),
         ({"training": {"a": 1}}, "it must be a list"),
         ({"training": 3}, "it must be a list"),
+        ({"training": None}, "it must be a list"),
         ({"training": ["imagesTr/a.nii.gz"]}, "one image and one label"),
         ({"training": [{"image": "imagesTr/a.nii.gz", "label": None}]}, "one image and one label"),
         ({"training": [{"image": ["a.nii", "b.nii"], "label": "c.nii"}]}, "one image and one label"),

@@ -131,3 +131,9 @@ def test_an_error_of_a_worker_process_is_its_last_line():
     with pytest.raises(ValueError, match="Original Traceback") as caught:
         wrapped.reraise()
     assert sentence(caught.value) == "c0 is damaged"
+
+
+def test_a_value_that_fills_pages_is_cut():
+    said = sentence(ValueError("config.json: seed is " + "9" * 5000))
+    assert said.startswith("config.json: seed is 999")
+    assert len(said) < 1000

@@ -223,8 +223,10 @@ def _nifti_by_case(folder: Path) -> dict[str, Path]:
 
 def _listed(root: Path, description: dict[str, Any]) -> Dataset:
     """The cases that dataset.json lists: under training, as Decathlon and nnU-Net 1 do, or dataset, as nnU-Net 2."""
-    where, listed = root / "dataset.json", description.get("training")
-    if listed is None:
+    where = root / "dataset.json"
+    if "training" in description:
+        listed = description["training"]
+    else:
         entries = description["dataset"].values()
         listed = [{**e, "image": e.get("images")} if isinstance(e, dict) else e for e in entries]
     if not isinstance(listed, list):
