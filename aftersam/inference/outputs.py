@@ -88,7 +88,7 @@ def _write_mask(names: dict[int, str], job: Job, labels: np.ndarray) -> None:
     if mask.suffix != DICOM:
         write_labels(mask, labels, volume, names, job.facts)
         return
-    from aftersam.data.dicom import write_segmentation
+    from aftersam.data.dicom_segmentation import write_segmentation
 
     with renamed(mask) as temporary:
         on_grid = np.asarray(to_nifti(labels, volume).dataobj)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from aftersam.inference.jobs import beside, find_jobs, kept_labels, prompt_file
+from aftersam.inference.jobs import DICOM, beside, find_jobs, kept_labels, prompt_file
 from aftersam.inference.outputs import Job, write_outputs
 
 if TYPE_CHECKING:
@@ -180,6 +180,10 @@ class _Work:
         prompts, facts = None, dict[str, str]()
         with timings.stage("read"):
             volume = read_image(scan)
+            if mask.suffix == DICOM:  # what cannot be written is known before it is computed
+                from aftersam.data.dicom_segmentation import check_segmentation
+
+                check_segmentation(scan, self.names)
             if self.args.prompt_labels is not None and needs != "none":
                 prompts = read_labels(prompt_file(self.args.prompt_labels, scan), like=volume)
                 facts = {"prompted": needs}  # who scores this mask must know
