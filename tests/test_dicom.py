@@ -1,4 +1,4 @@
-"""DICOM series as scanners, archives and anonymisers leave them: read right, or refused by file and attribute."""
+"""DICOM series ners, archives and anonymisers leave them: read right, or refused by file and attribute."""
 
 import pickle
 
@@ -7,13 +7,18 @@ import pytest
 
 from aftersam.data.dicom import read_series
 from aftersam.data.volume import read_image
-from toy_series import enhanced, save_series, series_files, write_series
+from toy_series import (
+    HTJ2K,
+    encapsulated,
+    enhanced,
+    jpeg_lossless,
+    random_scan,
+    save_series,
+    series_files,
+    write_series,
+)
 
 pydicom = pytest.importorskip("pydicom", reason="the extra dicom is not installed")
-
-
-def scan(shape=(5, 8, 7), low=-1000, high=1000):
-    return np.random.default_rng(0).integers(low, high, shape).astype(np.int16)
 
 
 def read(folder):
@@ -24,7 +29,7 @@ def read(folder):
 
 @pytest.fixture
 def files():
-    return series_files(scan())
+    return series_files(random_scan())
 
 
 def at(files, **values):
@@ -126,7 +131,7 @@ def test_what_is_no_slice_is_left_out_with_one_line(tmp_path, files):
     (folder / "._0.dcm").write_bytes(b"\0\5\x16\7")
     (folder / "notes.txt").write_text("hello")
     (folder / "Thumbs.db").touch()
-    localizer, structures, screenshot, dose = series_files(scan((4, 8, 7)))
+    localizer, structures, screenshot, dose = series_files(random_scan((4, 8, 7)))
     localizer.ImageType, localizer.ImageOrientationPatient = (
         ["ORIGINAL", "PRIMARY", "LOCALIZER"],
         [1, 0, 0, 0, 0, -1],
@@ -140,7 +145,7 @@ def test_what_is_no_slice_is_left_out_with_one_line(tmp_path, files):
     for name, part in (("loc", localizer), ("rs", structures), ("sc", screenshot), ("rd", dose)):
         part.save_as(folder / f"{name}.dcm", implicit_vr=False, little_endian=True)
     with pytest.warns(UserWarning, match="left out") as caught:
-        assert np.array_equal(read(folder), scan())
+        assert np.array_equal(read(folder), random_scan())
     (line,) = [str(w.message) for w in caught]
     assert "loc.dcm (localizer)" in line
     assert "rs.dcm (RTSTRUCT)" in line
@@ -152,7 +157,7 @@ def test_copies_of_slices_are_left_out_with_one_line(tmp_path, files):
     folder = save_series(tmp_path / "ct", files)
     (folder / "again.dcm").write_bytes((folder / "3.dcm").read_bytes())
     with pytest.warns(UserWarning, match=r"again\.dcm \(a copy of 3\.dcm\)|3\.dcm \(a copy of again\.dcm\)"):
-        assert np.array_equal(read(folder), scan())
+        assert np.array_equal(read(folder), random_scan())
 
 
 def test_two_slices_at_one_position_are_refused_by_name(tmp_path, files):
@@ -163,7 +168,7 @@ def test_two_slices_at_one_position_are_refused_by_name(tmp_path, files):
 
 def test_two_series_and_folders_of_series_are_refused(tmp_path, files):
     with pytest.raises(ValueError, match="of 2 DICOM series"):
-        read_series(save_series(tmp_path / "two", files[:3] + series_files(scan())[:2]))
+        read_series(save_series(tmp_path / "two", files[:3] + series_files(random_scan())[:2]))
     (tmp_path / "patient" / "study").mkdir(parents=True)
     save_series(tmp_path / "patient" / "study" / "ct", files)
     with pytest.raises(ValueError, match=r"patient holds no scan.*name a folder inside it.*patient/study/ct"):
@@ -173,7 +178,7 @@ def test_two_series_and_folders_of_series_are_refused(tmp_path, files):
 @pytest.mark.parametrize(("spacing", "digits"), [(0.625, 1), (2 / 3, 2), (1.25, 1), (0.3, 1)])
 @pytest.mark.parametrize("count", [16, 200])
 def test_positions_rounded_by_the_archive_are_read(tmp_path, spacing, digits, count):
-    files = series_files(scan((count, 4, 4)))
+    files = series_files(random_scan((count, 4, 4)))
     for i, part in enumerate(files):
         part.ImagePositionPatient = [-5.0, -9.0, round(-100.37 + spacing * i, digits)]
     image = read_series(save_series(tmp_path / "ct", files))
@@ -196,7 +201,7 @@ def test_positions_rounded_by_the_archive_are_read(tmp_path, spacing, digits, co
     ],
 )
 def test_missing_and_uneven_slices_are_refused(tmp_path, heights, says):
-    files = series_files(scan((len(heights), 4, 4)))
+    files = series_files(random_scan((len(heights), 4, 4)))
     for height, part in zip(heights, files, strict=True):
         part.ImagePositionPatient = [0, 0, height]
     with pytest.raises(ValueError, match=says):
@@ -218,7 +223,7 @@ def test_one_slice_takes_its_thickness(tmp_path, files):
 
 @pytest.mark.parametrize("step", [(0, 0, 4.0), (0, 0, -4.0), (0, 0.9, 4.0)], ids=["up", "down", "gantry"])
 def test_every_first_pixel_lies_at_its_position(tmp_path, step):
-    files = series_files(scan(), step=step)
+    files = series_files(random_scan(), step=step)
     image = read_series(save_series(tmp_path / "ct", files))
     array = np.asarray(image.dataobj).T
     for part in files:
@@ -252,7 +257,7 @@ def test_every_encoding_of_a_file_is_read(tmp_path, files, kind):
         if kind[0] == "e":
             part.PixelData = np.frombuffer(part.PixelData, "<i2").astype(">i2").tobytes()
         FORMS[kind](part, tmp_path / f"{i}.dcm")
-    assert np.array_equal(read(tmp_path), scan())
+    assert np.array_equal(read(tmp_path), random_scan())
 
 
 def test_monochrome1_and_stored_bits_leave_the_hu(tmp_path, files):
@@ -260,7 +265,7 @@ def test_monochrome1_and_stored_bits_leave_the_hu(tmp_path, files):
         part.PhotometricInterpretation, part.BitsStored, part.HighBit = "MONOCHROME1", 12, 11
         stored = np.frombuffer(part.PixelData, "<i2") & 0x0FFF  # signed in 12 bits, the others 0
         part.PixelData = stored.astype("<u2").tobytes()
-    assert np.array_equal(read(save_series(tmp_path / "ct", files)), scan())
+    assert np.array_equal(read(save_series(tmp_path / "ct", files)), random_scan())
 
 
 @pytest.mark.parametrize(
@@ -268,8 +273,8 @@ def test_monochrome1_and_stored_bits_leave_the_hu(tmp_path, files):
 )
 def test_each_slice_is_scaled_by_its_own_slope(tmp_path, files, slope, intercept, kind):
     files[1].RescaleSlope, files[1].RescaleIntercept = slope, intercept
-    expected = scan().astype(kind)
-    expected[1] = scan()[1] * slope + intercept
+    expected = random_scan().astype(kind)
+    expected[1] = random_scan()[1] * slope + intercept
     found = read(save_series(tmp_path / "ct", files))
     assert found.dtype == kind
     assert np.array_equal(found, expected)
@@ -285,14 +290,14 @@ def test_values_beyond_int16_are_clipped_like_a_nifti_files(tmp_path, files):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_an_enhanced_multi_frame_ct_is_the_same_volume(tmp_path, order):
-    single = read_series(save_series(tmp_path / "single", series_files(scan())))
-    whole = read_series(save_series(tmp_path / "whole", [enhanced(series_files(scan())[::order])]))
+    single = read_series(save_series(tmp_path / "single", series_files(random_scan())))
+    whole = read_series(save_series(tmp_path / "whole", [enhanced(series_files(random_scan())[::order])]))
     assert np.array_equal(single.dataobj, whole.dataobj)
     np.testing.assert_allclose(single.affine, whole.affine)
 
 
 def test_an_enhanced_ct_may_share_what_its_frames_have_alike(tmp_path):
-    whole = enhanced(series_files(scan()))
+    whole = enhanced(series_files(random_scan()))
     groups = whole.PerFrameFunctionalGroupsSequence
     shared = pickle.loads(pickle.dumps(groups[0]))
     del shared.PlanePositionSequence
@@ -303,7 +308,7 @@ def test_an_enhanced_ct_may_share_what_its_frames_have_alike(tmp_path):
             group.PixelValueTransformationSequence,
         )
     whole.SharedFunctionalGroupsSequence = [shared]
-    assert np.array_equal(read(save_series(tmp_path / "ct", [whole])), scan())
+    assert np.array_equal(read(save_series(tmp_path / "ct", [whole])), random_scan())
     del groups[3].PlanePositionSequence
     with pytest.raises(ValueError, match=r"0\.dcm has no ImagePositionPatient"):
         read_series(save_series(tmp_path / "ct", [whole]))
@@ -322,7 +327,7 @@ def test_a_series_needs_little_more_memory_than_its_volume(tmp_path):
     import subprocess
     import sys
 
-    array = scan((80, 256, 256))  # 10 MiB
+    array = random_scan((80, 256, 256))  # 10 MiB
     write_series(tmp_path / "ct", array)
     code = (
         "import resource, sys, nibabel, pydicom.pixels, numpy\n"
@@ -335,3 +340,61 @@ def test_a_series_needs_little_more_memory_than_its_volume(tmp_path):
         [sys.executable, "-c", code, tmp_path / "ct"], capture_output=True, text=True, check=True
     )
     assert float(done.stdout) < 2.5 * array.nbytes / 2**20
+
+
+COMPRESSED = {  # the module that decodes it, and how a slice is compressed so
+    "1.2.840.10008.1.2.5": (None, "RLE", None),
+    "1.2.840.10008.1.2.4.57": ("gdcm", "JPEG lossless", jpeg_lossless),
+    "1.2.840.10008.1.2.4.70": ("gdcm", "JPEG lossless, first order", jpeg_lossless),
+    "1.2.840.10008.1.2.4.80": ("gdcm", "JPEG-LS", None),
+    "1.2.840.10008.1.2.4.90": ("openjpeg", "JPEG 2000", None),
+    "1.2.840.10008.1.2.4.201": ("openjpeg", "HTJ2K", lambda plane: HTJ2K),
+    "1.2.840.10008.1.2.4.203": ("openjpeg", "HTJ2K, maybe lossy", lambda plane: HTJ2K),
+}
+
+
+@pytest.fixture(params=COMPRESSED, ids=[name for _, name, _ in COMPRESSED.values()])
+def compressed(request):
+    """One compressed slice, and what it holds: (1, rows, columns)."""
+    module, _, encode = COMPRESSED[request.param]
+    if module:
+        pytest.importorskip(module, reason="the decoders of the extra dicom are not installed")
+    array = random_scan((1, 8, 7) if module == "openjpeg" and encode else (1, 40, 36))
+    (part,) = series_files(array)
+    if encode is None:
+        part.compress(request.param)
+    else:
+        encapsulated(part, request.param, encode(array[0]))
+    return part, array
+
+
+def test_compressed_slices_are_read(tmp_path, compressed):
+    part, array = compressed
+    assert np.array_equal(read(save_series(tmp_path / "ct", [part])), array)
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.95])
+def test_a_truncated_compressed_stream_is_named(tmp_path, compressed, kept):
+    part, _ = compressed
+    stream = pydicom.encaps.get_frame(part.PixelData, 0, number_of_frames=1)
+    encapsulated(part, part.file_meta.TransferSyntaxUID, stream[: int(kept * len(stream))])
+    with pytest.raises(ValueError, match=r"ct/0\.dcm is truncated or damaged") as caught:
+        read_series(save_series(tmp_path / "ct", [part]))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("syntax", [s for s in COMPRESSED if COMPRESSED[s][0]])
+def test_without_a_decoder_one_sentence_names_the_packages(tmp_path, files, monkeypatch, syntax):
+    decoder = pydicom.pixels.get_decoder(syntax)
+    monkeypatch.setattr(type(decoder), "is_available", property(lambda decoder: False))
+    save_series(tmp_path / "ct", [encapsulated(part, syntax, b"\xff\xd8\xff\xd9") for part in files])
+    with pytest.raises(
+        ValueError, match=r"ct/\d\.dcm is compressed as .*python-gdcm or pylibjpeg: pip install"
+    ):
+        read_series(tmp_path / "ct")
+
+
+def test_an_unknown_transfer_syntax_is_refused_by_name(tmp_path, files):
+    save_series(tmp_path / "ct", [encapsulated(part, "1.2.3.4.5", b"\xff\xd8\xff\xd9") for part in files])
+    with pytest.raises(ValueError, match=r"ct/\d\.dcm has the transfer syntax 1\.2\.3\.4\.5"):
+        read_series(tmp_path / "ct")

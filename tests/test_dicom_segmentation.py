@@ -5,15 +5,11 @@ import pytest
 
 from aftersam.data.dicom import read_series
 from aftersam.data.dicom_segmentation import MAY_BE_EMPTY, check_segmentation, write_segmentation
-from toy_series import enhanced, read_segmentation, save_series, series_files, write_series
+from toy_series import enhanced, random_scan, read_segmentation, save_series, series_files, write_series
 
 pytest.importorskip("highdicom", reason="the extra dicom is not installed")
 
 NAMES = {1: "heart", 3: "trachea", 5: "liver"}
-
-
-def scan(shape=(5, 8, 7)):
-    return np.random.default_rng(0).integers(-1000, 1000, shape).astype(np.int16)
 
 
 def written(folder, path, names=NAMES):
@@ -39,7 +35,7 @@ def written(folder, path, names=NAMES):
 )
 @pytest.mark.parametrize("form", [list, lambda files: [enhanced(files)]], ids=["slices", "frames"])
 def test_a_segmentation_reads_back(tmp_path, form, orientation, step):
-    folder = save_series(tmp_path / "ct", form(series_files(scan(), orientation, step)))
+    folder = save_series(tmp_path / "ct", form(series_files(random_scan(), orientation, step)))
     labels, back = written(folder, tmp_path / "mask.dcm")
     assert set(back) == {"heart", "trachea"}  # liver has no voxel
     assert np.array_equal(back["heart"], labels == 1)
@@ -50,7 +46,7 @@ def test_a_segmentation_reads_back(tmp_path, form, orientation, step):
 def test_an_anonymised_series_gets_a_segmentation_with_empty_attributes(tmp_path, missing):
     import pydicom
 
-    files = series_files(scan())
+    files = series_files(random_scan())
     gone = [*MAY_BE_EMPTY, "SliceThickness"] if missing == "all" else [missing]
     for part in files:
         for name in gone:
@@ -70,7 +66,7 @@ def test_an_anonymised_series_gets_a_segmentation_with_empty_attributes(tmp_path
 def test_a_patient_attribute_that_dicom_does_not_allow_is_left_empty(tmp_path, name, value):
     import pydicom
 
-    folder = write_series(tmp_path / "ct", scan())
+    folder = write_series(tmp_path / "ct", random_scan())
     for path in folder.iterdir():
         data = pydicom.dcmread(path)
         with pydicom.config.disable_value_validation():
@@ -85,7 +81,7 @@ def test_a_patient_attribute_that_dicom_does_not_allow_is_left_empty(tmp_path, n
 def test_segment_and_patient_names_keep_their_letters(tmp_path, name):
     import pydicom
 
-    files = series_files(scan())
+    files = series_files(random_scan())
     for part in files:
         part.SpecificCharacterSet, part.PatientName = "ISO_IR 100", "Müller^Zoë"
     _, back = written(save_series(tmp_path / "ct", files), tmp_path / "mask.dcm", {1: name, 3: "b"})
@@ -95,7 +91,7 @@ def test_segment_and_patient_names_keep_their_letters(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["a\\b", "h" * 65, " ", "a\nb"])
 def test_a_name_that_dicom_cannot_hold_is_refused_before_computing(tmp_path, name):
-    write_series(tmp_path / "ct", scan())
+    write_series(tmp_path / "ct", random_scan())
     with pytest.raises(ValueError, match="cannot be a DICOM segment") as caught:
         check_segmentation(tmp_path / "ct", {1: name})
     assert repr(name) in str(caught.value)
@@ -104,7 +100,7 @@ def test_a_name_that_dicom_cannot_hold_is_refused_before_computing(tmp_path, nam
 @pytest.mark.parametrize("name", ["SOPInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID", "SOPClassUID"])
 @pytest.mark.parametrize("how", ["missing", "empty"])
 def test_a_slice_without_what_a_segmentation_refers_to_is_refused_before_computing(tmp_path, name, how):
-    files = series_files(scan())
+    files = series_files(random_scan())
     if how == "missing":
         delattr(files[2], name)
     else:
@@ -116,7 +112,7 @@ def test_a_slice_without_what_a_segmentation_refers_to_is_refused_before_computi
 
 
 def test_a_series_that_changed_is_refused(tmp_path):
-    folder = write_series(tmp_path / "ct", scan())
+    folder = write_series(tmp_path / "ct", random_scan())
     with pytest.raises(ValueError, match="has changed"):
         write_segmentation(tmp_path / "m.dcm", np.ones((7, 8, 4), np.uint8), folder, NAMES)
 
@@ -129,7 +125,7 @@ def test_no_organ_is_no_segmentation(tmp_path):
 
 
 def test_more_organs_than_a_byte_counts(tmp_path):
-    folder = write_series(tmp_path / "ct", scan((3, 16, 16)))
+    folder = write_series(tmp_path / "ct", random_scan((3, 16, 16)))
     labels = np.arange(1, 16 * 16 * 3 + 1, dtype=np.int16).reshape(16, 16, 3) % 301
     names = {value: f"organ {value}" for value in range(1, 301)}
     check_segmentation(folder, names)

@@ -1,6 +1,20 @@
 """DICOM series made by hand, and segmentations read back."""
 
+import base64
+
 import numpy as np
+
+HTJ2K = base64.b85decode(  # random_scan((1, 8, 7)) as OpenJPH encodes it, without loss
+    "|4;u>04YEK000070000800000000000000700008000000000000EBy0sl|{2mk^A000XAQUDA90ssL31q1{@0smY86Cj9?kdTm&kdTm&kdTmwh="
+    "~7W02crOPjF>!N>E53R%LP^FfKASE;BCwkN^q*00000tpEZ4lfVEa`T$3C0002M0206e62JfwfW`oabO59Q2Xp|l0ta*ezyK9600mS40a8ySTVlBY"
+    "qLct#P%Xat@BqP-05Lx6-O&J{lmNg0EqDM0y8r;Sz!?f<>~)+BM*(y^1rj000aHX`0Qk57VRsHqNsUvoG9BU<TvamrsX}Fe<o*bRWC1C+0MqiRIuN"
+    "s6iqSI3ALTjhw-+KofxVXi|Je"
+)
+
+
+def random_scan(shape=(5, 8, 7)):
+    """int16 HU (slices, rows, columns)."""
+    return np.random.default_rng(0).integers(-1000, 1000, shape).astype(np.int16)
 
 
 def slice_file(plane, position, index, uids, orientation=(1, 0, 0, 0, 1, 0)):
@@ -78,6 +92,38 @@ def enhanced(files):
         delattr(whole, name)
     del whole.RescaleSlope, whole.RescaleIntercept
     return whole
+
+
+def jpeg_lossless(plane):
+    """plane (rows, columns) int16 as a JPEG stream of process 14: differences to the left, sizes as codes of 5 bits."""
+    values = plane.astype(np.int64) & 0xFFFF
+    left = np.concatenate([np.concatenate([[1 << 15], values[:-1, 0]])[:, None], values[:, :-1]], axis=1)
+    bits = ""
+    for difference in ((values - left + (1 << 15)) % (1 << 16) - (1 << 15)).ravel().tolist():
+        size = abs(difference).bit_length()
+        bits += f"{size:05b}"
+        if 0 < size < 16:
+            bits += f"{difference if difference > 0 else difference + (1 << size) - 1:0{size}b}"
+    bits += "1" * (-len(bits) % 8)
+    rows, columns = plane.shape
+    parts = [
+        (0xC3, bytes([16, *divmod(rows, 256), *divmod(columns, 256), 1, 1, 0x11, 0])),
+        (0xC4, bytes([0, 0, 0, 0, 0, 17, *[0] * 11, *range(17)])),
+        (0xDA, bytes([1, 1, 0, 1, 0, 0])),
+    ]
+    head = b"".join(bytes([0xFF, mark, 0, len(data) + 2]) + data for mark, data in parts)
+    data = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+    return b"\xff\xd8" + head + data + b"\xff\xd9"
+
+
+def encapsulated(part, syntax, stream):
+    """The Dataset with `stream` as its compressed pixels."""
+    from pydicom.encaps import encapsulate
+
+    part.file_meta.TransferSyntaxUID = syntax
+    part.PixelData = encapsulate([stream])
+    part["PixelData"].is_undefined_length = True
+    return part
 
 
 def read_segmentation(path, folder, shape):

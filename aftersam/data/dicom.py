@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aftersam.data.dicom_file import (
+    INSTALL,
+    Slice,
+    read_file,
+    slices_of,
+    stored_pixels,
+    text_of,
+    why_no_slice,
+)
 from aftersam.errors import naming
 
 if TYPE_CHECKING:
@@ -17,37 +25,6 @@ if TYPE_CHECKING:
 
 UNEVEN_MM = 0.1  # by which a slice may lie off the even grid: archives round positions to it
 SAME_MM = 1e-3  # two slices closer than this lie at one position
-INSTALL = "pip install 'aftersam[dicom]'"
-CT_CLASSES = (  # CT Image, Enhanced CT Image, Legacy Converted Enhanced CT Image
-    "1.2.840.10008.5.1.4.1.1.2",
-    "1.2.840.10008.5.1.4.1.1.2.1",
-    "1.2.840.10008.5.1.4.1.1.2.2",
-)
-NOT_HU = ("OD", "MGML", "Z_EFF", "ED", "EDW", "PCT")  # RescaleType, DICOM PS3.3 C.11.1.1.2
-FUNCTIONAL_GROUPS = {  # where a multi-frame file keeps what a single slice has at its top
-    "ImagePositionPatient": "PlanePositionSequence",
-    "ImageOrientationPatient": "PlaneOrientationSequence",
-    "PixelSpacing": "PixelMeasuresSequence",
-    "SliceThickness": "PixelMeasuresSequence",
-    "RescaleSlope": "PixelValueTransformationSequence",
-    "RescaleIntercept": "PixelValueTransformationSequence",
-    "RescaleType": "PixelValueTransformationSequence",
-}
-
-
-class Slice(NamedTuple):
-    """One slice of a series: where its pixels are stored, and what places and scales them."""
-
-    path: Path
-    header: Any  # pydicom's Dataset of the file, without pixels
-    frame: int  # in the file
-    shape: tuple[int, int]  # rows, columns
-    spacing_mm: np.ndarray  # (2,) between rows, between columns
-    orientation: np.ndarray  # (2, 3) unit vectors along a row and along a column, LPS
-    position: np.ndarray  # (3,) of the first pixel, LPS mm
-    thickness_mm: float | None
-    slope: float
-    intercept: float
 
 
 def read_series(folder: Path) -> nib.Nifti1Image:
@@ -60,7 +37,7 @@ def read_series(folder: Path) -> nib.Nifti1Image:
     slices, affine = find_series(folder)
     whole = all(v.is_integer() for s in slices for v in (s.slope, s.intercept))
     stack = None
-    for z, (one, plane) in enumerate(zip(slices, _planes(slices), strict=True)):
+    for z, (one, plane) in enumerate(zip(slices, stored_pixels(slices), strict=True)):
         if stack is None:  # after the first slice is decoded: a damaged header asks for no memory
             kind = np.int16 if whole and plane.dtype.kind in "iu" else np.float32
             stack = np.empty((len(slices), *one.shape), kind)
@@ -88,7 +65,7 @@ def find_series(folder: Path) -> tuple[list[Slice], np.ndarray]:
         raise ValueError(
             f"{folder} holds slices of {len(series)} DICOM series; put each into a folder of its own"
         )
-    slices = [one for path, header in headers for one in _slices(path, header)]
+    slices = [one for path, header in headers for one in slices_of(path, header)]
     _check_alike(slices)
     normal = np.cross(*slices[0].orientation)
     slices.sort(key=lambda s: float(normal @ s.position))
@@ -98,36 +75,6 @@ def find_series(folder: Path) -> tuple[list[Slice], np.ndarray]:
         more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
         warnings.warn(f"{folder}: left out what is no slice of the series: {some}{more}", stacklevel=2)
     return slices, np.diag([-1.0, -1.0, 1.0, 1.0]) @ _affine(folder, slices, normal)
-
-
-def read_file(path: Path, *, pixels: bool = True) -> Any:
-    """pydicom's Dataset of a file, which may lack DICOM's preamble; None where it does not start like DICOM.
-
-    Raises ValueError that names the file where it is truncated or damaged."""
-    import pydicom
-
-    with naming(path):
-        try:
-            dataset = pydicom.dcmread(path, stop_before_pixels=not pixels)
-        except pydicom.errors.InvalidDicomError:
-            with path.open("rb") as file:
-                start = file.read(4)
-            if len(start) < 4 or start[0] not in (2, 8) or start[1] or start[3]:  # groups 0002 and 0008
-                return None
-            dataset = pydicom.dcmread(path, stop_before_pixels=not pixels, force=True)
-        if "TransferSyntaxUID" not in dataset.file_meta:
-            implicit, little = dataset.original_encoding
-            order = pydicom.uid.ExplicitVRLittleEndian if little else pydicom.uid.ExplicitVRBigEndian
-            dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian if implicit else order
-        return dataset
-
-
-def text_of(path: Path, header: Any, name: str) -> str:
-    """The value of an attribute that holds one text or UID. Raises ValueError where it is missing or empty."""
-    with naming(path):
-        if value := str(header.get(name) or ""):
-            return value
-        raise ValueError(f"{path} has no {name}, which a slice of a CT series needs")
 
 
 def _headers(folder: Path) -> tuple[list[tuple[Path, Any]], dict[str, str]]:
@@ -144,7 +91,7 @@ def _headers(folder: Path) -> tuple[list[tuple[Path, Any]], dict[str, str]]:
             foreign.append(path)
             continue
         with naming(path):
-            why = _why_no_slice(path, header)
+            why = why_no_slice(path, header)
         if why is None:
             found.append((path, header))
         else:
@@ -164,27 +111,6 @@ def _shape_of(path: Path) -> str:
     return re.sub(r"\d+", "0", path.name)
 
 
-def _why_no_slice(path: Path, header: Any) -> str | None:
-    """What a DICOM file is instead of a slice of a CT series; None where it is a slice."""
-    import pydicom
-
-    kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or ""
-    modality = str(header.get("Modality") or "")
-    if kind in CT_CLASSES:
-        if modality not in ("CT", ""):
-            raise ValueError(f"{path} has the Modality {modality}; only CT can be read")
-    elif modality != "CT":
-        name: str = pydicom.uid.UID(kind).name
-        if not modality and name == kind:  # empty, or no kind that DICOM knows
-            raise ValueError(
-                f"{path} is truncated or damaged: it has neither Modality nor a known SOPClassUID"
-            )
-        return modality or name
-    elif kind and "ImagePositionPatient" not in header and "NumberOfFrames" not in header:
-        return pydicom.uid.UID(kind).name  # a screenshot, raw data
-    return "localizer" if "LOCALIZER" in str(header.get("ImageType")) else None
-
-
 def _nothing_found(folder: Path, left_out: dict[str, str]) -> str:
     if left_out:
         kinds = ", ".join(sorted(set(left_out.values())))
@@ -192,118 +118,6 @@ def _nothing_found(folder: Path, left_out: dict[str, str]) -> str:
     inside = sorted({p.parent for p in folder.rglob("*") if p.is_file() and p.parent != folder})
     hint = f"; name a folder inside it, such as {inside[0]}" if inside else ""
     return f"{folder} holds no scan: neither NIfTI files nor slices of a DICOM series{hint}"
-
-
-def _slices(path: Path, header: Any) -> Iterator[Slice]:
-    """The slices that one file holds: one, or the frames of a multi-frame file."""
-    from pydicom.dataset import Dataset
-
-    with naming(path):
-        _check_pixels(path, header)
-        frames = 1
-        if "NumberOfFrames" in header:
-            frames = int(_numbers(path, [header], "NumberOfFrames", 1)[0])
-        groups = _items(header, "PerFrameFunctionalGroupsSequence")
-        if frames == 1 and not groups:
-            groups = [Dataset()]
-        if len(groups) != frames:
-            raise ValueError(
-                f"{path} has {frames} frames, but PerFrameFunctionalGroupsSequence places {len(groups)}"
-            )
-        shared = _items(header, "SharedFunctionalGroupsSequence")
-        for frame, group in enumerate(groups):
-            yield _slice(path, header, frame, [group, *shared[:1], header])
-
-
-def _check_pixels(path: Path, header: Any) -> None:
-    """Raises ValueError on colour, and on compression that no installed decoder reads."""
-    from pydicom.pixels import get_decoder
-
-    colours = text_of(path, header, "PhotometricInterpretation")
-    samples = int(_numbers(path, [header], "SamplesPerPixel", 1)[0])
-    if samples != 1 or not colours.startswith("MONOCHROME"):
-        raise ValueError(f"{path} is a colour image ({colours}, {samples} samples a pixel), not a CT slice")
-    if "ModalityLUTSequence" in header:
-        raise ValueError(f"{path} has a ModalityLUTSequence; RescaleSlope and RescaleIntercept are needed")
-    syntax = header.file_meta.TransferSyntaxUID
-    try:
-        decoder = get_decoder(syntax)
-    except NotImplementedError:
-        raise ValueError(
-            f"{path} has the transfer syntax {syntax.name}, which pydicom cannot decode"
-        ) from None
-    if not decoder.is_available:
-        needs = " or ".join(decoder.missing_dependencies)
-        raise ValueError(f"{path} is compressed as {syntax.name}; a decoder is missing ({needs}): {INSTALL}")
-
-
-def _slice(path: Path, header: Any, frame: int, holders: Sequence[Any]) -> Slice:
-    """The slice whose attributes stand in the first of `holders` that has them."""
-    kind = str(_found(holders, "RescaleType") or "")
-    if kind.upper() in NOT_HU:
-        raise ValueError(f"{path} has the RescaleType {kind}; HU are needed")
-    scale, names = [1.0, 0.0], ("RescaleSlope", "RescaleIntercept")
-    if any(_found(holders, name) is not None for name in names):  # one alone, or an empty one, is a mistake
-        scale = [float(_numbers(path, holders, name, 1)[0]) for name in names]
-    if scale[0] == 0:
-        raise ValueError(f"{path} has the RescaleSlope 0; HU need another")
-    rows, columns = (int(_numbers(path, [header], name, 1)[0]) for name in ("Rows", "Columns"))
-    spacing = _numbers(path, holders, "PixelSpacing", 2)
-    if not (spacing > 0).all():
-        raise ValueError(f"{path} has the PixelSpacing {spacing.tolist()}; both must be above 0")
-    orientation = _numbers(path, holders, "ImageOrientationPatient", 6).reshape(2, 3)
-    if np.abs(orientation @ orientation.T - np.eye(2)).max() > 0.01:
-        raise ValueError(
-            f"{path} has the ImageOrientationPatient {orientation.ravel().tolist()}; two unit vectors at a right "
-            "angle are needed"
-        )
-    orientation /= np.linalg.norm(orientation, axis=1, keepdims=True)
-    thickness = None
-    if _found(holders, "SliceThickness"):
-        thickness = float(_numbers(path, holders, "SliceThickness", 1)[0])
-    position = _numbers(path, holders, "ImagePositionPatient", 3)
-    return Slice(path, header, frame, (rows, columns), spacing, orientation, position, thickness, *scale)
-
-
-def _items(dataset: Any, name: str) -> list[Any]:
-    """The datasets of a sequence, none where it is missing or no sequence."""
-    from pydicom.sequence import Sequence as Items
-
-    value = dataset.get(name)
-    return list(value) if isinstance(value, Items) else []
-
-
-def _found(holders: Sequence[Any], name: str) -> Any:
-    """The attribute's value in the first of `holders` that has it, in a functional group or at the top; else None.
-
-    An empty value is ""."""
-    for holder in holders:
-        group = _items(holder, FUNCTIONAL_GROUPS[name])[:1] if name in FUNCTIONAL_GROUPS else []
-        for place in (*group, holder):
-            if name in place:
-                value = place[name].value
-                return "" if value is None else value
-    return None
-
-
-def _numbers(path: Path, holders: Sequence[Any], name: str, count: int) -> np.ndarray:
-    """The `count` finite numbers of an attribute. Raises ValueError where it is missing, empty or something else."""
-    value = _found(holders, name)
-    try:
-        numbers = np.atleast_1d(np.array(value, dtype=np.float64))
-        if value is not None and numbers.shape == (count,) and np.isfinite(numbers).all():
-            return numbers
-    except (TypeError, ValueError):
-        pass
-    needs = "a number is" if count == 1 else f"{count} numbers are"
-    has = (
-        f"no {name}"
-        if value is None
-        else f"an empty {name}"
-        if str(value) in ("", "[]")
-        else f"{name} {value}"
-    )
-    raise ValueError(f"{path} has {has}; {needs} needed")
 
 
 def _check_alike(slices: list[Slice]) -> None:
@@ -333,29 +147,13 @@ def _without_copies(slices: list[Slice]) -> tuple[list[Slice], dict[str, str]]:
         if np.abs(one.position - last.position).max() > SAME_MM:
             kept.append(one)
             continue
-        plane, again = _planes([last, one])
+        plane, again = stored_pixels([last, one])
         if not np.array_equal(plane, again):
             raise ValueError(
                 f"{one.path} and {last.path.name} lie at one position, but differ; a series has one slice a position"
             )
         copies[one.path.name] = f"a copy of {last.path.name}"
     return kept, copies
-
-
-def _planes(slices: Sequence[Slice]) -> Iterator[np.ndarray]:
-    """The stored pixels (rows, columns) of each slice. Raises ValueError that names a damaged file."""
-    from pydicom.pixels import pixel_array
-
-    path: Path | None = None
-    dataset: Any = None
-    for one in slices:
-        if one.path != path:
-            path, dataset = one.path, read_file(one.path)
-        with naming(one.path):
-            plane: np.ndarray = pixel_array(dataset, index=one.frame)
-            if plane.shape != one.shape:
-                raise ValueError(f"{one.path} is truncated or damaged: its pixels are {plane.shape}")
-        yield plane
 
 
 def _affine(folder: Path, slices: list[Slice], normal: np.ndarray) -> np.ndarray:

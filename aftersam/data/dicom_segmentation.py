@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from aftersam.data.dicom import INSTALL, Slice, find_series, text_of
+from aftersam.data.dicom import find_series
+from aftersam.data.dicom_file import INSTALL, Slice, text_of
 from aftersam.errors import naming
 
 LONGEST_NAME = 64  # characters of the value representation LO, DICOM PS3.5 6.2
