@@ -194,4 +194,6 @@ def _in_a_library(error: BaseException) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    """The first line of what `error` says, and the second where the first ends in a colon."""
+    first, *more = (str(error) or type(error).__name__).splitlines()
+    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first

@@ -16,7 +16,7 @@ import tyro
 
 from aftersam.config import Count, Small, checked
 from aftersam.errors import SAID, naming, out_of_memory, printable, sentence, tell
-from aftersam.files import remove_leftovers
+from aftersam.files import DICOM, remove_leftovers
 from aftersam.inference.jobs import beside, jobs_of, kept_labels, prompt_file
 from aftersam.inference.outputs import Job, write_outputs
 from aftersam.inference.processes import sharing_processes
@@ -223,6 +223,10 @@ class _Work:
             with timings.stage("read"):
                 volume = read_image(scan)
                 check_intensities(volume, trusted=self.args.trust_intensities)
+                if mask.suffix == DICOM:  # what cannot be written is known before it is computed
+                    from aftersam.data.dicom_segmentation import check_segmentation
+
+                    check_segmentation(scan, self.names)
                 if self.args.prompt_labels is not None and needs != "none":
                     prompts = read_labels(prompt_file(self.args.prompt_labels, scan), like=volume)
                     facts = {"prompted": needs}  # who scores this mask must know
