@@ -81,9 +81,11 @@ def ablate(args: AblateArgs) -> dict[str, AblationTable]:
     """Train, predict and score what is missing of the tables; write tables.md, tables.json and a PNG of each.
 
     Raises ValueError on bad input."""
+    from aftersam.device import find_device
     from aftersam.evaluation.figures import ablation_figure
 
     checked(args)
+    find_device(args.device)
     if "small" in args.table and args.preset != "small":
         raise ValueError(f"table small shows what the preset small is made of, not {args.preset}")
     args.output.mkdir(parents=True, exist_ok=True)

@@ -233,7 +233,7 @@ def check(args: CheckArgs) -> CheckResult:
         if seconds is not None:
             wanted = f", the model takes {config.model.num_slices * config.train.batch_size / seconds:.3g}"
         text = f"{config.train.num_workers} workers load {rate:.3g} slices a second{wanted}"
-        console.print(text, highlight=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
     return CheckResult(tuple(reports), need, seconds, rate)
 
 

@@ -350,11 +350,17 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type, values: dict[str, Any], *, where: str = "config") -> Any:
     """An instance of the dataclass `cls` from JSON values; keys not named keep their defaults.
 
-    Raises ValueError on an unknown key, naming the nearest one, or on a value of the wrong type."""
+    Raises ValueError on an unknown key, naming the nearest one, on one that is missing, and on a value of the wrong
+    type."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} holds a {type(values).__name__}, but must be an object")
     hints = typing.get_type_hints(cls)
+    needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory]
+    if missing := [name for name in needed if name not in values]:
+        raise ValueError(f"{where} lacks {missing[0]!r}")
     for key in values:
         if key not in hints:
-            raise ValueError(f"{where} has no key {key!r}{_nearest(key, hints)}")
+            raise ValueError(f"{where} has no key {key!r:.60}{_nearest(key, hints)}")
     return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
 
 
@@ -362,19 +368,24 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     """`value` as `hint` wants it: nested dataclasses and tuples come from dicts and lists."""
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, dict):
-            raise ValueError(f"{where} is {value!r}, but must be an object")
+            raise ValueError(f"{where} is {value!r:.60}, but must be an object")
         return from_dict(hint, value, where=where)
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         if value not in args:
             raise ValueError(
-                f"{where} is {value!r}{_nearest(value, args)}; it must be one of {', '.join(map(str, args))}"
+                f"{where} is {value!r:.60}{_nearest(value, args)}; it must be one of {', '.join(map(str, args))}"
             )
         return value
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} is {value!r:.60}, but must be an object")
+        return {key: _convert(args[1], entry, f"{where}.{key:.40}") for key, entry in value.items()}
     if origin is tuple:
+        if not isinstance(value, (list, tuple)) or (args[-1] is not Ellipsis and len(value) != len(args)):
+            count = "" if args[-1] is Ellipsis else f" of {len(args)}"
+            raise ValueError(f"{where} is {value!r:.60}, but must be a list{count}")
         inner = args[:1] * len(value) if args[-1] is Ellipsis else args
-        if not isinstance(value, (list, tuple)) or len(value) != len(inner):
-            raise ValueError(f"{where} is {value!r}, but must be a list of {len(inner)}")
         return tuple(
             _convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True))
         )
@@ -390,11 +401,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return float(value) if abs(value) < 2**63 else math.inf
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(
-            f"{where} is {value!r}, but must be {'nothing' if hint is type(None) else hint.__name__}"
+            f"{where} is {value!r:.60}, but must be {'nothing' if hint is type(None) else hint.__name__}"
         )
     return value
 
 
 def _nearest(key: Any, names: Any) -> str:
-    close = difflib.get_close_matches(str(key), [str(name) for name in names], n=1)
+    close = difflib.get_close_matches(str(key)[:60], [str(name) for name in names], n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -48,6 +48,7 @@ def demo(args: DemoArgs) -> Metrics:
     Raises ValueError where the folder holds a demo already."""
     from aftersam.data.phantom import LABELS, write_dataset
     from aftersam.data.volume import read_image, read_labels
+    from aftersam.device import find_device
     from aftersam.evaluation.figures import overlay_png
     from aftersam.evaluation.page import write_report
     from aftersam.evaluation.scoring import score_folder, table
@@ -55,6 +56,7 @@ def demo(args: DemoArgs) -> Metrics:
     from aftersam.training.arguments import TrainArgs
     from aftersam.training.run import train
 
+    find_device(args.device)  # minutes before training asks
     out, began = checked(args).output, time.monotonic()
     if (out / "run").exists():
         raise ValueError(f"{out} holds a demo already; delete it or choose another --output")

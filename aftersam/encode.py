@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import tyro
 
 from aftersam.config import Config, checked
-from aftersam.errors import SAID, one_line, plain_console, run_command, sentence
-from aftersam.files import by_case, scans_in
+from aftersam.errors import SAID, naming, plain_console, run_command, sentence, tell
+from aftersam.files import by_case, remove_leftovers, scans_in
 from aftersam.training.arguments import ConfigFile, parse
 
 if TYPE_CHECKING:
@@ -73,18 +73,20 @@ def encode(args: EncodeArgs) -> EncodeResult:
         scans = [args.data]
     store, spacing_mm = _from_run(args) if args.model is not None else _from_sam(args)
     console = plain_console(stderr=True)
+    remove_leftovers(args.output)
     failed = 0
     for scan in track(scans, "encoding", console=console, transient=True):
         try:
-            volume = read_image(scan)
-            check_intensities(volume, trusted=args.trust_intensities)
-            ready = preprocess(volume, spacing_mm)
+            with naming(scan):
+                volume = read_image(scan)
+                check_intensities(volume, trusted=args.trust_intensities)
+                ready = preprocess(volume, spacing_mm)
+            with naming(scan, "could not be encoded"):
+                store.of(ready.array, ready.box)
         except SAID as error:
             failed += 1
-            console.print(f"aftersam.encode: {sentence(error)}", soft_wrap=True)
-            continue
-        store.of(ready.array, ready.box)
-    console.print(f"{one_line(args.output)}: {len(scans) - failed} of {len(scans)} scans", soft_wrap=True)
+            tell(console, f"aftersam.encode: {sentence(error)}")
+    tell(console, f"{args.output}: {len(scans) - failed} of {len(scans)} scans")
     return EncodeResult(len(scans) - failed, failed)
 
 
@@ -110,12 +112,11 @@ def _from_sam(args: EncodeArgs) -> tuple[Embeddings, tuple[float, float, float] 
     from aftersam.model.sam_checkpoint import read_sam_checkpoint
 
     assert args.sam_checkpoint is not None
-    config, spacing = args.config, args.config.data.spacing_mm
+    config, spacing, device = args.config, args.config.data.spacing_mm, find_device(args.device)
     if spacing == "median":
         raise ValueError("spacing_mm is median, which depends on the training set; give three lengths in mm")
     sam = read_sam_checkpoint(args.sam_checkpoint)
     model = dataclasses.replace(config.model, image_encoder=sam.name, encoder="frozen")  # type: ignore[arg-type]
-    device = find_device(args.device)
     precision = dtype_for(config.train.precision, device.type)
     built = build_aftersam(model, num_classes=2, sam=sam).to(device)
     store = Embeddings(args.output, built, image_size=model.image_size, precision=precision)

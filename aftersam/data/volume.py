@@ -18,13 +18,14 @@ import numpy as np
 
 from aftersam.data.nifti import check_shape, check_spacing, corners, is_grid, mm_per_unit, opened
 from aftersam.errors import naming
-from aftersam.files import case_name, is_nifti, renamed, write_json
+from aftersam.files import case_name, is_nifti, renamed, reserve, write_json
 
 if TYPE_CHECKING:
     import nibabel as nib
 
 AIR_HU = -1000
 CANONICAL = ("S", "P", "L")  # where the indices d, h and w of an array rise to
+LARGEST_LABEL = 32767  # that a mask holds, in int16
 SAME_GRID = 0.1  # of a voxel: how far a label's corners may lie from its image's
 ROUNDED = 1e-3  # how far a label's value may lie from the integer that it is
 LONGEST_MM = 3000.0  # of an axis: no scanner's table moves further
@@ -53,6 +54,11 @@ class Volume:
         """Voxel size (d, h, w)."""
         d, h, w = np.linalg.norm(self.affine[:3, :3], axis=0).tolist()
         return d, h, w
+
+
+def label_dtype(largest: int) -> type[np.uint8] | type[np.int16]:
+    """What labels up to the value `largest` are held and written in."""
+    return np.uint8 if largest < 256 else np.int16
 
 
 def read_image(path: Path | str) -> Volume:
@@ -95,11 +101,11 @@ def labels_from_nifti(
         if off.any():
             raise ValueError(f"{name} has the value {values[off][0]:g}; labels must be integers")
     low, high = int(raw.min()), int(raw.max())
-    if low < 0 or high > np.iinfo(np.int16).max:
+    if low < 0 or high > LARGEST_LABEL:
         raise ValueError(
-            f"{name} has the value {low if low < 0 else high}; labels must lie between 0 and 32767"
+            f"{name} has the value {low if low < 0 else high}; labels must lie between 0 and {LARGEST_LABEL}"
         )
-    labels = _canonical(raw.astype(np.uint8 if high < 256 else np.int16), image, name)
+    labels = _canonical(raw.astype(label_dtype(high)), image, name)
     if like is not None:
         _check_same_grid(labels, like)
     return labels
@@ -126,25 +132,31 @@ def image_of(array: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
 
 
 def to_nifti(labels: np.ndarray, like: Volume, names: dict[int, str] | None = None) -> nib.Nifti1Image:
-    """Labels (D, H, W) in `like`'s canonical axes as a uint8 image on the grid of the file it came from.
+    """Labels (D, H, W) in `like`'s canonical axes as an image on the grid of the file it came from.
 
-    The label names go into a header extension as JSON. Raises ValueError on another shape or values above 255."""
+    Its voxels are uint8, or int16 where a label or a value of `names` is above 255. The label names go into a header
+    extension as JSON. Raises ValueError on another shape, on values below 0 and on values above 32767."""
     import nibabel as nib
 
     if labels.shape != like.array.shape:
         raise ValueError(f"labels have the shape {labels.shape}, but {like.name} has {like.array.shape}")
-    if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) <= 255:
-        raise ValueError(f"labels for {like.name} reach {labels.max()}, but a mask holds 0 to 255")
+    low, high = (int(labels.min()), int(labels.max())) if labels.size else (0, 0)
+    if low < 0 or high > LARGEST_LABEL:
+        found = low if low < 0 else high
+        raise ValueError(f"labels for {like.name} have the value {found}; a mask holds 0 to {LARGEST_LABEL}")
+    dtype = label_dtype(max(high, *(names or {}), 0))
     back = nib.orientations.ornt_transform(_canonical_orientation(), like.grid.orientation)
-    array = nib.orientations.apply_orientation(labels, back).astype(np.uint8).reshape(like.grid.shape)
+    array = (
+        nib.orientations.apply_orientation(labels, back).astype(dtype, copy=False).reshape(like.grid.shape)
+    )
     header = like.grid.header.copy()
-    header.set_data_dtype(np.uint8)
+    header.set_data_dtype(dtype)
     header.set_slope_inter(1, 0)
     header["cal_min"] = header["cal_max"] = 0  # the scan's display window would hide the labels
     header["descrip"] = b""
     header.extensions.clear()
     if names is not None:
-        text = json.dumps(_names_json(names))
+        text = json.dumps(label_names_json(names))
         header.extensions.append(nib.nifti1.Nifti1Extension("comment", text.encode()))
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     return kind(array, like.grid.affine, header)
@@ -166,7 +178,7 @@ def write_labels(
         raise ValueError(f"{path} must end in .nii or .nii.gz to be written")
     image = to_nifti(labels, like, names)
     if names is not None:  # the mask last: where it is, all is there
-        write_json(path.with_name(case_name(path) + ".json"), {**_names_json(names), **(facts or {})})
+        write_json(path.with_name(case_name(path) + ".json"), {**label_names_json(names), **(facts or {})})
     with renamed(path) as temporary:
         image.to_filename(temporary)  # gz at nibabel's level 1: 9 takes 18 times as long
 
@@ -194,6 +206,7 @@ def open_probabilities(path: Path, like: Volume, num_classes: int) -> Iterator[n
         array = np.lib.format.open_memmap(
             temporary, mode="w+", dtype=np.float16, shape=shape, fortran_order=True
         )
+        reserve(temporary)
         change = nib.orientations.ornt_transform(like.grid.orientation, _canonical_orientation())
         yield np.moveaxis(nib.orientations.apply_orientation(np.moveaxis(array, 0, -1), change), -1, 0)
         array.flush()
@@ -293,5 +306,6 @@ def _canonical(array: np.ndarray, image: nib.spatialimages.SpatialImage, name: s
     return Volume(array, canonical, grid, name)
 
 
-def _names_json(names: dict[int, str]) -> dict[str, dict[str, int]]:
+def label_names_json(names: dict[int, str]) -> dict[str, dict[str, int]]:
+    """What a mask's JSON says of its labels."""
     return {"labels": {"background": 0, **{name: value for value, name in sorted(names.items())}}}

@@ -220,18 +220,9 @@ def _occupied(image: np.ndarray, axis: int) -> slice:
     return slice(max(int(found[0]) - 3, 0), int(found[-1]) + 4) if len(found) else slice(None)
 
 
-def _plain_text(figure: Figure) -> Figure:
-    """`figure`, in which names stand as they are: $ starts no formula."""
-    from matplotlib.text import Text
-
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)  # type: ignore[attr-defined]
-    return figure
-
-
 def _save(figure: Figure, path: Path) -> None:
     with renamed(path) as temporary:
-        _plain_text(figure).savefig(temporary, format="png", dpi=130, facecolor=figure.get_facecolor())
+        figure.savefig(temporary, format="png", dpi=130, facecolor=figure.get_facecolor())
 
 
 def png_bytes(figure: Figure) -> bytes:
@@ -239,6 +230,6 @@ def png_bytes(figure: Figure) -> bytes:
     import io
 
     buffer: Any = io.BytesIO()
-    _plain_text(figure).savefig(buffer, format="png", dpi=120, facecolor=figure.get_facecolor())
+    figure.savefig(buffer, format="png", dpi=120, facecolor=figure.get_facecolor())
     data: bytes = buffer.getvalue()
     return data

@@ -6,7 +6,17 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from aftersam.files import DICOM, NIFTI, by_case, case_id, is_nifti, masks_of, refuse_input, scans_in
+from aftersam.files import (
+    DICOM,
+    NIFTI,
+    by_case,
+    case_id,
+    case_name,
+    is_nifti,
+    masks_of,
+    refuse_input,
+    scans_in,
+)
 
 
 def jobs_of(
@@ -56,3 +66,25 @@ def prompt_file(labels: Path, scan: Path) -> Path:
     if found is None:
         raise ValueError(f"{labels} has no label {case_id(scan)}.nii.gz to draw the prompts of {scan} from")
     return found
+
+
+def beside(mask: Path, ending: str) -> Path:
+    """The file of the same case with another ending."""
+    return mask.with_name(case_name(mask) + ending)
+
+
+def kept_labels(wanted: str | None, labels: dict[int, str]) -> dict[int, str]:
+    """The labels by value that the comma-separated `wanted` names; all of them for None."""
+    if wanted is None:
+        return labels
+    import difflib
+
+    values = {name: value for value, name in labels.items()}
+    kept = {}
+    for name in (part.strip() for part in wanted.split(",")):
+        if name not in values:
+            close = difflib.get_close_matches(name, values, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"the model has no label {name!r}{hint} It has {', '.join(values)}")
+        kept[values[name]] = name
+    return kept

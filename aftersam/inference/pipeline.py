@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from aftersam.config import Count, Small, checked
-from aftersam.errors import SAID, one_line, plain_console, sentence
-from aftersam.files import DICOM, case_name, remove_leftovers, renamed, write_json
-from aftersam.inference.jobs import jobs_of, prompt_file
+from aftersam.errors import SAID, naming, out_of_memory, plain_console, printable, sentence, tell
+from aftersam.files import DICOM, remove_leftovers
+from aftersam.inference.jobs import beside, jobs_of, kept_labels, prompt_file
+from aftersam.inference.outputs import Job, write_outputs
+from aftersam.inference.processes import sharing_processes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from aftersam.inference.feature_cache import Embeddings
     from aftersam.inference.inputs import PredictOptions
-    from aftersam.inference.segmenter import Prepared, Segmenter
+    from aftersam.inference.segmenter import Segmenter
     from aftersam.inference.sliding import Prediction
 
 
@@ -100,48 +101,62 @@ def predict_files(args: PredictArgs) -> Predicted:
     While one scan is computed the next is read and the last is written, so three are in memory at most. Under
     torchrun each process takes its share of a folder, on a GPU of its own with the device "auto".
     Raises ValueError where nothing can be done: no scans, a bad run, an output that exists."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     checked(args)
     prompts = [] if args.prompt_labels is None else [args.prompt_labels]
     jobs, folder = jobs_of(
         args.input, args.output, also_read=[args.model, *prompts], overwrite=args.overwrite
     )
-    jobs = jobs[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]  # torchrun's
-    work = _work(args)
     report = _Report(plain_console(stderr=True), folder)
-    kept = [mask for _, mask in jobs if mask.exists() and not args.overwrite]
-    for mask in kept:
-        report.console.print(f"{one_line(mask)} exists and is kept; --overwrite replaces it", soft_wrap=True)
-    jobs = [(scan, mask) for scan, mask in jobs if mask not in kept]
-    hidden = not report.console.is_terminal
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
+    processes = sharing_processes()
+    jobs = processes.share(jobs)
+    for home in {mask.parent for _, mask in jobs}:
+        remove_leftovers(home)
+    if not args.overwrite:
+        jobs = report.keep_finished(jobs, args.output)
+    if jobs:
+        _predict(args, jobs, report)
+    processes.wait_for_the_others(len(report.problems), functools.partial(tell, report.console))
+    return Predicted(tuple(report.written), tuple(report.kept), tuple(report.problems))
+
+
+def _predict(args: PredictArgs, jobs: Sequence[tuple[Path, Path]], report: _Report) -> None:
+    """Segment the scans of `jobs`, (scan, mask) pairs."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    work = _work(args)
+    name = TextColumn("{task.description}", markup=False)
     with (
-        Progress(*columns, console=report.console, transient=True, disable=hidden) as bar,
+        Progress(
+            name,
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=report.console,
+            transient=True,
+            disable=not report.console.is_terminal,
+        ) as bar,
         ThreadPoolExecutor(1) as reader,
         ThreadPoolExecutor(1) as writer,
     ):
-        upcoming = [reader.submit(work.read, scan) for scan, _ in jobs[:1]]
+        upcoming = [reader.submit(work.read, *pair) for pair in jobs[:1]]
         writing: list[tuple[Path, Future[str]]] = []
         for index, (scan, mask) in enumerate(jobs):
             reading = upcoming.pop()
-            upcoming = [reader.submit(work.read, later) for later, _ in jobs[index + 1 : index + 2]]
+            upcoming = [reader.submit(work.read, *later) for later in jobs[index + 1 : index + 2]]
+            if mask.exists() and not args.overwrite:  # by now, from another process
+                report.kept.append(mask)
+                continue
             with report.problems_of_one_scan():
                 job = reading.result()
-                task = bar.add_task(scan.name, total=job.prepared.volume.array.shape[0])
+                task = bar.add_task(printable(scan.name), total=job.prepared.volume.array.shape[0])
                 try:
-                    found = work.compute(job, mask, functools.partial(bar.advance, task))
+                    found = work.compute(job, functools.partial(bar.advance, task))
                 finally:
                     bar.remove_task(task)
                 report.collect(writing)
-                writing = [(mask, writer.submit(work.write, job, found, mask))]
+                writing = [(mask, writer.submit(write_outputs, args, work.names, job, found))]
         report.collect(writing)
-    return Predicted(tuple(report.written), tuple(kept), tuple(report.problems))
 
 
 @dataclass(frozen=True)
@@ -151,7 +166,17 @@ class _Report:
     console: Console
     folder: bool
     written: list[Path] = field(default_factory=list)
+    kept: list[Path] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+
+    def keep_finished(self, jobs: Sequence[tuple[Path, Path]], output: Path) -> list[tuple[Path, Path]]:
+        """The jobs without a mask; the number of the others is told."""
+        self.kept.extend(mask for _, mask in jobs if mask.exists())
+        if self.kept:
+            text = f"{output}: {len(self.kept)} of {len(jobs)} masks exist and are kept; --overwrite replaces them"
+            tell(self.console, text)
+        finished = set(self.kept)
+        return [job for job in jobs if job[1] not in finished]
 
     @contextlib.contextmanager
     def problems_of_one_scan(self) -> Iterator[None]:
@@ -162,29 +187,21 @@ class _Report:
             if not self.folder:
                 raise
             self.problems.append(sentence(error))
-            self.console.print(f"aftersam.predict: {sentence(error)}", soft_wrap=True)
+            tell(self.console, f"aftersam.predict: {sentence(error)}")
 
     def collect(self, writing: list[tuple[Path, Future[str]]]) -> None:
         """Wait for masks to be written and tell of each."""
         with self.problems_of_one_scan():
-            for mask, line in writing:
-                self.console.print(line.result(), soft_wrap=True)
+            while writing:
+                mask, future = writing.pop()
+                for line in future.result().splitlines():
+                    tell(self.console, line)
                 self.written.append(mask)
 
 
 @dataclass(frozen=True)
-class _Job:
-    """A scan between reading and writing."""
-
-    scan: Path
-    prepared: Prepared
-    facts: dict[str, str]  # for the JSON beside the mask
-    began: float
-
-
-@dataclass(frozen=True)
 class _Work:
-    """What is done to each scan: read, compute and write, each in a thread of its own."""
+    """What is done to each scan before it is written: read and compute, each in a thread of its own."""
 
     args: PredictArgs
     segmenter: Segmenter
@@ -192,7 +209,7 @@ class _Work:
     embeddings: Embeddings | None
     names: dict[int, str]  # labels that masks keep
 
-    def read(self, scan: Path) -> _Job:
+    def read(self, scan: Path, mask: Path) -> Job:
         """Read one scan, and its prompts, and bring them to the model's spacing."""
         from aftersam.data.intensities import check_intensities
         from aftersam.data.volume import read_image, read_labels
@@ -202,19 +219,22 @@ class _Work:
         timings = Timings(self.segmenter.device if self.args.timings else None)
         needs = self.segmenter.config.model.prompts
         prompts, facts = None, dict[str, str]()
-        with timings.stage("read"):
-            volume = read_image(scan)
-            check_intensities(volume, trusted=self.args.trust_intensities)
-            if self.args.prompt_labels is not None and needs != "none":
-                prompts = read_labels(prompt_file(self.args.prompt_labels, scan), like=volume)
-                facts = {"prompted": needs}  # who scores this mask must know
-        prepared = self.segmenter.prepare(volume, prompt_labels=prompts, timings=timings)
-        return _Job(scan, prepared, facts, began)
+        with naming(scan):
+            with timings.stage("read"):
+                volume = read_image(scan)
+                check_intensities(volume, trusted=self.args.trust_intensities)
+                if mask.suffix == DICOM:  # what cannot be written is known before it is computed
+                    from aftersam.data.dicom_segmentation import check_segmentation
 
-    def compute(self, job: _Job, mask: Path, progress: Callable[[int], None]) -> Prediction:
-        """Segment one scan. Raises ValueError where the memory does not suffice."""
-        import torch
+                    check_segmentation(scan, self.names)
+                if self.args.prompt_labels is not None and needs != "none":
+                    prompts = read_labels(prompt_file(self.args.prompt_labels, scan), like=volume)
+                    facts = {"prompted": needs}  # who scores this mask must know
+            prepared = self.segmenter.prepare(volume, prompt_labels=prompts, timings=timings)
+        return Job(scan, mask, prepared, facts, began)
 
+    def compute(self, job: Job, progress: Callable[[int], None]) -> Prediction:
+        """Segment one scan. Raises MemoryError where the memory does not suffice."""
         prepared, batch = job.prepared, self.args.batch_size
         try:
             if self.embeddings is not None:
@@ -222,7 +242,7 @@ class _Work:
                 with scan.timings.stage("encode"):
                     stored = self.embeddings.of(scan.hu, scan.box, batch_size=batch)
                 prepared = prepared._replace(scan=dataclasses.replace(scan, stored=stored))
-            with self._probabilities(job, mask) as probabilities:
+            with self._probabilities(job) as probabilities:
                 return self.segmenter.segment(
                     prepared,
                     options=self.options,
@@ -230,88 +250,26 @@ class _Work:
                     probabilities=probabilities,
                     progress=progress,
                 )
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
             detail = (str(error) or "no more is known").splitlines()[0]
-            raise ValueError(
+            raise MemoryError(
                 f"{job.scan}: memory ran out; a --batch-size below {batch} needs less ({detail})"
             ) from None
 
     @contextlib.contextmanager
-    def _probabilities(self, job: _Job, mask: Path) -> Iterator[np.ndarray | None]:
+    def _probabilities(self, job: Job) -> Iterator[np.ndarray | None]:
         """The file that the scan's probabilities go to as they come, if they are wanted."""
         if not self.args.save_probabilities:
             yield None
             return
         from aftersam.data.volume import open_probabilities
 
-        mask.parent.mkdir(parents=True, exist_ok=True)
-        path = _beside(mask, ".probabilities.npy")
+        job.mask.parent.mkdir(parents=True, exist_ok=True)
+        path = beside(job.mask, ".probabilities.npy")
         with open_probabilities(path, job.prepared.volume, len(self.segmenter.labels) + 1) as array:
             yield array
-
-    def write(self, job: _Job, found: Prediction, mask: Path) -> str:
-        """Write one mask, after all that lies beside it: a mask under its name is a scan that is finished.
-
-        Returns what to tell the user. Raises OSError where a file cannot be written."""
-        import numpy as np
-
-        labels, volume, timings = found.labels, job.prepared.volume, job.prepared.scan.timings
-        mask.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(mask.parent, case_name(mask))
-        with timings.stage("write"):
-            labels[~np.isin(labels, list(self.names))] = 0
-            self._write_extras(job, found, mask)
-            self._write_mask(job, labels, mask)
-        organs = (
-            ", ".join(self.names[v] for v in sorted(set(np.unique(labels)) & set(self.names))) or "nothing"
-        )
-        line = f"{one_line(mask)}: {organs}; {volume.array.shape[0]} slices in {time.monotonic() - job.began:.1f} s"
-        if self.args.timings:
-            write_json(_beside(mask, ".timings.json"), timings.summary())
-            line += f"\n{timings.line()}"
-        return line
-
-    def _write_extras(self, job: _Job, found: Prediction, mask: Path) -> None:
-        """What lies beside the mask, as far as it is wanted: preview, statistics, confidence."""
-        import numpy as np
-
-        from aftersam.data.volume import write_confidence
-        from aftersam.evaluation.metrics import organ_statistics
-
-        labels, volume = found.labels, job.prepared.volume
-        if self.args.preview:
-            from aftersam.evaluation.figures import overlay_png
-
-            overlay_png(
-                _beside(mask, ".png"),
-                volume.array,
-                labels,
-                volume.spacing_mm,
-                self.names,
-                title=job.scan.name,
-            )
-        if self.args.statistics:
-            voxel_mm3 = abs(float(np.linalg.det(volume.affine[:3, :3])))
-            statistics = organ_statistics(labels, volume.array, self.names, voxel_mm3=voxel_mm3)
-            write_json(_beside(mask, ".statistics.json"), statistics)
-        if found.confidence is not None:
-            write_confidence(_beside(mask, ".confidence.nii.gz"), found.confidence, volume)
-
-    def _write_mask(self, job: _Job, labels: np.ndarray, mask: Path) -> None:
-        """The mask itself, as NIfTI or as a DICOM segmentation of the series."""
-        import numpy as np
-
-        from aftersam.data.volume import to_nifti, write_labels
-
-        volume = job.prepared.volume
-        if mask.suffix != DICOM:
-            write_labels(mask, labels, volume, self.names, job.facts)
-            return
-        from aftersam.data.dicom import write_segmentation
-
-        with renamed(mask) as temporary:
-            on_grid = np.asarray(to_nifti(labels, volume).dataobj)
-            write_segmentation(temporary, on_grid, job.scan, self.names)
 
 
 def _work(args: PredictArgs) -> _Work:
@@ -321,7 +279,7 @@ def _work(args: PredictArgs) -> _Work:
     segmenter = load(
         args.model, checkpoint=args.checkpoint, device=args.device, compiled=args.compile, graphs=args.graph
     )
-    names = _kept_labels(args.labels, segmenter.labels)
+    names = kept_labels(args.labels, segmenter.labels)
     return _Work(args, segmenter, _options(args, segmenter), _embeddings(args, segmenter), names)
 
 
@@ -350,24 +308,3 @@ def _embeddings(args: PredictArgs, segmenter: Segmenter) -> Embeddings | None:
 
     size = segmenter.config.model.image_size
     return Embeddings(args.embeddings, segmenter.model, image_size=size, precision=segmenter.precision)
-
-
-def _beside(mask: Path, ending: str) -> Path:
-    return mask.with_name(case_name(mask) + ending)
-
-
-def _kept_labels(wanted: str | None, labels: dict[int, str]) -> dict[int, str]:
-    """The labels by value that the comma-separated `wanted` names; all of them for None."""
-    if wanted is None:
-        return labels
-    import difflib
-
-    values = {name: value for value, name in labels.items()}
-    kept = {}
-    for name in (part.strip() for part in wanted.split(",")):
-        if name not in values:
-            close = difflib.get_close_matches(name, values, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"the model has no label {name!r}{hint} It has {', '.join(values)}")
-        kept[values[name]] = name
-    return kept

@@ -1,0 +1,109 @@
+"""What prediction leaves of a scan: its mask, and the files beside it that are wanted."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aftersam.errors import printable
+from aftersam.files import DICOM, renamed, write_json
+from aftersam.inference.jobs import beside
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from aftersam.inference.pipeline import PredictArgs
+    from aftersam.inference.segmenter import Prepared
+    from aftersam.inference.sliding import Prediction
+
+
+@dataclass(frozen=True)
+class Job:
+    """A scan between reading and writing."""
+
+    scan: Path
+    mask: Path
+    prepared: Prepared
+    facts: dict[str, str]  # for the JSON beside the mask
+    began: float
+
+
+def write_outputs(args: PredictArgs, names: dict[int, str], job: Job, found: Prediction) -> str:
+    """Write the mask of one scan with the labels `names`, after all that lies beside it: a mask is a finished scan.
+
+    Returns what to tell the user. Raises OSError where a file cannot be written."""
+    labels, volume, mask = found.labels, job.prepared.volume, job.mask
+    timings = job.prepared.scan.timings
+    mask.parent.mkdir(parents=True, exist_ok=True)
+    with renamed(mask) as temporary:
+        with timings.stage("write"):
+            present = _keep(labels, names)
+            _write_extras(args, names, job, found)
+            _write_mask(names, job, labels, temporary)
+        if args.timings:
+            write_json(beside(mask, ".timings.json"), timings.summary())
+    organs = ", ".join(name for value, name in sorted(names.items()) if value in present) or "nothing"
+    line = (
+        f"{printable(mask)}: {organs}; {volume.array.shape[0]} slices in {time.monotonic() - job.began:.1f} s"
+    )
+    return f"{line}\n{timings.line()}" if args.timings else line
+
+
+def _keep(labels: np.ndarray, names: dict[int, str]) -> set[int]:
+    """Make background, in place, of labels (D, H, W) that `names` does not have; the values that are left.
+
+    Plane by plane, since a temporary array of the scan's size would be most of the memory."""
+    import numpy as np
+
+    present: set[int] = set()
+    for plane in labels:
+        values = set(np.flatnonzero(np.bincount(plane.ravel())).tolist()) - {0}
+        if foreign := values - names.keys():
+            plane[np.isin(plane, list(foreign))] = 0
+        present |= values & names.keys()
+    return present
+
+
+def _write_extras(args: PredictArgs, names: dict[int, str], job: Job, found: Prediction) -> None:
+    """What lies beside the mask, as far as it is wanted: preview, statistics, confidence."""
+    import numpy as np
+
+    from aftersam.data.volume import write_confidence
+    from aftersam.evaluation.metrics import organ_statistics
+
+    labels, volume, mask = found.labels, job.prepared.volume, job.mask
+    if args.preview:
+        from aftersam.evaluation.figures import overlay_png
+
+        overlay_png(
+            beside(mask, ".png"),
+            volume.array,
+            labels,
+            volume.spacing_mm,
+            names,
+            title=job.scan.name,
+        )
+    if args.statistics:
+        voxel_mm3 = abs(float(np.linalg.det(volume.affine[:3, :3])))
+        statistics = organ_statistics(labels, volume.array, names, voxel_mm3=voxel_mm3)
+        write_json(beside(mask, ".statistics.json"), statistics)
+    if found.confidence is not None:
+        write_confidence(beside(mask, ".confidence.nii.gz"), found.confidence, volume)
+
+
+def _write_mask(names: dict[int, str], job: Job, labels: np.ndarray, path: Path) -> None:
+    """The mask itself into the file `path`: NIfTI with its names as JSON beside the mask, or a DICOM segmentation."""
+    import numpy as np
+
+    from aftersam.data.volume import label_names_json, to_nifti
+
+    if job.mask.suffix == DICOM:
+        from aftersam.data.dicom_segmentation import write_segmentation
+
+        on_grid = np.asarray(to_nifti(labels, job.prepared.volume).dataobj)
+        write_segmentation(path, on_grid, job.scan, names)
+        return
+    write_json(beside(job.mask, ".json"), {**label_names_json(names), **job.facts})
+    to_nifti(labels, job.prepared.volume, names).to_filename(path)
