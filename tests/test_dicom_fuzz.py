@@ -124,12 +124,12 @@ def fuzz(tmp_path, trials, seed):
     for trial in range(trials):
         folder = tmp_path / f"trial{trial}"
         path = series_with_a_mutation(folder, bases[trial % len(bases)], rng)
-        began = time.monotonic()
+        began = time.process_time()  # a loaded machine is no hang
         if path is not None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 refused += look(folder, path) != ""
-        assert time.monotonic() - began < 5, f"trial {trial} hangs"
+        assert time.process_time() - began < 5, f"trial {trial} hangs"
     grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert grown_mib < 200
     return refused
