@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import tyro
 
-from aftersam.config import ENCODERS, Config, preset
-from aftersam.errors import run_command
+from aftersam.config import ENCODERS, Config, Index, checked, preset
+from aftersam.errors import SAID, run_command, sentence
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ class CheckArgs:
     """Data set: nnU-Net raw, MSD, SegTHOR, or images/ beside labels/."""
     preset: Annotated[Literal["paper", "best", "small", "tiny"], tyro.conf.arg(aliases=["-p"])] = "small"
     """Preset whose needs are estimated."""
-    num_workers: int | None = None
+    num_workers: Index | None = None
     """Worker processes to measure loading with; the preset's unless given."""
 
 
@@ -71,6 +71,7 @@ class CheckResult:
 def check_case(case: Case, names: dict[int, str]) -> CaseReport:
     """Read a case whole and say what it holds."""
     from aftersam.data.cache import check_labels
+    from aftersam.data.intensities import check_intensities
     from aftersam.data.volume import read_image, read_labels
 
     report = CaseReport(case.id)
@@ -80,17 +81,13 @@ def check_case(case: Case, names: dict[int, str]) -> CaseReport:
         report = dataclasses.replace(
             report, shape=image.array.shape, spacing_mm=image.spacing_mm, hu_range=(low, high)
         )
-        if low >= 0:
-            return dataclasses.replace(
-                report,
-                problem=f"{case.image} has no value below 0 ({low:g} to {high:g}): not Hounsfield units?",
-            )
+        check_intensities(image)
         if case.label is None:
             return dataclasses.replace(report, problem=f"{case.image} has no label")
         labels = read_labels(case.label, like=image)
         return dataclasses.replace(report, labels=tuple(check_labels(labels, names)))
-    except (ValueError, OSError) as error:
-        return dataclasses.replace(report, problem=str(error))
+    except SAID as error:
+        return dataclasses.replace(report, problem=sentence(error))
 
 
 def needs(reports: Sequence[CaseReport], config: Config, num_classes: int) -> Needs:
@@ -208,9 +205,11 @@ def check(args: CheckArgs) -> CheckResult:
     from aftersam.data.dataset import find_dataset
     from aftersam.device import find_device
 
-    dataset, console = find_dataset(args.data), Console()
-    console.print(f"{dataset.name}: {dataset.layout}, {len(dataset.cases)} scans", highlight=False)
-    console.print("labels: " + ", ".join(f"{v} {n}" for v, n in dataset.labels.items()), highlight=False)
+    dataset, console = find_dataset(checked(args).data), Console()
+    found = f"{dataset.name}: {dataset.layout}, {len(dataset.cases)} scans"
+    console.print(found, markup=False, highlight=False)
+    named = ", ".join(f"{v} {n}" for v, n in dataset.labels.items())
+    console.print(f"labels: {named}", markup=False, highlight=False)
     progress = Console(stderr=True)
     hidden = not progress.is_terminal
     reports = [
@@ -252,13 +251,14 @@ def _config(args: CheckArgs) -> Config:
 
 def _print_cases(console: Console, reports: Sequence[CaseReport], labels: dict[int, str]) -> None:
     """A table of all cases, and what is wrong with the bad ones."""
+    from rich.markup import escape
     from rich.table import Table
 
     grid = Table("case", "slices × rows × columns", "spacing mm", "HU", "missing labels", "", box=None)
     for report in reports:
-        missing = ", ".join(n for v, n in labels.items() if v not in report.labels) or "none"
+        missing = escape(", ".join(n for v, n in labels.items() if v not in report.labels) or "none")
         grid.add_row(
-            report.id,
+            escape(report.id),
             "" if report.shape is None else " × ".join(map(str, report.shape)),
             "" if report.spacing_mm is None else " × ".join(f"{s:.2f}" for s in report.spacing_mm),
             "" if report.hu_range is None else f"{report.hu_range[0]:g} … {report.hu_range[1]:g}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 
 import torch
 
@@ -11,10 +12,22 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def find_device(name: str) -> torch.device:
-    """The device called `name`; auto is this process's GPU where there is one, else the CPU."""
+    """The device called `name`; auto is this process's GPU where there is one, else the CPU.
+
+    Raises ValueError on another name, and on a GPU that is not there."""
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's, one a process
     if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+        return torch.device(gpu if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise ValueError(f"device is {name!r}, but must be auto, cpu, cuda or cuda:1")
+    device = torch.device(gpu if name == "cuda" else name)
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
+        raise ValueError(f"device is {name}, but torch {torch.__version__} sees no GPU; use cpu")
+    if device.index >= torch.cuda.device_count():
+        raise ValueError(f"device is {name}, but there are {torch.cuda.device_count()} GPUs, counted from 0")
+    return device
 
 
 def precision_for(wanted: str, device: str) -> str:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import tyro
 
-from aftersam.config import Config
-from aftersam.errors import run_command
-from aftersam.files import NIFTI
+from aftersam.config import Config, checked
+from aftersam.errors import SAID, naming, run_command, sentence, tell
+from aftersam.files import by_case, remove_leftovers, scans_in
 from aftersam.training.arguments import ConfigFile, parse
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ class EncodeArgs:
     """Choices that a key not given takes; paper with a SAM checkpoint."""
     config_file: ConfigFile = None
     """Also --config: a config.json in place of a preset."""
+    trust_intensities: bool = False
+    """Take scans whose values do not look like Hounsfield units as they are, without a word."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
 
@@ -58,28 +60,34 @@ def encode(args: EncodeArgs) -> EncodeResult:
     from rich.progress import track
 
     from aftersam.data.dataset import find_dataset
+    from aftersam.data.intensities import check_intensities
     from aftersam.data.transforms import preprocess
     from aftersam.data.volume import read_image
 
+    checked(args)
     if (args.model is None) == (args.sam_checkpoint is None):
         raise ValueError("give a run (-m) or SAM weights (--sam-checkpoint), one of the two")
     if args.data.is_dir():
-        scans = sorted(path for path in args.data.iterdir() if path.name.endswith(NIFTI))
+        scans = list(by_case(scans_in(args.data)).values())
         scans = scans or [case.image for case in find_dataset(args.data).cases]
     else:
         scans = [args.data]
     store, spacing_mm = _from_run(args) if args.model is not None else _from_sam(args)
     console = Console(stderr=True)
+    remove_leftovers(args.output)
     failed = 0
     for scan in track(scans, "encoding", console=console, transient=True):
         try:
-            ready = preprocess(read_image(scan), spacing_mm)
-        except (ValueError, OSError) as error:
+            with naming(scan):
+                volume = read_image(scan)
+                check_intensities(volume, trusted=args.trust_intensities)
+                ready = preprocess(volume, spacing_mm)
+            with naming(scan, "could not be encoded"):
+                store.of(ready.array, ready.box)
+        except SAID as error:
             failed += 1
-            console.print(f"aftersam.encode: {error}", soft_wrap=True, markup=False, highlight=False)
-            continue
-        store.of(ready.array, ready.box)
-    console.print(f"{args.output}: {len(scans) - failed} of {len(scans)} scans", soft_wrap=True)
+            tell(console, f"aftersam.encode: {sentence(error)}")
+    tell(console, f"{args.output}: {len(scans) - failed} of {len(scans)} scans")
     return EncodeResult(len(scans) - failed, failed)
 
 
@@ -105,12 +113,11 @@ def _from_sam(args: EncodeArgs) -> tuple[Embeddings, tuple[float, float, float] 
     from aftersam.model.sam_checkpoint import read_sam_checkpoint
 
     assert args.sam_checkpoint is not None
-    config, spacing = args.config, args.config.data.spacing_mm
+    config, spacing, device = args.config, args.config.data.spacing_mm, find_device(args.device)
     if spacing == "median":
         raise ValueError("spacing_mm is median, which depends on the training set; give three lengths in mm")
     sam = read_sam_checkpoint(args.sam_checkpoint)
     model = dataclasses.replace(config.model, image_encoder=sam.name, encoder="frozen")  # type: ignore[arg-type]
-    device = find_device(args.device)
     precision = dtype_for(config.train.precision, device.type)
     built = build_aftersam(model, num_classes=2, sam=sam).to(device)
     store = Embeddings(args.output, built, image_size=model.image_size, precision=precision)

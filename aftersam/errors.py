@@ -9,16 +9,32 @@ import signal
 import struct
 import sys
 import threading
+import time
+import tokenize
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SAID = (ValueError, OSError, FloatingPointError, MemoryError)  # what a command tells in one line
-_BY_A_FILE = (*SAID, EOFError, OverflowError, RecursionError, struct.error, zlib.error)
+LONGEST = 800  # characters of a sentence
+_BY_A_FILE = (*SAID, EOFError, OverflowError, RecursionError, struct.error, tokenize.TokenError, zlib.error)
 _LIBRARIES = frozenset(
     {"highdicom", "matplotlib", "nibabel", "PIL", "pydicom", "pylibjpeg", "safetensors", "SimpleITK"}
 )
+
+
+class Terminated(SystemExit):
+    """SIGTERM: its exit code, and what to say."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__(128 + signal.SIGTERM)
+        self.said = said
 
 
 class naming(contextlib.AbstractContextManager[None]):
@@ -33,11 +49,13 @@ class naming(contextlib.AbstractContextManager[None]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not isinstance(error, Exception) or not (isinstance(error, _BY_A_FILE) or _in_a_library(error)):
+        if not isinstance(error, Exception):
             return
-        if isinstance(error, SAID) and str(self.path) in str(error):
+        if not (isinstance(error, _BY_A_FILE) or out_of_memory(error) or _in_a_library(error)):
             return
-        if isinstance(error, MemoryError):
+        if isinstance(error, SAID) and str(self.path) in str(error) and len(str(error).splitlines()) == 1:
+            return
+        if out_of_memory(error):
             raise MemoryError(f"{self.path}: memory ran out: {_first_line(error)}") from error
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(f"{self.path}: {error.strerror or error}") from error
@@ -47,30 +65,107 @@ class naming(contextlib.AbstractContextManager[None]):
 def run_command(name: str, command: Callable[[], int]) -> int:
     """The exit code of `command`: 2 after one line where it was refused, 130 and 143 where it was stopped.
 
-    SIGTERM unwinds like an exception, so that no temporary file is left. A console that lacks a character shows ?."""
+    SIGTERM unwinds like an exception, so that no temporary file is left. A warning is one line as well. A console that
+    lacks a character shows ?."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        with _stopping_at_sigterm():
+        with _stopping_at_sigterm(), _warning_in_a_line(name):
             return command()
-    except SAID as error:
+    except (*SAID, RuntimeError) as error:
+        if not isinstance(error, SAID) and not out_of_memory(error):
+            raise
         print(f"aftersam.{name}: {sentence(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"aftersam.{name}: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        said, code = stop.args[0] if stop.args else "interrupted", 128 + signal.SIGINT
+    except Terminated as stop:
+        said, code = stop.said, 128 + signal.SIGTERM
+    if said:
+        print(f"aftersam.{name}: {said}", file=sys.stderr)
+    return code
+
+
+def stopped(signum: int, said: str) -> BaseException:
+    """What to raise where SIGINT or SIGTERM ended a work that can go on later; `said` is told, unless it is empty."""
+    return KeyboardInterrupt(said) if signum == signal.SIGINT else Terminated(said)
+
+
+@contextlib.contextmanager
+def signals_noted() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM as numbers in a list, in place of their effect, which one has that comes a second later.
+
+    Within that second torchrun hands on what the terminal has sent to all processes already."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # no other may set a handler
+        yield noted
+        return
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: usual for number, usual in found.items() if usual != signal.SIG_IGN}
+    began = 0.0
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        nonlocal began
+        usual = before[signal.Signals(signum)]
+        if noted and time.monotonic() - began > 1 and callable(usual):
+            usual(signum, frame)
+        began = began or time.monotonic()
+        noted.append(signum)
+
+    try:
+        for signum in before:
+            signal.signal(signum, note)
+        yield noted
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def sentence(error: BaseException) -> str:
-    """What `error` says, in one line without control characters."""
+    """What `error` says, in one line without control characters and without the rest of a value that fills pages."""
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     elif isinstance(error, MemoryError) and not str(error):
         text = "memory ran out"
     else:
         text = str(error) or type(error).__name__
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    if "Original Traceback" in text:  # of a worker process, as torch hands it on
+        text = text.rstrip().rsplit("\n", 1)[-1].partition(": ")[2]
+    return one_line(text)
+
+
+def one_line(text: object) -> str:
+    """`text` with its white space and control characters as single spaces, cut where it is very long."""
+    line = " ".join(printable(text).split())
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]} …"
+
+
+def printable(text: object) -> str:
+    """`text` in one line without control characters: a name out of a file must not steer a terminal."""
+    return "".join(c if c.isprintable() else " " for c in str(text)).strip()
+
+
+def tell(console: Console, text: object) -> None:
+    """Print `text` as one line; a name in it is no markup."""
+    console.print(printable(text), soft_wrap=True, markup=False, highlight=False)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, which torch says with a type of its own on a GPU and with a text on a CPU."""
+    if isinstance(error, RuntimeError):
+        return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError)
+
+
+@contextlib.contextmanager
+def _warning_in_a_line(name: str) -> Iterator[None]:
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"aftersam.{name}: {one_line(message)}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 @contextlib.contextmanager
@@ -86,7 +181,7 @@ def _stopping_at_sigterm() -> Iterator[None]:
 
 
 def _stop(signum: int, frame: object) -> None:
-    sys.exit(128 + signum)
+    raise Terminated("terminated")
 
 
 def _in_a_library(error: BaseException) -> bool:

@@ -1,48 +1,106 @@
 """Files that are whole or not there: atomic writes of text, JSON and tensors; JSON read with clear errors; names.
 
-A file is written under a temporary name beside its own and renamed, so that a reader or a resumed run sees the old
-state or the new one. Nothing is ever unpickled. Imports neither torch nor nibabel, since every --help reads this."""
+A file is written into a temporary folder beside it and renamed, so that a reader or a resumed run sees the old state
+or the new one. The writer holds a lock in that folder; the next run removes folders whose writer was killed.
+Nothing is ever unpickled. Imports neither torch nor nibabel, since every --help reads this."""
 
 from __future__ import annotations
 
 import contextlib
-import glob
+import functools
 import json
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from aftersam.errors import naming
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 NIFTI = (".nii.gz", ".nii")
+DICOM = ".dcm"
 FACTS = "aftersam"  # key of our JSON in a safetensors file's metadata
+_TEMPORARY = re.compile(r"\.aftersam-[0-9a-f]{12}")  # a folder beside what is written, and its lock inside
+_LOCK = ".lock"
+
+
+def is_nifti(path: Path) -> bool:
+    """Whether the name ends in .nii or .nii.gz, in upper or lower case."""
+    return path.name.lower().endswith(NIFTI)
+
+
+def scans_in(folder: Path) -> list[Path]:
+    """The NIfTI files of a folder, sorted. Hidden ones are none: macOS leaves ._a.nii.gz beside a.nii.gz."""
+    return sorted(path for path in folder.iterdir() if is_nifti(path) and not path.name.startswith("."))
 
 
 def case_name(path: Path) -> str:
-    """File name without NIfTI's endings."""
-    for ending in NIFTI:
-        if path.name.endswith(ending):
-            return path.name.removesuffix(ending)
-    return path.name
+    """File name without the ending of NIfTI or DICOM."""
+    ending = next((e for e in (*NIFTI, DICOM) if path.name.lower().endswith(e)), "")
+    return path.name[: len(path.name) - len(ending)]
 
 
 def case_id(path: Path) -> str:
-    """File name without NIfTI's endings and nnU-Net's channel number."""
+    """File name without its ending and nnU-Net's channel number: what the mask of a scan is called."""
     return case_name(path).removesuffix("_0000")
+
+
+def normal_form(name: str) -> str:
+    """`name` in the one Unicode spelling that we compare: macOS writes ü as u and two dots."""
+    return unicodedata.normalize("NFC", name)
+
+
+def by_case(files: Iterable[Path]) -> dict[str, Path]:
+    """{case: file}; two Unicode spellings of a name are one case.
+
+    Raises ValueError that names both where two files are one case: one mask would replace the other."""
+    found: dict[str, Path] = {}
+    for path in files:
+        case = normal_form(case_id(path))
+        if case in found:
+            raise ValueError(f"{found[case]} and {path} are both the case {case!r}; rename or remove one")
+        found[case] = path
+    return found
+
+
+def masks_of(scans: Sequence[Path], folder: Path) -> list[tuple[Path, Path]]:
+    """(scan, its mask in `folder`) of each scan.
+
+    Raises ValueError where two scans would give one mask, or a mask would replace a scan."""
+    by_case(scans)
+    pairs = [(scan, folder / f"{case_id(scan)}.nii.gz") for scan in scans]
+    for _, mask in pairs:
+        refuse_input(mask, scans)
+    return pairs
+
+
+def refuse_input(output: Path, inputs: Iterable[Path]) -> None:
+    """Raise ValueError where `output` is one of the inputs, under this name or through a link."""
+    for path in inputs:
+        same = os.path.realpath(output) == os.path.realpath(path)  # resolve() fails on a link to itself
+        if same or (output.exists() and path.exists() and output.samefile(path)):
+            raise ValueError(f"the output {output} is the input {path}; choose another name for the output")
 
 
 @contextlib.contextmanager
 def unfinished(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` with the same endings, renamed to it on success and removed on failure."""
-    temporary = _temporary(path)
-    try:
+    """A temporary file of the same name to write, moved to `path` on success and removed on failure."""
+    with _workplace(path.parent) as place:
+        temporary = place / path.name
         yield temporary
+        _to_disk(temporary)
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -52,32 +110,54 @@ def renamed(path: Path) -> Iterator[Path]:
         with unfinished(path) as temporary:
             yield temporary
     except OSError as error:
-        raise OSError(f"{path} could not be written: {error.strerror or error}") from error
+        raise _not_written(path, error) from error
 
 
 @contextlib.contextmanager
 def renamed_folder(home: Path) -> Iterator[Path]:
-    """A temporary folder to fill, renamed to `home` on success; another process that was quicker wins.
+    """A temporary folder to fill, moved to `home` on success; another process that was quicker wins.
 
     Raises OSError that names `home` where it cannot be written."""
-    temporary = _temporary(home)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.rename(temporary, home)
+        home.parent.mkdir(parents=True, exist_ok=True)
+        with _workplace(home.parent) as place:
+            temporary = place / home.name
+            temporary.mkdir()
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _to_disk(file)
+            os.rename(temporary, home)
     except OSError as error:
         if not home.is_dir():
-            raise OSError(f"{home} could not be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            raise _not_written(home, error) from error
 
 
-def remove_leftovers(folder: Path, case: str) -> None:
-    """Delete what a killed process left of the files of `case` in `folder` under temporary names."""
-    for left in folder.glob(f".*.{glob.escape(case)}.*"):
-        process = left.name.split(".")[1]
-        if process.isdigit() and process != str(os.getpid()):
-            left.unlink(missing_ok=True)
+def reserve(path: Path) -> None:
+    """Take the whole size of a file with holes from the disk now. Raises OSError where the disk is too full.
+
+    A memory map that is written onto a full disk would kill the process without a word."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files that killed processes left in `folder`. A living process holds a lock on its own.
+
+    Where the file system has no locks, nothing is deleted."""
+    if fcntl is None or not folder.is_dir():
+        return
+    for place in folder.iterdir():
+        if not _TEMPORARY.fullmatch(place.name) or place.is_symlink():
+            continue
+        with contextlib.suppress(OSError):  # its owner lives, or has just ended
+            lock = os.open(place / _LOCK, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(place)
+            finally:
+                os.close(lock)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -92,13 +172,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON in `path`. Raises ValueError in one sentence where it is missing or broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    """The JSON in `path`, with or without Notepad's byte-order mark.
+
+    Raises ValueError in one sentence where it is missing, no file, broken or nested without end."""
+    if not path.is_file():
+        raise ValueError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
+    with naming(path, "is not valid JSON"):
+        return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -110,27 +190,80 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, An
         try:
             save_file(tensors, temporary, metadata={FACTS: json.dumps(facts)})
         except SafetensorError as error:  # a full disk, among others
-            raise OSError(str(error)) from error
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+            raise OSError(f"{path} could not be written: {error}") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the facts that `write_tensors` left. Raises ValueError on a truncated or foreign file."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; train writes best.safetensors and last.safetensors")
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get(FACTS, "null"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    if facts is None:
+    with _opened(path) as file:
+        facts = json.loads((file.metadata() or {}).get(FACTS, "null"))
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+    if not isinstance(facts, dict):
         raise ValueError(f"{path} was not written by aftersam.train")
     return tensors, facts
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{os.getpid()}.{path.name}")
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors that `write_tensors` left, from the header alone. Raises ValueError likewise."""
+    with _opened(path) as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  not a dict
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import safe_open
+
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; train writes best.safetensors and last.safetensors")
+    with naming(path, "is not a whole safetensors file"), safe_open(path, framework="pt") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _workplace(folder: Path) -> Iterator[Path]:
+    """A temporary folder in `folder`, whose name no other process has, locked until it is removed at the end.
+
+    What killed processes left in `folder` is removed before this process first writes there."""
+    _remove_leftovers_once(folder)
+    place, lock = _locked_place(folder)
+    try:
+        yield place
+    finally:
+        os.close(lock)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _locked_place(folder: Path) -> tuple[Path, int]:
+    while True:
+        place = folder / f".aftersam-{secrets.token_hex(6)}"
+        place.mkdir()
+        try:
+            lock = os.open(place / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+        except OSError:
+            removed = not place.exists()  # by another process, before it was locked
+            shutil.rmtree(place, ignore_errors=True)
+            if removed:
+                continue
+            raise
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock).st_nlink:
+            return place, lock
+        os.close(lock)
+
+
+_remove_leftovers_once = functools.cache(remove_leftovers)
+
+
+def _to_disk(file: Path) -> None:
+    """Wait until the disk has what was written, so that no crash leaves an empty file under a final name."""
+    with file.open("rb+") as written:
+        os.fsync(written.fileno())
+
+
+def _not_written(path: Path, error: OSError) -> OSError:
+    """The sentence of a failure to write `path`; `error` itself where it is a sentence, about another file maybe."""
+    if error.errno is None:
+        return error
+    return OSError(f"{path} could not be written: {error.strerror or error}")

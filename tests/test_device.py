@@ -1,5 +1,8 @@
 """Devices and number formats by their names."""
 
+import re
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -13,6 +16,44 @@ def test_a_device_that_is_named_is_taken_and_auto_is_what_there_is(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")  # torchrun's
     assert find_device("auto") == torch.device("cuda:3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert find_device("cuda") == torch.device("cuda:3")
+    assert find_device("cuda:1") == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize("command", ["predict", "encode", "train", "demo", "ablate"])
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [
+        ("cuda", "device is cuda, but torch .* sees no GPU"),
+        ("cuda:1", "device is cuda:1, but torch .* sees no GPU"),
+        ("gpu", "device is 'gpu', but must be auto, cpu, cuda or cuda:1"),
+        ("cpu:0", "device is 'cpu:0', but"),
+        ("", "device is '', but"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(
+    command, device, says, on_the_cpu, tmp_path, capsys
+):
+    """The inputs are empty or missing, of which the sentence says nothing."""
+    none, out, scan = str(tmp_path / "none"), str(tmp_path / "out.nii"), tmp_path / "a.nii"
+    scan.touch()
+    given = {
+        "predict": ["-i", str(scan), "-o", out, "-m", none],
+        "encode": ["--data", none, "--output", out, "-m", none],
+        "demo": ["-o", out],
+    }.get(command, ["--data", none, "--output", out])
+    main = import_module(f"aftersam.{command}").main
+    assert main([*given, "--device", device]) == 2
+    assert re.match(f"aftersam.{command}: {says}", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == [scan]
+
+
+def test_a_gpu_beyond_the_last_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="device is cuda:2, but there are 2 GPUs"):
+        find_device("cuda:2")
 
 
 @pytest.mark.parametrize(

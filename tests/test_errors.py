@@ -4,10 +4,11 @@ import os
 import signal
 import struct
 import sys
+import time
 
 import pytest
 
-from aftersam.errors import naming, run_command, sentence
+from aftersam.errors import naming, run_command, sentence, signals_noted, stopped
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_a_command_says_one_line_and_returns_a_code(raised, code, line, capsys):
     assert capsys.readouterr().err == line
 
 
-def test_sigterm_unwinds_and_the_handler_before_is_back(tmp_path):
+def test_sigterm_unwinds_and_the_handler_before_is_back(tmp_path, capsys):
     def command():
         try:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -82,9 +83,8 @@ def test_sigterm_unwinds_and_the_handler_before_is_back(tmp_path):
             (tmp_path / "unwound").touch()
 
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as caught:
-        run_command("train", command)
-    assert caught.value.code == 143
+    assert run_command("train", command) == 143
+    assert capsys.readouterr().err == "aftersam.train: terminated\n"
     assert (tmp_path / "unwound").exists()
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -94,3 +94,51 @@ def test_a_console_without_the_character_shows_a_question_mark(monkeypatch, tmp_
         monkeypatch.setattr(sys, "stdout", console)
         assert run_command("check", lambda: print("Leber ü") or 0) == 0
     assert (tmp_path / "console").read_text() == "Leber ?\n"
+
+
+def test_signals_are_noted_and_have_their_effect_when_asked_for_again():
+    with signals_noted() as noted:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)  # at once: torchrun hands on what the terminal has sent already
+        assert noted == [signal.SIGTERM, signal.SIGINT]
+        time.sleep(1.1)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals_noted() as noted:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert noted == []
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_work_that_was_brought_to_an_end_says_how_to_go_on(number, code, capsys):
+    def command():
+        raise stopped(number, "stopped at step 3")
+
+    assert run_command("train", command) == code
+    assert capsys.readouterr().err == "aftersam.train: stopped at step 3\n"
+
+
+def test_an_error_of_a_worker_process_is_its_last_line():
+    from torch._utils import ExceptionWrapper
+
+    try:
+        raise ValueError("c0 is damaged")
+    except ValueError:
+        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(ValueError, match="Original Traceback") as caught:
+        wrapped.reraise()
+    assert sentence(caught.value) == "c0 is damaged"
+
+
+def test_a_value_that_fills_pages_is_cut():
+    said = sentence(ValueError("config.json: seed is " + "9" * 5000))
+    assert said.startswith("config.json: seed is 999")
+    assert len(said) < 1000

@@ -1,17 +1,23 @@
 """Files: whole or not there, one sentence where they are broken."""
 
+import errno
 import json
-import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from aftersam.files import (
+    by_case,
     case_id,
+    masks_of,
     read_json,
+    refuse_input,
     remove_leftovers,
     renamed,
     renamed_folder,
+    scans_in,
     write_json,
     write_text,
 )
@@ -64,14 +70,122 @@ def test_a_folder_appears_whole_or_not_at_all_and_the_quicker_wins(tmp_path):
         pass
 
 
-def test_only_what_a_dead_process_left_of_a_case_is_removed(tmp_path):
-    others = [".1.other.nii.gz", "1.case.nii.gz", f".{os.getpid()}.case.nii.gz", ".x.case.nii.gz"]
-    for name in (".1.case.nii.gz", ".22.case.png", *others):
-        (tmp_path / name).write_text("")
-    remove_leftovers(tmp_path, "case")
-    assert {p.name for p in tmp_path.iterdir()} == set(others)
+HOLD = """
+import sys, time
+from pathlib import Path
+from aftersam.files import renamed, renamed_folder
+writing = {"file": renamed, "folder": renamed_folder}[sys.argv[1]]
+with writing(Path(sys.argv[2])) as temporary:
+    (temporary / "half" if sys.argv[1] == "folder" else temporary).write_text("half")
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def holder(kind, path):
+    """A process that is in the middle of writing `path`."""
+    command = [sys.executable, "-c", HOLD, kind, str(path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_living_process_writes_is_left_alone_and_what_a_killed_one_left_is_removed(tmp_path, kind):
+    living, killed = holder(kind, tmp_path / "1.2.840.1"), holder(kind, tmp_path / "1.2.840.1.7")
+    killed.kill()
+    killed.communicate()
+    strangers = [
+        ".aftersam-notes",
+        ".aftersam-0123456789abcdef",
+        "aftersam-0123456789ab",
+        ".1.1.2.840.1.nii.gz",
+    ]
+    for name in strangers:
+        (tmp_path / name).mkdir()
+    assert len(list(tmp_path.iterdir())) == len(strangers) + 2
+    remove_leftovers(tmp_path)
+    assert len(list(tmp_path.iterdir())) == len(strangers) + 1
+    living.communicate("")
+    assert living.returncode == 0
+    assert {p.name for p in tmp_path.iterdir()} == {*strangers, "1.2.840.1"}
+
+
+def test_the_next_writer_in_a_folder_removes_leftovers_without_being_asked(tmp_path):
+    killed = holder("file", tmp_path / "a.json")
+    killed.kill()
+    killed.communicate()
+    (place,) = tmp_path.iterdir()
+    (place / ".lock").unlink()  # killed before it could lock
+    write_json(tmp_path / "b.json", {})
+    assert [p.name for p in tmp_path.iterdir()] == ["b.json"]
+
+
+def test_a_leftover_that_is_a_link_leads_nowhere(tmp_path):
+    outside, folder = tmp_path / "outside", tmp_path / "folder"
+    for made in (outside, folder, folder / ".aftersam-0123456789ac"):
+        made.mkdir()
+    (outside / "kept").write_text("")
+    (folder / ".aftersam-0123456789ab").symlink_to(outside)
+    (folder / ".aftersam-0123456789ac" / ".lock").symlink_to(outside / "made")
+    remove_leftovers(folder)
+    assert [p.name for p in outside.iterdir()] == ["kept"]
+
+
+def test_a_long_name_has_room(tmp_path):
+    path = tmp_path / ("n" * 248 + ".json")
+    write_json(path, {})
+    assert path.read_text() == "{}\n"
+
+
+def test_a_sentence_about_another_file_stays_what_it_is(tmp_path):
+    with pytest.raises(OSError, match=r"^/b: gone$"), renamed(tmp_path / "a"):
+        raise OSError("/b: gone")
+    with pytest.raises(OSError, match="a could not be written: No space left"), renamed(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_case_is_a_name_without_endings_and_channel():
-    names = ["a.nii.gz", "a_0000.nii.gz", "a.nii", "a_0000", "a"]
+    names = ["a.nii.gz", "a_0000.nii.gz", "a.nii", "a_0000", "a", "a.NII.GZ", "a_0000.Nii", "a.dcm"]
     assert {case_id(Path("folder") / name) for name in names} == {"a"}
+
+
+def test_scans_are_nifti_files_in_any_case_that_are_not_hidden(tmp_path):
+    scans = ["a.nii.gz", "b.NII.GZ", "c.nii", "d.Nii"]
+    for name in [*scans, "._a.nii.gz", ".1.a.nii.gz", "a.nrrd", "a.nii.gz.txt", "dataset.json"]:
+        (tmp_path / name).write_text("")
+    assert [path.name for path in scans_in(tmp_path)] == scans
+    masks = [mask.name for _, mask in masks_of(scans_in(tmp_path), tmp_path / "out")]
+    assert masks == ["a.nii.gz", "b.nii.gz", "c.nii.gz", "d.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("a.nii", "a.nii.gz"),
+        ("a.nii.gz", "a_0000.nii.gz"),
+        ("a.nii.gz", "a.NII.GZ"),
+        ("centreA/ct.nii.gz", "centreB/ct.nii.gz"),
+        ("u\u0308.nii.gz", "\xfc.nii.gz"),
+    ],
+    ids=str,
+)
+def test_two_scans_of_one_mask_are_refused_naming_both(pair, tmp_path):
+    for clash in (by_case, lambda scans: masks_of(scans, tmp_path)):
+        with pytest.raises(ValueError, match="are both the case") as caught:
+            clash([Path("b.nii"), *map(Path, pair)])
+        assert all(name in str(caught.value) for name in pair)
+
+
+def test_an_output_that_is_an_input_is_refused_by_any_name(tmp_path):
+    scan = tmp_path / "a.nii.gz"
+    scan.write_text("scan")
+    (tmp_path / "soft").symlink_to(scan)
+    (tmp_path / "hard").hardlink_to(scan)
+    (tmp_path / "there").symlink_to(tmp_path)
+    for output in (scan, tmp_path / "soft", tmp_path / "hard", tmp_path / "x" / ".." / "there" / scan.name):
+        with pytest.raises(ValueError, match=r"is the input .*a\.nii\.gz"):
+            refuse_input(output, [tmp_path / "missing", scan])
+    refuse_input(tmp_path / "new.nii.gz", [scan])
+    with pytest.raises(ValueError, match="is the input"):
+        masks_of([tmp_path / "b_0000.nii.gz", scan], tmp_path)

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from aftersam.config import DataConfig
-from aftersam.data.volume import AIR_HU
+from aftersam.data.volume import AIR_HU, label_dtype
 
 NOISE_HU = 30.0  # largest standard deviation that augmentation adds
 
@@ -83,9 +83,8 @@ def _deform(
 
 def swap_labels(labels: np.ndarray, label_swap: dict[int, int]) -> np.ndarray:
     """Labels with every value replaced by its counterpart in `label_swap`."""
-    table = np.arange(
-        max(int(labels.max(initial=0)), *label_swap, *label_swap.values(), 0) + 1, dtype=labels.dtype
-    )
+    largest = max(int(labels.max(initial=0)), *label_swap, *label_swap.values(), 0)
+    table = np.arange(largest + 1, dtype=np.promote_types(labels.dtype, label_dtype(largest)))
     for value, other in label_swap.items():
         table[value] = other
     return table[labels]

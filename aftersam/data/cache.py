@@ -7,33 +7,42 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from aftersam.config import DataConfig
+from aftersam.config import DataConfig, from_dict
 from aftersam.data.dataset import Case, Dataset, median_spacing
+from aftersam.data.intensities import check_intensities
 from aftersam.data.transforms import preprocess, resample
 from aftersam.data.volume import Volume, read_image, read_labels
-from aftersam.files import renamed_folder
+from aftersam.errors import SAID, naming
+from aftersam.files import read_json, renamed_folder
 
 VERSION = 1  # of what is stored and how it is computed; a change makes every cache anew
 
 
 @dataclass(frozen=True)
-class CachedCase:
-    """A preprocessed scan. Arrays are opened when asked for, so that an object is small and can be sent to workers."""
+class CaseFacts:
+    """What case.json says of a preprocessed scan."""
 
     id: str
-    folder: Path
     shape: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
     box: tuple[int, int, int, int]
     """Of the body in the plane: top, bottom, left, right in pixels, ends excluded."""
+
+
+@dataclass(frozen=True)
+class CachedCase(CaseFacts):
+    """A preprocessed scan. Arrays are opened when asked for, so that an object is small and can be sent to workers."""
+
+    folder: Path
 
     @property
     def hu(self) -> np.ndarray:
@@ -51,7 +60,7 @@ class CachedCase:
         return self._load("foreground")
 
     def _load(self, name: str) -> np.ndarray:
-        array: np.ndarray = np.load(self.folder / f"{name}.npy", mmap_mode="r")
+        array: np.ndarray = np.lib.format.open_memmap(self.folder / f"{name}.npy", mode="r")
         return array
 
 
@@ -62,11 +71,12 @@ def cache_cases(
     folder: Path,
     *,
     training: Sequence[str],
+    trusted: bool = False,
 ) -> dict[str, CachedCase]:
     """Preprocess the cases `ids` of `dataset` into `folder`, or find them there: {id: CachedCase}.
 
-    The spacing "median" is that of the cases `training`. Raises ValueError, or OSError where the folder cannot
-    be written, naming the scan; what was finished before is kept."""
+    The spacing "median" is that of the cases `training`. `trusted` intensities are not judged. Raises ValueError, or
+    OSError where the folder cannot be written, naming the scan; what was finished before is kept."""
     from rich.console import Console
     from rich.progress import track
 
@@ -80,7 +90,9 @@ def cache_cases(
     wanted = [cases[i] for i in ids]
     console = Console(stderr=True)
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda case: cache_case(case, dataset.labels, spacing, folder), wanted)
+        found = pool.map(
+            lambda case: cache_case(case, dataset.labels, spacing, folder, trusted=trusted), wanted
+        )
         done = track(
             found,
             "preprocessing",
@@ -97,7 +109,12 @@ def cache_cases(
 
 
 def cache_case(
-    case: Case, names: dict[int, str], spacing_mm: tuple[float, float, float] | None, folder: Path
+    case: Case,
+    names: dict[int, str],
+    spacing_mm: tuple[float, float, float] | None,
+    folder: Path,
+    *,
+    trusted: bool = False,
 ) -> CachedCase:
     """One labelled case, preprocessed to `spacing_mm` (None: its own), from `folder` or into it.
 
@@ -108,13 +125,13 @@ def cache_case(
     for path in (case.image, case.label):
         _feed(digest, path)
     home = folder / f"{case.id}-{digest.hexdigest()}"
-    if not home.is_dir():
+    if not _is_whole(home, names):
         image = read_image(case.image)
+        check_intensities(image, trusted=trusted)
         labels = read_labels(case.label, like=image)
         check_labels(labels, names)
-        _write(home, case.id, image, labels, spacing_mm)
-    facts = json.loads((home / "case.json").read_text())
-    return CachedCase(case.id, home, tuple(facts["shape"]), tuple(facts["spacing_mm"]), tuple(facts["box"]))
+        _write(home, case.id, image, labels, spacing_mm, names)
+    return _open(home, names)
 
 
 def check_labels(labels: Volume, names: dict[int, str]) -> list[int]:
@@ -142,24 +159,69 @@ def foreground_rows(labels: np.ndarray) -> np.ndarray:
     return np.array(rows, dtype=np.int32).reshape(-1, 6)
 
 
+def _open(home: Path, names: Collection[int]) -> CachedCase:
+    """The scan in the folder `home`. Raises ValueError where a file of it is damaged or was cut."""
+    with naming(home):
+        facts = from_dict(CaseFacts, read_json(home / "case.json"), where=str(home / "case.json"))
+        case = CachedCase(**vars(facts), folder=home)
+        depth, height, width = case.shape
+        rows, (top, bottom, left, right) = case.foreground, case.box
+        if (
+            case.id != home.name.rpartition("-")[0]
+            or (case.hu.shape, case.hu.dtype) != (case.shape, np.int16)
+            or (case.labels.shape, case.labels.dtype.name)
+            not in {(case.shape, n) for n in ("uint8", "int16")}
+            or not (0 <= top < bottom <= height and 0 <= left < right <= width)
+            or not all(0 < mm < math.inf for mm in case.spacing_mm)
+            or (rows.shape[1:], rows.dtype) != ((6,), np.int32)
+            or not np.isin(rows[:, 0], list(names)).all()
+            or (rows < 0).any()
+            or (rows[:, 1:] >= (depth, height, height + 1, width, width + 1)).any()
+            or (rows[:, [2, 4]] >= rows[:, [3, 5]]).any()
+        ):
+            raise ValueError("its files do not fit each other")
+    return case
+
+
+def _is_whole(home: Path, names: Collection[int]) -> bool:
+    try:
+        _open(home, names)
+    except SAID:
+        return False
+    return True
+
+
 def _write(
-    home: Path, case: str, image: Volume, labels: Volume, spacing_mm: tuple[float, float, float] | None
+    home: Path,
+    case: str,
+    image: Volume,
+    labels: Volume,
+    spacing_mm: tuple[float, float, float] | None,
+    names: Collection[int],
 ) -> None:
-    """Preprocess one case into the folder `home`, which appears only when complete."""
+    """Preprocess one case into the folder `home`, which appears only when complete, in place of a damaged one."""
     ready = preprocess(image, spacing_mm)
     label = resample(labels.array, image.spacing_mm, ready.spacing_mm, labels=True)
     with renamed_folder(home) as temporary:
-        np.save(temporary / "hu.npy", np.ascontiguousarray(ready.array))
-        np.save(temporary / "labels.npy", np.ascontiguousarray(label))
-        np.save(temporary / "foreground.npy", foreground_rows(label))
+        arrays = {"hu": ready.array, "labels": label, "foreground": foreground_rows(label)}
+        for name, array in arrays.items():
+            _save(temporary / f"{name}.npy", np.ascontiguousarray(array))
         facts = {"id": case, "shape": label.shape, "spacing_mm": ready.spacing_mm, "box": ready.box}
         (temporary / "case.json").write_text(json.dumps(facts))
+        if os.path.lexists(home) and not _is_whole(home, names):
+            os.rename(home, temporary.with_name("damaged"))
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    """Write `array` as NumPy's format; a full disk raises the system's own error, which np.save hides."""
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)
 
 
 def _feed(digest: hashlib.blake2b, path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    if not path.is_file():
+        raise ValueError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
+    with naming(path), path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from aftersam.data.volume import read_grid, read_labels
-from aftersam.files import NIFTI, case_id, write_json
+from aftersam.files import NIFTI, by_case, case_id, normal_form, read_json, scans_in, write_json
 
 FOLDS = 5
 SEGTHOR_LABELS = {1: "esophagus", 2: "heart", 3: "trachea", 4: "aorta"}
+OTHER_IMAGES = (".nrrd", ".mha", ".mhd", ".nii.bz2", ".nii.xz", ".nii.zst", ".img", ".gipl", ".mgz", ".dcm")
+OTHER_MODALITIES = r"\b(mri?|t[12]\w*|flair|dwi|adc|swi|pet|pt|suv|spect|us|ultrasound|x-?ray|dose)\b"
 SIDES = {"left": "right", "right": "left", "l": "r", "r": "l"}
 
 
@@ -48,8 +50,9 @@ def find_dataset(root: Path | str) -> Dataset:
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder")
     description = _read_description(root)
-    if "training" in description:
-        dataset = _decathlon(root, description)
+    _check_channels(description, root / "dataset.json")
+    if "training" in description or isinstance(description.get("dataset"), dict):
+        dataset = _listed(root, description)
     elif (root / "imagesTr").is_dir():
         dataset = _nnunet(root, description)
     elif (root / "images").is_dir():
@@ -64,15 +67,16 @@ def find_dataset(root: Path | str) -> Dataset:
 
 
 def split(
-    dataset: Dataset, fold: int, seed: int, *, write_to: Path | None = None
+    dataset: Dataset, fold: int, seed: int, *, source: Path | None = None, write_to: Path | None = None
 ) -> tuple[list[str], list[str]]:
     """Ids to train on and to validate on: fold `fold` of the data set's splits_final.json, or of five seeded ones.
 
-    All folds go to `write_to`, in nnU-Net's format. A data set of one case has nothing to validate on.
+    `source` is a file of splits in place of the data set's. All folds go to `write_to`, in nnU-Net's format. A data
+    set of one case has nothing to validate on.
     Raises ValueError on a fold that does not exist and on splits that name unknown cases or share one."""
-    path = dataset.root / "splits_final.json"
+    path = source or dataset.root / "splits_final.json"
     ids = [case.id for case in dataset.cases]
-    if path.exists():
+    if source is not None or path.exists():
         folds = _stored_folds(path, ids)
     else:
         order = np.random.default_rng(seed).permutation(len(ids))
@@ -80,7 +84,9 @@ def split(
         held = [{ids[i] for i in part} for part in parts]
         folds = [{"train": [i for i in ids if i not in h], "val": [i for i in ids if i in h]} for h in held]
     if not 0 <= fold < len(folds):
-        raise ValueError(f"fold is {fold}, but {dataset.root} has the folds 0 to {len(folds) - 1}")
+        raise ValueError(
+            f"fold is {fold}, but {path if path.exists() else dataset.root} has the folds 0 to {len(folds) - 1}"
+        )
     if write_to is not None:
         write_json(write_to, folds)
     return folds[fold]["train"], folds[fold]["val"]
@@ -128,13 +134,23 @@ def _read_description(root: Path) -> dict[str, Any]:
     path = root / "dataset.json"
     if not path.exists():
         return {}
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    description = read_json(path)
     if not isinstance(description, dict):
         raise ValueError(f"{path} holds a {type(description).__name__}, but must be an object")
     return description
+
+
+def _check_channels(description: dict[str, Any], where: Path) -> None:
+    """Raise ValueError unless the scans have one channel, and it is not called by another modality than CT."""
+    key = "channel_names" if "channel_names" in description else "modality"
+    stored = description.get(key, {})
+    if not isinstance(stored, (dict, list)):
+        raise ValueError(f'{where} has {key} {stored!r}, but it must be an object such as {{"0": "CT"}}')
+    channels = [str(name) for name in (stored.values() if isinstance(stored, dict) else stored)]
+    if len(channels) > 1:
+        raise ValueError(f"{where} has {len(channels)} channels ({', '.join(channels)}); CT alone is one")
+    if any(re.search(OTHER_MODALITIES, name, re.IGNORECASE) for name in channels):
+        raise ValueError(f"{where} has the channel {channels[0]!r}; CT in Hounsfield units is needed")
 
 
 def _label_names(description: dict[str, Any], where: Path) -> dict[int, str]:
@@ -144,14 +160,18 @@ def _label_names(description: dict[str, Any], where: Path) -> dict[int, str]:
         raise ValueError(f"{where} needs labels: an object of names and values")
     names: dict[int, str] = {}
     for key, entry in stored.items():
-        value, name = (key, entry) if str(key).isdigit() else (entry, key)
+        value, name = (key, entry) if _is_value(key) else (entry, key)
         if name == "ignore":
             raise ValueError(f"{where} has an ignore label, which is not supported")
-        if not str(value).isdigit():
+        if not _is_value(value):
             raise ValueError(f"{where} gives the label {key!r} the value {entry!r}; one integer is needed")
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"{where} gives the value {value} the name {name!r}; a word is needed")
         if int(value) in names:
             raise ValueError(f"{where} gives the value {value} to both {names[int(value)]!r} and {name!r}")
-        names[int(value)] = str(name)
+        if name in names.values():
+            raise ValueError(f"{where} has the label {name!r} twice; every label needs its own name")
+        names[int(value)] = name
     names.pop(0, None)
     if not names:
         raise ValueError(f"{where} has no label besides background")
@@ -160,28 +180,14 @@ def _label_names(description: dict[str, Any], where: Path) -> dict[int, str]:
     return dict(sorted(names.items()))
 
 
-def _scans(folder: Path) -> dict[str, Path]:
-    """Case id to file of every NIfTI file in a folder; macOS's ._ files are none."""
-    files = sorted(p for p in folder.iterdir() if p.name.endswith(NIFTI) and not p.name.startswith("."))
-    scans: dict[str, Path] = {}
-    for path in files:
-        name = case_id(path)
-        if name in scans:
-            raise ValueError(f"{path} and {scans[name]} are the same case twice")
-        scans[name] = path
-    return scans
+def _is_value(value: object) -> bool:
+    """Whether JSON's `value` is a label's: an integer from 0 on, or its digits."""
+    return not isinstance(value, bool) and re.fullmatch("[0-9]{1,9}", str(value)) is not None
 
 
 def _nnunet(root: Path, description: dict[str, Any]) -> Dataset:
-    where = root / "dataset.json"
-    channels = description.get("channel_names", description.get("modality", {}))
-    if len(channels) > 1:
-        raise ValueError(
-            f"{where} has {len(channels)} channels ({', '.join(channels.values())}); CT alone is one"
-        )
-    return _paired(
-        root, "nnU-Net raw", root / "imagesTr", root / "labelsTr", _label_names(description, where)
-    )
+    names = _label_names(description, root / "dataset.json")
+    return _paired(root, "nnU-Net raw", root / "imagesTr", root / "labelsTr", names)
 
 
 def _plain(root: Path, description: dict[str, Any]) -> Dataset:
@@ -189,7 +195,7 @@ def _plain(root: Path, description: dict[str, Any]) -> Dataset:
     if "labels" in description:
         names = _label_names(description, root / "dataset.json")
     else:
-        maps = _scans(labels).values() if labels.is_dir() else ()
+        maps = scans_in(labels) if labels.is_dir() else ()
         highest = max((int(read_labels(path).array.max()) for path in maps), default=0)
         names = {value: f"label_{value}" for value in range(1, highest + 1)}
         if not names:
@@ -198,20 +204,49 @@ def _plain(root: Path, description: dict[str, Any]) -> Dataset:
 
 
 def _paired(root: Path, layout: str, images: Path, labels: Path, names: dict[int, str]) -> Dataset:
-    scans = _scans(images)
-    masks = _scans(labels) if labels.is_dir() else {}
-    cases = tuple(Case(name, path, masks.get(name)) for name, path in scans.items())
-    return Dataset(root.resolve().name, layout, root, cases, names)
+    scans, masks = (_nifti_by_case(folder) if folder.is_dir() else {} for folder in (images, labels))
+    # a label without its scan is a case whose scan is missing, of which check and train tell
+    missing = {name: images / masks[name].name for name in masks if name not in scans}
+    cases = [Case(name, path, masks.get(name)) for name, path in sorted((scans | missing).items())]
+    return Dataset(root.resolve().name, layout, root, tuple(cases if scans else ()), names)
 
 
-def _decathlon(root: Path, description: dict[str, Any]) -> Dataset:
+def _nifti_by_case(folder: Path) -> dict[str, Path]:
+    """{case: its NIfTI file}. Raises ValueError on an image of another format whose case has none."""
+    found = by_case(scans_in(folder))
+    for path in sorted(folder.iterdir()):
+        ending = next((e for e in OTHER_IMAGES if path.name.lower().endswith(e)), "")
+        if ending and not path.name.startswith(".") and not by_case([path.with_suffix("")]).keys() & found:
+            raise ValueError(f"{path} ends in {ending}, which is not read; convert it to .nii.gz")
+    return found
+
+
+def _listed(root: Path, description: dict[str, Any]) -> Dataset:
+    """The cases that dataset.json lists: under training, as Decathlon and nnU-Net 1 do, or dataset, as nnU-Net 2."""
     where = root / "dataset.json"
+    if "training" in description:
+        listed = description["training"]
+    else:
+        entries = description["dataset"].values()
+        listed = [{**e, "image": e.get("images")} if isinstance(e, dict) else e for e in entries]
+    if not isinstance(listed, list):
+        raise ValueError(f"{where} has training {listed!r:.60}, but it must be a list of images and labels")
     cases = []
-    for entry in description["training"]:
-        if not isinstance(entry, dict) or not {"image", "label"} <= entry.keys():
-            raise ValueError(f"{where} lists the training case {entry!r}; an image and a label are needed")
-        image, label = root / entry["image"], root / entry["label"]
+    for entry in listed:
+        files = [entry.get(key) for key in ("image", "label")] if isinstance(entry, dict) else []
+        files = [file[0] if isinstance(file, list) and len(file) == 1 else file for file in files]
+        if not files or not all(isinstance(file, str) and file for file in files):
+            raise ValueError(
+                f"{where} lists the training case {entry!r:.200}; one image and one label are needed"
+            )
+        image, label = (root / file for file in files)
+        if not image.exists():  # nnU-Net 1 lists imagesTr/a.nii.gz for the file imagesTr/a_0000.nii.gz
+            image = next(
+                (p for e in NIFTI if (p := image.with_name(f"{case_id(image)}_0000{e}")).exists()), image
+            )
         cases.append(Case(case_id(image), image, label))
+    ids = {path: name for name, path in by_case(case.image for case in cases).items()}
+    cases = [dataclasses.replace(case, id=ids[case.image]) for case in cases]
     return Dataset(
         str(description.get("name", root.resolve().name)),
         "Medical Segmentation Decathlon",
@@ -225,10 +260,9 @@ def _segthor(root: Path) -> Dataset:
     folder = root / "train" if (root / "train").is_dir() else root
     cases = []
     for home in sorted(p for p in folder.iterdir() if p.is_dir()):
-        label = next((home / f"GT{e}" for e in NIFTI if (home / f"GT{e}").exists()), None)
-        image = next((home / f"{home.name}{e}" for e in NIFTI if (home / f"{home.name}{e}").exists()), None)
-        if image is not None:
-            cases.append(Case(home.name, image, label))
+        files = by_case(scans_in(home))
+        if (name := normal_form(home.name)) in files:
+            cases.append(Case(name, files[name], files.get("GT")))
     if not cases:
         raise ValueError(
             f"{root} is no data set: there is neither imagesTr/ nor images/ nor a dataset.json nor SegTHOR's "
@@ -238,21 +272,26 @@ def _segthor(root: Path) -> Dataset:
 
 
 def _stored_folds(path: Path, ids: list[str]) -> list[dict[str, list[str]]]:
-    try:
-        folds: list[dict[str, list[str]]] = json.loads(path.read_text(encoding="utf-8"))
-        for fold in folds:
-            train, validation = set(fold["train"]), set(fold["val"])
-            unknown = sorted((train | validation) - set(ids))
-            if unknown:
-                raise ValueError(f"{path} names the case {unknown[0]}, which the data set does not have")
-            if train & validation:
-                raise ValueError(
-                    f"{path} has the case {sorted(train & validation)[0]} on both sides of a fold"
-                )
-            if not train:
-                raise ValueError(f"{path} has a fold without a training case")
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a list of folds with train and val: {error}") from error
+    """The folds that nnU-Net's splits_final.json holds; a case that stands twice in a part counts once."""
+    stored = read_json(path)
+    if not isinstance(stored, list) or not stored:
+        raise ValueError(f"{path} is not a list of folds with train and val")
+    folds = []
+    for fold in stored:
+        parts = [fold.get(part) for part in ("train", "val")] if isinstance(fold, dict) else [None]
+        if not all(isinstance(part, list) and all(isinstance(i, str) for i in part) for part in parts):
+            raise ValueError(
+                f"{path} has the fold {fold!r:.60}, but a fold is an object with lists train and val"
+            )
+        train, validation = (list(dict.fromkeys(normal_form(i) for i in part)) for part in parts)
+        unknown = sorted({*train, *validation} - set(ids))
+        if unknown:
+            raise ValueError(f"{path} names the case {unknown[0]!r}, which the data set does not have")
+        if both := sorted(set(train) & set(validation)):
+            raise ValueError(f"{path} has the case {both[0]!r} on both sides of a fold")
+        if not train:
+            raise ValueError(f"{path} has a fold without a training case")
+        folds.append({"train": train, "val": validation})
     return folds
 
 
@@ -267,6 +306,6 @@ def link_cases(dataset: Dataset, ids: Collection[str], home: Path) -> None:
             raise ValueError(f"{case.image} has no label to be scored by")
         for folder, file in (("images", case.image), ("labels", case.label)):
             (home / folder).mkdir(parents=True, exist_ok=True)
-            ending = ".nii.gz" if file.name.endswith(".gz") else ".nii"
+            ending = ".nii.gz" if file.name.lower().endswith(".gz") else ".nii"
             with contextlib.suppress(FileExistsError):  # of a command before, or beside this one
                 (home / folder / f"{case.id}{ending}").symlink_to(file.resolve())

@@ -81,7 +81,12 @@ class SliceGroups(Dataset[dict[str, torch.Tensor | str]]):
         group = slice_group(centre, depth, self.model.num_slices, self.model.slice_stride)
         near = adjacent(group, depth, self.model.stem_slices)
         hu = crop(scan.hu, near.flatten(), first, size, AIR_HU).astype(np.float32)
-        labels = crop(scan.labels, group, first, size, 0).astype(np.int64)
+        labels = crop(scan.labels, group, first, size, 0)
+        if labels.view(f"u{labels.itemsize}").max() > scan.foreground[:, 0].max(initial=0):
+            raise ValueError(
+                f"{scan.folder} is damaged: its labels and foreground differ; delete this folder"
+            )
+        labels = labels.astype(np.int64)
         hu, labels = augment(hu, labels, generator, self.data, self.label_swap)
         embedding = {}
         if self.stored is not None:

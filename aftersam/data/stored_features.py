@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aftersam.errors import naming
+
 
 @dataclass(frozen=True)
 class StoredScan:
@@ -23,7 +25,8 @@ class StoredScan:
         """Features of `slices` in fp32, embedding first, then skips: of all their windows side by side, or of one."""
         levels = []
         for path in sorted(self.folder.glob("*.npy")):
-            array = np.load(path, mmap_mode="r")  # (D, windows, C, h, w)
+            with naming(path):
+                array = np.lib.format.open_memmap(path, mode="r")  # (D, windows, C, h, w)
             chosen = array[slices] if window is None else array[slices, window, None]
             levels.append(torch.from_numpy(chosen).to(device).float().flatten(0, 1))
         return tuple(levels)

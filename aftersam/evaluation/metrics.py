@@ -187,10 +187,11 @@ def organ_statistics(
     labels: np.ndarray, hu: np.ndarray, names: Mapping[int, str], *, voxel_mm3: float
 ) -> dict[str, dict[str, float | None]]:
     """{organ: its volume_ml and mean_hu} of labels (D, H, W) over the scan hu (D, H, W); mean_hu None where empty."""
-    count, total = np.zeros(256), np.zeros(256)
+    size = max(*names, int(labels.max(initial=0)), 0) + 1
+    count, total = np.zeros(size), np.zeros(size)
     for plane, values in zip(labels, hu, strict=True):  # no float64 copy of the scan
-        count += np.bincount(plane.ravel(), minlength=256)
-        total += np.bincount(plane.ravel(), weights=values.ravel(), minlength=256)
+        count += np.bincount(plane.ravel(), minlength=size)
+        total += np.bincount(plane.ravel(), weights=values.ravel(), minlength=size)
     return {
         name: {
             "volume_ml": round(count[value] * voxel_mm3 / 1000, 4),

@@ -6,9 +6,11 @@ SAM's features take 2 MB a slice at 1024 px, in fp16."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -75,8 +77,8 @@ class Embeddings:
     ) -> None:
         """Write the features of `hu` into the folder `home`, which appears only when complete."""
         device = next(self.model.parameters()).device
-        files: list[np.ndarray] = []
-        with renamed_folder(home) as temporary:
+        files: list[BinaryIO] = []
+        with renamed_folder(home) as temporary, contextlib.ExitStack() as opened:
             for start in range(0, len(hu), batch_size):
                 some = range(start, min(start + batch_size, len(hu)))
                 images = window_crops(
@@ -88,15 +90,15 @@ class Embeddings:
                     level.unflatten(0, (-1, len(windows))).half().cpu().numpy()
                     for level in (features.embedding, *features.skips)
                 ]
-                files = files or [
-                    np.lib.format.open_memmap(
-                        temporary / f"{i}.npy", "w+", np.float16, (len(hu), *level.shape[1:])
-                    )
-                    for i, level in enumerate(levels)
-                ]
+                if not files:
+                    files = [
+                        opened.enter_context((temporary / f"{i}.npy").open("wb")) for i in range(len(levels))
+                    ]
+                    for file, level in zip(files, levels, strict=True):
+                        shape = (len(hu), *level.shape[1:])
+                        facts = {"descr": level.dtype.str, "fortran_order": False, "shape": shape}
+                        np.lib.format.write_array_header_1_0(file, facts)
                 for file, level in zip(files, levels, strict=True):
-                    file[start : some.stop] = level
+                    file.write(np.ascontiguousarray(level).data)
                 if progress is not None:
                     progress(len(some))
-            for file in files:
-                file.flush()  # type: ignore[attr-defined]  # a memory map

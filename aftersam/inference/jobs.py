@@ -1,56 +1,76 @@
-"""Which scan gives which mask, and what the files beside a mask are called."""
+"""What a prediction is asked for: which scans there are, and where the mask of each goes."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from aftersam.files import NIFTI
+from aftersam.files import (
+    DICOM,
+    NIFTI,
+    by_case,
+    case_id,
+    case_name,
+    is_nifti,
+    masks_of,
+    refuse_input,
+    scans_in,
+)
 
-DICOM = ".dcm"
 
+def jobs_of(
+    source: Path, output: Path, *, also_read: Sequence[Path] = (), overwrite: bool = False
+) -> tuple[list[tuple[Path, Path]], bool]:
+    """(scan, mask) pairs, and whether the input `source` is a folder of scans.
 
-def find_jobs(scans: Path, output: Path, *, overwrite: bool) -> tuple[list[tuple[Path, Path]], bool]:
-    """(scan, mask) pairs of the file or folder `scans`, and whether it is a folder of scans. Raises ValueError."""
-    if not scans.exists():
-        raise ValueError(f"{scans} does not exist")
-    found = []
-    if scans.is_dir():
-        found = sorted(p for p in scans.iterdir() if p.name.endswith(NIFTI))
-    if found:
-        if output.name.endswith((*NIFTI, DICOM)) or output.is_file():
-            raise ValueError(f"{scans} is a folder of {len(found)} scans, so --output must be a folder")
-        return [(scan, output / f"{case_of(scan)}.nii.gz") for scan in found], True
+    Raises ValueError where there is no scan, where a mask exists, and where one would replace a scan, another mask or
+    what is `also_read`."""
+    if not source.exists():
+        raise ValueError(f"{source} does not exist")
+    refuse_input(output, [source, *also_read])
+    scans = scans_in(source) if source.is_dir() else []
+    if scans:
+        if output.name.lower().endswith((*NIFTI, DICOM)) or output.is_file():
+            raise ValueError(f"{source} is a folder of {len(scans)} scans, so --output must be a folder")
+        _refuse_format(output)
+        return masks_of(scans, output), True
     mask = output
-    if mask.suffix == DICOM and not scans.is_dir():
-        raise ValueError(f"{mask} would be a DICOM segmentation, but {scans} is no folder of a DICOM series")
-    if not mask.name.endswith((*NIFTI, DICOM)):
-        mask = mask / f"{case_of(scans)}.nii.gz"
+    if mask.suffix == DICOM and not source.is_dir():
+        raise ValueError(f"{mask} would be a DICOM segmentation, but {source} is no folder of a DICOM series")
+    if not is_nifti(mask) and mask.suffix != DICOM:
+        _refuse_format(mask)
+        mask = mask / f"{case_id(source)}.nii.gz"
+    refuse_input(mask, [source, *also_read])
+    if source.is_dir():
+        refuse_input(mask.parent, [source])  # the next prediction would take the mask for a scan
     if mask.exists() and not overwrite:
         raise ValueError(f"{mask} exists; --overwrite replaces it")
-    return [(scans, mask)], False
+    return [(source, mask)], False
+
+
+def _refuse_format(folder: Path) -> None:
+    """Raise ValueError where the new folder `folder` has a name that asks for a file of a format we do not write."""
+    if not folder.is_dir() and re.fullmatch(r"\.[A-Za-z]{2,5}\d?", folder.suffix):
+        raise ValueError(
+            f"--output {folder} ends in {folder.suffix}, but a mask is written as .nii.gz, .nii or, for a DICOM "
+            "series, .dcm; make the folder first if it is to be one"
+        )
 
 
 def prompt_file(labels: Path, scan: Path) -> Path:
     """The label of `scan`: `labels` itself, or the file with the scan's name in that folder."""
     if not labels.is_dir():
         return labels
-    found = [p for ending in NIFTI if (p := labels / (case_of(scan) + ending)).exists()]
-    if not found:
-        raise ValueError(f"{labels} has no label {case_of(scan)}.nii.gz to draw the prompts of {scan} from")
-    return found[0]
-
-
-def case_of(scan: Path) -> str:
-    """The case's name: without the file ending and nnU-Net's channel number."""
-    name = scan.name
-    for ending in (*NIFTI, DICOM):
-        name = name.removesuffix(ending)
-    return name.removesuffix("_0000")
+    found = by_case(scans_in(labels)).get(case_id(scan))
+    if found is None:
+        raise ValueError(f"{labels} has no label {case_id(scan)}.nii.gz to draw the prompts of {scan} from")
+    return found
 
 
 def beside(mask: Path, ending: str) -> Path:
     """The file of the same case with another ending."""
-    return mask.with_name(case_of(mask) + ending)
+    return mask.with_name(case_name(mask) + ending)
 
 
 def kept_labels(wanted: str | None, labels: dict[int, str]) -> dict[int, str]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aftersam.files import remove_leftovers, renamed, write_json
-from aftersam.inference.jobs import DICOM, beside, case_of
+from aftersam.files import DICOM, renamed, write_json
+from aftersam.inference.jobs import beside
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,22 +33,34 @@ def write_outputs(args: PredictArgs, names: dict[int, str], job: Job, found: Pre
     """Write the mask of one scan with the labels `names`, after all that lies beside it: a mask is a finished scan.
 
     Returns what to tell the user. Raises OSError where a file cannot be written."""
-    import numpy as np
-
     labels, volume, mask = found.labels, job.prepared.volume, job.mask
     timings = job.prepared.scan.timings
     mask.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(mask.parent, case_of(mask))
-    with timings.stage("write"):
-        labels[~np.isin(labels, list(names))] = 0
-        _write_extras(args, names, job, found)
-        _write_mask(names, job, labels)
-    organs = ", ".join(names[v] for v in sorted(set(np.unique(labels)) & set(names))) or "nothing"
+    with renamed(mask) as temporary:
+        with timings.stage("write"):
+            present = _keep(labels, names)
+            _write_extras(args, names, job, found)
+            _write_mask(names, job, labels, temporary)
+        if args.timings:
+            write_json(beside(mask, ".timings.json"), timings.summary())
+    organs = ", ".join(name for value, name in sorted(names.items()) if value in present) or "nothing"
     line = f"{mask}: {organs}; {volume.array.shape[0]} slices in {time.monotonic() - job.began:.1f} s"
-    if args.timings:
-        write_json(beside(mask, ".timings.json"), timings.summary())
-        line += f"\n{timings.line()}"
-    return line
+    return f"{line}\n{timings.line()}" if args.timings else line
+
+
+def _keep(labels: np.ndarray, names: dict[int, str]) -> set[int]:
+    """Make background, in place, of labels (D, H, W) that `names` does not have; the values that are left.
+
+    Plane by plane, since a temporary array of the scan's size would be most of the memory."""
+    import numpy as np
+
+    present: set[int] = set()
+    for plane in labels:
+        values = set(np.flatnonzero(np.bincount(plane.ravel())).tolist()) - {0}
+        if foreign := values - names.keys():
+            plane[np.isin(plane, list(foreign))] = 0
+        present |= values & names.keys()
+    return present
 
 
 def _write_extras(args: PredictArgs, names: dict[int, str], job: Job, found: Prediction) -> None:
@@ -78,18 +90,17 @@ def _write_extras(args: PredictArgs, names: dict[int, str], job: Job, found: Pre
         write_confidence(beside(mask, ".confidence.nii.gz"), found.confidence, volume)
 
 
-def _write_mask(names: dict[int, str], job: Job, labels: np.ndarray) -> None:
-    """The mask itself, as NIfTI or as a DICOM segmentation of the series."""
+def _write_mask(names: dict[int, str], job: Job, labels: np.ndarray, path: Path) -> None:
+    """The mask itself into the file `path`: NIfTI with its names as JSON beside the mask, or a DICOM segmentation."""
     import numpy as np
 
-    from aftersam.data.volume import to_nifti, write_labels
+    from aftersam.data.volume import label_names_json, to_nifti
 
-    volume, mask = job.prepared.volume, job.mask
-    if mask.suffix != DICOM:
-        write_labels(mask, labels, volume, names, job.facts)
+    if job.mask.suffix == DICOM:
+        from aftersam.data.dicom_segmentation import write_segmentation
+
+        on_grid = np.asarray(to_nifti(labels, job.prepared.volume).dataobj)
+        write_segmentation(path, on_grid, job.scan, names)
         return
-    from aftersam.data.dicom_segmentation import write_segmentation
-
-    with renamed(mask) as temporary:
-        on_grid = np.asarray(to_nifti(labels, volume).dataobj)
-        write_segmentation(temporary, on_grid, job.scan, names)
+    write_json(beside(job.mask, ".json"), {**label_names_json(names), **job.facts})
+    to_nifti(labels, job.prepared.volume, names).to_filename(path)

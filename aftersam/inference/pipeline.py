@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from aftersam.inference.jobs import DICOM, beside, find_jobs, kept_labels, prompt_file
+from aftersam.config import Count, Small, checked
+from aftersam.errors import SAID, naming, out_of_memory, printable, sentence, tell
+from aftersam.files import DICOM, remove_leftovers
+from aftersam.inference.jobs import beside, jobs_of, kept_labels, prompt_file
 from aftersam.inference.outputs import Job, write_outputs
+from aftersam.inference.processes import sharing_processes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,13 +47,15 @@ class PredictArgs:
     """For a model with prompts: the label file, or a folder of them by case, that prompts are drawn from."""
     labels: str | None = None
     """Comma-separated organs to keep; the others become background."""
+    trust_intensities: bool = False
+    """Take scans whose values do not look like Hounsfield units as they are, without a word."""
     overwrite: bool = False
     """Replace masks that exist; a folder's finished masks are kept otherwise."""
     preview: bool = True
     """Leave a PNG of the mask over the scan beside each mask."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Slices and groups computed at once; less needs less memory."""
-    keep: int = 1
+    keep: Small = 1
     """Middle slices kept of each group: K needs about 1/K of the fusion, with less context on one side."""
     overlap: Literal["none", "average"] = "none"
     """average: average the logits of all groups that contain a slice; each of them decodes it."""
@@ -97,19 +102,40 @@ def predict_files(args: PredictArgs) -> Predicted:
     torchrun each process takes its share of a folder, on a GPU of its own with the device "auto".
     Raises ValueError where nothing can be done: no scans, a bad run, an output that exists."""
     from rich.console import Console
+
+    checked(args)
+    prompts = [] if args.prompt_labels is None else [args.prompt_labels]
+    jobs, folder = jobs_of(
+        args.input, args.output, also_read=[args.model, *prompts], overwrite=args.overwrite
+    )
+    report = _Report(Console(stderr=True), folder)
+    processes = sharing_processes()
+    jobs = processes.share(jobs)
+    for home in {mask.parent for _, mask in jobs}:
+        remove_leftovers(home)
+    if not args.overwrite:
+        jobs = report.keep_finished(jobs, args.output)
+    if jobs:
+        _predict(args, jobs, report)
+    processes.wait_for_the_others(len(report.problems), functools.partial(tell, report.console))
+    return Predicted(tuple(report.written), tuple(report.kept), tuple(report.problems))
+
+
+def _predict(args: PredictArgs, jobs: Sequence[tuple[Path, Path]], report: _Report) -> None:
+    """Segment the scans of `jobs`, (scan, mask) pairs."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    jobs, folder = find_jobs(args.input, args.output, overwrite=args.overwrite)
-    jobs = jobs[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]  # torchrun's
     work = _work(args)
-    report = _Report(Console(stderr=True), folder)
-    kept = [mask for _, mask in jobs if mask.exists() and not args.overwrite]
-    for mask in kept:
-        report.console.print(f"{mask} exists and is kept; --overwrite replaces it", soft_wrap=True)
-    jobs = [(scan, mask) for scan, mask in jobs if mask not in kept]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    name = TextColumn("{task.description}", markup=False)
     with (
-        Progress(*columns, console=report.console, transient=True) as bar,
+        Progress(
+            name,
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=report.console,
+            transient=True,
+        ) as bar,
         ThreadPoolExecutor(1) as reader,
         ThreadPoolExecutor(1) as writer,
     ):
@@ -118,9 +144,12 @@ def predict_files(args: PredictArgs) -> Predicted:
         for index, (scan, mask) in enumerate(jobs):
             reading = upcoming.pop()
             upcoming = [reader.submit(work.read, *later) for later in jobs[index + 1 : index + 2]]
+            if mask.exists() and not args.overwrite:  # by now, from another process
+                report.kept.append(mask)
+                continue
             with report.problems_of_one_scan():
                 job = reading.result()
-                task = bar.add_task(scan.name, total=job.prepared.volume.array.shape[0])
+                task = bar.add_task(printable(scan.name), total=job.prepared.volume.array.shape[0])
                 try:
                     found = work.compute(job, functools.partial(bar.advance, task))
                 finally:
@@ -128,7 +157,6 @@ def predict_files(args: PredictArgs) -> Predicted:
                 report.collect(writing)
                 writing = [(mask, writer.submit(write_outputs, args, work.names, job, found))]
         report.collect(writing)
-    return Predicted(tuple(report.written), tuple(kept), tuple(report.problems))
 
 
 @dataclass(frozen=True)
@@ -138,24 +166,36 @@ class _Report:
     console: Console
     folder: bool
     written: list[Path] = field(default_factory=list)
+    kept: list[Path] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+
+    def keep_finished(self, jobs: Sequence[tuple[Path, Path]], output: Path) -> list[tuple[Path, Path]]:
+        """The jobs without a mask; the number of the others is told."""
+        self.kept.extend(mask for _, mask in jobs if mask.exists())
+        if self.kept:
+            text = f"{output}: {len(self.kept)} of {len(jobs)} masks exist and are kept; --overwrite replaces them"
+            tell(self.console, text)
+        finished = set(self.kept)
+        return [job for job in jobs if job[1] not in finished]
 
     @contextlib.contextmanager
     def problems_of_one_scan(self) -> Iterator[None]:
         """One bad scan of a folder costs a line, not the others."""
         try:
             yield
-        except (ValueError, OSError) as error:
+        except SAID as error:
             if not self.folder:
                 raise
-            self.problems.append(str(error))
-            self.console.print(f"aftersam.predict: {error}", soft_wrap=True, markup=False, highlight=False)
+            self.problems.append(sentence(error))
+            tell(self.console, f"aftersam.predict: {sentence(error)}")
 
     def collect(self, writing: list[tuple[Path, Future[str]]]) -> None:
         """Wait for masks to be written and tell of each."""
         with self.problems_of_one_scan():
-            for mask, line in writing:
-                self.console.print(line.result(), soft_wrap=True)
+            while writing:
+                mask, future = writing.pop()
+                for line in future.result().splitlines():
+                    tell(self.console, line)
                 self.written.append(mask)
 
 
@@ -171,6 +211,7 @@ class _Work:
 
     def read(self, scan: Path, mask: Path) -> Job:
         """Read one scan, and its prompts, and bring them to the model's spacing."""
+        from aftersam.data.intensities import check_intensities
         from aftersam.data.volume import read_image, read_labels
         from aftersam.inference.timings import Timings
 
@@ -178,22 +219,22 @@ class _Work:
         timings = Timings(self.segmenter.device if self.args.timings else None)
         needs = self.segmenter.config.model.prompts
         prompts, facts = None, dict[str, str]()
-        with timings.stage("read"):
-            volume = read_image(scan)
-            if mask.suffix == DICOM:  # what cannot be written is known before it is computed
-                from aftersam.data.dicom_segmentation import check_segmentation
+        with naming(scan):
+            with timings.stage("read"):
+                volume = read_image(scan)
+                check_intensities(volume, trusted=self.args.trust_intensities)
+                if mask.suffix == DICOM:  # what cannot be written is known before it is computed
+                    from aftersam.data.dicom_segmentation import check_segmentation
 
-                check_segmentation(scan, self.names)
-            if self.args.prompt_labels is not None and needs != "none":
-                prompts = read_labels(prompt_file(self.args.prompt_labels, scan), like=volume)
-                facts = {"prompted": needs}  # who scores this mask must know
-        prepared = self.segmenter.prepare(volume, prompt_labels=prompts, timings=timings)
+                    check_segmentation(scan, self.names)
+                if self.args.prompt_labels is not None and needs != "none":
+                    prompts = read_labels(prompt_file(self.args.prompt_labels, scan), like=volume)
+                    facts = {"prompted": needs}  # who scores this mask must know
+            prepared = self.segmenter.prepare(volume, prompt_labels=prompts, timings=timings)
         return Job(scan, mask, prepared, facts, began)
 
     def compute(self, job: Job, progress: Callable[[int], None]) -> Prediction:
-        """Segment one scan. Raises ValueError where the memory does not suffice."""
-        import torch
-
+        """Segment one scan. Raises MemoryError where the memory does not suffice."""
         prepared, batch = job.prepared, self.args.batch_size
         try:
             if self.embeddings is not None:
@@ -209,9 +250,11 @@ class _Work:
                     probabilities=probabilities,
                     progress=progress,
                 )
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
             detail = (str(error) or "no more is known").splitlines()[0]
-            raise ValueError(
+            raise MemoryError(
                 f"{job.scan}: memory ran out; a --batch-size below {batch} needs less ({detail})"
             ) from None
 

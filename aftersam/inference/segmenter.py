@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from aftersam.config import Config, from_dict, validate
-
 if TYPE_CHECKING:
     import nibabel as nib
     import numpy as np
     import torch
 
+    from aftersam.config import Config
     from aftersam.data.volume import Volume
     from aftersam.inference.inputs import PredictOptions, Scan
     from aftersam.inference.sliding import Prediction
@@ -56,15 +55,15 @@ class Segmenter:
 
         Returns integer labels on the same grid, names in a header extension. `prompt_labels`, labels on the image's
         grid, are for a model with prompts. Raises ValueError on a bad grid, or where such a model gets none."""
-        from aftersam.data.volume import from_nifti, labels_from_nifti, to_nifti
+        from aftersam.data.intensities import check_intensities
+        from aftersam.data.volume import from_nifti, image_of, labels_from_nifti, to_nifti
 
         if not hasattr(image, "affine"):
-            import nibabel as nib
-
             if affine is None:
                 raise ValueError("an array needs its affine: predict(array, affine)")
-            image = nib.Nifti1Image(image, affine)
+            image = image_of(image, affine)
         volume = from_nifti(image)  # type: ignore[arg-type]  # an image by now
+        check_intensities(volume, refuse=False)
         prompts = None if prompt_labels is None else labels_from_nifti(prompt_labels, like=volume)
         found = self.segment(self.prepare(volume, prompt_labels=prompts))
         return to_nifti(found.labels, volume, self.labels)
@@ -138,35 +137,31 @@ def load(
 
     `compiled` compiles each step at its first use: a minute that many scans pay back. `graphs` replays each step as
     a CUDA graph where the model is on a GPU: the same masks, without a launch for each of hundreds of kernels.
-    Raises ValueError on a missing, truncated or foreign file."""
+    Raises ValueError on a missing, truncated or foreign file, and on a device that is not there."""
     from aftersam.device import dtype_for, find_device
-    from aftersam.files import read_json
     from aftersam.inference.graphs import capture_steps
-    from aftersam.model.build import build_aftersam, load_weights
+    from aftersam.model.build import build_aftersam, check_weights, load_weights
     from aftersam.model.lora import merge_lora
+    from aftersam.model.run_folder import read_run
 
-    run = Path(run)
-    if not (run / "config.json").is_file():
-        raise ValueError(f"{run} is not a training run: it has no config.json")
-    config = validate(from_dict(Config, read_json(run / "config.json"), where=str(run / "config.json")))
-    facts = read_json(run / "run.json")
-    labels = {int(value): name for value, name in facts["labels"].items()}
-    model = build_aftersam(config.model, num_classes=len(labels) + 1)
-    load_weights(run / f"{checkpoint}.safetensors", model)
+    run, where = Path(run), find_device(device)
+    config, facts = read_run(run)
+    weights = run / f"{checkpoint}.safetensors"
+    check_weights(weights, config.model, num_classes=len(facts.labels) + 1)
+    model = build_aftersam(config.model, num_classes=len(facts.labels) + 1)
+    load_weights(weights, model)
     merge_lora(model)
     if compiled:
         compile_steps(model)
     if graphs:
         capture_steps(model)
-    where = find_device(device)
-    spacing = facts["spacing_mm"]
     return Segmenter(
         model.to(where).eval(),
         config,
-        labels,
-        None if spacing is None else tuple(spacing),
+        facts.names,
+        facts.spacing_mm,
         dtype_for(config.train.precision, where.type),
-        tuple(facts.get("one_piece", ())),
+        facts.one_piece,
     )
 
 

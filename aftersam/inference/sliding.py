@@ -18,7 +18,7 @@ from torch import Tensor
 
 from aftersam.config import ModelConfig
 from aftersam.data.transforms import body_slices
-from aftersam.data.volume import AIR_HU
+from aftersam.data.volume import AIR_HU, label_dtype
 from aftersam.data.windows import slice_group, window_crops
 from aftersam.device import autocast
 from aftersam.inference.inputs import PredictOptions, Scan
@@ -33,7 +33,7 @@ class Prediction(NamedTuple):
     """A segmented scan, on the grid that was asked for."""
 
     labels: np.ndarray
-    """(D, H, W) uint8."""
+    """(D, H, W) uint8, or int16 where the model has more than 256 classes, background included."""
     confidence: np.ndarray | None = None
     """(D, H, W) uint8, where `PredictOptions.confidence` asks for it: 255 where all groups that contain a slice
     agree, 0 where each is sure of another class."""
@@ -50,7 +50,7 @@ def predict_volume(
     probabilities: np.ndarray | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Prediction:
-    """Segment a scan (D, H, W) at the model's spacing: labels (D', H', W') uint8 on `output_shape`.
+    """Segment a scan (D, H, W) at the model's spacing: labels (D', H', W') on `output_shape`.
 
         predict_volume(model, Scan(hu, box), config, PredictOptions(keep=2), output_shape=hu.shape).labels
 
@@ -58,7 +58,7 @@ def predict_volume(
     Each class's probability is written into `probabilities` (K+1, D', H', W') of any float type, which may be a
     file's memory map. `progress` is called with the number of output slices just finished.
     Raises ValueError where `options` keep fewer slices than 1 or more than a group has."""
-    labels = np.empty(output_shape, dtype=np.uint8)
+    labels = np.empty(output_shape, dtype=label_dtype(model.decoder.num_classes - 1))
     confidence = np.empty(output_shape, dtype=np.uint8) if options.confidence else None
     planes = stream_logits(model, scan, config, options, precision=precision)
     for z, plane in enumerate(resample_stream(planes, scan.hu.shape[0], output_shape, scan.timings)):
@@ -67,7 +67,7 @@ def predict_volume(
                 agreement = 255 * (1 - plane.disagreement[0])
                 confidence[z] = agreement.round().to(torch.uint8).cpu().numpy()
             # on CPUs twice as fast as argmax
-            labels[z] = plane.logits.max(0).indices.to(torch.uint8).cpu().numpy()
+            labels[z] = plane.logits.max(0).indices.to(torch.int16).cpu().numpy()
             if probabilities is not None:
                 probabilities[:, z] = plane.logits.softmax(0).cpu().numpy()
         if progress is not None:

@@ -6,10 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from aftersam.config import ENCODERS, STEM_CHANNELS, Config, EncoderSize, ModelConfig
-from aftersam.files import read_tensors
+from aftersam.files import read_tensors, tensor_shapes
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.fusion import AxialFusionTransformer
 from aftersam.model.image_encoder import (
@@ -151,6 +152,15 @@ def _block(size: EncoderSize, index: int, grid: tuple[int, int]) -> EncoderBlock
     return EncoderBlock(size.dim, attention, MLP(size.dim))
 
 
+def check_weights(path: Path, config: ModelConfig, num_classes: int) -> None:
+    """Raise ValueError unless the file `path` holds the weights of the model that `config` describes.
+
+    Its header is compared with a model without memory, so that no absurd size of either is ever allocated."""
+    with torch.device("meta"):
+        model = build_aftersam(config, num_classes)
+    _check_shapes(path, model, tensor_shapes(path))
+
+
 def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
     """Load the weights in `path` strictly into `model` and return the stored facts.
 
@@ -162,13 +172,17 @@ def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
 
 def load_tensors(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Load the weights among `tensors`, read from `path`, into `model`. Raises ValueError where the names differ."""
-    weights = {k: v for k, v in tensors.items() if not k.startswith(TRAINING_STATE)}
+    _check_shapes(path, model, {name: tuple(value.shape) for name, value in tensors.items()})
+    model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith(TRAINING_STATE)})
+
+
+def _check_shapes(path: Path, model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
+    weights = {k: shape for k, shape in shapes.items() if not k.startswith(TRAINING_STATE)}
     expected = model.state_dict()
-    wrong = [k for k in expected if k not in weights or weights[k].shape != expected[k].shape]
+    wrong = [k for k in expected if k not in weights or weights[k] != expected[k].shape]
     wrong += [k for k in weights if k not in expected]
     if wrong:
         raise ValueError(
             f"{path} holds another architecture than the configuration: {len(wrong)} of {len(expected)} "
-            f"tensors differ, first {wrong[0]!r}"
+            f"tensors differ, first {wrong[0]!r:.200}"
         )
-    model.load_state_dict(weights)

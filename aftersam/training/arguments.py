@@ -7,17 +7,22 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import tyro
 
-from aftersam.config import Config, from_dict, preset, validate
+from aftersam.config import Args, Config, Index, checked, from_dict, preset, to_dict, validate
 from aftersam.files import read_json
+from aftersam.model.run_folder import RunFacts, read_run
 
 if TYPE_CHECKING:
     from aftersam.model.sam_checkpoint import SamCheckpoint
 
-Args = TypeVar("Args")
+# what --resume may change: how long, how often and by which means, of which the steps themselves know nothing
+MAY_CHANGE = frozenset(
+    {"epochs", "max_steps", "max_minutes", "validations", "checkpoint_steps", "num_workers", "tracker",
+     "activation_checkpointing", "shard"}
+)  # fmt: skip
 ConfigFile = Annotated[Path | None, tyro.conf.arg(aliases=["--config"])]
 
 
@@ -35,9 +40,12 @@ class TrainArgs:
     sam_checkpoint: str | None = None
     """Official SAM weights: a .pth file, or vit_b, vit_l, vit_h, vit_t to download them once to a cache."""
     resume: bool = False
-    """Go on from last.safetensors in --output, with the configuration stored there."""
-    fold: int = 0
-    """Fold of splits_final.json, or of the five seeded ones where there is none."""
+    """Go on from last.safetensors in --output, with the choices and the split stored there. Limits given beside it are
+    used; another choice is refused."""
+    trust_intensities: bool = False
+    """Take scans whose values do not look like Hounsfield units as they are, without a word."""
+    fold: Index | None = None
+    """Fold of splits_final.json, or of the five seeded ones where there is none; 0 unless given."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     cache: Path | None = None
@@ -52,8 +60,9 @@ class Plan(NamedTuple):
     config: Config
     """Every open choice made."""
     sam: SamCheckpoint | None
-    resumed: dict[str, Any]
-    """run.json of the run that is resumed; empty for a new one."""
+    fold: int
+    resumed: RunFacts | None
+    """Of the run that is resumed; None for a new one."""
 
 
 def make_plan(args: TrainArgs) -> Plan:
@@ -61,25 +70,45 @@ def make_plan(args: TrainArgs) -> Plan:
     from aftersam.model.build import resolve_encoder
     from aftersam.model.sam_checkpoint import read_sam_checkpoint
 
-    if args.resume:
-        config = from_dict(Config, read_json(args.output / "config.json"))
-        sam, resumed = None, read_json(args.output / "run.json")
-    else:
-        if (args.output / "last.safetensors").exists():
-            raise ValueError(
-                f"{args.output} holds a run already; go on with --resume or choose another --output"
-            )
-        config, resumed = args.config, {}
-        sam = read_sam_checkpoint(args.sam_checkpoint) if args.sam_checkpoint else None
+    checked(args)
+    stored, resumed = read_run(args.output) if args.resume else (None, None)
+    if stored is None and (args.output / "last.safetensors").exists():
+        raise ValueError(f"{args.output} holds a run already; go on with --resume or choose another --output")
+    config = args.config
+    sam = read_sam_checkpoint(args.sam_checkpoint) if args.sam_checkpoint else None
     if sam is not None:
         config = dataclasses.replace(
             config,
             model=dataclasses.replace(config.model, image_encoder=sam.name),  # type: ignore[arg-type]
         )
-    config = validate(resolve_encoder(config, pretrained=sam is not None or args.resume))
+    pretrained = sam is not None or (stored is not None and stored.model.encoder != "full")
+    config = validate(resolve_encoder(config, pretrained=pretrained))
     if args.embeddings is not None:
         check_still(config)
-    return Plan(config, sam, resumed)
+    if stored is None or resumed is None:
+        return Plan(config, sam, args.fold or 0, None)
+    _check_same(args.output, config, stored)
+    if sam is not None and sam.sha256 != resumed.sam_sha256:
+        raise ValueError(
+            f"{args.sam_checkpoint} is not what the run in {args.output} began with; leave it out"
+        )
+    if args.fold not in (None, resumed.fold):
+        raise ValueError(
+            f"--fold is {args.fold}, but the run in {args.output} is on fold {resumed.fold}; leave it out"
+        )
+    return Plan(config, None, resumed.fold, resumed)
+
+
+def _check_same(run: Path, asked: Config, stored: Config) -> None:
+    """Raise ValueError where `asked` differs from what the run goes by in more than limits and means."""
+    for part in ("model", "data", "train"):
+        theirs = to_dict(getattr(stored, part))
+        for key, value in to_dict(getattr(asked, part)).items():
+            if value != theirs[key] and key not in MAY_CHANGE:
+                raise ValueError(
+                    f"{key} is {value}, but the run in {run} goes by {theirs[key]}; leave it out of --resume, "
+                    "or train into another --output"
+                )
 
 
 def check_still(config: Config) -> None:
@@ -98,10 +127,13 @@ def check_still(config: Config) -> None:
 def parse(argv: Sequence[str] | None, kind: type[Args], about: str | None) -> Args:
     """Flags to arguments of `kind`, which has `data`, `output` and the keys of a `config`.
 
-    Keys that are not given take those of --config or of the preset, so these are looked for first."""
+    Keys that are not given take those of --config, of the run to --resume or of the preset, so these are looked for
+    first."""
     given = _bases(argv)
     if given.config is not None:
         config = from_dict(Config, read_json(given.config), where=str(given.config))
+    elif hasattr(kind, "resume") and given.resume and given.output is not None and given.preset is None:
+        config, _ = read_run(given.output)
     else:
         config = preset(preset_name(given.preset, given.sam_checkpoint))
     if given.max_steps or given.max_minutes:  # one limit given replaces a preset's other
@@ -120,6 +152,8 @@ def _bases(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags that other flags' defaults follow from; all others, and all mistakes, are left to the real parser."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", "--config-file", "--config_file", type=Path, nargs="?")
+    parser.add_argument("--output", type=Path, nargs="?")
+    parser.add_argument("--resume", action="store_true")
     for name in ("preset", "sam-checkpoint", "max-steps", "max-minutes"):
         parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", nargs="?")
     return parser.parse_known_args(argv)[0]

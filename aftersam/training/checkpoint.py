@@ -74,11 +74,30 @@ def load_moments(path: Path, optimizer: torch.optim.Optimizer) -> None:
 
 
 def trim_history(path: Path, step: int) -> None:
-    """Drop what a killed run logged after its last checkpoint, at `step`: those steps are done again."""
+    """Drop what a killed run logged after its last checkpoint, at `step`: those steps are done again.
+
+    Lines that are no record of ours go too, and the file becomes a new one that nothing else is linked to."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [line for line in lines if _is_record(line, step)]
         write_text(path, "".join(line + "\n" for line in kept))
+
+
+def _is_record(line: str, step: int) -> bool:
+    """Whether `line` is JSON that a run up to `step` logged: of a step, or of a validation."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return False
+    keys = ("val_mean_dsc",) if "val_mean_dsc" in record else ("loss", "dice", "ce", "lr")
+    values = [record.get(key) for key in ("minutes", *keys)]
+    if "val_mean_dsc" in record:
+        scores = record.get("val_dsc")
+        values += scores.values() if isinstance(scores, dict) else [""]
+        values = [0.0 if value is None else value for value in values]
+    return 0 <= record["step"] <= step and all(isinstance(value, (int, float)) for value in values)
 
 
 def provenance() -> dict[str, Any]:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import rich.progress
+import torch
 from torch import nn
 
 from aftersam.data.stored_features import StoredScan
+from aftersam.errors import naming, signals_noted, stopped
 from aftersam.evaluation.figures import loss_figure
 from aftersam.model.aftersam import AfterSAM
 from aftersam.training.arguments import Plan, TrainArgs, make_plan
@@ -23,6 +29,7 @@ from aftersam.training.setup import (
     Processes,
     Scans,
     build_model,
+    own_folder,
     read_scans,
     start_processes,
     store_features,
@@ -50,7 +57,10 @@ def train(args: TrainArgs) -> TrainResult:
     holds the last good state), MemoryError where the device's memory does not suffice."""
     plan = make_plan(args)
     processes = start_processes(plan.config.train, args.output, args.device)
+    own_folder(args.output)
     scans = read_scans(args, plan)
+    if scans.absent:
+        processes.accelerator.print(f"no training scan has {', '.join(scans.absent)}: it will not be learned")
     model, progress = build_model(args, plan, scans.num_classes)
     stored = {} if args.embeddings is None else store_features(args.embeddings, model, scans, processes)
     sizes = _sizes(model)
@@ -59,12 +69,12 @@ def train(args: TrainArgs) -> TrainResult:
         load_moments(args.output / "last.safetensors", learner.optimizer.optimizer)  # type: ignore[attr-defined]
     if processes.main:
         trim_history(args.output / "history.jsonl", progress.step)
-        if not args.resume:
-            write_facts(args.output, plan, scans)
+        write_facts(args.output, plan, scans)
     tracker = plan.config.train.tracker
     processes.accelerator.init_trackers("aftersam" if tracker != "tensorboard" else "tensorboard")
     processes.accelerator.print(
-        f"{len(scans.training)} training and {len(scans.validation)} validation scans, {len(scans.labels)} organs; "
+        f"{len(scans.training)} training and {len(scans.validation)} validation scans of {len(scans.dataset.cases)}, "
+        f"{len(scans.labels)} organs; "
         f"{plan.config.model.image_encoder}, {sizes}; {processes.device}, {processes.precision}"
     )
     return Run(args.output, processes, scans, learner, progress, stored).loop()
@@ -100,6 +110,7 @@ class Run:
         stored: dict[str, StoredScan],
     ) -> None:
         self.output = output
+        self.log = output / "history.jsonl"
         self.processes = processes
         self.accelerator = processes.accelerator
         self.scans = scans
@@ -110,25 +121,28 @@ class Run:
         share = self.config.train.batch_size * self.config.train.accumulate * processes.world
         self.steps_per_epoch = steps_in_epoch(len(scans.training), share)
         self.began = 0.0  # on the clock that counts the run's seconds, those before a resume included
+        self.signals: list[int] = []  # that this process was sent
+        self.stop = 0  # the signal at which all processes stop
+        # the limits of a resumed run may be others now
+        reached = int(self._fraction() * self.config.train.validations)
+        progress.validated = min(progress.validated, reached)
 
     def loop(self) -> TrainResult:
-        """Optimiser steps until the run's limit, with validations and checkpoints on the way."""
-        every = self.config.train.checkpoint_steps
-        source = self._batches()
-        self.began = time.monotonic() - self.progress.seconds
-        with (self.output / "history.jsonl").open("a", buffering=1) as history, self._bar() as bar:
-            task = bar.add_task("training", total=1.0)
-            while (fraction := self._fraction()) < 1:
-                record = self._advance(source, learning_rate(self.config.train, fraction))
-                self._note(history, record)
-                text = f"step {self.progress.step}, loss {record['loss']:.3f}"
-                bar.update(task, completed=self._fraction(), description=text)
-                if self._validation_is_due():
-                    self._validate(history)
-                if self.progress.step % every == 0:
-                    self._checkpoint()
-            bar.update(task, completed=1.0)
-        self._checkpoint()
+        """Optimiser steps until the run's limit, with validations and checkpoints on the way.
+
+        SIGINT and SIGTERM end it after the step under way, with a checkpoint of that step: raises KeyboardInterrupt or
+        Terminated, whose text says how to go on."""
+        with (
+            signals_noted() as self.signals,
+            self.log.open("ab", buffering=0) as history,
+            self._bar() as bar,
+        ):
+            self._steps(history, bar)
+            self._checkpoint()
+        if self.stop:
+            self.accelerator.end_training()
+            said = f"stopped at step {self.progress.step}, which {self.output} keeps; go on with --resume"
+            raise stopped(self.stop, said if self.processes.main else "")
         if not (
             self.scans.validation and self.config.train.validations
         ):  # nothing was chosen: the last are the best
@@ -138,6 +152,32 @@ class Run:
         self.accelerator.end_training()
         best = self.progress.best
         return TrainResult(self.output, self.progress.step, best if best >= 0 else None)
+
+    def _steps(self, history: FileIO, bar: rich.progress.Progress) -> None:
+        """Steps, validations and checkpoints until the run's limit, or until `self.stop`."""
+        every = self.config.train.checkpoint_steps
+        task, source = bar.add_task("training", total=1.0), self._batches()
+        self.began = time.monotonic() - self.progress.seconds
+        if self._validation_is_due():  # a signal had ended it
+            self._validate(history)
+        while not self.stop and (fraction := self._fraction()) < 1:
+            record = self._advance(source, learning_rate(self.config.train, fraction))
+            self._note(history, record)
+            text = f"step {self.progress.step}, loss {record['loss']:.3f}"
+            bar.update(task, completed=self._fraction(), description=text)
+            if self._validation_is_due():
+                self._validate(history)
+            if self.progress.step % every == 0 and not self.stop:
+                self._checkpoint()
+
+    def _agree(self) -> None:
+        """Set the run's clock, and the signal to stop at: the latest and the highest among the processes."""
+        self.progress.seconds = time.monotonic() - self.began
+        self.stop = max(self.signals, default=0)
+        if self.processes.world > 1:
+            said = torch.tensor([self.progress.seconds, self.stop], device=self.processes.device)
+            torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX)
+            self.progress.seconds, self.stop = float(said[0]), int(said[1])
 
     def _batches(self) -> Iterator[Batch]:
         """Endless batches for this process from the step that the run stands at."""
@@ -170,28 +210,32 @@ class Run:
         batches = [next(source) for _ in range(self.config.train.accumulate)]
         losses = self.learner.step(batches, rate=rate, number=progress.step + 1)
         progress.step += 1
-        progress.seconds = time.monotonic() - self.began
+        self._agree()
         record = losses | {"step": progress.step, "minutes": round(progress.seconds / 60, 4), "lr": rate}
         if progress.step % 10 == 0:
             self.accelerator.log({k: record[k] for k in ("loss", "dice", "ce", "lr")}, step=progress.step)
         return record
 
-    def _note(self, history: TextIO, record: dict[str, Any]) -> None:
+    def _note(self, history: FileIO, record: dict[str, Any]) -> None:
         if self.processes.main:
-            history.write(json.dumps(record) + "\n")
+            line = json.dumps(record).encode() + b"\n"
+            with naming(self.log):
+                if history.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _validation_is_due(self) -> bool:
         reached = self._fraction() * self.config.train.validations
         return bool(self.scans.validation) and reached >= self.progress.validated + 1
 
-    def _validate(self, history: TextIO) -> None:
-        """Score the validation scans, on one process, and keep the best weights."""
-        self.progress.validated = int(self._fraction() * self.config.train.validations)
+    def _validate(self, history: FileIO) -> None:
+        """Score the validation scans, on one process, and keep the best weights. A signal ends it without a score."""
         model = self.learner.whole_model()
-        if self.processes.main:
-            self._note(history, self._score(model))
+        with contextlib.suppress(InterruptedError):
+            if self.processes.main:
+                self._note(history, self._score(model))
+            self.progress.validated = int(self._fraction() * self.config.train.validations)
         self.accelerator.wait_for_everyone()
-        self.progress.seconds = time.monotonic() - self.began
+        self._agree()
 
     def _score(self, model: AfterSAM) -> dict[str, Any]:
         """What history.jsonl says of a validation of `model`."""
@@ -205,6 +249,7 @@ class Run:
             stored=self.stored,
             overlay=self.output / "overlay.png",
             title=f"step {step}",
+            progress=self._go_on,
         )
         score = mean([value for value in per_organ.values() if value is not None])
         if score is not None and score > self.progress.best:
@@ -212,9 +257,13 @@ class Run:
             self._save_best(model)
         self.accelerator.log({"val_mean_dsc": score or 0.0}, step=step)
         self.accelerator.print(f"step {step}: validation DSC {score if score is None else round(score, 4)}")
-        loss_figure(self.output / "history.jsonl", self.output / "loss.png")
+        loss_figure(self.log, self.output / "loss.png")
         minutes = round(self.progress.seconds / 60, 4)
         return {"step": step, "minutes": minutes, "val_dsc": per_organ, "val_mean_dsc": score}
+
+    def _go_on(self, _: int) -> None:
+        if self.signals:
+            raise InterruptedError
 
     def _checkpoint(self) -> None:
         if not (self.processes.main or self.config.train.shard):

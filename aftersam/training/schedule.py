@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,13 @@ class Progress:
     seconds: float = 0.0
     validated: int = 0
     best: float = -1.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError on values that no run reaches."""
+        if min(self.step, self.seconds, self.validated) < 0 or not math.isfinite(self.seconds + self.best):
+            raise ValueError(
+                f"step is {self.step}, seconds {self.seconds} and best {self.best}, but no run gets there"
+            )
 
     def fraction(self, config: TrainConfig, steps_per_epoch: int) -> float:
         """Share of the run that is done, by whichever limit comes first."""
@@ -87,8 +95,15 @@ def group_loader(
         batch_sampler=order,  # type: ignore[arg-type]  # an iterator serves: it is begun once
         num_workers=config.num_workers,
         persistent_workers=config.num_workers > 0,
+        worker_init_fn=_leave_signals,
         generator=torch.Generator(),  # its draws would shift the model's after a resume
     )
+
+
+def _leave_signals(worker: int) -> None:
+    """The training process alone decides when to stop: a terminal signals its workers too."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def steps_in_epoch(cases: int, share: int) -> int:

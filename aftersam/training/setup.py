@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import filter_trackers
 from accelerate.utils import set_seed
 
-from aftersam.config import TrainConfig, to_dict
+from aftersam.config import TrainConfig, from_dict, to_dict
 from aftersam.data.cache import CachedCase, cache_cases
 from aftersam.data.dataset import Dataset, find_dataset, mirror_pairs, split
 from aftersam.data.slice_group import SliceGroups
 from aftersam.data.stored_features import StoredScan
-from aftersam.device import DTYPES, precision_for
+from aftersam.device import DTYPES, find_device, precision_for
 from aftersam.files import write_json
 from aftersam.inference.feature_cache import Embeddings
 from aftersam.inference.postprocess import one_piece
 from aftersam.model.aftersam import AfterSAM
-from aftersam.model.build import build_aftersam
+from aftersam.model.build import build_aftersam, check_weights
 from aftersam.training.arguments import Plan, TrainArgs
 from aftersam.training.checkpoint import load_training, provenance
 from aftersam.training.schedule import Progress
@@ -75,23 +77,47 @@ class Scans:
         """Background included."""
         return len(self.labels) + 1
 
+    @property
+    def absent(self) -> list[str]:
+        """The organs that no training scan has."""
+        present = {int(value) for case in self.training for value in np.unique(case.foreground[:, 0])}
+        return [name for value, name in self.labels.items() if value not in present]
+
+
+def own_folder(run: Path) -> None:
+    """Make the folder `run`. Raises ValueError where training would write through what stands there already."""
+    run.mkdir(parents=True, exist_ok=True)
+    for entry in run.iterdir():
+        if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
+            raise ValueError(
+                f"{entry} is a link or a device, and training writes into its own folder alone; remove it "
+                "(--cache names a folder elsewhere)"
+            )
+
 
 def start_processes(config: TrainConfig, output: Path, device: str) -> Processes:
     """Devices, precision and trackers, and the seed of every draw from here on.
 
-    Raises ValueError on a tracker that is not installed, and on fp16 without a GPU."""
-    precision = precision_for(config.precision, device)
+    Raises ValueError on a device that is not there, a tracker that is not installed, and fp16 without a GPU."""
+    where = find_device(device)
+    precision = precision_for(config.precision, where.type)
     if not filter_trackers(config.tracker, output):
         raise ValueError(
             f"tracker is {config.tracker!r}, whose package is not installed; install it, or use tensorboard"
         )
+    if where.type == "cuda":
+        torch.cuda.set_device(where)  # what accelerate takes in a single process
     AcceleratorState._reset_state()  # a run before this one in the same process may have had another precision
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(precision, precision),
-        cpu=device == "cpu",
+        cpu=where.type == "cpu",
         log_with=config.tracker,
         project_dir=str(output),
     )
+    if accelerator.num_processes > 1 and ":" in device:
+        raise ValueError(
+            f"device is {device}, but each of {accelerator.num_processes} processes has its own; use cuda"
+        )
     if precision == "fp16" and accelerator.device.type == "cpu":  # where nothing scales the gradients
         raise ValueError("precision fp16 needs a GPU to train on; use bf16 or fp32")
     set_seed(config.seed)
@@ -103,22 +129,23 @@ def read_scans(args: TrainArgs, plan: Plan) -> Scans:
 
     Raises ValueError on a bad data set or fold, and where a resumed run was trained on other labels."""
     config, dataset = plan.config, find_dataset(args.data)
-    fold = plan.resumed.get("fold", args.fold)
-    args.output.mkdir(parents=True, exist_ok=True)
-    train_ids, validation_ids = split(  # the same folds for every seed, so that seeds can be compared
-        dataset, fold, 0, write_to=args.output / "splits_final.json"
-    )
-    names = {int(k): v for k, v in plan.resumed["labels"].items()} if plan.resumed else dataset.labels
-    if names != dataset.labels:
-        raise ValueError(
-            f"{args.data} has the labels {dataset.labels}, but the run to resume was trained on {names}"
-        )
+    splits, resumed, data = args.output / "splits_final.json", plan.resumed, config.data
+    # the same folds for every seed, so that seeds can be compared; a run's own for a run
+    stored = {"source": splits} if resumed else {"write_to": splits}
+    train_ids, validation_ids = split(dataset, plan.fold, 0, **stored)
+    if resumed:
+        if resumed.names != dataset.labels:
+            raise ValueError(
+                f"{args.data} has the labels {dataset.labels}, but the run to resume was trained on {resumed.names}"
+            )
+        data = dataclasses.replace(data, spacing_mm=resumed.spacing_mm or "native")
     cached = cache_cases(
         dataset,
         [*train_ids, *validation_ids],
-        config.data,
+        data,
         args.cache or args.output / "cache",
         training=train_ids,
+        trusted=args.trust_intensities,
     )
     training = [cached[case] for case in train_ids]
     groups = SliceGroups(
@@ -128,17 +155,21 @@ def read_scans(args: TrainArgs, plan: Plan) -> Scans:
         seed=config.train.seed,
         label_swap=mirror_pairs(dataset.labels) if "mirror" in config.data.augmentation else {},
     )
-    return Scans(dataset, fold, training, [cached[case] for case in validation_ids], groups)
+    return Scans(dataset, plan.fold, training, [cached[case] for case in validation_ids], groups)
 
 
 def build_model(args: TrainArgs, plan: Plan, num_classes: int) -> tuple[AfterSAM, Progress]:
     """The model with its weights, new, SAM's or the resumed run's, and where its run stands."""
+    path = args.output / "last.safetensors"
+    if args.resume:
+        check_weights(path, plan.config.model, num_classes)
     model = build_aftersam(plan.config.model, num_classes, sam=plan.sam)
     model.set_activation_checkpointing(plan.config.train.activation_checkpointing)
     if not args.resume:
         return model, Progress()
-    facts = load_training(args.output / "last.safetensors", model)
-    return model, Progress(**facts["progress"])
+    facts = load_training(path, model)
+    progress: Progress = from_dict(Progress, facts.get("progress"), where=f"the progress in {path}")
+    return model, progress
 
 
 def store_features(
@@ -158,8 +189,12 @@ def store_features(
 
 
 def write_facts(output: Path, plan: Plan, scans: Scans) -> None:
-    """Write what repeats the run, config.json, and what its weights need beside it, run.json."""
+    """Write what repeats the run, config.json, and what its weights need beside it, run.json.
+
+    A resumed run's limits may have changed, its facts have not."""
     write_json(output / "config.json", to_dict(plan.config))
+    if plan.resumed:
+        return
     native = plan.config.data.spacing_mm == "native"
     facts = {
         "labels": {str(value): name for value, name in scans.labels.items()},

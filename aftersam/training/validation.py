@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,15 +32,18 @@ def validate_scans(
     stored: Mapping[str, StoredScan],
     overlay: Path,
     title: str,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, float | None]:
     """{organ: mean Dice over `cases`, None where no case has it}; draws the first case to the PNG `overlay`.
 
-    `stored` holds the encoder's features of some cases by their ids."""
+    `stored` holds the encoder's features of some cases by their ids; `progress` is called as by `predict_volume`."""
     scores: dict[str, list[float]] = {name: [] for name in labels.values()}
     for i, case in enumerate(cases):
         hu, truth = case.hu, case.labels
         scan = Scan(hu, case.box, truth, stored.get(case.id))
-        mask = predict_volume(model, scan, config, output_shape=hu.shape, precision=precision).labels
+        mask = predict_volume(
+            model, scan, config, output_shape=hu.shape, precision=precision, progress=progress
+        ).labels
         for value, name in labels.items():
             scores[name].append(dice(mask == value, truth == value))
         if i == 0:

@@ -1,0 +1,60 @@
+"""What a run's weights need beside them, read from a folder that anyone may have made: config.json and run.json."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from aftersam.config import Config, from_dict, validate
+from aftersam.files import read_json
+
+SPACING_MM = (0.01, 1000.0)  # smallest and largest that a model works at
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """run.json, as far as it is read again."""
+
+    labels: dict[str, str]
+    """Values, in digits, to names; background left out."""
+    spacing_mm: tuple[float, float, float] | None
+    """(d, h, w) that the model works at; None: each scan's own."""
+    one_piece: tuple[int, ...] = ()
+    """Organs that are one connected piece in every training label."""
+    fold: int = 0
+    sam_sha256: str | None = None
+    """Of the SAM weights that training began with."""
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Label values to names."""
+        return {int(value): name for value, name in self.labels.items()}
+
+
+def read_run(run: Path) -> tuple[Config, RunFacts]:
+    """The configuration and the facts of the run in the folder `run`.
+
+    Raises ValueError in one sentence where a file is missing or has a value of the wrong type or range."""
+    if not (run / "config.json").is_file():
+        raise ValueError(f"{run} is not a training run: it has no config.json")
+    where, path = run / "config.json", run / "run.json"
+    config = from_dict(Config, read_json(where), where=str(where))
+    stored = read_json(path)
+    known = [field.name for field in dataclasses.fields(RunFacts)]
+    if isinstance(stored, dict):  # what else stands there is for people
+        stored = {key: value for key, value in stored.items() if key in known}
+    facts: RunFacts = from_dict(RunFacts, stored, where=str(path))
+    values = [str(value) for value in range(1, len(facts.labels) + 1)]
+    if not values or sorted(facts.labels) != sorted(values):
+        raise ValueError(
+            f"{path} has the labels {list(facts.labels)[:9]}, but they must be 1 to their number"
+        )
+    if facts.spacing_mm and not all(SPACING_MM[0] <= mm <= SPACING_MM[1] for mm in facts.spacing_mm):
+        raise ValueError(f"{path} has the spacing_mm {facts.spacing_mm}, but lengths must be 0.01 to 1000 mm")
+    if not {str(value) for value in facts.one_piece} <= facts.labels.keys():
+        raise ValueError(f"{path} has one_piece {facts.one_piece[:9]}, of which some are no labels")
+    try:
+        return validate(config), facts
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
