@@ -314,8 +314,8 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(cls: type, values: dict[str, Any], *, where: str = "config") -> Any:
-    """An instance of the dataclass `cls` from JSON values; keys not named keep their defaults.
+def from_dict(cls: type, values: Any, *, where: str = "config") -> Any:
+    """An instance of the dataclass `cls` from a JSON object; keys not named keep their defaults.
 
     Raises ValueError on an unknown key, naming the nearest one, on one that is missing, and on a value of the wrong
     type."""

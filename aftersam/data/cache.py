@@ -158,12 +158,12 @@ def _open(home: Path, names: Collection[int]) -> CachedCase:
         rows, (top, bottom, left, right) = case.foreground, case.box
         if (
             case.id != home.name.rpartition("-")[0]
-            or (case.hu.shape, case.hu.dtype) != (case.shape, np.int16)
+            or (case.hu.shape, case.hu.dtype.name) != (case.shape, "int16")
             or (case.labels.shape, case.labels.dtype.name)
             not in {(case.shape, n) for n in ("uint8", "int16")}
             or not (0 <= top < bottom <= height and 0 <= left < right <= width)
             or not all(0 < mm < math.inf for mm in case.spacing_mm)
-            or (rows.shape[1:], rows.dtype) != ((6,), np.int32)
+            or (rows.shape[1:], rows.dtype.name) != ((6,), "int32")
             or not np.isin(rows[:, 0], list(names)).all()
             or (rows < 0).any()
             or (rows[:, 1:] >= (depth, height, height + 1, width, width + 1)).any()
