@@ -63,10 +63,13 @@ clean: ## remove caches, builds and demo-run; .venv stays
 	rm -rf build dist *.egg-info kernels/build kernels/dist kernels/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(DEMO)
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
 
+# torchvision's wheel does not import beside torch's CPU build, and transformers and PEFT import it where they find it.
+# So it stays, with timm that needs it, in a folder that only our tests and benchmarks search (benchmarks/__init__.py).
 .venv/installed: setup.py constraints.txt
 	@echo "making .venv: about 2 GB, some minutes, once"
 	python3 -m venv .venv
-	.venv/bin/python -m pip install -q -c constraints.txt -e '.[test,hosts,dev]'
+	.venv/bin/python -m pip install -q -c constraints.txt -e '.[test,dev]' diffusers transformers
+	.venv/bin/python -m pip install -q -c constraints.txt --no-deps --target .venv/hosts timm torchvision
 	touch $@
 
 # torch's CUDA build asks for one Triton alone, hence --no-deps; Triton 3.6's interpreter needs numpy below 2.4.

@@ -36,7 +36,13 @@ setup(
     extras_require={
         "flash": ["flash-attn>=2.8; platform_system == 'Linux'"],
         "xformers": ["xformers>=0.0.35"],
-        "dicom": ["pydicom>=3", "highdicom>=0.26"],
+        "dicom": [
+            "highdicom>=0.26",
+            "pydicom>=3",
+            "pylibjpeg>=2.0",
+            "pylibjpeg-openjpeg>=2.3",  # JPEG 2000 and HTJ2K
+            "python-gdcm>=3.0.24",  # JPEG and JPEG-LS; refuses a truncated stream, which pylibjpeg-libjpeg fills up
+        ],
         "export": ["onnxscript>=0.5"],  # torch writes ONNX through it
         "accuracy": ["einops>=0.7"],  # MONAI's Swin UNETR, in the accuracy table alone
         "nnunet": ["nnunetv2>=2.6"],
@@ -54,9 +60,12 @@ setup(
             "onnxscript>=0.5",
             "peft>=0.17",  # adapters that come from it and go back are tested against it
             "pydicom>=3",
+            "pylibjpeg>=2.0",
+            "pylibjpeg-openjpeg>=2.3",
             "pytest>=8.2",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",  # one worker a core
+            "python-gdcm>=3.0.24",  # compressed slices, with the two of pylibjpeg
             "setuptools>=77",
         ],
         "dev": ["mypy>=1.15", "ruff>=0.12"],

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import tyro
 
-from aftersam.config import Config, preset
+from aftersam.config import Config, Count, Index, Positive, Seed, Small, checked, preset
 from aftersam.errors import run_command
 from aftersam.evaluation.statistics import AblationTable, Scores, summarise
 from aftersam.evaluation.tables import markdown_table
@@ -63,15 +63,15 @@ class AblateArgs:
     """Choices that all rows share."""
     sam_checkpoint: str | None = None
     """Official SAM weights, as in train."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     """One training a row and seed."""
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """Steps of each training; the preset's unless given."""
-    max_minutes: float | None = None
+    max_minutes: Positive | None = None
     """Minutes of each training, in place of steps."""
-    jobs: int = 1
+    jobs: Small = 1
     """Rows trained at once, each in a process of its own with its share of the cores."""
-    fold: int = 0
+    fold: Index = 0
     """Fold whose validation scans are scored."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
@@ -86,6 +86,7 @@ def ablate(args: AblateArgs) -> dict[str, AblationTable]:
     from aftersam.device import find_device
     from aftersam.evaluation.figures import ablation_figure
 
+    checked(args)
     find_device(args.device)
     if "small" in args.table and args.preset != "small":
         raise ValueError(f"table small shows what the preset small is made of, not {args.preset}")

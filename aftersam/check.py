@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import tyro
 
-from aftersam.config import ENCODERS, Config, preset
+from aftersam.config import ENCODERS, Config, Index, checked, preset
 from aftersam.errors import SAID, run_command, sentence
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class CheckArgs:
     """Data set: nnU-Net raw, MSD, SegTHOR, or images/ beside labels/."""
     preset: Annotated[Literal["paper", "best", "small", "tiny"], tyro.conf.arg(aliases=["-p"])] = "small"
     """Preset whose needs are estimated."""
-    num_workers: int | None = None
+    num_workers: Index | None = None
     """Worker processes to measure loading with; the preset's unless given."""
 
 
@@ -71,6 +71,7 @@ class CheckResult:
 def check_case(case: Case, names: dict[int, str]) -> CaseReport:
     """Read a case whole and say what it holds."""
     from aftersam.data.cache import check_labels
+    from aftersam.data.intensities import check_intensities
     from aftersam.data.volume import read_image, read_labels
 
     report = CaseReport(case.id)
@@ -80,11 +81,7 @@ def check_case(case: Case, names: dict[int, str]) -> CaseReport:
         report = dataclasses.replace(
             report, shape=image.array.shape, spacing_mm=image.spacing_mm, hu_range=(low, high)
         )
-        if low >= 0:
-            return dataclasses.replace(
-                report,
-                problem=f"{case.image} has no value below 0 ({low:g} to {high:g}): not Hounsfield units?",
-            )
+        check_intensities(image)
         if case.label is None:
             return dataclasses.replace(report, problem=f"{case.image} has no label")
         labels = read_labels(case.label, like=image)
@@ -208,7 +205,7 @@ def check(args: CheckArgs) -> CheckResult:
     from aftersam.data.dataset import find_dataset
     from aftersam.device import find_device
 
-    dataset, console = find_dataset(args.data), Console()
+    dataset, console = find_dataset(checked(args).data), Console()
     found = f"{dataset.name}: {dataset.layout}, {len(dataset.cases)} scans"
     console.print(found, markup=False, highlight=False)
     named = ", ".join(f"{v} {n}" for v, n in dataset.labels.items())

@@ -1,15 +1,77 @@
 """Every choice of a run in three frozen dataclasses, and the presets: the only file that knows sizes.
 
-A field's docstring is its `--help`. Where the paper leaves a point open, the default is our reading
-and the `paper` preset the literal one."""
+A field's docstring is its `--help`, its type has the bounds of a number. Where the paper leaves a point open, the
+default is our reading and the `paper` preset the literal one."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import math
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
+
+Args = TypeVar("Args")
+
+
+class Range(NamedTuple):
+    """Bounds of a number, as metadata of a field's type; `open` names the end that is outside itself."""
+
+    low: float
+    high: float
+    open: Literal["", "low", "high"] = ""
+
+    def has(self, value: float) -> bool:
+        return self.low <= value <= self.high and value != getattr(self, self.open, None)
+
+    def __str__(self) -> str:
+        low = "above" if self.open == "low" else "at least"
+        high = "below" if self.open == "high" else "at most"
+        return f"must be {low} {self.low:g} and {high} {self.high:g}"
+
+
+Count = Annotated[int, Range(1, 1e9)]
+Small = Annotated[int, Range(1, 256)]  # sizes that a model or a group has
+Index = Annotated[int, Range(0, 256)]
+Seed = Annotated[int, Range(0, 2**31)]
+Share = Annotated[float, Range(0, 1)]
+Partial = Annotated[float, Range(0, 1, "high")]
+Weight = Annotated[float, Range(0, 1e6)]
+Positive = Annotated[float, Range(0, 1e6, "low")]
+Millimetres = Annotated[float, Range(0, 1e3, "low")]
+
+
+def checked(args: Args) -> Args:
+    """`args` itself, a dataclass, or ValueError in one sentence on the first number outside the bounds of its type."""
+    for name, ranges in _ranges(type(args)).items():  # type: ignore[arg-type]  # types are hashable
+        value = getattr(args, name)
+        if dataclasses.is_dataclass(value):
+            checked(value)
+        for number in _numbers(value):
+            for bounds in ranges:
+                if not bounds.has(number):
+                    raise ValueError(f"{name} is {number}, but {bounds}")
+    return args
+
+
+@functools.cache
+def _ranges(cls: type) -> dict[str, list[Range]]:
+    return {name: _bounds(hint) for name, hint in typing.get_type_hints(cls, include_extras=True).items()}
+
+
+def _numbers(value: Any) -> list[int | float]:
+    """The numbers in a value, or in the items of a tuple."""
+    if isinstance(value, tuple):
+        return [number for item in value for number in _numbers(item)]
+    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
+
+
+def _bounds(hint: Any) -> list[Range]:
+    """The bounds in a type, or in the members of a union or a tuple."""
+    found = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)]
+    return found + [bounds for member in get_args(hint) for bounds in _bounds(member)]
 
 
 class Stage(NamedTuple):
@@ -80,25 +142,25 @@ WIDE, SOFT_TISSUE, BONE = HUWindow(-1000, 1000), HUWindow(-160, 240), HUWindow(-
 class ModelConfig:
     image_encoder: Literal["vit_b", "vit_l", "vit_h", "vit_t", "small", "tiny"] = "vit_b"
     """SAM's ViT by its official name, MobileSAM's vit_t, or a size with a stem that learns from scratch."""
-    image_size: int = 1024
+    image_size: Annotated[int, Range(1, 4096)] = 1024
     """Side in pixels of the square that the encoder sees; larger planes are tiled, smaller padded."""
     encoder: Literal["auto", "frozen", "lora", "full"] = "auto"
     """What trains in the encoder. auto: LoRA on q and v with a SAM checkpoint, everything without."""
-    lora_rank: int = 4
+    lora_rank: Small = 4
     """r of every LoRA pair, A (r, in) and B (out, r)."""
-    lora_alpha: float | None = None
+    lora_alpha: Positive | None = None
     """LoRA's alpha; the update is scaled by alpha / rank. None means alpha = rank, as printed."""
-    lora_dropout: float = 0.0
+    lora_dropout: Partial = 0.0
     """Dropout on the input of the LoRA branch."""
-    num_heads: int = 8
+    num_heads: Small = 8
     """M, heads of a fusion block."""
-    num_blocks: int = 6
+    num_blocks: Small = 6
     """L, fusion blocks."""
     attention: Literal["both", "axial", "slice", "none"] = "both"
     """Attention of a fusion block: across slices, then within a slice. none: a 2D model."""
-    num_slices: int = 9
+    num_slices: Small = 9
     """Slices of a group, N = N_A + 1: the target and its neighbours; the centre is num_slices // 2."""
-    slice_stride: int = 1
+    slice_stride: Small = 1
     """N_f, distance in slices between neighbours of a group."""
     fusion_weights: Literal["full", "lora"] = "full"
     """lora: the paper's equations, W_Q W_K W_V frozen at their initial values, LoRA on q and v."""
@@ -112,11 +174,11 @@ class ModelConfig:
     """SAM's two-way transformer, or image-to-token attention alone (the paper's words)."""
     prompts: Literal["none", "box", "point", "points"] = "none"
     """Prompt each class from its label by a box, one click or three (the paper's Table 3); such scores are marked."""
-    stem_slices: int = 1
+    stem_slices: Small = 1
     """Adjacent slices that the stem of small or tiny sees at once, the slice itself in the middle. 1: 2D, as SAM's."""
-    output_stride: int = 4
+    output_stride: Small = 4
     """Pixels a logit: 4 is SAM's own upscaling; below it, skips from strides under the patch are used."""
-    hu_windows: tuple[tuple[float, float], ...] = (WIDE, SOFT_TISSUE, BONE)
+    hu_windows: Annotated[tuple[tuple[float, float], ...], Range(-32768, 32767)] = (WIDE, SOFT_TISSUE, BONE)
     """Three HU windows (low, high) become the three input channels; a single one is repeated."""
     normalisation: Literal["sam", "unit"] = "sam"
     """What follows the windows: SAM's pixel mean and deviation; unit: nothing, [0, 1] as MedSAM's weights expect."""
@@ -124,50 +186,50 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    spacing_mm: tuple[float, float, float] | Literal["median", "native"] = (2.5, 1.0, 1.0)
+    spacing_mm: tuple[Millimetres, Millimetres, Millimetres] | Literal["median", "native"] = (2.5, 1.0, 1.0)
     """Voxel size (d, h, w) the model works at. median: of the training set. native: each scan's own."""
     augmentation: tuple[Literal["elastic", "affine", "intensity", "noise", "mirror"], ...] = ("elastic",)
     """Transforms of training groups. One elastic field serves all slices of a group; mirror swaps
     left and right labels and is refused where a side has no counterpart."""
-    augmentation_probability: float = 0.2
+    augmentation_probability: Share = 0.2
     """Chance of each transform for a group."""
     crops: Literal["random", "prediction"] = "random"
     """Training windows: moved at random about the body, or exactly prediction's, which stored embeddings need."""
-    foreground_sampling: float = 0.0
+    foreground_sampling: Share = 0.0
     """Share of groups drawn about a random foreground slice and class; the paper draws uniformly."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    epochs: int = 550
+    epochs: Count = 550
     """Epochs of one random group a scan; unused where max_steps or max_minutes limits the run."""
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """Stop after this many optimiser steps; schedules follow progress."""
-    max_minutes: float | None = None
+    max_minutes: Positive | None = None
     """Stop after this many minutes of training; schedules follow progress."""
-    batch_size: int = 1
+    batch_size: Count = 1
     """Groups a process computes at once."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Batches whose gradients make one optimiser step: a larger batch in the memory of a small one."""
     optimizer: Literal["adam", "adamw"] = "adam"
-    learning_rate: float = 1e-4
-    weight_decay: float = 1e-4
+    learning_rate: Positive = 1e-4
+    weight_decay: Weight = 1e-4
     schedule: Literal["step", "poly"] = "step"
     """step: a tenth of the rate for the last 50 of 550 epochs. poly: (1 - progress)^0.9."""
-    warmup: float = 0.0
+    warmup: Partial = 0.0
     """Share of the run in which the rate rises linearly from 0."""
-    clip_norm: float = 0.0
+    clip_norm: Weight = 0.0
     """Largest gradient norm; 0 leaves gradients alone."""
     supervision: Literal["all", "centre"] = "all"
     """Slices of a group whose logits enter the loss; at test the centre alone is kept."""
     dice: Literal["present", "all"] = "present"
     """Classes in the Dice term: those present in the group, or all."""
-    ce_foreground_weight: float = 1.0
+    ce_foreground_weight: Weight = 1.0
     """Weight of every organ against background in the cross-entropy."""
-    ce_hardest: float = 1.0
+    ce_hardest: Annotated[float, Range(0, 1, "low")] = 1.0
     """Share of a group's voxels that the cross-entropy is the mean of: the hardest. Below 1 it speaks up where an organ
     is seen that is not there, of which a Dice over present organs knows nothing."""
-    deep_supervision: float = 0.0
+    deep_supervision: Weight = 0.0
     """Weight of the same loss of logits at the tokens' stride, from before any skip. Without it a model that learns
     from scratch leaves encoder and fusion unused: its skips learn sooner."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -176,13 +238,13 @@ class TrainConfig:
     """Recompute encoder and fusion blocks in the backward: less memory, about a third more time."""
     shard: bool = False
     """Spread weights, gradients and moments over the processes (FSDP): for vit_h where a GPU cannot hold them."""
-    validations: int = 10
+    validations: Annotated[int, Range(0, 1e4)] = 10
     """Validations spread evenly over the run; each predicts the whole validation scans. 0: the last are the best."""
-    checkpoint_steps: int = 200
+    checkpoint_steps: Count = 200
     """Steps between writes of last.safetensors: what a killed run loses at most."""
-    seed: int = 0
+    seed: Seed = 0
     """Every random draw is a function of (seed, epoch, case)."""
-    num_workers: int = 0
+    num_workers: Index = 0
     """Worker processes that load groups; 0 loads in the training process."""
     tracker: str = "tensorboard"
     """Where curves go: tensorboard, or any tracker that accelerate knows by name and that is installed, such as
@@ -256,31 +318,15 @@ def preset(name: str) -> Config:
 
 def validate(config: Config) -> Config:
     """`config` itself, or ValueError in one sentence that names the key, its value and the rule."""
-    model, data, train = config.model, config.data, config.train
+    model = checked(config).model
     size = ENCODERS[model.image_encoder]
-    positive = {
-        "image_size": model.image_size,
-        "lora_rank": model.lora_rank,
-        "num_heads": model.num_heads,
-        "num_blocks": model.num_blocks,
-        "num_slices": model.num_slices,
-        "slice_stride": model.slice_stride,
-        "batch_size": train.batch_size,
-        "accumulate": train.accumulate,
-        "epochs": train.epochs,
-        "checkpoint_steps": train.checkpoint_steps,
-        "learning_rate": train.learning_rate,
-    }
-    for key, value in positive.items():
-        if not value > 0:
-            raise ValueError(f"{key} is {value}, but must be above 0")
     if model.image_size % size.patch:
         raise ValueError(
             f"image_size is {model.image_size}, but must be a multiple of {model.image_encoder}'s patch of {size.patch}"
         )
     if size.out_channels % model.num_heads:
         raise ValueError(f"num_heads is {model.num_heads}, but must divide the {size.out_channels} channels")
-    if model.stem_slices < 1 or model.stem_slices % 2 == 0 or (model.stem_slices > 1 and not size.stem):
+    if model.stem_slices % 2 == 0 or (model.stem_slices > 1 and not size.stem):
         raise ValueError(
             f"stem_slices is {model.stem_slices}, but must be odd, and 1 for an encoder without a stem"
         )
@@ -289,23 +335,10 @@ def validate(config: Config) -> Config:
         raise ValueError(
             f"output_stride is {model.output_stride}, but must be one of {strides} for {model.image_encoder}"
         )
-    if len(model.hu_windows) not in (1, 3):
-        raise ValueError(f"hu_windows has {len(model.hu_windows)} windows, but must have 1 or 3")
-    if any(low >= high for low, high in model.hu_windows):
-        raise ValueError("hu_windows has a window whose low end is not below its high end")
-    if not isinstance(data.spacing_mm, str) and not all(0 < s < 1e3 for s in data.spacing_mm):
+    if len(model.hu_windows) not in (1, 3) or any(low >= high for low, high in model.hu_windows):
         raise ValueError(
-            f"spacing_mm is {data.spacing_mm}, but must be three lengths above 0, or median, or native"
+            f"hu_windows is {model.hu_windows}, but must be 1 or 3 pairs of a low and a higher end"
         )
-    for key in ("augmentation_probability", "foreground_sampling"):
-        if not 0 <= getattr(data, key) <= 1:
-            raise ValueError(f"{key} is {getattr(data, key)}, but must lie between 0 and 1")
-    if not 0 < train.ce_hardest <= 1:
-        raise ValueError(f"ce_hardest is {train.ce_hardest}, but must be above 0 and at most 1")
-    if train.deep_supervision < 0:
-        raise ValueError(f"deep_supervision is {train.deep_supervision}, but must be 0 or more")
-    if not 0 <= model.lora_dropout < 1 or not 0 <= train.warmup < 1:
-        raise ValueError("lora_dropout and warmup must lie in [0, 1)")
     return config
 
 
@@ -322,13 +355,12 @@ def from_dict(cls: type, values: Any, *, where: str = "config") -> Any:
     if not isinstance(values, dict):
         raise ValueError(f"{where} holds a {type(values).__name__}, but must be an object")
     hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
     needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory]
     if missing := [name for name in needed if name not in values]:
         raise ValueError(f"{where} lacks {missing[0]!r}")
     for key in values:
-        if key not in names:
-            raise ValueError(f"{where} has no key {key!r:.60}{_nearest(key, names)}")
+        if key not in hints:
+            raise ValueError(f"{where} has no key {key!r:.60}{_nearest(key, hints)}")
     return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
 
 
@@ -366,7 +398,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
                 errors.append(str(error))
         raise ValueError(errors[0])
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < 2**63 else math.inf
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(
             f"{where} is {value!r:.60}, but must be {'nothing' if hint is type(None) else hint.__name__}"

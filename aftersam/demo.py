@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from aftersam.config import preset
+from aftersam.config import Count, Positive, Seed, checked, preset
 from aftersam.errors import run_command
 from aftersam.files import write_json
 
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 class DemoArgs:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("demo-run")
     """Folder for scans, run, masks, metrics.json and report.html."""
-    train_cases: int = 20
+    train_cases: Count = 20
     """Synthetic scans to train on."""
-    test_cases: int = 4
+    test_cases: Count = 4
     """Synthetic scans to segment and score; training never sees them."""
-    max_minutes: float = 4.0
+    max_minutes: Positive = 4.0
     """Training stops here if its steps are not done."""
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """Training steps; the tiny preset's unless given."""
     attention: Literal["both", "axial", "slice", "none"] = "both"
     """Attention of the fusion blocks; none is the 2D model."""
-    seed: int = 0
+    seed: Seed = 0
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
 
@@ -59,7 +59,7 @@ def demo(args: DemoArgs) -> Metrics:
     from aftersam.training.run import train
 
     find_device(args.device)  # minutes before training asks
-    out, began = args.output, time.monotonic()
+    out, began = checked(args).output, time.monotonic()
     if (out / "run").exists():
         raise ValueError(f"{out} holds a demo already; delete it or choose another --output")
     config = preset("tiny")

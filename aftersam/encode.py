@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import tyro
 
-from aftersam.config import Config
+from aftersam.config import Config, checked
 from aftersam.errors import SAID, naming, run_command, sentence, tell
 from aftersam.files import by_case, remove_leftovers, scans_in
 from aftersam.training.arguments import ConfigFile, parse
@@ -39,6 +39,8 @@ class EncodeArgs:
     """Choices that a key not given takes; paper with a SAM checkpoint."""
     config_file: ConfigFile = None
     """Also --config: a config.json in place of a preset."""
+    trust_intensities: bool = False
+    """Take scans whose values do not look like Hounsfield units as they are, without a word."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
 
@@ -58,9 +60,11 @@ def encode(args: EncodeArgs) -> EncodeResult:
     from rich.progress import track
 
     from aftersam.data.dataset import find_dataset
+    from aftersam.data.intensities import check_intensities
     from aftersam.data.transforms import preprocess
     from aftersam.data.volume import read_image
 
+    checked(args)
     if (args.model is None) == (args.sam_checkpoint is None):
         raise ValueError("give a run (-m) or SAM weights (--sam-checkpoint), one of the two")
     if args.data.is_dir():
@@ -75,7 +79,9 @@ def encode(args: EncodeArgs) -> EncodeResult:
     for scan in track(scans, "encoding", console=console, transient=True):
         try:
             with naming(scan):
-                ready = preprocess(read_image(scan), spacing_mm)
+                volume = read_image(scan)
+                check_intensities(volume, trusted=args.trust_intensities)
+                ready = preprocess(volume, spacing_mm)
             with naming(scan, "could not be encoded"):
                 store.of(ready.array, ready.box)
         except SAID as error:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import tokenize
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,7 +53,7 @@ class naming(contextlib.AbstractContextManager[None]):
             return
         if not (isinstance(error, _BY_A_FILE) or out_of_memory(error) or _in_a_library(error)):
             return
-        if isinstance(error, SAID) and str(self.path) in str(error):
+        if isinstance(error, SAID) and str(self.path) in str(error) and len(str(error).splitlines()) == 1:
             return
         if out_of_memory(error):
             raise MemoryError(f"{self.path}: memory ran out: {_first_line(error)}") from error
@@ -64,12 +65,13 @@ class naming(contextlib.AbstractContextManager[None]):
 def run_command(name: str, command: Callable[[], int]) -> int:
     """The exit code of `command`: 2 after one line where it was refused, 130 and 143 where it was stopped.
 
-    SIGTERM unwinds like an exception, so that no temporary file is left. A console that lacks a character shows ?."""
+    SIGTERM unwinds like an exception, so that no temporary file is left. A warning is one line as well. A console that
+    lacks a character shows ?."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        with _stopping_at_sigterm():
+        with _stopping_at_sigterm(), _warning_in_a_line(name):
             return command()
     except (*SAID, RuntimeError) as error:
         if not isinstance(error, SAID) and not out_of_memory(error):
@@ -130,6 +132,11 @@ def sentence(error: BaseException) -> str:
         text = str(error) or type(error).__name__
     if "Original Traceback" in text:  # of a worker process, as torch hands it on
         text = text.rstrip().rsplit("\n", 1)[-1].partition(": ")[2]
+    return one_line(text)
+
+
+def one_line(text: object) -> str:
+    """`text` with its white space and control characters as single spaces, cut where it is very long."""
     line = " ".join(printable(text).split())
     return line if len(line) <= LONGEST else f"{line[:LONGEST]} …"
 
@@ -149,6 +156,16 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, RuntimeError):
         return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
     return isinstance(error, MemoryError)
+
+
+@contextlib.contextmanager
+def _warning_in_a_line(name: str) -> Iterator[None]:
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"aftersam.{name}: {one_line(message)}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 @contextlib.contextmanager
@@ -177,4 +194,6 @@ def _in_a_library(error: BaseException) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    """The first line of what `error` says, and the second where the first ends in a colon."""
+    first, *more = (str(error) or type(error).__name__).splitlines()
+    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from aftersam.config import Millimetres
 from aftersam.errors import run_command
 from aftersam.evaluation.metrics import Convention
 from aftersam.files import write_json
@@ -31,7 +32,7 @@ class EvaluateArgs:
     """JSON file of all scores."""
     against: Path | None = None
     """Folder of another system's masks: paired differences, ours minus theirs."""
-    nsd_tolerance_mm: float = 3.0
+    nsd_tolerance_mm: Millimetres = 3.0
     """Tolerance of the normalised surface Dice."""
     convention: Convention = "nnunet"
     """How empty masks and means are scored. nnunet: DSC 0 where one mask is empty, both empty left out, means over

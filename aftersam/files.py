@@ -88,9 +88,8 @@ def masks_of(scans: Sequence[Path], folder: Path) -> list[tuple[Path, Path]]:
 def refuse_input(output: Path, inputs: Iterable[Path]) -> None:
     """Raise ValueError where `output` is one of the inputs, under this name or through a link."""
     for path in inputs:
-        if output.resolve() == path.resolve() or (
-            output.exists() and path.exists() and output.samefile(path)
-        ):
+        same = os.path.realpath(output) == os.path.realpath(path)  # resolve() fails on a link to itself
+        if same or (output.exists() and path.exists() and output.samefile(path)):
             raise ValueError(f"the output {output} is the input {path}; choose another name for the output")
 
 

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import tyro
 
+from aftersam.config import Count, Seed, checked
 from aftersam.errors import run_command
 
 
@@ -21,9 +22,9 @@ from aftersam.errors import run_command
 class PhantomArgs:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder of the data set, made if needed: imagesTr, labelsTr, dataset.json (nnU-Net raw)."""
-    cases: int = 12
+    cases: Count = 12
     """Scans to write."""
-    seed: int = 0
+    seed: Seed = 0
     """Case i is the phantom of seed + i."""
 
 
@@ -31,6 +32,7 @@ def phantom(args: PhantomArgs) -> Path:
     """Write the scans that `args` ask for and return their folder. Raises ValueError where it holds a data set."""
     from aftersam.data.phantom import write_dataset
 
+    checked(args)
     return write_dataset(args.output, cases=args.cases, seed=args.seed)
 
 

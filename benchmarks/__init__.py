@@ -5,10 +5,15 @@ runs every subject, targets.py holds a result to the aims, compare.py holds two 
 writes the pages of docs/ and the README's tables, first_contact.py is for new hardware."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import torch
 
+if (
+    _hosts := Path(sys.prefix, "hosts")
+).is_dir():  # timm and torchvision, which `make` keeps out of site-packages
+    sys.path.append(str(_hosts))
 if torch.version.cuda is None and (_torchvision := importlib.util.find_spec("torchvision")):
     # torchvision's wheel is built against torch's CUDA build. Beside the CPU build its operators do not load, and its
     # import stops at these two names; timm, transformers, PEFT and torchvision's models need the names alone.

@@ -24,6 +24,11 @@ from aftersam.errors import naming, run_command, sentence, signals_noted, stoppe
             "scan.nii: memory ran out: Unable to allocate",
         ),
         (ValueError("scan.nii is 2D"), ValueError, "scan.nii is 2D"),
+        (
+            ValueError("all decoders failed:\n  gdcm: no end\n  pillow: no start"),
+            ValueError,
+            "scan.nii is truncated or damaged: all decoders failed: gdcm: no end",
+        ),
     ],
 )
 def test_errors_over_a_file_start_with_its_name(raised, kind, said):

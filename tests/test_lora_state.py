@@ -177,6 +177,20 @@ def test_from_linear_takes_nothing_but_a_plain_layer(layer, found):
         LoRALinear.from_linear(layer, rank=2)
 
 
+def test_torchs_attention_refuses_the_layer_where_it_would_not_call_it():
+    class Calling(nn.MultiheadAttention):
+        def forward(self, x):
+            return self.out_proj(x)
+
+    attention, layer = nn.MultiheadAttention(8, 2), LoRALinear(8, 8, rank=2)
+    with pytest.raises(ValueError, match="never calls it, so LoRALinear's update would be lost"):
+        attention.out_proj = layer
+    assert type(attention.out_proj) is nn.modules.linear.NonDynamicallyQuantizableLinear
+    calling = Calling(8, 2)
+    calling.out_proj = layer
+    assert calling(torch.randn(3, 8)).shape == (3, 8)
+
+
 def test_torchs_encoder_layer_calls_the_layer_in_evaluation_too():
     encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     encoder.linear1 = LoRALinear.from_linear(encoder.linear1, rank=2)

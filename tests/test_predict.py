@@ -224,7 +224,7 @@ def test_options_that_the_model_cannot_have_are_refused(run, tmp_path, capsys):
 
 def test_a_dicom_series_gets_a_dicom_segmentation(run, tmp_path, capsys):
     pytest.importorskip("highdicom", reason="the extra dicom is not installed")
-    from test_dicom import read_segmentation, write_series
+    from toy_series import read_segmentation, write_series
 
     series = tmp_path / "ct"
     write_series(series, np.random.default_rng(0).integers(-1000, 1000, (6, 36, 40)).astype(np.int16))

@@ -18,6 +18,7 @@ import numpy as np
 
 from aftersam.config import DataConfig, from_dict
 from aftersam.data.dataset import Case, Dataset, median_spacing
+from aftersam.data.intensities import check_intensities
 from aftersam.data.transforms import preprocess, resample
 from aftersam.data.volume import Volume, read_image, read_labels
 from aftersam.errors import SAID, naming
@@ -70,11 +71,12 @@ def cache_cases(
     folder: Path,
     *,
     training: Sequence[str],
+    trusted: bool = False,
 ) -> dict[str, CachedCase]:
     """Preprocess the cases `ids` of `dataset` into `folder`, or find them there: {id: CachedCase}.
 
-    The spacing "median" is that of the cases `training`. Raises ValueError, or OSError where the folder cannot
-    be written, naming the scan; what was finished before is kept."""
+    The spacing "median" is that of the cases `training`. `trusted` intensities are not judged. Raises ValueError, or
+    OSError where the folder cannot be written, naming the scan; what was finished before is kept."""
     from rich.console import Console
     from rich.progress import track
 
@@ -88,7 +90,9 @@ def cache_cases(
     wanted = [cases[i] for i in ids]
     console = Console(stderr=True)
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda case: cache_case(case, dataset.labels, spacing, folder), wanted)
+        found = pool.map(
+            lambda case: cache_case(case, dataset.labels, spacing, folder, trusted=trusted), wanted
+        )
         done = track(
             found,
             "preprocessing",
@@ -105,7 +109,12 @@ def cache_cases(
 
 
 def cache_case(
-    case: Case, names: dict[int, str], spacing_mm: tuple[float, float, float] | None, folder: Path
+    case: Case,
+    names: dict[int, str],
+    spacing_mm: tuple[float, float, float] | None,
+    folder: Path,
+    *,
+    trusted: bool = False,
 ) -> CachedCase:
     """One labelled case, preprocessed to `spacing_mm` (None: its own), from `folder` or into it.
 
@@ -118,6 +127,7 @@ def cache_case(
     home = folder / f"{case.id}-{digest.hexdigest()}"
     if not _is_whole(home, names):
         image = read_image(case.image)
+        check_intensities(image, trusted=trusted)
         labels = read_labels(case.label, like=image)
         check_labels(labels, names)
         _write(home, case.id, image, labels, spacing_mm, names)

@@ -1,148 +1,197 @@
-"""A folder with one DICOM CT series in, a DICOM segmentation of it out. Needs the extra `dicom`."""
+"""A folder with one DICOM CT series in, Hounsfield units on its grid out. Needs the extra `dicom`."""
 
 from __future__ import annotations
 
+import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aftersam.data.dicom_file import (
+    INSTALL,
+    Slice,
+    read_file,
+    slices_of,
+    stored_pixels,
+    text_of,
+    why_no_slice,
+)
+from aftersam.errors import naming
+
 if TYPE_CHECKING:
     import nibabel as nib
 
-UNEVEN_MM = 0.01  # by which distances between slices may differ
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+UNEVEN_MM = 0.1  # by which a slice may lie off the even grid: archives round positions to it
+SAME_MM = 1e-3  # two slices closer than this lie at one position
 
 
 def read_series(folder: Path) -> nib.Nifti1Image:
-    """The series in `folder` in HU, slices sorted along their normal, with its affine in RAS mm.
+    """The CT series in `folder` in HU, slices sorted along their normal, with its affine in RAS mm.
 
-    Source: DICOM PS3.3 C.7.6.2.1.1. Raises ValueError where there is no series or more than one, where slices are
-    missing or differ in size or direction, and where pydicom is not installed."""
+    int16 where every slice scales to integers, else float32. Raises ValueError as `find_series` does, and on a slice
+    whose pixels are truncated, damaged or compressed in a way that no installed decoder reads."""
     import nibabel as nib
 
-    slices, step = _sorted_slices(folder)
-    first = slices[0]
-    along_row, along_column = np.array(first.ImageOrientationPatient, float).reshape(2, 3)
-    row_mm, column_mm = (float(v) for v in first.PixelSpacing)  # between rows, between columns
-    affine = np.eye(4)
-    affine[:3, 0] = along_row * column_mm
-    affine[:3, 1] = along_column * row_mm
-    affine[:3, 2] = step
-    affine[:3, 3] = first.ImagePositionPatient
-    planes = [
-        s.pixel_array.T * float(s.get("RescaleSlope", 1)) + float(s.get("RescaleIntercept", 0))
-        for s in slices
-    ]
-    array = np.stack(planes, axis=-1)  # (x, y, z)
-    whole = np.array_equal(array, np.rint(array)) and np.abs(array).max() < 2**15
-    image = nib.Nifti1Image(array.astype(np.int16 if whole else np.float32), LPS_TO_RAS @ affine)
+    slices, affine = find_series(folder)
+    whole = all(v.is_integer() for s in slices for v in (s.slope, s.intercept))
+    stack = None
+    for z, (one, plane) in enumerate(zip(slices, stored_pixels(slices), strict=True)):
+        if stack is None:  # after the first slice is decoded: a damaged header asks for no memory
+            kind = np.int16 if whole and plane.dtype.kind in "iu" else np.float32
+            stack = np.empty((len(slices), *one.shape), kind)
+        if stack.dtype == plane.dtype and (one.slope, one.intercept) == (1, 0):
+            stack[z] = plane
+            continue
+        hu = plane.astype(np.float64) * one.slope + one.intercept
+        stack[z] = hu if stack.dtype.kind == "f" else np.clip(hu, -(2**15), 2**15 - 1)
+    assert stack is not None
+    image = nib.Nifti1Image(stack.T, affine)  # (x, y, z)
     image.header.set_xyzt_units("mm")
     return image
 
 
-def write_segmentation(path: Path, labels: np.ndarray, folder: Path, names: dict[int, str]) -> None:
-    """Write labels (x, y, z), in the voxel order of `read_series(folder)`, as a DICOM segmentation of that series.
+def find_series(folder: Path) -> tuple[list[Slice], np.ndarray]:
+    """The slices of the CT series in `folder`, sorted along their normal, and the affine (x, y, z) -> RAS mm.
 
-    One binary segment an organ that has voxels, under its name. Raises ValueError where highdicom is not installed,
-    the series has gone or changed, or no organ was found: the standard has no empty segmentation."""
-    try:
-        import highdicom as hd
-        from pydicom.sr.codedict import codes
-    except ImportError:
-        raise ValueError(
-            "a DICOM segmentation needs highdicom: pip install 'aftersam[dicom]'; or name a .nii.gz"
-        ) from None
-    from aftersam import __version__
-
-    slices, _ = _sorted_slices(folder)
-    frames = np.ascontiguousarray(labels.T)  # (z, y, x): one frame a slice, rows y
-    found = [value for value in sorted(names) if (frames == value).any()]
-    if not found:
-        raise ValueError(f"{folder}: no organ was found, and DICOM has no empty segmentation")
-    algorithm = hd.AlgorithmIdentificationSequence(
-        name="AFTer-SAM", version=__version__, family=codes.DCM.ArtificialIntelligence
-    )
-    numbered = np.zeros_like(frames)  # segments are numbered from 1 without gaps
-    descriptions = []
-    for number, value in enumerate(found, start=1):
-        numbered[frames == value] = number
-        descriptions.append(
-            hd.seg.SegmentDescription(
-                segment_number=number,
-                segment_label=names[value],
-                segmented_property_category=codes.SCT.AnatomicalStructure,
-                segmented_property_type=codes.SCT.Organ,
-                algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-                algorithm_identification=algorithm,
-            )
-        )
-    segmentation = hd.seg.Segmentation(
-        source_images=slices,
-        pixel_array=numbered,
-        segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=descriptions,
-        series_instance_uid=hd.UID(),
-        series_number=100,
-        sop_instance_uid=hd.UID(),
-        instance_number=1,
-        manufacturer="AFTer-SAM",
-        manufacturer_model_name="AFTer-SAM",
-        software_versions=__version__,
-        device_serial_number="0",
-    )
-    segmentation.save_as(path)
-
-
-def _sorted_slices(folder: Path) -> tuple[list[Any], np.ndarray]:
-    """The series' slices along their normal, and the step (3,) in LPS mm between two. Raises as `read_series` does."""
-    try:
-        import pydicom
-    except ImportError:
-        raise ValueError(
-            f"{folder} is a folder; reading DICOM needs pydicom: pip install 'aftersam[dicom]'"
-        ) from None
-
-    slices = []
-    for path in sorted(p for p in folder.iterdir() if p.is_file()):
-        try:
-            slices.append(pydicom.dcmread(path))
-        except pydicom.errors.InvalidDicomError:
-            continue  # what else lies in such folders: DICOMDIR, notes, pictures
-    slices = [s for s in slices if "ImagePositionPatient" in s and "PixelData" in s]
-    if not slices:
-        raise ValueError(f"{folder} holds no scan: neither NIfTI files nor slices of a DICOM series")
-    if len(series := {str(s.SeriesInstanceUID) for s in slices}) > 1:
+    Files that are no slices, and copies of a slice, are left out with a warning.
+    Source: DICOM PS3.3 C.7.6.2.1.1. Raises ValueError where there is no CT series or more than one, where a file
+    is damaged or lacks an attribute, where slices are missing or differ in size or direction, and where pydicom is
+    not installed."""
+    headers, left_out = _headers(folder)
+    series = {text_of(path, header, "SeriesInstanceUID") for path, header in headers}
+    if len(series) > 1:
         raise ValueError(
             f"{folder} holds slices of {len(series)} DICOM series; put each into a folder of its own"
         )
+    slices = [one for path, header in headers for one in slices_of(path, header)]
+    _check_alike(slices)
+    normal = np.cross(*slices[0].orientation)
+    slices.sort(key=lambda s: float(normal @ s.position))
+    slices, copies = _without_copies(slices)
+    if left_out := left_out | copies:
+        some = ", ".join(f"{name} ({why})" for name, why in list(left_out.items())[:5])
+        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+        warnings.warn(f"{folder}: left out what is no slice of the series: {some}{more}", stacklevel=2)
+    return slices, np.diag([-1.0, -1.0, 1.0, 1.0]) @ _affine(folder, slices, normal)
+
+
+def _headers(folder: Path) -> tuple[list[tuple[Path, Any]], dict[str, str]]:
+    """Every CT image in `folder` with its header, and why the other files are left out, by name."""
+    try:
+        import pydicom  # noqa: F401
+    except ImportError:
+        raise ValueError(f"{folder} is a folder; reading DICOM needs pydicom: {INSTALL}") from None
+
+    found, foreign, left_out = [], [], dict[str, str]()
+    for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
+        header = read_file(path, pixels=False)
+        if header is None:
+            foreign.append(path)
+            continue
+        with naming(path):
+            why = why_no_slice(path, header)
+        if why is None:
+            found.append((path, header))
+        else:
+            left_out[path.name] = why
+    if not found:
+        raise ValueError(_nothing_found(folder, left_out))
+    shapes = {_shape_of(path) for path, _ in found}
+    for path in foreign:
+        if path.suffix.lower() in (".dcm", ".dicom", ".ima") or _shape_of(path) in shapes:
+            raise ValueError(f"{path} is truncated or damaged: it is named like a slice, but is not DICOM")
+        left_out[path.name] = "not DICOM"
+    return found, left_out
+
+
+def _shape_of(path: Path) -> str:
+    """File name with numbers alike: all slices of most series have one."""
+    return re.sub(r"\d+", "0", path.name)
+
+
+def _nothing_found(folder: Path, left_out: dict[str, str]) -> str:
+    if left_out:
+        kinds = ", ".join(sorted(set(left_out.values())))
+        return f"{folder} holds DICOM, but no slices of a CT series: {kinds}"
+    inside = sorted({p.parent for p in folder.rglob("*") if p.is_file() and p.parent != folder})
+    hint = f"; name a folder inside it, such as {inside[0]}" if inside else ""
+    return f"{folder} holds no scan: neither NIfTI files nor slices of a DICOM series{hint}"
+
+
+def _check_alike(slices: list[Slice]) -> None:
+    """Raises ValueError where a slice differs from the first in size, spacing or direction."""
     first = slices[0]
     for other in slices[1:]:
-        for name in ("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient"):
-            if not np.allclose(other[name].value, first[name].value, atol=1e-4):
+        for name, a, b in (
+            ("Rows × Columns", first.shape, other.shape),
+            ("PixelSpacing", first.spacing_mm, other.spacing_mm),
+            ("ImageOrientationPatient", first.orientation, other.orientation),
+        ):
+            if not np.allclose(a, b, atol=1e-4):
+                found = [np.round(v, 4).ravel().tolist() for v in (a, b)]
                 raise ValueError(
-                    f"{folder} has slices that differ in {name}: {first[name].value}, {other[name].value}"
+                    f"{other.path} and {first.path.name} differ in {name} ({found[1]}, {found[0]}); slices of one "
+                    "series must not"
                 )
-    along_row, along_column = np.array(first.ImageOrientationPatient, float).reshape(2, 3)
-    normal = np.cross(along_row, along_column)
-    slices.sort(key=lambda s: float(np.dot(normal, np.array(s.ImagePositionPatient, float))))
-    positions = np.array([s.ImagePositionPatient for s in slices], float)
-    return slices, _step(folder, slices, positions, normal)
 
 
-def _step(folder: Path, slices: list[Any], positions: np.ndarray, normal: np.ndarray) -> np.ndarray:
-    """The vector (3,) in LPS mm from one slice to the next; ValueError where it is not one for all."""
+def _without_copies(slices: list[Slice]) -> tuple[list[Slice], dict[str, str]]:
+    """Sorted slices without those that repeat another's position and pixels, and which ones these are, by name.
+
+    Raises ValueError where two slices at one position differ."""
+    kept, copies = slices[:1], dict[str, str]()
+    for one in slices[1:]:
+        last = kept[-1]
+        if np.abs(one.position - last.position).max() > SAME_MM:
+            kept.append(one)
+            continue
+        plane, again = stored_pixels([last, one])
+        if not np.array_equal(plane, again):
+            raise ValueError(
+                f"{one.path} and {last.path.name} lie at one position, but differ; a series has one slice a position"
+            )
+        copies[one.path.name] = f"a copy of {last.path.name}"
+    return kept, copies
+
+
+def _affine(folder: Path, slices: list[Slice], normal: np.ndarray) -> np.ndarray:
+    """The affine (x, y, z) -> LPS mm of sorted slices; ValueError where they do not lie on an even grid."""
+    positions = np.array([s.position for s in slices])
+    rows_mm, columns_mm = slices[0].spacing_mm
+    affine = np.eye(4)
+    affine[:3, 0] = slices[0].orientation[0] * columns_mm
+    affine[:3, 1] = slices[0].orientation[1] * rows_mm
+    affine[:3, 2], affine[:3, 3] = _line(folder, slices, positions, normal)
+    return affine
+
+
+def _line(
+    folder: Path, slices: list[Slice], positions: np.ndarray, normal: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The step (3,) from one slice to the next, and the first position: the least-squares line of the positions."""
     if len(slices) == 1:
-        return normal * float(slices[0].get("SliceThickness") or 1.0)
-    steps = np.diff(positions, axis=0)
-    distances = steps @ normal
+        thickness = slices[0].thickness_mm
+        if thickness is None or thickness <= 0:
+            raise ValueError(f"{slices[0].path} is the only slice and has no SliceThickness above 0 mm")
+        return normal * thickness, positions[0]
+    distances = np.diff(positions, axis=0) @ normal
     typical = float(np.median(distances))
-    if typical <= UNEVEN_MM:
-        raise ValueError(f"{folder} has several slices at one position")
-    off = np.flatnonzero(np.abs(distances - typical) > UNEVEN_MM)
-    if len(off):
+    away = np.abs(distances - typical)
+    if away.max() > max(typical / 2, UNEVEN_MM):
+        a, b = slices[int(away.argmax())], slices[int(away.argmax()) + 1]
         raise ValueError(
-            f"{folder} has a missing or misplaced slice: slices {off[0]} and {off[0] + 1} lie "
-            f"{distances[off[0]]:.3g} mm apart, the others {typical:.3g} mm"
+            f"{folder} has a missing or misplaced slice: {a.path.name} and {b.path.name} lie "
+            f"{distances[away.argmax()]:.3g} mm apart, the others {typical:.3g} mm"
         )
-    return (positions[-1] - positions[0]) / (len(slices) - 1)
+    index = np.arange(len(slices)) - (len(slices) - 1) / 2
+    step = index @ positions / (index @ index)
+    first = positions.mean(axis=0) + index[0] * step
+    off = np.abs(positions - first - np.arange(len(slices))[:, None] * step).max(axis=1)
+    if off.max() > UNEVEN_MM:
+        raise ValueError(
+            f"{folder} has slices at uneven distances: {slices[int(off.argmax())].path.name} lies {off.max():.3g} mm "
+            f"off the even grid of {np.linalg.norm(step):.3g} mm"
+        )
+    return step, first

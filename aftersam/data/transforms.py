@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from aftersam.data.volume import Volume
 
 SAME_SPACING_MM = 1e-3
+MOST_VOXELS = 2**28  # of a resampled scan: 1 × 0.5 × 0.5 m at 1 mm; more needs a scan of an eighth as many
 BODY_HU = -400  # between air and fat; lungs are inside the body's outline anyway
 
 Box = tuple[int, int, int, int]  # top, bottom, left, right in pixels, ends excluded
@@ -29,8 +30,17 @@ class Preprocessed(NamedTuple):
 
 
 def preprocess(volume: Volume, spacing_mm: Spacing | None) -> Preprocessed:
-    """Resample a scan to `spacing_mm` (None: its own), as int16 HU, and find the body."""
+    """Resample a scan to `spacing_mm` (None: its own), as int16 HU, and find the body.
+
+    Raises ValueError on a scan that would become absurdly large, before memory is taken."""
     target = volume.spacing_mm if spacing_mm is None else spacing_mm
+    shape = resampled_shape(volume.array.shape, volume.spacing_mm, target)
+    if math.prod(shape) > max(MOST_VOXELS, 8 * volume.array.size):
+        spacing, sizes = (" × ".join(f"{n:.4g}" for n in each) for each in (volume.spacing_mm, shape))
+        raise ValueError(
+            f"{volume.name} has voxels of {spacing} mm and would have {sizes} at the model's spacing; "
+            "its spacing must be the true one in mm"
+        )
     array = resample(volume.array, volume.spacing_mm, target)
     if array.dtype != np.int16:
         limits = np.iinfo(np.int16)

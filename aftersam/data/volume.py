@@ -7,10 +7,8 @@ the very grid that its scan came with. World coordinates are NIfTI's: mm, RAS.""
 from __future__ import annotations
 
 import contextlib
-import gzip
 import json
 import warnings
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from aftersam.data.nifti import check_shape, check_spacing, corners, is_grid, mm_per_unit, opened
+from aftersam.errors import naming
 from aftersam.files import case_name, is_nifti, renamed, reserve, write_json
 
 if TYPE_CHECKING:
@@ -27,13 +27,15 @@ AIR_HU = -1000
 CANONICAL = ("S", "P", "L")  # where the indices d, h and w of an array rise to
 LARGEST_LABEL = 32767  # that a mask holds, in int16
 SAME_GRID = 0.1  # of a voxel: how far a label's corners may lie from its image's
+ROUNDED = 1e-3  # how far a label's value may lie from the integer that it is
+LONGEST_MM = 3000.0  # of an axis: no scanner's table moves further
 
 
 class Grid(NamedTuple):
     """What a file's grid was, so that a mask can be given back on it."""
 
     header: nib.Nifti1Header
-    affine: np.ndarray  # (4, 4) voxel (x, y, z) of the file -> mm
+    affine: np.ndarray  # (4, 4) voxel (x, y, z) of the file -> the header's unit of length
     shape: tuple[int, ...]  # of the file; a 4D file with one volume keeps its trailing 1
     orientation: np.ndarray  # (3, 2) nibabel orientation of the file's axes
 
@@ -68,9 +70,10 @@ def read_image(path: Path | str) -> Volume:
     if path.is_dir():
         from aftersam.data.dicom import read_series
 
-        return from_nifti(read_series(path), name=str(path))
-    with _reading(path):
-        return from_nifti(_open(path), name=str(path))
+        with naming(path):
+            return from_nifti(read_series(path), name=str(path))
+    with opened(path) as image:
+        return from_nifti(image, name=str(path))
 
 
 def read_labels(path: Path | str, like: Volume | None = None) -> Volume:
@@ -79,8 +82,8 @@ def read_labels(path: Path | str, like: Volume | None = None) -> Volume:
     With `like`, the label must lie on that volume's grid; its voxel order may differ.
     Raises ValueError like `read_image`, on values that are not integers from 0 up, and on another grid."""
     path = Path(path)
-    with _reading(path):
-        return labels_from_nifti(_open(path), like, name=str(path))
+    with opened(path, told=False) as image:
+        return labels_from_nifti(image, like, name=str(path))
 
 
 def labels_from_nifti(
@@ -88,17 +91,16 @@ def labels_from_nifti(
 ) -> Volume:
     """The label map of a nibabel image, as `read_labels` gives it; `name` is what errors call it."""
     name = name or image.get_filename() or "the label image"
-    _check_shape(image.shape, name)
-    raw, slope, inter = _stored(image)
+    check_shape(image.shape, name)
+    raw, slope, inter = _stored(image, name)
     if raw.dtype.kind == "f" or (slope, inter) != (1.0, 0.0):
-        values = raw.astype(np.float64) * slope + inter
-        with np.errstate(invalid="ignore"):
-            whole = np.where(np.isfinite(values), np.rint(values), 0)
-        if not np.array_equal(whole, values):
-            bad = float(values[values != whole][0])
-            raise ValueError(f"{name} has the value {bad:g}; labels must be integers")
-        raw = whole.astype(np.int64)
-    low, high = (int(raw.min()), int(raw.max())) if raw.size else (0, 0)
+        with np.errstate(all="ignore"):
+            values = raw.astype(np.float64) * slope + inter
+            raw = np.rint(values)
+            off = ~(np.abs(values - raw) <= ROUNDED)  # NaN and infinite ones too
+        if off.any():
+            raise ValueError(f"{name} has the value {values[off][0]:g}; labels must be integers")
+    low, high = int(raw.min()), int(raw.max())
     if low < 0 or high > LARGEST_LABEL:
         raise ValueError(
             f"{name} has the value {low if low < 0 else high}; labels must lie between 0 and {LARGEST_LABEL}"
@@ -112,9 +114,21 @@ def labels_from_nifti(
 def from_nifti(image: nib.spatialimages.SpatialImage, *, name: str | None = None) -> Volume:
     """The Volume of a nibabel image, as `read_image` gives it; `name` is what errors call it."""
     name = name or image.get_filename() or "the image"
-    _check_shape(image.shape, name)
-    raw, slope, inter = _stored(image)
+    check_shape(image.shape, name)
+    raw, slope, inter = _stored(image, name)
     return _canonical(_hounsfield(raw, slope, inter, name), image, name)
+
+
+def image_of(array: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
+    """A nibabel image of array (x, y, z) of any integer or float type, of which NIfTI has not all."""
+    import nibabel as nib
+
+    array = np.asarray(array)
+    if array.dtype.kind not in "iufb":
+        raise ValueError(f"the array has the type {array.dtype}, but integers or floats are needed")
+    if array.dtype.kind in "fb":
+        array = array.astype(np.float32 if array.dtype.kind == "f" else np.uint8, copy=False)
+    return nib.Nifti1Image(array, affine, dtype=array.dtype)
 
 
 def to_nifti(labels: np.ndarray, like: Volume, names: dict[int, str] | None = None) -> nib.Nifti1Image:
@@ -201,87 +215,18 @@ def open_probabilities(path: Path, like: Volume, num_classes: int) -> Iterator[n
 def read_grid(path: Path | str) -> tuple[tuple[int, int, int], tuple[float, float, float]]:
     """Shape (D, H, W) and spacing_mm (d, h, w) of a NIfTI file from its header alone. Raises ValueError."""
     path = Path(path)
-    with _reading(path):
-        image = _open(path)
-    empty = np.broadcast_to(np.uint8(0), image.shape)
-    volume = _canonical(empty, image, str(path))
+    with opened(path, whole=False, told=False) as image:
+        volume = _canonical(np.broadcast_to(np.uint8(0), image.shape), image, str(path))
     d, h, w = volume.array.shape
     return (d, h, w), volume.spacing_mm
-
-
-def _open(path: Path) -> nib.Nifti1Image:
-    """A NIfTI file with its voxels still on disk. nibabel mends a spacing of zero as it loads, we refuse it."""
-    import nibabel as nib
-
-    if not path.exists():
-        raise ValueError(f"{path} does not exist")
-    if not is_nifti(path):
-        raise ValueError(f"{path} is not a NIfTI file (.nii or .nii.gz)")
-    with nib.openers.ImageOpener(str(path), "rb") as file:
-        size = file.read(4)
-        file.seek(0)
-        versions = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
-        kinds = [versions.get(int.from_bytes(size, order)) for order in ("little", "big")]
-        kind = kinds[0] or kinds[1]
-        if kind is None:
-            raise ValueError(f"{path} is not a NIfTI file: its header does not start like one")
-        header = kind.from_fileobj(file, check=False)
-    shape = header.get_data_shape()
-    _check_shape(shape, str(path))
-    _check_spacing(header["pixdim"][1:4], str(path))
-    image: Any = nib.load(path)
-    return image
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn what nibabel, gzip and the operating system raise on a bad file into one sentence that names it."""
-    import nibabel as nib
-
-    try:
-        yield
-    except (gzip.BadGzipFile, nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError) as error:
-        raise ValueError(f"{path} is not a readable NIfTI file: {_first_line(error)}") from error
-    except (EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is truncated or damaged: {_first_line(error)}") from error
-    except PermissionError as error:
-        raise ValueError(f"{path} may not be read: {error.strerror}") from error
-    except (OSError, MemoryError) as error:
-        if str(path) in str(error):
-            raise
-        raise ValueError(f"{path} is truncated or damaged: {_first_line(error)}") from error
-    except ValueError as error:
-        if str(path) in str(error):
-            raise
-        raise ValueError(f"{path} is truncated or damaged: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def _check_shape(shape: tuple[int, ...], name: str) -> None:
-    sizes = " × ".join(map(str, shape))
-    if len(shape) < 3:
-        raise ValueError(f"{name} is {len(shape)}D ({sizes}); a volume needs three axes")
-    if any(n != 1 for n in shape[3:]):
-        raise ValueError(f"{name} is {len(shape)}D ({sizes}); only one volume a file can be used")
-    if 0 in shape:
-        raise ValueError(f"{name} has no voxels ({sizes})")
-
-
-def _check_spacing(spacing: Any, name: str) -> None:
-    if not all(np.isfinite(s) and s > 0 for s in np.abs(spacing)):
-        found = " × ".join(f"{float(s):g}" for s in spacing)
-        raise ValueError(f"{name} has a voxel spacing of {found} mm; every one must be above 0")
 
 
 def _check_same_grid(labels: Volume, image: Volume) -> None:
     if labels.array.shape != image.array.shape:
         shapes = [" × ".join(map(str, v.grid.shape)) for v in (labels, image)]
         raise ValueError(f"{labels.name} has {shapes[0]} voxels, but its image {image.name} has {shapes[1]}")
-    corners = np.array([[*c, 1] for c in np.ndindex(2, 2, 2)]) * [*(n - 1 for n in image.array.shape), 1]
-    off = np.linalg.norm((corners @ (labels.affine - image.affine).T)[:, :3], axis=1).max()
+    shape = image.array.shape
+    off = np.linalg.norm(corners(shape, labels.affine) - corners(shape, image.affine), axis=1).max()
     if off > SAME_GRID * min(image.spacing_mm):
         raise ValueError(
             f"{labels.name} lies up to {off:.2f} mm off the grid of its image {image.name}; "
@@ -289,24 +234,23 @@ def _check_same_grid(labels: Volume, image: Volume) -> None:
         )
 
 
-def _stored(image: nib.spatialimages.SpatialImage) -> tuple[np.ndarray, float, float]:
+def _stored(image: nib.spatialimages.SpatialImage, name: str) -> tuple[np.ndarray, float, float]:
     """Voxels as stored, (x, y, z), in native byte order, with the slope and intercept still to be applied."""
     import nibabel as nib
 
-    if nib.is_proxy(image.dataobj):
-        proxy: Any = image.dataobj
-        raw, slope, inter = proxy.get_unscaled(), float(proxy.slope), float(proxy.inter)
+    data: Any = image.dataobj
+    if data.dtype.kind not in "iufb":
+        raise ValueError(f"{name} stores {data.dtype} voxels, but integers or floats are needed")
+    if nib.is_proxy(data):
+        raw, slope, inter = data.get_unscaled(), float(data.slope), float(data.inter)
     else:
-        raw, slope, inter = np.asarray(image.dataobj), 1.0, 0.0
-    if raw.dtype.kind not in "iufb":
-        name = image.get_filename() or "the image"
-        raise ValueError(f"{name} stores {raw.dtype} voxels, but integers or floats are needed")
+        raw, slope, inter = np.asarray(data), 1.0, 0.0
     raw = raw.reshape(raw.shape[:3])
     return raw.astype(raw.dtype.newbyteorder("="), copy=False), slope, inter
 
 
 def _hounsfield(raw: np.ndarray, slope: float, inter: float, name: str) -> np.ndarray:
-    """Scaled voxels: int16 where they are integers, else float32, air in place of what is no number."""
+    """Scaled voxels, within int16's range: int16 where they are integers, else float32; air for what is no number."""
     if raw.dtype == np.int16 and (slope, inter) == (1.0, 0.0):
         return raw  # maybe a memory map: a huge scan is read where it is used
     integral = raw.dtype.kind in "iub" and slope.is_integer() and inter.is_integer()
@@ -314,14 +258,13 @@ def _hounsfield(raw: np.ndarray, slope: float, inter: float, name: str) -> np.nd
     limits = np.iinfo(np.int16)
     bad = 0
     for z in range(raw.shape[2]):  # one plane at a time: float64 for a plane, not for the scan
-        plane = raw[..., z].astype(np.float64) * slope + inter
-        if integral:
-            plane = np.clip(plane, limits.min, limits.max)
-        else:
+        with np.errstate(all="ignore"):
+            plane = raw[..., z].astype(np.float64) * slope + inter
+        if not integral:
             wrong = ~np.isfinite(plane)
             bad += int(wrong.sum())
             plane[wrong] = AIR_HU
-        out[..., z] = plane
+        out[..., z] = np.clip(plane, limits.min, limits.max)
     if bad:
         what = "1 voxel that is" if bad == 1 else f"{bad} voxels that are"
         warnings.warn(f"{name} has {what} NaN or infinite, set to air ({AIR_HU} HU)", stacklevel=4)
@@ -335,26 +278,31 @@ def _canonical_orientation() -> np.ndarray:
     return orientation
 
 
+@np.errstate(over="ignore")  # of an affine that is refused
 def _canonical(array: np.ndarray, image: nib.spatialimages.SpatialImage, name: str) -> Volume:
     """(x, y, z) voxels of `image` as a Volume: axes permuted and flipped, affine to match."""
     import nibabel as nib
 
     if not isinstance(image.header, nib.Nifti1Header):  # another format in memory: its affine is what counts
         image = nib.Nifti1Image.from_image(image)
-    affine = image.affine
-    if affine is None or not np.isfinite(affine).all():
+    if image.affine is None or not np.isfinite(image.affine).all():
         raise ValueError(f"{name} has an affine with NaN or infinite entries")
-    columns = affine[:3, :3]
-    spacing = np.linalg.norm(columns, axis=0)
-    _check_spacing(spacing, name)
-    if abs(np.linalg.det(columns / spacing)) < 1e-3:
+    affine = np.diag([*[mm_per_unit(image.header)] * 3, 1.0]) @ image.affine  # type: ignore[arg-type]
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    check_spacing(spacing, name)
+    if not is_grid(affine):
         raise ValueError(f"{name} has a singular affine: two of its axes point the same way")
+    if (length := float((spacing * array.shape[:3]).max())) > LONGEST_MM:
+        raise ValueError(
+            f"{name} is {length / 1000:.3g} m long by its voxel spacing of "
+            f"{' × '.join(f'{s:.4g}' for s in spacing)} mm; an axis may have {LONGEST_MM / 1000:g} m"
+        )
     array = array.reshape(array.shape[:3])
     orientation = nib.io_orientation(affine)
     change = nib.orientations.ornt_transform(orientation, _canonical_orientation())
     canonical = affine @ nib.orientations.inv_ornt_aff(change, array.shape)
     array = nib.orientations.apply_orientation(array, change)
-    grid = Grid(image.header, affine, image.shape, orientation)  # type: ignore[arg-type]  # see above
+    grid = Grid(image.header, image.affine, image.shape, orientation)  # type: ignore[arg-type]  # see above
     return Volume(array, canonical, grid, name)
 
 

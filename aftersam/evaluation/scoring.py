@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
+from aftersam.config import Millimetres, checked
 from aftersam.data.volume import Volume, read_labels
 from aftersam.evaluation.metrics import Convention, OrganScore, score_organ
 from aftersam.evaluation.statistics import (
@@ -36,7 +37,7 @@ RELIABLE_CASES = 10  # below it, a bootstrap over cases says little
 class ScoringOptions:
     """What `evaluate`'s flags of these names say."""
 
-    nsd_tolerance_mm: float = 3.0
+    nsd_tolerance_mm: Millimetres = 3.0
     convention: Convention = "nnunet"
     label_names: Path | None = None
 
@@ -84,8 +85,7 @@ def score_folder(
     from rich.console import Console
     from rich.progress import track
 
-    if not options.nsd_tolerance_mm > 0:
-        raise ValueError(f"nsd_tolerance_mm is {options.nsd_tolerance_mm}, but must be above 0")
+    checked(options)
     references = masks_in(labels)
     systems = [(folder, masks_in(folder)) for folder in (predictions, against) if folder is not None]
     names = label_names_near(options.label_names, labels, predictions)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from aftersam.config import Count, Small, checked
 from aftersam.data.augment import swap_labels
 from aftersam.data.stored_features import StoredScan
 from aftersam.data.transforms import Box
@@ -42,7 +43,7 @@ class Scan:
 class PredictOptions:
     """How groups slide over a scan. The default is the paper's: a group about every slice, its centre kept."""
 
-    keep: int = 1
+    keep: Small = 1
     """Middle slices kept of each group; groups are this many slices apart."""
     average: bool = False
     """Average over groups: a slice's logits are the mean of all groups that contain it."""
@@ -52,12 +53,13 @@ class PredictOptions:
     """Skip the slices at both ends that show no body: they are background."""
     confidence: bool = False
     """Measure how far the groups that contain a slice agree; every group then decodes all its slices."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Slices encoded or decoded at once; less needs less memory."""
 
     def check(self, num_slices: int) -> None:
-        """Raise ValueError where `keep` is below 1 or above the `num_slices` of the model's groups."""
+        """Raise ValueError on a number outside its bounds, and on a `keep` above the `num_slices` of a group."""
         if not 1 <= self.keep <= num_slices:
             raise ValueError(
                 f"--keep is {self.keep}, but the model's groups have 1 to {num_slices} slices to keep"
             )
+        checked(self)

@@ -97,7 +97,7 @@ def _write_mask(names: dict[int, str], job: Job, labels: np.ndarray, path: Path)
     from aftersam.data.volume import label_names_json, to_nifti
 
     if job.mask.suffix == DICOM:
-        from aftersam.data.dicom import write_segmentation
+        from aftersam.data.dicom_segmentation import write_segmentation
 
         on_grid = np.asarray(to_nifti(labels, job.prepared.volume).dataobj)
         write_segmentation(path, on_grid, job.scan, names)

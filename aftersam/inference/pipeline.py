@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from aftersam.config import Count, Small, checked
 from aftersam.errors import SAID, naming, out_of_memory, printable, sentence, tell
-from aftersam.files import remove_leftovers
+from aftersam.files import DICOM, remove_leftovers
 from aftersam.inference.jobs import beside, jobs_of, kept_labels, prompt_file
 from aftersam.inference.outputs import Job, write_outputs
 from aftersam.inference.processes import sharing_processes
@@ -46,13 +47,15 @@ class PredictArgs:
     """For a model with prompts: the label file, or a folder of them by case, that prompts are drawn from."""
     labels: str | None = None
     """Comma-separated organs to keep; the others become background."""
+    trust_intensities: bool = False
+    """Take scans whose values do not look like Hounsfield units as they are, without a word."""
     overwrite: bool = False
     """Replace masks that exist; a folder's finished masks are kept otherwise."""
     preview: bool = True
     """Leave a PNG of the mask over the scan beside each mask."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Slices and groups computed at once; less needs less memory."""
-    keep: int = 1
+    keep: Small = 1
     """Middle slices kept of each group: K needs about 1/K of the fusion, with less context on one side."""
     overlap: Literal["none", "average"] = "none"
     """average: average the logits of all groups that contain a slice; each of them decodes it."""
@@ -100,6 +103,7 @@ def predict_files(args: PredictArgs) -> Predicted:
     Raises ValueError where nothing can be done: no scans, a bad run, an output that exists."""
     from rich.console import Console
 
+    checked(args)
     prompts = [] if args.prompt_labels is None else [args.prompt_labels]
     jobs, folder = jobs_of(
         args.input, args.output, also_read=[args.model, *prompts], overwrite=args.overwrite
@@ -207,6 +211,7 @@ class _Work:
 
     def read(self, scan: Path, mask: Path) -> Job:
         """Read one scan, and its prompts, and bring them to the model's spacing."""
+        from aftersam.data.intensities import check_intensities
         from aftersam.data.volume import read_image, read_labels
         from aftersam.inference.timings import Timings
 
@@ -217,6 +222,11 @@ class _Work:
         with naming(scan):
             with timings.stage("read"):
                 volume = read_image(scan)
+                check_intensities(volume, trusted=self.args.trust_intensities)
+                if mask.suffix == DICOM:  # what cannot be written is known before it is computed
+                    from aftersam.data.dicom_segmentation import check_segmentation
+
+                    check_segmentation(scan, self.names)
                 if self.args.prompt_labels is not None and needs != "none":
                     prompts = read_labels(prompt_file(self.args.prompt_labels, scan), like=volume)
                     facts = {"prompted": needs}  # who scores this mask must know

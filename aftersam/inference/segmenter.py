@@ -55,15 +55,15 @@ class Segmenter:
 
         Returns integer labels on the same grid, names in a header extension. `prompt_labels`, labels on the image's
         grid, are for a model with prompts. Raises ValueError on a bad grid, or where such a model gets none."""
-        from aftersam.data.volume import from_nifti, labels_from_nifti, to_nifti
+        from aftersam.data.intensities import check_intensities
+        from aftersam.data.volume import from_nifti, image_of, labels_from_nifti, to_nifti
 
         if not hasattr(image, "affine"):
-            import nibabel as nib
-
             if affine is None:
                 raise ValueError("an array needs its affine: predict(array, affine)")
-            image = nib.Nifti1Image(image, affine)
+            image = image_of(image, affine)
         volume = from_nifti(image)  # type: ignore[arg-type]  # an image by now
+        check_intensities(volume, refuse=False)
         prompts = None if prompt_labels is None else labels_from_nifti(prompt_labels, like=volume)
         found = self.segment(self.prepare(volume, prompt_labels=prompts))
         return to_nifti(found.labels, volume, self.labels)

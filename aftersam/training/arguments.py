@@ -7,18 +7,17 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import tyro
 
-from aftersam.config import Config, from_dict, preset, to_dict, validate
+from aftersam.config import Args, Config, Index, checked, from_dict, preset, to_dict, validate
 from aftersam.files import read_json
 from aftersam.model.run_folder import RunFacts, read_run
 
 if TYPE_CHECKING:
     from aftersam.model.sam_checkpoint import SamCheckpoint
 
-Args = TypeVar("Args")
 # what --resume may change: how long, how often and by which means, of which the steps themselves know nothing
 MAY_CHANGE = frozenset(
     {"epochs", "max_steps", "max_minutes", "validations", "checkpoint_steps", "num_workers", "tracker",
@@ -43,7 +42,9 @@ class TrainArgs:
     resume: bool = False
     """Go on from last.safetensors in --output, with the choices and the split stored there. Limits given beside it are
     used; another choice is refused."""
-    fold: int | None = None
+    trust_intensities: bool = False
+    """Take scans whose values do not look like Hounsfield units as they are, without a word."""
+    fold: Index | None = None
     """Fold of splits_final.json, or of the five seeded ones where there is none; 0 unless given."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
@@ -69,6 +70,7 @@ def make_plan(args: TrainArgs) -> Plan:
     from aftersam.model.build import resolve_encoder
     from aftersam.model.sam_checkpoint import read_sam_checkpoint
 
+    checked(args)
     stored, resumed = read_run(args.output) if args.resume else (None, None)
     if stored is None and (args.output / "last.safetensors").exists():
         raise ValueError(f"{args.output} holds a run already; go on with --resume or choose another --output")

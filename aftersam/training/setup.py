@@ -145,6 +145,7 @@ def read_scans(args: TrainArgs, plan: Plan) -> Scans:
         data,
         args.cache or args.output / "cache",
         training=train_ids,
+        trusted=args.trust_intensities,
     )
     training = [cached[case] for case in train_ids]
     groups = SliceGroups(

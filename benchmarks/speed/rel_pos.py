@@ -4,6 +4,7 @@
     SDPA, bias          scaled_dot_product_attention with the bias (B, M, P, P) as its mask
     one-hot             SDPA on Q' = [q, rel_h, rel_w] and K' = [k, one-hot row, one-hot column]: the bias as a product
     FlexAttention       rel_h and rel_w captured by the score function; on a GPU, compiled
+    vLLM                its fused kernel for DeepEncoder, forward at D 64 alone, where vllm is installed
     rel_pos_attention   ours
     ..., compiled       through torch.compile, on a GPU
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from axial_fusion import reference, rel_pos_attention
-from benchmarks import harness
+from benchmarks import harness, machine
 from benchmarks.harness import Case, Provider
 
 OURS = "rel_pos_attention"
@@ -90,6 +91,21 @@ def flex(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tenso
     return y.transpose(1, 2)  # type: ignore[no-any-return]
 
 
+def vllm(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+    from vllm.model_executor.models.deepencoder import deepencoder_rel_pos_attention as attend
+
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    y: Tensor = attend(q, k, v, rel_h.transpose(-1, -2), rel_w, rel_w.shape[-1], q.shape[-1] ** -0.5)
+    return y.transpose(1, 2)
+
+
+def _without_vllm(q: Tensor) -> str:
+    """Why vLLM's kernel cannot take q (B, P, M, D), empty where it can."""
+    if q.device.type != "cuda" or q.dtype == torch.float32 or q.shape[-1] != 64:
+        return "half precision at head dim 64 on a GPU alone"
+    return machine.absent("vllm")
+
+
 ATTEND = {
     "segment-anything": materialised,
     "SDPA, bias": sdpa_bias,
@@ -144,6 +160,8 @@ def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Itera
         ours = partial(rel_pos_attention, grid=(side, side))
         compiled = ALL if full else COMPILED if d == 64 else ()
         found = providers(dict(ATTEND), exact, flops, gpu=device.type == "cuda", compiled=compiled)
+        why = _without_vllm(inputs[0])
+        found["vLLM"] = Provider(None if why else vllm, exact, flops, why, forward_only=True)
         found[OURS] = Provider(ours, exact, flops, role="ours")
         yield {"subject": "rel_pos", "name": name, **shape._asdict()}, inputs, found
 

@@ -4,7 +4,8 @@
     window_attention                                                ours
 
 The grid is not a whole number of windows. Each rival pads the grid after the norm, as segment-anything does, and
-computes the padded queries as well; ours computes the real ones alone."""
+computes the padded queries as well; ours computes the real ones alone. MONAI's WindowAttention with
+use_flash_attention is the call of SDPA with the bias."""
 
 from __future__ import annotations
 

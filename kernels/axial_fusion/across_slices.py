@@ -35,8 +35,8 @@ class AcrossSlices(AxialFusionAttention):
         self, name: str, block: Block, groups: SliceGroups, *, num_heads: int | None, alone: int
     ) -> None:
         heads = block.heads if num_heads is None else num_heads
-        eps = getattr(block.norm, "eps", None)
-        super().__init__(block.dim, heads, attention="axial", residual=False, eps=eps or 1e-6)
+        super().__init__(block.dim, heads, attention="axial", residual=False)
+        self.set_eps(getattr(block.norm, "eps", None) or self.eps)
         self.name, self.groups, self.alone = name, groups, alone
         self.dim, self.layout, self.argument = block.dim, block.layout, block.argument
         like = next((p for p in block.module.parameters() if p.is_floating_point()), torch.empty(()))

@@ -291,6 +291,22 @@ def _no_hook(*_: object) -> None:
     """A hook that does nothing."""
 
 
+def _refuse_uncalled(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Refuse a LoRALinear as the `out_proj` of nn.MultiheadAttention, which reads its weight and never calls it."""
+    if (
+        name == "out_proj"
+        and isinstance(child, LoRALinear)
+        and getattr(type(parent), "forward", None) is nn.MultiheadAttention.forward
+    ):
+        raise ValueError(
+            "nn.MultiheadAttention reads the weight of its out_proj and never calls it, so LoRALinear's update would be"
+            " lost; keep nn.Linear there"
+        )
+
+
+nn.modules.module.register_module_module_registration_hook(_refuse_uncalled)
+
+
 def obstacle(layer: nn.Module) -> str | None:
     """What may make a call of `layer` another thing than x Wᵀ + bias of its parameters, or None."""
     kind = type(layer)

@@ -57,7 +57,6 @@ class AxialFusionAttention(nn.Module):
         norm: bool = True,
         residual: bool = True,
         attention: Literal["both", "axial", "slice"] = "both",
-        eps: float = 1e-6,
     ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
@@ -70,10 +69,10 @@ class AxialFusionAttention(nn.Module):
             raise ValueError(f"attention is {attention!r}, but must be both, axial or slice")
         self.num_heads = num_heads
         self.residual = residual
-        self.eps = eps
+        self.eps = 1e-6  # of the norms; set_eps sets it
         self.dropout = dropout
         halves = {"both": (True, True), "axial": (True, False), "slice": (False, True)}[attention]
-        options = {"rank": rank, "alpha": alpha, "norm": norm, "eps": eps}
+        options = {"rank": rank, "alpha": alpha, "norm": norm}
         self.inter = AttentionHalf(dim, **options) if halves[0] else None
         self.intra = AttentionHalf(dim, **options) if halves[1] else None
 
@@ -96,6 +95,13 @@ class AxialFusionAttention(nn.Module):
         y = (self._fused if plain else self._by_calls)(host.to_slices(x), query_index)
         y = host.from_slices(y)
         return (y, None) if host.returns_pair(alone) else y
+
+    def set_eps(self, eps: float) -> None:
+        """Set what the LayerNorms of both halves add to the variance."""
+        self.eps = eps
+        for half in self.halves():
+            if half.norm is not None:
+                half.norm.eps = eps
 
     def train(self, mode: bool = True) -> AxialFusionAttention:
         """Like nn.Module.train. Raises ValueError where the host's dropout would be missing."""
@@ -181,8 +187,10 @@ class AxialFusionAttention(nn.Module):
         cls, parts: AttentionParts, norm: nn.LayerNorm | None, *, rank: int, alpha: float | None
     ) -> AxialFusionAttention:
         weight = parts.out[0]
-        new = cls(weight.shape[0], parts.heads, rank=rank, alpha=alpha, norm=norm is not None,
-                  residual=norm is not None, eps=1e-6 if norm is None else norm.eps)  # fmt: skip
+        own = norm is not None
+        new = cls(weight.shape[0], parts.heads, rank=rank, alpha=alpha, norm=own, residual=own)
+        if norm is not None:
+            new.set_eps(norm.eps)
         new = new.to(device=weight.device, dtype=weight.dtype)
         for half in new.halves():
             _take_over(half.qkv, parts.qkv)
@@ -216,9 +224,9 @@ def _take_over(layer: nn.Module, parts: Sequence[Part]) -> None:
 class AttentionHalf(LoRAUpdates):
     """Weights of one attention: norm, fused q, k, v projection, output projection, LoRA on q and v."""
 
-    def __init__(self, dim: int, *, rank: int, alpha: float | None, norm: bool, eps: float = 1e-6) -> None:
+    def __init__(self, dim: int, *, rank: int, alpha: float | None, norm: bool) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=eps) if norm else None
+        self.norm = nn.LayerNorm(dim, eps=1e-6) if norm else None
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
         self.rank = rank

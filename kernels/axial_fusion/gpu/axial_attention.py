@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import jit, last_axis_contiguous, load, octaves, on, store, tl
+from .common import jit, last_axis_contiguous, load, octaves, on, pointers, store, tl
 from .tiles import Tile, choose, packed, split
 
 
@@ -102,23 +102,25 @@ def _seen(x, visible, apart):
 
 
 @jit
-def _row_by_row(out, a, x, visible, factor, DIM: tl.constexpr):
+def _row_by_row(out, a, x, visible, factor, D: tl.constexpr):
     """Write factor · a x over what `out` holds, each row of the rows of x that are `visible` [R, C] to it alone.
 
-    a [..., R, C] is 0 elsewhere. `out` and `x`: pointer, offsets and mask of rows."""
+    a [..., R, C] is 0 elsewhere. `out` and `x`: pointer, offsets and mask of rows. Rare, so 16 columns at a time: what
+    lies in registers here, the whole kernel pays for."""
     out_ptr, offs_out, mask_out = out
     x_ptr, offs_x, mask_x = x
     tl.debug_barrier()  # writes before these
     rows = tl.arange(0, visible.shape[0])
     for r in range(visible.shape[0]):
         seen = tl.max(((rows == r)[:, None] & visible).to(tl.int32), 0) > 0  # [C]
-        x0 = load(x_ptr, offs_x, mask_x & seen, 0, DIM.D0, DIM.D)
-        y0 = tl.dot(a, x0, input_precision="ieee") * factor
-        store(out_ptr, offs_out, mask_out & (rows == r), y0, 0, DIM.D0, DIM.D)
-        if DIM.D1 > 0:
-            x1 = load(x_ptr, offs_x, mask_x & seen, DIM.D0, DIM.D1, DIM.D)
-            y1 = tl.dot(a, x1, input_precision="ieee") * factor
-            store(out_ptr, offs_out, mask_out & (rows == r), y1, DIM.D0, DIM.D1, DIM.D)
+        for start in range(0, D, 16):
+            columns = start + tl.arange(0, 16) < D
+            ptrs, mask = pointers(x_ptr + start, offs_x, mask_x & seen, 0, 16, 16)
+            part = tl.load(ptrs, mask=mask & columns, other=0.0)
+            part = part if len(offs_x.shape) == 1 else part.permute(1, 0, 2)
+            y = (tl.dot(a, part, input_precision="ieee") * factor).to(out_ptr.dtype.element_ty)
+            ptrs, mask = pointers(out_ptr + start, offs_out, mask_out & (rows == r), 0, 16, 16)
+            tl.store(ptrs, y if len(offs_out.shape) == 1 else y.permute(1, 0, 2), mask=mask & columns)
 
 
 @jit
@@ -172,7 +174,7 @@ def axial_attention_fwd_kernel(
         store(y_ptr, offs_y, mask_q, y1, D0, D1, D)
         apart = apart | _apart(y1, TILE.GROUP, CAUSAL)
     if apart:
-        _row_by_row((y_ptr, offs_y, mask_q), p, (v_ptr, offs_v, real_k), visible, share, DIM)
+        _row_by_row((y_ptr, offs_y, mask_q), p, (v_ptr, offs_v, real_k), visible, share, D)
 
 
 @jit
@@ -235,9 +237,9 @@ def axial_attention_bwd_kernel(
         dk1 = _kept(tl.dot(ds_t, q1, input_precision="ieee"), real_k, lengths_ptr)
         store(dk_ptr, offs_dk, mask_k, dk1, D0, D1, D)
     if apart:
-        _row_by_row((dq_ptr, offs_dq, mask_q), ds, (k_ptr, offs_k, real_k), visible, 1.0, DIM)
-        _row_by_row((dk_ptr, offs_dk, mask_k), ds_t, (q_ptr, offs_q, mask_q), tl.trans(visible), 1.0, DIM)
-        _row_by_row((dv_ptr, offs_dk, mask_k), p, (g_ptr, offs_g, mask_q), tl.trans(visible), 1.0, DIM)
+        _row_by_row((dq_ptr, offs_dq, mask_q), ds, (k_ptr, offs_k, real_k), visible, 1.0, D)
+        _row_by_row((dk_ptr, offs_dk, mask_k), ds_t, (q_ptr, offs_q, mask_q), tl.trans(visible), 1.0, D)
+        _row_by_row((dv_ptr, offs_dk, mask_k), p, (g_ptr, offs_g, mask_q), tl.trans(visible), 1.0, D)
 
 
 @lru_cache(maxsize=256)

@@ -108,7 +108,7 @@ def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA | None, dropout_p: float, backends: HalfBackends
 ) -> Tensor:  # fmt: skip
     backend = backends.dense if lora is None else backends.lora
-    return lora_linear.run(x, weight, bias, lora, dropout_p, None, backend)
+    return lora_linear.run(x, weight, bias, lora, dropout_p, backend)
 
 
 def _project(

@@ -29,7 +29,6 @@ from ..checks import (
     autocast_dtype,
     check_alike,
     check_shapes,
-    dtype_name,
     no_derivative,
     no_second_derivative,
     number,
@@ -259,34 +258,29 @@ def lora_linear(
     *,
     scaling: float = 1.0,
     dropout_p: float = 0.0,
-    seed: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """x (..., K), weight (N, K), bias (N,), lora_a (r, K), lora_b (N, r) -> (..., N), in x's dtype.
 
-    Without lora_a and lora_b it is the plain linear layer. `dropout_p` drops elements of the x that A sees, by
-    an int64 `seed` of one element, drawn from torch's generator where it is not given; the same seed draws the
-    same mask. lora_a and lora_b may be fp32 beside a half-precision x. Autocast casts x and the weights. `backend`
-    is auto, torch, augmented or triton. Raises ValueError on a shape, dtype, device or backend mismatch."""
+    Without lora_a and lora_b it is the plain linear layer. `dropout_p` drops elements of the x that A sees; the mask
+    follows torch's generator on x's device, so checkpointing draws it again. lora_a and lora_b may be fp32 beside a
+    half-precision x. Autocast casts x and the weights. `backend` is auto, torch, augmented or triton.
+    Raises ValueError on a shape, dtype, device or backend mismatch."""
     lora = _checked_lora(weight, lora_a, lora_b, scaling)
-    _check(x, weight, bias, lora, dropout_p, seed)
+    _check(x, weight, bias, lora, dropout_p)
     chosen = select_backend("lora_linear", *_tensors(x, weight, bias, lora), backend=backend).backend
-    return run(x, weight, bias, lora, dropout_p, seed, chosen)
+    return run(x, weight, bias, lora, dropout_p, chosen)
 
 
 def run(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA | None, dropout_p: float, seed: Tensor | None,
-    backend: str,
-) -> Tensor:  # fmt: skip
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA | None, dropout_p: float, backend: str
+) -> Tensor:
     """`lora_linear` of arguments that are checked, on a backend that is decided."""
     dtype = autocast_dtype(x)
     if dtype is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     a, b, scaling = (None, None, 1.0) if lora is None else lora
-    if a is None or dropout_p == 0:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(2**62, (), device=x.device)
+    seed = None if a is None or dropout_p == 0 else torch.randint(2**62, (), device=x.device)
     scaling, p = number("lora_linear: scaling", scaling), float(dropout_p)
     if backend == "torch":
         given = _tensors(x, weight, bias, lora)
@@ -325,9 +319,7 @@ def _checked_lora(weight: Tensor, a: Tensor | None, b: Tensor | None, scaling: f
     return LoRA(a, b, scaling)
 
 
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA | None, dropout_p: float, seed: Tensor | None
-) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA | None, dropout_p: float) -> None:
     count, wide = weight.shape
     if x.is_nested and (x.layout is torch.strided or (dropout_p and lora is not None)):
         raise ValueError("lora_linear: a nested x must have layout torch.jagged, and no dropout_p")
@@ -337,14 +329,10 @@ def _check(
         raise ValueError(f"lora_linear: bias must be (N,) with N = {count}, found shape {tuple(bias.shape)}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"lora_linear: dropout_p must lie in [0, 1), found {dropout_p}")
-    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
-        raise ValueError(
-            f"lora_linear: seed must be one int64, found {tuple(seed.shape)} of {dtype_name(seed.dtype)}"
-        )
     if autocast_dtype(x) is None:
         check_alike("lora_linear", x=x, weight=weight, **({} if bias is None else {"bias": bias}))
     device = x.device
     lora_a = None if lora is None else lora.a
-    for name, tensor in (("weight", weight), ("bias", bias), ("lora_a", lora_a), ("seed", seed)):
+    for name, tensor in (("weight", weight), ("bias", bias), ("lora_a", lora_a)):
         if tensor is not None and tensor.device != device:
             raise ValueError(f"lora_linear: {name} is on {tensor.device} but x is on {device}")

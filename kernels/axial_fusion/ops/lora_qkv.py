@@ -270,7 +270,7 @@ def _composed(
     """The three products of z = LN(x) by `lora_linear`'s plain engine."""
     biases = (None, None, None) if bias is None else bias.chunk(3)
     parts = zip(weight.chunk(3), biases, (lora_q, None, lora_v), strict=True)
-    return torch.cat([lora_linear.run(z, w, b, lora, 0.0, None, "torch") for w, b, lora in parts], -1)
+    return torch.cat([lora_linear.run(z, w, b, lora, 0.0, "torch") for w, b, lora in parts], -1)
 
 
 def _check(
