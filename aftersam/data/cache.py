@@ -22,7 +22,7 @@ from aftersam.data.intensities import check_intensities
 from aftersam.data.transforms import preprocess, resample
 from aftersam.data.volume import Volume, read_image, read_labels
 from aftersam.errors import SAID, naming
-from aftersam.files import read_json, renamed_folder
+from aftersam.files import read_json, remove_leftovers, renamed_folder
 
 VERSION = 1  # of what is stored and how it is computed; a change makes every cache anew
 
@@ -87,6 +87,7 @@ def cache_cases(
     else:
         spacing = None if config.spacing_mm == "native" else config.spacing_mm
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     wanted = [cases[i] for i in ids]
     console = Console(stderr=True)
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
