@@ -52,7 +52,8 @@ def checked(args: Args) -> Args:
         for number in _numbers(value):
             for bounds in ranges:
                 if not bounds.has(number):
-                    raise ValueError(f"{name} is {number}, but {bounds}")
+                    flag = f"--{name.replace('_', '-')}" if type(args).__name__.endswith("Args") else name
+                    raise ValueError(f"{flag} is {number}, but {bounds}")
     return args
 
 

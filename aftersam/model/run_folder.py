@@ -22,6 +22,8 @@ class RunFacts:
     """(d, h, w) that the model works at; None: each scan's own."""
     one_piece: tuple[int, ...] = ()
     """Organs that are one connected piece in every training label."""
+    longest_mm: tuple[float, float] | None = None
+    """Shortest and longest of the training scans, each along its longest axis."""
     fold: int = 0
     sam_sha256: str | None = None
     """Of the SAM weights that training began with."""
