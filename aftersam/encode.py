@@ -15,7 +15,7 @@ import tyro
 
 from aftersam.config import Config, checked
 from aftersam.errors import SAID, naming, plain_console, run_command, sentence, tell
-from aftersam.files import by_case, remove_leftovers, scans_in
+from aftersam.files import by_case, refuse_input, scans_in
 from aftersam.training.arguments import ConfigFile, parse
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def encode(args: EncodeArgs) -> EncodeResult:
     from aftersam.data.volume import read_image
 
     checked(args)
+    refuse_input(args.output, [args.data, *([args.model] if args.model else [])])
     if (args.model is None) == (args.sam_checkpoint is None):
         raise ValueError("give a run (-m) or SAM weights (--sam-checkpoint), one of the two")
     if args.data.is_dir():
@@ -73,7 +74,6 @@ def encode(args: EncodeArgs) -> EncodeResult:
         scans = [args.data]
     store, spacing_mm = _from_run(args) if args.model is not None else _from_sam(args)
     console = plain_console(stderr=True)
-    remove_leftovers(args.output)
     failed = 0
     for scan in track(scans, "encoding", console=console, transient=True):
         try:

@@ -126,6 +126,14 @@ def test_a_damaged_file_anywhere_in_the_series_is_named(tmp_path, files, name, s
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("spoil", [SPOILT["empty"], SPOILT["noise"], SPOILT["cut in the meta header"]])
+def test_a_damaged_file_that_is_the_whole_series_is_named(tmp_path, files, spoil):
+    path = save_series(tmp_path / "ct", [enhanced(files)]) / "0.dcm"
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"ct/0\.dcm is truncated or damaged"):
+        read_series(tmp_path / "ct")
+
+
 def test_what_is_no_slice_is_left_out_with_one_line(tmp_path, files):
     folder = save_series(tmp_path / "ct", files)
     (folder / "._0.dcm").write_bytes(b"\0\5\x16\7")

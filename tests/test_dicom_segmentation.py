@@ -42,6 +42,14 @@ def test_a_segmentation_reads_back(tmp_path, form, orientation, step):
     assert np.array_equal(back["trachea"], labels == 3)
 
 
+def test_slices_that_differ_by_a_rounding_get_a_segmentation(tmp_path):
+    files = series_files(random_scan())
+    files[1].ImageOrientationPatient[4], files[3].PixelSpacing[0] = 0.99999, 3.00001
+    files[2].ImagePositionPatient[2] += 0.04
+    labels, back = written(save_series(tmp_path / "ct", files), tmp_path / "mask.dcm")
+    assert np.array_equal(back["heart"], labels == 1)
+
+
 @pytest.mark.parametrize("missing", [*MAY_BE_EMPTY, "SliceThickness", "PositionReferenceIndicator", "all"])
 def test_an_anonymised_series_gets_a_segmentation_with_empty_attributes(tmp_path, missing):
     import pydicom

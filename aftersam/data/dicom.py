@@ -73,7 +73,7 @@ def find_series(folder: Path) -> tuple[list[Slice], np.ndarray]:
     if left_out := left_out | copies:
         some = ", ".join(f"{name} ({why})" for name, why in list(left_out.items())[:5])
         more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
-        warnings.warn(f"{folder}: left out what is no slice of the series: {some}{more}", stacklevel=2)
+        warnings.warn(f"{folder}: left out what is no slice of the series: {some}{more}", stacklevel=1)
     return slices, np.diag([-1.0, -1.0, 1.0, 1.0]) @ _affine(folder, slices, normal)
 
 
@@ -96,14 +96,13 @@ def _headers(folder: Path) -> tuple[list[tuple[Path, Any]], dict[str, str]]:
             found.append((path, header))
         else:
             left_out[path.name] = why
-    if not found:
-        raise ValueError(_nothing_found(folder, left_out))
     shapes = {_shape_of(path) for path, _ in found}
     for path in foreign:
         if path.suffix.lower() in (".dcm", ".dicom", ".ima") or _shape_of(path) in shapes:
             raise ValueError(f"{path} is truncated or damaged: it is named like a slice, but is not DICOM")
-        left_out[path.name] = "not DICOM"
-    return found, left_out
+    if not found:
+        raise ValueError(_nothing_found(folder, left_out))
+    return found, left_out | {path.name: "not DICOM" for path in foreign}
 
 
 def _shape_of(path: Path) -> str:
@@ -115,8 +114,8 @@ def _nothing_found(folder: Path, left_out: dict[str, str]) -> str:
     if left_out:
         kinds = ", ".join(sorted(set(left_out.values())))
         return f"{folder} holds DICOM, but no slices of a CT series: {kinds}"
-    inside = sorted({p.parent for p in folder.rglob("*") if p.is_file() and p.parent != folder})
-    hint = f"; name a folder inside it, such as {inside[0]}" if inside else ""
+    inside = next((p.parent for p in folder.rglob("*") if p.is_file() and p.parent != folder), None)
+    hint = f"; name a folder inside it, such as {inside}" if inside else ""
     return f"{folder} holds no scan: neither NIfTI files nor slices of a DICOM series{hint}"
 
 

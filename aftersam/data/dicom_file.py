@@ -144,7 +144,7 @@ def _check_pixels(path: Path, header: Any) -> None:
         raise ValueError(f"{path} is a colour image ({colours}, {samples} samples a pixel), not a CT slice")
     if "ModalityLUTSequence" in header:
         raise ValueError(f"{path} has a ModalityLUTSequence; RescaleSlope and RescaleIntercept are needed")
-    syntax = header.file_meta.TransferSyntaxUID
+    syntax = _syntax(header)
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError:
@@ -155,6 +155,13 @@ def _check_pixels(path: Path, header: Any) -> None:
         raise ValueError(
             f"{path} is compressed as {syntax.name}; reading it needs python-gdcm or pylibjpeg: {INSTALL}"
         )
+
+
+def _syntax(dataset: Any) -> Any:
+    """The transfer syntax as pydicom's UID, of whatever type a damaged file has it."""
+    from pydicom.uid import UID
+
+    return UID(str(dataset.file_meta.TransferSyntaxUID))
 
 
 def _slice(path: Path, header: Any, frame: int, holders: Sequence[Any]) -> Slice:
@@ -231,7 +238,7 @@ def _check_stream(dataset: Any, one: Slice) -> None:
     from pydicom.encaps import get_frame
     from pydicom.uid import RLELossless
 
-    syntax = dataset.file_meta.TransferSyntaxUID
+    syntax = _syntax(dataset)
     if not syntax.is_encapsulated or syntax == RLELossless:
         return
     frames = int(dataset.get("NumberOfFrames") or 1)
