@@ -52,7 +52,8 @@ def checked(args: Args) -> Args:
         for number in _numbers(value):
             for bounds in ranges:
                 if not bounds.has(number):
-                    raise ValueError(f"{name} is {number}, but {bounds}")
+                    flag = f"--{name.replace('_', '-')}" if type(args).__name__.endswith("Args") else name
+                    raise ValueError(f"{flag} is {number}, but {bounds}")
     return args
 
 
@@ -62,7 +63,6 @@ def _ranges(cls: type) -> dict[str, list[Range]]:
 
 
 def _numbers(value: Any) -> list[int | float]:
-    """The numbers in a value, or in the items of a tuple."""
     if isinstance(value, tuple):
         return [number for item in value for number in _numbers(item)]
     return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []

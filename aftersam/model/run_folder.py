@@ -12,6 +12,7 @@ from aftersam.errors import naming
 from aftersam.files import read_json
 
 Length = Annotated[float, Range(0.01, 1000)]  # mm, of a voxel that a model works at
+Extent = Annotated[float, Range(0, 1e6)]  # mm
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class RunFacts:
     """(d, h, w) that the model works at; None: each scan's own."""
     one_piece: tuple[int, ...] = ()
     """Organs that are one connected piece in every training label."""
+    longest_mm: tuple[Extent, Extent] | None = None
+    """Shortest and longest of the training scans, each along its longest axis."""
     fold: Index = 0
     sam_sha256: str | None = None
     """Of the SAM weights that training began with."""
