@@ -46,7 +46,7 @@ def write_report(
     parts += ["<h2>Organs</h2>", _table(result)]
     per_organ = {
         organ: [
-            case[organ].dsc for case in result.cases.values() if organ in case and case[organ].dsc is not None
+            dsc for case in result.cases.values() if organ in case and (dsc := case[organ].dsc) is not None
         ]
         for organ in result.organs
     }
