@@ -63,7 +63,7 @@ clean: ## remove caches, builds and demo-run; .venv stays
 	rm -rf build dist *.egg-info kernels/build kernels/dist kernels/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(DEMO)
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
 
-.venv/installed: setup.py constraints.txt kernels/axial_fusion/cpu/kernels.c
+.venv/installed: setup.py constraints.txt $(wildcard kernels/axial_fusion/cpu/*.[ch])
 	@echo "making .venv: about 2 GB, some minutes, once"
 	python3 -m venv .venv
 	.venv/bin/python -m pip install -q -c constraints.txt -e '.[test,hosts,dev]'
