@@ -121,7 +121,11 @@ def _rows(args: AblateArgs, rows: Sequence[tuple[str, Mapping[str, Any], int]]) 
     if args.jobs == 1:
         return [_row(args, *row) for row in rows]
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), _share_cores, (args.jobs,)) as pool:
-        return [future.result() for future in [pool.submit(_row, args, *row) for row in rows]]
+        try:
+            return [future.result() for future in [pool.submit(_row, args, *row) for row in rows]]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # rows that have not begun
+            raise
 
 
 def _share_cores(jobs: int) -> None:

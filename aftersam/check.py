@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import tyro
 
 from aftersam.config import ENCODERS, Config, Index, checked, preset
-from aftersam.errors import SAID, plain_console, run_command, sentence
+from aftersam.errors import SAID, one_line, plain_console, run_command, sentence, tell
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,8 @@ class CheckArgs:
     """Preset whose needs are estimated."""
     num_workers: Index | None = None
     """Worker processes to measure loading with; the preset's unless given."""
+    trust_intensities: bool = False
+    """Do not judge whether the scans' values are Hounsfield units."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class CheckResult:
     """That training's loader gives; None where no scan is usable."""
 
 
-def check_case(case: Case, names: dict[int, str]) -> CaseReport:
-    """Read a case whole and say what it holds."""
+def check_case(case: Case, names: dict[int, str], *, trusted: bool = False) -> CaseReport:
+    """Read a case whole and say what it holds; `trusted` intensities are not judged."""
     from aftersam.data.cache import check_labels
     from aftersam.data.intensities import check_intensities
     from aftersam.data.volume import read_image, read_labels
@@ -81,7 +83,7 @@ def check_case(case: Case, names: dict[int, str]) -> CaseReport:
         report = dataclasses.replace(
             report, shape=image.array.shape, spacing_mm=image.spacing_mm, hu_range=(low, high)
         )
-        check_intensities(image)
+        check_intensities(image, trusted=trusted)
         if case.label is None:
             return dataclasses.replace(report, problem=f"{case.image} has no label")
         labels = read_labels(case.label, like=image)
@@ -171,7 +173,9 @@ def _one_step(config: Config, num_classes: int, times: list[float] | None = None
     return network
 
 
-def slices_per_second(dataset: Dataset, ids: Sequence[str], config: Config, *, seconds: float = 1.0) -> float:
+def slices_per_second(
+    dataset: Dataset, ids: Sequence[str], config: Config, *, seconds: float = 1.0, trusted: bool = False
+) -> float:
     """Slices that training's own loader gives a second with nothing to wait for; scans are read from a cache."""
     from itertools import islice
 
@@ -181,7 +185,7 @@ def slices_per_second(dataset: Dataset, ids: Sequence[str], config: Config, *, s
     from aftersam.training.schedule import group_loader
 
     with tempfile.TemporaryDirectory() as folder:
-        cached = cache_cases(dataset, ids, config.data, Path(folder), training=ids)
+        cached = cache_cases(dataset, ids, config.data, Path(folder), training=ids, trusted=trusted)
         pairs = mirror_pairs(dataset.labels) if "mirror" in config.data.augmentation else {}
         groups = SliceGroups(
             list(cached.values()), model=config.model, data=config.data, seed=0, label_swap=pairs
@@ -205,12 +209,12 @@ def check(args: CheckArgs) -> CheckResult:
     from aftersam.device import find_device
 
     dataset, console = find_dataset(checked(args).data), plain_console()
-    console.print(f"{dataset.name}: {dataset.layout}, {len(dataset.cases)} scans")
-    console.print("labels: " + ", ".join(f"{v} {n}" for v, n in dataset.labels.items()))
+    tell(console, f"{dataset.name}: {dataset.layout}, {len(dataset.cases)} scans")
+    tell(console, "labels: " + ", ".join(f"{v} {n}" for v, n in dataset.labels.items()))
     progress = plain_console(stderr=True)
     hidden = not progress.is_terminal
     reports = [
-        check_case(case, dataset.labels)
+        check_case(case, dataset.labels, trusted=args.trust_intensities)
         for case in track(dataset.cases, "reading", console=progress, transient=True, disable=hidden)
     ]
     _print_cases(console, reports, dataset.labels)
@@ -228,7 +232,8 @@ def check(args: CheckArgs) -> CheckResult:
     )
     rate = None
     if usable:
-        rate = slices_per_second(dataset, usable[:4], config)  # four tell, and each is preprocessed first
+        trusted = args.trust_intensities
+        rate = slices_per_second(dataset, usable[:4], config, trusted=trusted)  # four tell
         wanted = ""
         if seconds is not None:
             wanted = f", the model takes {config.model.num_slices * config.train.batch_size / seconds:.3g}"
@@ -252,9 +257,9 @@ def _print_cases(console: Console, reports: Sequence[CaseReport], labels: dict[i
 
     grid = Table("case", "slices × rows × columns", "spacing mm", "HU", "missing labels", "", box=None)
     for report in reports:
-        missing = ", ".join(n for v, n in labels.items() if v not in report.labels) or "none"
+        missing = one_line(", ".join(n for v, n in labels.items() if v not in report.labels) or "none")
         grid.add_row(
-            report.id,
+            one_line(report.id),
             "" if report.shape is None else " × ".join(map(str, report.shape)),
             "" if report.spacing_mm is None else " × ".join(f"{s:.2f}" for s in report.spacing_mm),
             "" if report.hu_range is None else f"{report.hu_range[0]:g} … {report.hu_range[1]:g}",
@@ -264,7 +269,7 @@ def _print_cases(console: Console, reports: Sequence[CaseReport], labels: dict[i
     console.print(grid)
     for report in reports:
         if report.problem is not None:
-            console.print(f"{report.id}: {report.problem}", soft_wrap=True)
+            tell(console, f"{report.id}: {report.problem}")
 
 
 def _duration(seconds: float) -> str:

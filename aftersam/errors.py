@@ -5,6 +5,7 @@ What is nobody's input but ours to mend keeps its traceback."""
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import struct
 import sys
@@ -53,13 +54,16 @@ class naming(contextlib.AbstractContextManager[None]):
             return
         if not (isinstance(error, _BY_A_FILE) or out_of_memory(error) or _in_a_library(error)):
             return
-        if isinstance(error, SAID) and str(self.path) in str(error) and len(str(error).splitlines()) == 1:
+        if isinstance(error, SAID) and self._named_in(str(error)) and len(str(error).splitlines()) == 1:
             return
         if out_of_memory(error):
             raise MemoryError(f"{self.path}: memory ran out: {_first_line(error)}") from error
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(f"{self.path}: {error.strerror or error}") from error
         raise ValueError(f"{self.path} {self.what}: {_first_line(error)}") from error
+
+    def _named_in(self, text: str) -> bool:
+        return re.search(rf"(^|[\s'\"]){re.escape(str(self.path))}($|[\s'\":;,/])", text) is not None
 
 
 def run_command(name: str, command: Callable[[], int]) -> int:

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,9 +31,11 @@ if TYPE_CHECKING:
 
 NIFTI = (".nii.gz", ".nii")
 DICOM = ".dcm"
+OTHER_IMAGES = (".nrrd", ".mha", ".mhd", ".nii.bz2", ".nii.xz", ".nii.zst", ".img", ".gipl", ".mgz", DICOM)
 FACTS = "aftersam"  # key of our JSON in a safetensors file's metadata
 _TEMPORARY = re.compile(r"\.aftersam-[0-9a-f]{12}")  # a folder beside what is written, and its lock inside
 _LOCK = ".lock"
+A_DAY = 86400
 
 
 def is_nifti(path: Path) -> bool:
@@ -80,17 +83,32 @@ def masks_of(scans: Sequence[Path], folder: Path) -> list[tuple[Path, Path]]:
     Raises ValueError where two scans would give one mask, or a mask would replace a scan."""
     by_case(scans)
     pairs = [(scan, folder / f"{case_id(scan)}.nii.gz") for scan in scans]
+    inputs = {key: scan for scan in scans for key in _identities(scan)}
     for _, mask in pairs:
-        refuse_input(mask, scans)
+        if same := next((inputs[key] for key in _identities(mask) if key in inputs), None):
+            raise _is_input(mask, same)
     return pairs
+
+
+def _identities(path: Path) -> list[Any]:
+    """What two names of one file have in common: the path behind links, and the file itself where there is one."""
+    keys: list[Any] = [os.path.realpath(path)]  # resolve() fails on a link to itself
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        keys.append((found.st_dev, found.st_ino))
+    return keys
 
 
 def refuse_input(output: Path, inputs: Iterable[Path]) -> None:
     """Raise ValueError where `output` is one of the inputs, under this name or through a link."""
+    own = _identities(output)
     for path in inputs:
-        same = os.path.realpath(output) == os.path.realpath(path)  # resolve() fails on a link to itself
-        if same or (output.exists() and path.exists() and output.samefile(path)):
-            raise ValueError(f"the output {output} is the input {path}; choose another name for the output")
+        if any(key in own for key in _identities(path)):
+            raise _is_input(output, path)
+
+
+def _is_input(output: Path, path: Path) -> ValueError:
+    return ValueError(f"the output {output} is the input {path}; choose another name for the output")
 
 
 @contextlib.contextmanager
@@ -127,10 +145,13 @@ def renamed_folder(home: Path) -> Iterator[Path]:
             for file in temporary.rglob("*"):
                 if file.is_file():
                     _to_disk(file)
-            os.rename(temporary, home)
+            try:
+                os.rename(temporary, home)
+            except OSError:
+                if not home.is_dir():
+                    raise
     except OSError as error:
-        if not home.is_dir():
-            raise _not_written(home, error) from error
+        raise _not_written(home, error) from error
 
 
 def reserve(path: Path) -> None:
@@ -145,7 +166,7 @@ def reserve(path: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files that killed processes left in `folder`. A living process holds a lock on its own.
 
-    Where the file system has no locks, nothing is deleted."""
+    Locks of another machine may not be seen here, so what it left is deleted after a day."""
     if fcntl is None or not folder.is_dir():
         return
     for place in folder.iterdir():
@@ -155,7 +176,12 @@ def remove_leftovers(folder: Path) -> None:
             lock = os.open(place / _LOCK, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(place)
+                marked = os.read(lock, 64)
+                ours = (
+                    marked == _machine() if marked else len(os.listdir(place)) == 1
+                )  # killed before it could lock
+                if ours or time.time() - os.fstat(lock).st_mtime > A_DAY:
+                    shutil.rmtree(place)
             finally:
                 os.close(lock)
 
@@ -246,11 +272,22 @@ def _locked_place(folder: Path) -> tuple[Path, int]:
                 continue
             raise
         if fcntl is not None:
-            with contextlib.suppress(OSError):  # a file system without locks
+            with contextlib.suppress(
+                OSError
+            ):  # a file system without locks: nothing is written into the lock
                 fcntl.flock(lock, fcntl.LOCK_EX)
+                os.write(lock, _machine())
         if os.fstat(lock).st_nlink:
             return place, lock
         os.close(lock)
+
+
+@functools.cache
+def _machine() -> bytes:
+    """What processes that see each other's locks have in common: the kernel's id since it started."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
+    return b""
 
 
 _remove_leftovers_once = functools.cache(remove_leftovers)

@@ -18,6 +18,8 @@ def test_presets_and_limits_on_the_command_line(tmp_path):
     assert parsed(["--data", "d", "--output", "o", "--sam-checkpoint", "vit_b"]).config == preset("paper")
     minutes = parsed(["--data", "d", "--output", "o", "--max-minutes", "60"]).config.train
     assert (minutes.max_steps, minutes.max_minutes) == (None, 60.0)
+    epochs = parsed(["--data", "d", "--output", "o", "--epochs", "3"]).config.train
+    assert (epochs.epochs, epochs.max_steps, epochs.max_minutes) == (3, None, None)
     stored = dataclasses.replace(Config(), train=dataclasses.replace(Config().train, seed=7))
     write_json(tmp_path / "config.json", to_dict(stored))
     again = parsed(

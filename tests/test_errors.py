@@ -48,6 +48,11 @@ def test_any_exception_that_passes_through_a_file_library_is_the_files():
         raise WrapStructError("header too short")
 
 
+def test_a_dot_in_a_sentence_is_not_the_folder_here():
+    with pytest.raises(ValueError, match=r"^\. is truncated or damaged: cut at byte 3\.5$"), naming("."):
+        raise ValueError("cut at byte 3.5")
+
+
 def test_our_own_mistakes_keep_their_type():
     with pytest.raises(TypeError, match=r"^ours$"), naming("scan.nii"):
         raise TypeError("ours")

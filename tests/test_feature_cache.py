@@ -94,6 +94,16 @@ def test_other_weights_pixels_or_settings_are_never_taken_for_these(tmp_path):
     assert len(list(tmp_path.iterdir())) == 8
 
 
+def test_damaged_features_are_encoded_again(tmp_path):
+    model, _ = tiny()
+    store = store_of(tmp_path, model)
+    expected = [t.clone() for t in store.of(HU, BOX).read([0, 4])]
+    for damage in (lambda path: path.write_bytes(path.read_bytes()[:-8]), lambda path: path.write_text("")):
+        damage(sorted(next(tmp_path.iterdir()).glob("*.npy"))[0])
+        for found, level in zip(store.of(HU, BOX).read([0, 4]), expected, strict=True):
+            assert torch.equal(found, level)
+
+
 def test_a_run_that_dies_leaves_no_half(tmp_path, monkeypatch):
     model, _ = tiny()
     forward, calls = ImageEncoder.forward, []

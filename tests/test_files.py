@@ -2,8 +2,10 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -116,7 +118,8 @@ def test_the_next_writer_in_a_folder_removes_leftovers_without_being_asked(tmp_p
     killed.kill()
     killed.communicate()
     (place,) = tmp_path.iterdir()
-    (place / ".lock").unlink()  # killed before it could lock
+    for file in place.iterdir():  # killed before it could lock
+        file.unlink()
     write_json(tmp_path / "b.json", {})
     assert [p.name for p in tmp_path.iterdir()] == ["b.json"]
 
@@ -189,3 +192,34 @@ def test_an_output_that_is_an_input_is_refused_by_any_name(tmp_path):
     refuse_input(tmp_path / "new.nii.gz", [scan])
     with pytest.raises(ValueError, match="is the input"):
         masks_of([tmp_path / "b_0000.nii.gz", scan], tmp_path)
+
+
+def test_naming_the_masks_of_a_folder_asks_for_each_file_once(tmp_path, monkeypatch):
+    scans = [tmp_path / f"{i}.nii.gz" for i in range(200)]
+    asked, plain = [], os.path.realpath
+    monkeypatch.setattr(os.path, "realpath", lambda path: asked.append(path) or plain(path))
+    assert len(masks_of(scans, tmp_path / "out")) == 200
+    assert len(asked) == 400
+
+
+@pytest.mark.parametrize(
+    ("machine", "age", "left"), [(b"", 0, True), (b"another", 0, True), (b"another", 2, False)]
+)
+def test_what_another_machine_left_is_removed_after_a_day(tmp_path, machine, age, left):
+    place = tmp_path / ".aftersam-0123456789ab"
+    place.mkdir()
+    (place / "half").touch()
+    (place / ".lock").write_bytes(machine)
+    then = time.time() - age * 86400
+    os.utime(place / ".lock", (then, then))
+    remove_leftovers(tmp_path)
+    assert place.exists() == left
+
+
+def test_a_folder_that_a_full_disk_stops_is_said_to_be_even_where_one_stands(tmp_path):
+    (tmp_path / "home").mkdir()
+    with (
+        pytest.raises(OSError, match="home could not be written: No space left"),
+        renamed_folder(tmp_path / "home"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

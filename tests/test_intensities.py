@@ -58,7 +58,7 @@ OTHERS = {
     "0 to 255": (lambda hu: ((hu + 160) / 400.0 * 255).clip(0, 255).astype(np.uint8), "refused"),
     "mean 0, deviation 1": (lambda hu: ((hu - hu.mean()) / hu.std()).astype(np.float32), "refused"),
     "a label map": (lambda hu: (hu > 0).astype(np.uint8), "refused"),
-    "MR": (lambda hu: ((hu + 1000) // 2).clip(0), "refused"),
+    "MR": (lambda hu: ((hu + 1000) // 2).clip(0), "warned"),
     "MR with undershoot": (lambda hu: ((hu + 1000) // 2).clip(0) - 3, "warned"),
     "a soft-tissue window": (lambda hu: hu.clip(-160, 240), "warned"),
     "1024 added, padding that looks like air": (lambda hu: padded(hu + 1024, -976), "warned"),
@@ -74,6 +74,18 @@ def test_what_is_not_hounsfield_units_is_refused_or_warned_of(hu, kind):
 @pytest.mark.parametrize("value", [-2000, -3024, -32768, -1000, 0])
 def test_padding_is_no_reason(hu, value):
     assert verdict(padded(hu, value)) is None
+
+
+CROPS = {"a brain without its skull": (0, 90, 0.6), "a liver": (62, 160, 0), "a vertebra": (20, 800, 0)}
+
+
+@pytest.mark.parametrize("crop", CROPS)
+def test_a_crop_without_air_and_fat_is_warned_of_and_never_refused(crop):
+    low, high, background = CROPS[crop]
+    rng = np.random.default_rng(0)
+    tissue = low + (high - low) * rng.beta(2, 4, (20, 40, 40))
+    tissue[rng.random(tissue.shape) < background] = 0
+    assert verdict(tissue.astype(np.int16)) == "warned"
 
 
 def test_crops_and_empty_scans_are_taken(hu):
@@ -125,6 +137,7 @@ def test_every_command_refuses_such_scans_and_takes_them_when_told_to(run, shift
         assert command([*argv, "--trust-intensities"]) == 0
         assert "Hounsfield" not in capsys.readouterr().err
     assert check([str(shifted), "-p", "tiny"]) == 1
+    assert check([str(shifted), "-p", "tiny", "--trust-intensities"]) == 0
     report = check_case(Case("case0", scan, None), {1: "heart"})
     assert report.problem is not None
     assert "is not in Hounsfield units" in report.problem

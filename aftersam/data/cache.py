@@ -24,7 +24,7 @@ from aftersam.data.volume import Volume, read_image, read_labels
 from aftersam.errors import SAID, naming, plain_console
 from aftersam.files import read_json, remove_leftovers, renamed_folder
 
-VERSION = 1  # of what is stored and how it is computed; a change makes every cache anew
+VERSION = 2  # of what is stored and how it is computed; a change makes every cache anew
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from aftersam.data.volume import read_grid, read_labels
-from aftersam.files import NIFTI, by_case, case_id, normal_form, read_json, scans_in, write_json
+from aftersam.files import NIFTI, OTHER_IMAGES, by_case, case_id, normal_form, read_json, scans_in, write_json
 
 FOLDS = 5
 SEGTHOR_LABELS = {1: "esophagus", 2: "heart", 3: "trachea", 4: "aorta"}
-OTHER_IMAGES = (".nrrd", ".mha", ".mhd", ".nii.bz2", ".nii.xz", ".nii.zst", ".img", ".gipl", ".mgz", ".dcm")
 OTHER_MODALITIES = r"\b(mri?|t[12]\w*|flair|dwi|adc|swi|pet|pt|suv|spect|us|ultrasound|x-?ray|dose)\b"
 SIDES = {"left": "right", "right": "left", "l": "r", "r": "l"}
 
@@ -144,12 +143,16 @@ def _check_channels(description: dict[str, Any], where: Path) -> None:
     """Raise ValueError unless the scans have one channel, and it is not called by another modality than CT."""
     key = "channel_names" if "channel_names" in description else "modality"
     stored = description.get(key, {})
-    if not isinstance(stored, (dict, list)):
+    if not isinstance(stored, (dict, list, str)):
         raise ValueError(f'{where} has {key} {stored!r}, but it must be an object such as {{"0": "CT"}}')
-    channels = [str(name) for name in (stored.values() if isinstance(stored, dict) else stored)]
+    named = stored.values() if isinstance(stored, dict) else [stored] if isinstance(stored, str) else stored
+    channels = [str(name) for name in named]
     if len(channels) > 1:
         raise ValueError(f"{where} has {len(channels)} channels ({', '.join(channels)}); CT alone is one")
-    if any(re.search(OTHER_MODALITIES, name, re.IGNORECASE) for name in channels):
+    if any(
+        re.search(OTHER_MODALITIES, name, re.IGNORECASE) and not re.search(r"\bct", name, re.IGNORECASE)
+        for name in channels
+    ):
         raise ValueError(f"{where} has the channel {channels[0]!r}; CT in Hounsfield units is needed")
 
 

@@ -47,7 +47,12 @@ def _impossible(values: np.ndarray) -> str | None:
         return None
     if high - low < 20:
         return f"its values lie between {low:.3g} and {high:.3g}, as if they were scaled"
-    if low >= 0:
+    if low < 0:
+        return None
+    if (low, high) == (0, 255):
+        return "its values lie between 0 and 255, as if they were scaled"
+    inner = values[values > low]  # of a crop without fat or air, most of it is tissue
+    if np.mean(inner > 300) > 0.5 or np.mean((inner >= 900) & (inner <= 1300)) > 0.05:
         return f"its lowest value is {low:g}, as if 1024 were added or this were no CT, where air is -1000"
     return None
 

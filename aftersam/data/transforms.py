@@ -14,7 +14,9 @@ from torch.nn import functional as F
 from aftersam.data.volume import Volume
 
 SAME_SPACING_MM = 1e-3
-MOST_VOXELS = 2**28  # of a resampled scan: 1 × 0.5 × 0.5 m at 1 mm; more needs a scan of an eighth as many
+MOST_VOXELS = (
+    2**30
+)  # of a resampled scan: 2 m × 0.5 m × 0.5 m at 0.8 mm; more needs a scan of an eighth as many
 BODY_HU = -400  # between air and fat; lungs are inside the body's outline anyway
 
 Box = tuple[int, int, int, int]  # top, bottom, left, right in pixels, ends excluded

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +21,7 @@ from aftersam.data.transforms import Box
 from aftersam.data.volume import AIR_HU
 from aftersam.data.windows import plane_windows, window_crops
 from aftersam.device import autocast
+from aftersam.errors import SAID, naming
 from aftersam.files import remove_leftovers, renamed_folder
 from aftersam.model.aftersam import AfterSAM
 
@@ -56,7 +58,8 @@ class Embeddings:
 
         Raises OSError where the folder cannot be written."""
         home = self._home(hu, box)
-        if not home.is_dir():
+        if not _whole(home, len(hu)):
+            shutil.rmtree(home, ignore_errors=True)
             self._encode(home, hu, plane_windows(hu.shape[1:], box, self.size), batch_size, progress)
         return StoredScan(home)
 
@@ -103,3 +106,13 @@ class Embeddings:
                     file.write(np.ascontiguousarray(level).data)
                 if progress is not None:
                     progress(len(some))
+
+
+def _whole(home: Path, depth: int) -> bool:
+    """Whether the folder `home` holds features of `depth` slices in files of the size that each declares."""
+    try:
+        with naming(home):
+            levels = [np.lib.format.open_memmap(path, mode="r") for path in home.glob("*.npy")]
+    except SAID:
+        return False
+    return bool(levels) and all(len(level) == depth for level in levels)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from aftersam.files import (
     DICOM,
     NIFTI,
+    OTHER_IMAGES,
     by_case,
     case_id,
     case_name,
@@ -16,6 +16,11 @@ from aftersam.files import (
     masks_of,
     refuse_input,
     scans_in,
+)
+
+OTHER_FILES = (
+    *OTHER_IMAGES,
+    *(".gz", ".h5", ".hdr", ".jp2", ".jpg", ".json", ".npy", ".npz", ".png", ".stl", ".tif", ".tiff", ".zip"),
 )
 
 
@@ -51,7 +56,7 @@ def jobs_of(
 
 def _refuse_format(folder: Path) -> None:
     """Raise ValueError where the new folder `folder` has a name that asks for a file of a format we do not write."""
-    if not folder.is_dir() and re.fullmatch(r"\.[A-Za-z]{2,5}\d?", folder.suffix):
+    if not folder.is_dir() and folder.name.lower().endswith(OTHER_FILES):
         raise ValueError(
             f"--output {folder} ends in {folder.suffix}, but a mask is written as .nii.gz, .nii or, for a DICOM "
             "series, .dcm; make the folder first if it is to be one"

@@ -40,8 +40,10 @@ def write_outputs(args: PredictArgs, names: dict[int, str], job: Job, found: Pre
     with renamed(mask) as temporary:
         with timings.stage("write"):
             present = _keep(labels, names)
+            _write_mask(
+                names, job, labels, temporary
+            )  # the largest file first: where it fails, nothing is new
             _write_extras(args, names, job, found)
-            _write_mask(names, job, labels, temporary)
         if args.timings:
             write_json(beside(mask, ".timings.json"), timings.summary())
     organs = ", ".join(name for value, name in sorted(names.items()) if value in present) or "nothing"
@@ -105,5 +107,5 @@ def _write_mask(names: dict[int, str], job: Job, labels: np.ndarray, path: Path)
         on_grid = np.asarray(to_nifti(labels, job.prepared.volume).dataobj)
         write_segmentation(path, on_grid, job.scan, names)
         return
-    write_json(beside(job.mask, ".json"), {**label_names_json(names), **job.facts})
     to_nifti(labels, job.prepared.volume, names).to_filename(path)
+    write_json(beside(job.mask, ".json"), {**label_names_json(names), **job.facts})

@@ -137,7 +137,7 @@ def parse(argv: Sequence[str] | None, kind: type[Args], about: str | None) -> Ar
         config, _ = read_run(given.output)
     else:
         config = preset(preset_name(given.preset, given.sam_checkpoint))
-    if given.max_steps or given.max_minutes:  # one limit given replaces a preset's other
+    if given.max_steps or given.max_minutes or given.epochs:  # one limit given replaces a preset's others
         cleared = dataclasses.replace(config.train, max_steps=None, max_minutes=None)
         config = dataclasses.replace(config, train=cleared)
     default = kind(data=tyro.MISSING, output=tyro.MISSING, config=config)  # type: ignore[call-arg]
@@ -155,6 +155,6 @@ def _bases(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", "--config-file", "--config_file", type=Path, nargs="?")
     parser.add_argument("--output", type=Path, nargs="?")
     parser.add_argument("--resume", action="store_true")
-    for name in ("preset", "sam-checkpoint", "max-steps", "max-minutes"):
+    for name in ("preset", "sam-checkpoint", "max-steps", "max-minutes", "epochs"):
         parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", nargs="?")
     return parser.parse_known_args(argv)[0]

@@ -88,7 +88,7 @@ def own_folder(run: Path) -> None:
     """Make the folder `run`. Raises ValueError where training would write through what stands there already."""
     run.mkdir(parents=True, exist_ok=True)
     for entry in run.iterdir():
-        if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
+        if entry.is_symlink() or not (entry.is_file() or entry.is_dir() or not entry.exists()):
             raise ValueError(
                 f"{entry} is a link or a device, and training writes into its own folder alone; remove it "
                 "(--cache names a folder elsewhere)"
