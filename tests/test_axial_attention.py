@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from axial_fusion import axial_attention, reference, select_backend
+from axial_fusion.cpu import compiled
 from axial_fusion.gpu import tiles
 from axial_fusion.gpu.tiles import Key, Tile
 from axial_fusion.registry import OPS
@@ -17,7 +18,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]
 if DEVICE == "cuda":
     DTYPES.append(torch.bfloat16)  # the interpreter's bf16 dot is broken
+BUILT = pytest.mark.skipif(compiled.missing() is not None, reason=str(compiled.missing()))
 FLOOR = {torch.float32: 5e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+
+BACKENDS = ["triton", "torch", "registered", "reference", pytest.param("cpu", marks=BUILT)]
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
@@ -152,7 +156,7 @@ def with_gradients(backend, tensors, **options):
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # NumPy's, of the interpreter
-@pytest.mark.parametrize("backend", ["triton", "auto", "torch", "registered", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @settings(FEW, max_examples=12)
 @given(st.data())
 def test_what_is_not_finite_reaches_what_sees_it_alone(backend, data):
@@ -192,7 +196,7 @@ def test_what_is_not_finite_reaches_what_sees_it_alone(backend, data):
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # NumPy's, of the interpreter
-@pytest.mark.parametrize("backend", ["triton", "auto", "torch", "registered", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("slices", [3, 9, 20])
 def test_keys_past_the_length_may_hold_anything(slices, value, backend):

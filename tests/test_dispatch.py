@@ -201,7 +201,7 @@ def test_a_fusion_on_a_gpu_takes_for_each_part_what_its_op_would(channels, slice
     with FakeTensorMode():
         x = torch.empty(1, slices, 16, channels, device="cuda", dtype=dtype)
         w = half(channels, rank, dtype, "cuda")
-        parts = dispatch.select_halves(x, w, w, num_heads=2, slices=slices, backend="auto")
+        parts = dispatch.select_halves(x, w, w, num_heads=2, queries=slices, backend="auto")
         qkv = torch.empty(1, slices, 16, 2, channels // 2, device="cuda", dtype=dtype)
         lora = [] if w.lora_q is None else [w.lora_q.a, w.lora_q.b]
         projection = [w.qkv_weight, w.qkv_bias]

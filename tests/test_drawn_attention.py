@@ -18,6 +18,7 @@ from axial_fusion import (
     slice_attention,
     window_attention,
 )
+from axial_fusion.cpu import compiled
 from axial_fusion.dispatch import HalfBackends
 from axial_fusion.ops import axial_fusion_attention as fusion
 from axial_fusion.registry import OPS
@@ -35,7 +36,8 @@ class Marked(torch.Tensor):
 
 def dtype_of(draw, backend):
     """The interpreter has no bf16 product, and kernels have no fp64."""
-    return draw(st.sampled_from([torch.float32, torch.float16] if backend == "triton" else list(TOL)))
+    known = {"triton": [torch.float32, torch.float16], "cpu": list(compiled.DTYPES)}
+    return draw(st.sampled_from(known.get(backend, list(TOL))))
 
 
 def rounding(q, k, scale):
@@ -90,8 +92,10 @@ def drawn_axial(data):
     slices = data.draw(st.sampled_from([slices, slices, 9]))
     if data.draw(st.booleans()):
         queries = slices
-    backend = data.draw(st.sampled_from(["auto", "torch", "registered", "triton"]))
+    backend = data.draw(st.sampled_from(["auto", "cpu", "torch", "registered", "triton"]))
     keys = (batch, slices, positions, heads, dim)
+    if backend == "cpu" and compiled.missing():
+        backend = "auto"
     leaves, kinds = drawn(data, (batch, queries, positions, heads, dim), keys, keys, backend=backend)
     options = {"scale": data.draw(SCALES), "causal": data.draw(st.booleans())}
     used = dim**-0.5 if options["scale"] is None else options["scale"]

@@ -118,7 +118,7 @@ def test_the_kernels_wheel_imports_without_the_repository(source, kernels_wheel,
     wheel.extractall(tmp_path)
     code = (
         "import sys, axial_fusion, torch\n"
-        "q = torch.randn(1, 3, 4, 2, 8)\n"
+        "q = torch.randn(1, 3, 4, 2, 16)\n"
         f"assert axial_fusion.select_backend('axial_attention', q, q, q).backend == {expected!r}\n"
         f"assert axial_fusion.__file__.startswith({str(tmp_path)!r})\n"
         "x = torch.randn(1, 3, 4, 16)\n"

@@ -26,7 +26,8 @@ class Facts(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     head_dim: int = 1
-    slices: int = 1
+    slices: int = 1  # of queries or of keys, whichever are more
+    queries: int = 1  # slices of them
     columns: int = 1  # of keys in a row
     channels: int = 1
     rank: int = 0  # 0: no LoRA

@@ -1,1 +1,1 @@
-"""How ops run on a CPU, and wherever no kernel takes them: library products in the order that suits a CPU's caches."""
+"""How ops run on a CPU, and wherever no kernel takes them: compiled kernels, optional, and library products."""

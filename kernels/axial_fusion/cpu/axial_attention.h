@@ -78,7 +78,8 @@ INLINE TARGET Ints LEVEL(before)(int64_t end, int n) {
     return lane < (int32_t)end - WIDTH * n;
 }
 
-INLINE TARGET void LEVEL(copy_as)(float *to, const View *t, Place at, int64_t rows, int64_t stored, const Axial *c, int64_t dtype) {
+INLINE TARGET void LEVEL(copy_as)(float *to, const View *t, Place at, int64_t rows, int64_t stored, const Axial *c,
+                                  int64_t dtype) {
     int64_t size = dtype == FLOAT32 ? 4 : 2, padded = whole(c->dim, WIDTH), full = c->dim / WIDTH * WIDTH;
     for (int64_t i = 0; i < rows; i++)
         for (int64_t m = 0; m < at.heads; m++) {
@@ -124,7 +125,8 @@ static TARGET void LEVEL(transpose)(float *to, const float *x, int64_t rows, int
         }
 }
 
-INLINE TARGET void LEVEL(scores_of)(Lanes *s, const float *x, const Lanes *y, int64_t rows, int64_t padded, int vectors) {
+INLINE TARGET void LEVEL(scores_of)(Lanes *s, const float *x, const Lanes *y, int64_t rows, int64_t padded,
+                                    int vectors) {
     for (int64_t i = 0; i < rows; i += BLOCK, x += BLOCK * padded, s += BLOCK * vectors) {
         Lanes even[BLOCK][MAX_ROWS / WIDTH] = {0}, odd[BLOCK][MAX_ROWS / WIDTH] = {0}; /* sums that need not wait */
         const Lanes *column = y;
@@ -174,7 +176,8 @@ static TARGET void LEVEL(softmax)(Lanes *s, const int64_t *ends, int64_t rows, i
 }
 
 /* Weights p and their gradients dp become the gradients of q·k: p · (dp - Σ p · dp) · scale. */
-static TARGET void LEVEL(through_softmax)(Lanes *dp, const Lanes *p, const int64_t *ends, int64_t rows, int vectors, float scale) {
+static TARGET void LEVEL(through_softmax)(Lanes *dp, const Lanes *p, const int64_t *ends, int64_t rows, int vectors,
+                                          float scale) {
     for (int64_t i = 0; i < rows; i++, p += vectors, dp += vectors) {
         Lanes total = {0}, none = {0};
         for (int n = 0; n < vectors; n++) total += LEVEL(either)(LEVEL(before)(ends[i], n), p[n] * dp[n], none);
@@ -185,7 +188,8 @@ static TARGET void LEVEL(through_softmax)(Lanes *dp, const Lanes *p, const int64
 }
 
 /* `rows` rows of Σ_j weight · x_j, channels d .. d + 16 · vectors - 1 of them. */
-INLINE TARGET void LEVEL(sums_of)(float *y, Weights w, const float *x, int64_t count, int64_t padded, int rows, int vectors) {
+INLINE TARGET void LEVEL(sums_of)(float *y, Weights w, const float *x, int64_t count, int64_t padded, int rows,
+                                  int vectors) {
     Lanes sums[BLOCK][4] = {0};
     for (int64_t j = 0; j < count; j++)
         for (int r = 0; r < rows; r++)
@@ -202,22 +206,10 @@ INLINE TARGET void LEVEL(sums)(float *y, Weights w, const float *x, int64_t coun
     for (; d < padded; d += WIDTH) LEVEL(sums_of)(y + d, w, x + d, count, padded, rows, 1);
 }
 
-INLINE TARGET void LEVEL(write_as)(char *to, const float *y, int64_t dim, int64_t dtype) {
-    int64_t size = dtype == FLOAT32 ? 4 : 2, d = 0;
-    for (; d + WIDTH <= dim; d += WIDTH) LEVEL(store)(to + size * d, *(const Lanes *)(y + d), dtype);
-    if (d < dim) {
-        char tail[4 * WIDTH];
-        LEVEL(store)(tail, *(const Lanes *)(y + d), dtype);
-        memcpy(to + size * d, tail, (size_t)(size * (dim - d)));
-    }
-}
-
-/* Rows of a result, in the tensor's dtype: sums of rows of x over their ranges. */
-static TARGET void LEVEL(combine)(const View *t, Place at, float *y, Weights w, const float *x, const Range *range, int64_t rows,
-                                  const Axial *c) {
-    int64_t padded = whole(c->dim, WIDTH);
-    char *to = address(t, at, c);
-    for (int64_t i = 0, block; i < rows; i += block) {
+/* Rows of a result of one head: sums of rows of x over their ranges. */
+static TARGET void LEVEL(combine)(float *y, Weights w, const float *x, const Range *range, int64_t rows,
+                                  int64_t padded) {
+    for (int64_t i = 0, block; i < rows; i += block, y += block * padded) {
         int64_t first = range->first[i], end = range->end[i], last = i + BLOCK - 1;
         block = last < rows && first == range->first[last] && end == range->end[last] ? BLOCK : 1;
         Weights here = {w.at + i * w.row + first * w.step, w.row, w.step};
@@ -225,16 +217,34 @@ static TARGET void LEVEL(combine)(const View *t, Place at, float *y, Weights w, 
             LEVEL(sums)(y, here, x + first * padded, end - first, padded, BLOCK);
         else
             LEVEL(sums)(y, here, x + first * padded, end - first, padded, 1);
-        for (int64_t r = 0; r < block; r++) {
-            char *row = to + (i + r) * t->slice * bytes(c);
-            if (c->dtype == FLOAT32)
-                LEVEL(write_as)(row, y + r * padded, c->dim, FLOAT32);
-            else if (c->dtype == BFLOAT16)
-                LEVEL(write_as)(row, y + r * padded, c->dim, BFLOAT16);
-            else
-                LEVEL(write_as)(row, y + r * padded, c->dim, FLOAT16);
-        }
     }
+}
+
+INLINE TARGET void LEVEL(write_as)(const View *t, Place at, const float *from, int64_t rows, int64_t stored, const Axial *c,
+                                   int64_t dtype) {
+    int64_t size = dtype == FLOAT32 ? 4 : 2, padded = whole(c->dim, WIDTH), full = c->dim / WIDTH * WIDTH;
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t m = 0; m < at.heads; m++) {
+            char *row = address(t, at, c) + (i * t->slice + m * t->head) * size;
+            const float *y = from + (m * stored + i) * padded;
+            for (int64_t d = 0; d < full; d += WIDTH) LEVEL(store)(row + size * d, *(const Lanes *)(y + d), dtype);
+            if (full < c->dim) {
+                char tail[4 * WIDTH];
+                LEVEL(store)(tail, *(const Lanes *)(y + full), dtype);
+                memcpy(row + size * full, tail, (size_t)(size * (c->dim - full)));
+            }
+        }
+}
+
+/* The inverse of `copy`. */
+static TARGET void LEVEL(write)(const View *t, Place at, const float *from, int64_t rows, int64_t stored,
+                                const Axial *c) {
+    if (c->dtype == FLOAT32)
+        LEVEL(write_as)(t, at, from, rows, stored, c, FLOAT32);
+    else if (c->dtype == BFLOAT16)
+        LEVEL(write_as)(t, at, from, rows, stored, c, BFLOAT16);
+    else
+        LEVEL(write_as)(t, at, from, rows, stored, c, FLOAT16);
 }
 
 static TARGET void LEVEL(forward)(const Axial *c, float *scratch, Place at) {
@@ -245,19 +255,20 @@ static TARGET void LEVEL(forward)(const Axial *c, float *scratch, Place at) {
     LEVEL(copy)(q, &c->q, at, c->queries, l.rows, c);
     LEVEL(copy)(k, &c->k, at, used, c->keys, c);
     LEVEL(copy)(v, &c->v, at, used, c->keys, c);
-    for (int64_t m = 0; m < at.heads; m++, at.m++) {
+    for (int64_t m = 0; m < at.heads; m++) {
         LEVEL(transpose)(kt, k, used, l.padded, l.lanes);
         LEVEL(scores)((Lanes *)s, q, (Lanes *)kt, c->queries, l.padded, (int)(l.lanes / WIDTH));
         LEVEL(softmax)((Lanes *)s, keys.end, c->queries, (int)(l.lanes / WIDTH), (float)c->scale);
-        LEVEL(combine)(&c->y, at, scratch + l.out, (Weights){s, l.lanes, 1}, v, &keys, c->queries, c);
+        LEVEL(combine)(q, (Weights){s, l.lanes, 1}, v, &keys, c->queries, l.padded); /* q is read no more */
         q += l.rows * l.padded, k += c->keys * l.padded, v += c->keys * l.padded;
     }
+    LEVEL(write)(&c->y, at, scratch + l.q, c->queries, l.rows, c);
 }
 
 static TARGET void LEVEL(backward)(const Axial *c, float *scratch, Place at) {
     Layout l = layout(c);
     Range keys, queries;
-    float *q = scratch + l.q, *dy = scratch + l.dy, *k = scratch + l.k, *v = scratch + l.v, *out = scratch + l.out;
+    float *q = scratch + l.q, *dy = scratch + l.dy, *k = scratch + l.k, *v = scratch + l.v, *dq = scratch + l.dq;
     float *kt = scratch + l.kt, *vt = scratch + l.vt, *s = scratch + l.s, *ds = scratch + l.ds;
     int64_t used = seen(c, at.b, &keys, &queries);
     int vectors = (int)(l.lanes / WIDTH);
@@ -265,16 +276,20 @@ static TARGET void LEVEL(backward)(const Axial *c, float *scratch, Place at) {
     LEVEL(copy)(dy, &c->dy, at, c->queries, l.rows, c);
     LEVEL(copy)(k, &c->k, at, used, c->keys, c);
     LEVEL(copy)(v, &c->v, at, used, c->keys, c);
-    for (int64_t m = 0; m < at.heads; m++, at.m++) {
+    for (int64_t m = 0; m < at.heads; m++) {
         LEVEL(transpose)(kt, k, used, l.padded, l.lanes);
         LEVEL(transpose)(vt, v, used, l.padded, l.lanes);
         LEVEL(scores)((Lanes *)s, q, (Lanes *)kt, c->queries, l.padded, vectors);
         LEVEL(scores)((Lanes *)ds, dy, (Lanes *)vt, c->queries, l.padded, vectors);
         LEVEL(softmax)((Lanes *)s, keys.end, c->queries, vectors, (float)c->scale);
         LEVEL(through_softmax)((Lanes *)ds, (Lanes *)s, keys.end, c->queries, vectors, (float)c->scale);
-        LEVEL(combine)(&c->dq, at, out, (Weights){ds, l.lanes, 1}, k, &keys, c->queries, c);
-        LEVEL(combine)(&c->dk, at, out, (Weights){ds, 1, l.lanes}, q, &queries, c->keys, c);
-        LEVEL(combine)(&c->dv, at, out, (Weights){s, 1, l.lanes}, dy, &queries, c->keys, c);
-        q += l.rows * l.padded, dy += l.rows * l.padded, k += c->keys * l.padded, v += c->keys * l.padded;
+        LEVEL(combine)(dq, (Weights){ds, l.lanes, 1}, k, &keys, c->queries, l.padded);
+        LEVEL(combine)(k, (Weights){ds, 1, l.lanes}, q, &queries, c->keys, l.padded); /* k and v are read no more */
+        LEVEL(combine)(v, (Weights){s, 1, l.lanes}, dy, &queries, c->keys, l.padded);
+        q += l.rows * l.padded, dy += l.rows * l.padded, dq += l.rows * l.padded;
+        k += c->keys * l.padded, v += c->keys * l.padded;
     }
+    LEVEL(write)(&c->dq, at, scratch + l.dq, c->queries, l.rows, c);
+    LEVEL(write)(&c->dk, at, scratch + l.k, c->keys, c->keys, c);
+    LEVEL(write)(&c->dv, at, scratch + l.v, c->keys, c->keys, c);
 }

@@ -1,4 +1,4 @@
-"""Attention across slices at each position in plain torch: what runs on a CPU, and where no kernel does.
+"""Attention across slices at each position in plain torch: what runs where no kernel does.
 
 Scores and softmax are fp32. Half precision converts q and k first: fp16 scores overflow before they are scaled, and
 rounded scores of some tens move the weights by per cents. Scores lie keys first: torch's softmax over a last axis of 9

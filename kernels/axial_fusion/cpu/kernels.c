@@ -67,7 +67,7 @@ typedef struct { /* weights of a sum: at[i * row + j * step] is that of row j in
 } Weights;
 
 typedef struct { /* where a thread's scratch memory holds what, and its size, in numbers */
-    int64_t rows, padded, lanes, q, dy, k, v, out, kt, vt, s, ds, size;
+    int64_t rows, padded, lanes, q, dy, dq, k, v, kt, vt, s, ds, size;
 } Layout;
 
 /* torch's own GOMP_parallel: a second pool of threads would fight with it for the cores. */
@@ -79,10 +79,10 @@ static Layout layout(const Axial *c) {
     Layout l = {whole(c->queries, BLOCK), whole(c->dim, WIDTH), whole(c->keys, WIDTH), .q = 0};
     int64_t more = c->dq.data != NULL, all = c->group * l.padded; /* a row of all heads */
     l.dy = all * l.rows;
-    l.k = l.dy + more * all * l.rows;
+    l.dq = l.dy + more * all * l.rows;
+    l.k = l.dq + more * all * l.rows;
     l.v = l.k + all * c->keys;
-    l.out = l.v + all * c->keys;
-    l.kt = l.out + BLOCK * l.padded;
+    l.kt = l.v + all * c->keys;
     l.vt = l.kt + l.padded * l.lanes;
     l.s = l.vt + more * l.padded * l.lanes;
     l.ds = l.s + l.rows * l.lanes;

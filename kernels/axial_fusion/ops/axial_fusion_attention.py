@@ -49,8 +49,8 @@ def axial_fusion_attention(
     if x.dim() == 5:
         x = x.flatten(2, 3)
     index = None if query_index is None else _checked_index(query_index, x.shape[1])
-    slices = x.shape[1] if index is None else max(x.shape[1], len(index))
-    across, within = select_halves(x, inter, intra, num_heads=num_heads, slices=slices, backend=backend)
+    queries = x.shape[1] if index is None else len(index)
+    across, within = select_halves(x, inter, intra, num_heads=num_heads, queries=queries, backend=backend)
     scale = softmax_scale("axial_fusion_attention", None, x.shape[-1] // num_heads)
     if inter is not None:
         q, k, v = _projections(x, inter, num_heads, dropout_p, eps, across, index)
