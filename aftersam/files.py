@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 NIFTI = (".nii.gz", ".nii")
 DICOM = ".dcm"
+OTHER_IMAGES = (".nrrd", ".mha", ".mhd", ".nii.bz2", ".nii.xz", ".nii.zst", ".img", ".gipl", ".mgz", DICOM)
 FACTS = "aftersam"  # key of our JSON in a safetensors file's metadata
 _TEMPORARY = re.compile(r"\.aftersam-[0-9a-f]{12}")  # a folder beside what is written, and its lock inside
 _LOCK = ".lock"

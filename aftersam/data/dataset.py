@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from aftersam.data.volume import read_grid, read_labels
-from aftersam.files import NIFTI, by_case, case_id, normal_form, read_json, scans_in, write_json
+from aftersam.files import NIFTI, OTHER_IMAGES, by_case, case_id, normal_form, read_json, scans_in, write_json
 
 FOLDS = 5
 SEGTHOR_LABELS = {1: "esophagus", 2: "heart", 3: "trachea", 4: "aorta"}
-OTHER_IMAGES = (".nrrd", ".mha", ".mhd", ".nii.bz2", ".nii.xz", ".nii.zst", ".img", ".gipl", ".mgz", ".dcm")
 OTHER_MODALITIES = r"\b(mri?|t[12]\w*|flair|dwi|adc|swi|pet|pt|suv|spect|us|ultrasound|x-?ray|dose)\b"
 SIDES = {"left": "right", "right": "left", "l": "r", "r": "l"}
 
