@@ -22,6 +22,7 @@ setup(
         Extension(
             "axial_fusion.cpu._kernels",
             ["kernels/axial_fusion/cpu/kernels.c"],
+            depends=["kernels/axial_fusion/cpu/axial_attention.h"],
             extra_compile_args=["-O3", "-Wno-psabi"],
             optional=True,
         )

@@ -2,13 +2,11 @@
 
 from setuptools import Extension, setup
 
-setup(
-    ext_modules=[
-        Extension(
-            "axial_fusion.cpu._kernels",
-            ["axial_fusion/cpu/kernels.c"],
-            extra_compile_args=["-O3", "-Wno-psabi"],
-            optional=True,
-        )
-    ]
+KERNELS = Extension(
+    "axial_fusion.cpu._kernels",
+    ["axial_fusion/cpu/kernels.c"],
+    depends=["axial_fusion/cpu/axial_attention.h"],
+    extra_compile_args=["-O3", "-Wno-psabi"],
+    optional=True,
 )
+setup(ext_modules=[KERNELS])

@@ -274,7 +274,7 @@ def test_what_the_kernel_cannot_do_is_refused_when_named_and_told_otherwise(shap
     tensors = inputs(shape, torch.float32)
     with pytest.raises(ValueError, match=message):
         axial_attention(*tensors, backend="triton")
-    assert select_backend("axial_attention", *tensors).backend == "torch"
+    assert select_backend("axial_attention", *tensors).backend != "triton"
     torch.testing.assert_close(
         axial_attention(*tensors), reference.axial_attention(*tensors), rtol=1e-4, atol=1e-5
     )

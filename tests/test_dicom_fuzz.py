@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
-from aftersam.data.dicom_segmentation import check_segmentation
+from aftersam.data.dicom_segmentation import check_segmentation, write_segmentation
 from aftersam.data.volume import read_image
 from aftersam.errors import SAID
 from toy_series import encapsulated, enhanced, jpeg_lossless, random_scan, series_files
@@ -100,17 +100,21 @@ def series_with_a_mutation(folder, base, rng):
     return path
 
 
+NAMES = {1: "heart", 2: "liver"}
+
+
 def look(folder, path):
-    """Read the series and check that it can be segmented; why not, else ""."""
+    """Read the series and check that it can be segmented; why not, else "", and then it can be."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
             volume = read_image(folder)
-            check_segmentation(folder, {1: "heart", 2: "liver"})
+            check_segmentation(folder, NAMES)
         except SAID as error:
             refusal = str(error)
         else:
             assert volume.array.shape[0] == 3 or any(path.name in str(w.message) for w in said)
+            write_segmentation(folder / "mask.dcm", np.ones(volume.grid.shape, np.uint8), folder, NAMES)
             return ""
     assert str(folder) in refusal
     return refusal

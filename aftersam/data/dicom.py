@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -27,14 +27,26 @@ UNEVEN_MM = 0.1  # by which a slice may lie off the even grid: archives round po
 SAME_MM = 1e-3  # two slices closer than this lie at one position
 
 
+class Series(NamedTuple):
+    """A CT series whose pixels are still on disk."""
+
+    slices: list[Slice]  # sorted along their normal
+    affine: np.ndarray  # (4, 4) voxel (x, y, z) -> RAS mm
+    left_out: dict[str, str]  # why other files of the folder are no slices, or copies of one, by name
+
+
 def read_series(folder: Path) -> nib.Nifti1Image:
     """The CT series in `folder` in HU, slices sorted along their normal, with its affine in RAS mm.
 
-    int16 where every slice scales to integers, else float32. Raises ValueError as `find_series` does, and on a slice
-    whose pixels are truncated, damaged or compressed in a way that no installed decoder reads."""
+    int16 where every slice scales to integers, else float32. What is left out is told in a warning. Raises ValueError
+    as `find_series` does, and on a slice whose pixels are truncated or damaged."""
     import nibabel as nib
 
-    slices, affine = find_series(folder)
+    slices, affine, left_out = find_series(folder)
+    if left_out:
+        some = ", ".join(f"{name} ({why})" for name, why in list(left_out.items())[:5])
+        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+        warnings.warn(f"{folder}: left out what is no slice of the series: {some}{more}", stacklevel=2)
     whole = all(v.is_integer() for s in slices for v in (s.slope, s.intercept))
     stack = None
     for z, (one, plane) in enumerate(zip(slices, stored_pixels(slices), strict=True)):
@@ -52,13 +64,12 @@ def read_series(folder: Path) -> nib.Nifti1Image:
     return image
 
 
-def find_series(folder: Path) -> tuple[list[Slice], np.ndarray]:
-    """The slices of the CT series in `folder`, sorted along their normal, and the affine (x, y, z) -> RAS mm.
+def find_series(folder: Path) -> Series:
+    """The CT series in `folder`; its pixels are still on disk.
 
-    Files that are no slices, and copies of a slice, are left out with a warning.
     Source: DICOM PS3.3 C.7.6.2.1.1. Raises ValueError where there is no CT series or more than one, where a file
-    is damaged or lacks an attribute, where slices are missing or differ in size or direction, and where pydicom is
-    not installed."""
+    is damaged, lacks an attribute or is compressed in a way that no installed decoder reads, where slices are missing
+    or differ in size or direction, and where pydicom is not installed."""
     headers, left_out = _headers(folder)
     series = {text_of(path, header, "SeriesInstanceUID") for path, header in headers}
     if len(series) > 1:
@@ -70,11 +81,8 @@ def find_series(folder: Path) -> tuple[list[Slice], np.ndarray]:
     normal = np.cross(*slices[0].orientation)
     slices.sort(key=lambda s: float(normal @ s.position))
     slices, copies = _without_copies(slices)
-    if left_out := left_out | copies:
-        some = ", ".join(f"{name} ({why})" for name, why in list(left_out.items())[:5])
-        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
-        warnings.warn(f"{folder}: left out what is no slice of the series: {some}{more}", stacklevel=1)
-    return slices, np.diag([-1.0, -1.0, 1.0, 1.0]) @ _affine(folder, slices, normal)
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ _affine(folder, slices, normal)
+    return Series(slices, affine, left_out | copies)
 
 
 def _headers(folder: Path) -> tuple[list[tuple[Path, Any]], dict[str, str]]:

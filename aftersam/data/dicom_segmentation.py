@@ -37,7 +37,7 @@ def check_segmentation(folder: Path, names: dict[int, str]) -> None:
                 f"the organ {name!r} cannot be a DICOM segment: its name must have 1 to {LONGEST_NAME} characters "
                 "and no backslash; leave it out with --labels, or name a .nii.gz"
             )
-    slices, _ = find_series(folder)
+    slices = find_series(folder).slices
     labels = np.zeros((len(slices), *slices[0].shape), np.uint16)
     labels.reshape(-1)[: len(names)] = sorted(names)[: labels.size]
     with naming(folder, "can have no DICOM segmentation"):
@@ -49,7 +49,7 @@ def write_segmentation(path: Path, labels: np.ndarray, folder: Path, names: dict
 
     One binary segment an organ that has voxels, under its name. Raises ValueError where highdicom is not installed,
     the series has gone or changed, or no organ was found: the standard has no empty segmentation."""
-    slices, _ = find_series(folder)
+    slices = find_series(folder).slices
     labels = labels.T  # (z, y, x): one frame a slice, rows y
     if labels.shape != (len(slices), *slices[0].shape):
         raise ValueError(

@@ -24,7 +24,7 @@ _GROUP = 3 << 10  # elements of a position that a thread copies at a time: its h
 _GRAIN = 1 << 15  # multiply-adds that are worth another thread
 
 
-_CALL = struct.Struct("52qd")  # an Axial of kernels.c: eight views of five numbers, twelve more, scale
+_CALL = struct.Struct("51qd")  # an Axial of kernels.c: eight views of five numbers, eleven more, scale
 _ABSENT = (0,) * 5  # the view of a tensor that a call does not have
 
 
@@ -47,10 +47,8 @@ def _library() -> ctypes.CDLL | str:
         return f"the compiled kernels do not load: {error}"
     if version != VERSION:
         return "the compiled kernels are of another version of this package; install it again"
-    library.axial_scratch.argtypes = [ctypes.c_int64] * 5
-    library.axial_scratch.restype = library.axial_level.restype = ctypes.c_int64
+    library.axial_level.restype = library.axial_attention.restype = ctypes.c_int64
     library.axial_attention.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64]
-    library.axial_attention.restype = None
     return library
 
 
@@ -103,17 +101,14 @@ def _run(
     group = max(1, min(heads, _GROUP // (keys * dim)))
     items = batch * positions * -(-heads // group)
     threads = max(1, min(torch.get_num_threads(), items, work // _GRAIN))
-    backward = views[-1] is not _ABSENT
-    scratch = torch.empty(
-        threads * library.axial_scratch(queries, keys, dim, group, backward), dtype=torch.float32
-    )
     call = _CALL.pack(
         *(number for view in views for number in view),
         0 if lengths is None else lengths.data_ptr(),
         batch, queries, keys, positions, heads, dim, DTYPES.index(q.dtype), causal, threads, group,
-        scratch.data_ptr(), scale,
+        scale,
     )  # fmt: skip
-    library.axial_attention(call, _parallel(), _level())
+    if library.axial_attention(call, _parallel(), _level()):
+        raise MemoryError("axial_attention: no memory for the rows that its threads work on")
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool) -> Tensor:
