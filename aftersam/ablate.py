@@ -71,6 +71,8 @@ class AblateArgs:
     """Minutes of each training, in place of steps."""
     jobs: Small = 1
     """Rows trained at once, each in a process of its own with its share of the cores."""
+    trust_intensities: bool = False
+    """As in train."""
     fold: Index = 0
     """Fold whose validation scans are scored."""
     device: str = "auto"
@@ -152,6 +154,7 @@ def _row(args: AblateArgs, name: str, change: Mapping[str, Any], seed: int) -> S
             TrainArgs(
                 data=args.data, output=run, config=row_config(args, change, seed), preset=args.preset, fold=args.fold,
                 sam_checkpoint=args.sam_checkpoint, device=args.device, cache=args.output / "cache",
+                trust_intensities=args.trust_intensities,
             )
         )  # fmt: skip
         dataset = find_dataset(args.data)
@@ -161,7 +164,7 @@ def _row(args: AblateArgs, name: str, change: Mapping[str, Any], seed: int) -> S
         predict_files(
             PredictArgs(
                 input=images, output=home / "masks", model=run, checkpoint="last", device=args.device, preview=False,
-                prompt_labels=labels,
+                prompt_labels=labels, trust_intensities=args.trust_intensities,
             )
         )  # fmt: skip
         write_json(home / "metrics.json", score_folder(home / "masks", labels, quiet=True))

@@ -61,3 +61,11 @@ def test_prompts_are_found_by_case(tmp_path):
     assert prompt_file(tmp_path, Path("scans/a.nii.gz")) == path
     with pytest.raises(ValueError, match=r"no label b\.nii\.gz"):
         prompt_file(tmp_path, Path("scans/b_0000.nii.gz"))
+
+
+def test_images_of_another_format_beside_scans_are_told_of(tmp_path):
+    for name in ("a.nii.gz", "b.nrrd", "c.MHA"):
+        (tmp_path / name).write_text("")
+    with pytest.warns(UserWarning, match=r"b\.nrrd and all else in .* is not read"):
+        jobs, _ = jobs_of(tmp_path, tmp_path / "out")
+    assert len(jobs) == 1

@@ -1,6 +1,7 @@
 """NIfTI as it comes: units, transforms and types are honoured or refused; damage is one sentence, without memory."""
 
 import gzip
+import os
 import resource
 import time
 import warnings
@@ -156,6 +157,16 @@ def test_an_absurd_header_is_refused_before_memory_is_taken(tmp_path, fields, sa
     with pytest.raises(ValueError, match=r"a\.nii.*" + (said or "would have .* at the model's spacing")):
         preprocess(read_image(tmp_path / "a.nii"), (0.5, 0.5, 0.5))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+def test_what_is_no_file_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "a.nii.gz")
+    (tmp_path / "b.nii.gz").mkdir()
+    (tmp_path / "c.nii.gz").symlink_to(tmp_path / "c.nii.gz")
+    for path in sorted(tmp_path.iterdir()):
+        for read in (read_labels, read_grid):
+            with pytest.raises(ValueError, match=r"is not a file|does not exist"):
+                read(path)
 
 
 def files():

@@ -35,6 +35,8 @@ def opened(path: Path, *, whole: bool = True, told: bool = True) -> Iterator[nib
 
     if not path.exists():
         raise ValueError(f"{path} does not exist")
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is not a file")
     if not is_nifti(path):
         raise ValueError(f"{path} is not a NIfTI file (.nii or .nii.gz)")
     with naming(path), nib.openers.ImageOpener(str(path), "rb") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,6 +40,12 @@ def jobs_of(
         if output.name.lower().endswith((*NIFTI, DICOM)) or output.is_file():
             raise ValueError(f"{source} is a folder of {len(scans)} scans, so --output must be a folder")
         _refuse_format(output)
+        named = sorted(p for p in source.iterdir() if not p.name.startswith("."))
+        if others := [p for p in named if p.name.lower().endswith(OTHER_IMAGES)]:
+            warnings.warn(
+                f"{others[0]} and all else in {source} that is no .nii.gz or .nii is not read; convert it",
+                stacklevel=2,
+            )
         return masks_of(scans, output), True
     mask = output
     if mask.suffix == DICOM and not source.is_dir():
