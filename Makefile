@@ -65,7 +65,7 @@ clean: ## remove caches, builds and demo-run; .venv stays
 
 # torchvision's wheel does not import beside torch's CPU build, and transformers and PEFT import it where they find it.
 # So it stays, with timm that needs it, in a folder that only our tests and benchmarks search (benchmarks/__init__.py).
-.venv/installed: setup.py constraints.txt
+.venv/installed: setup.py constraints.txt $(wildcard kernels/axial_fusion/cpu/*.[ch])
 	@echo "making .venv: about 2 GB, some minutes, once"
 	python3 -m venv .venv
 	.venv/bin/python -m pip install -q -c constraints.txt -e '.[test,dev]' diffusers transformers

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent
 
@@ -18,6 +18,15 @@ setup(
     packages=find_packages(include=["aftersam*"]) + find_packages("kernels"),
     package_dir={"axial_fusion": "kernels/axial_fusion"},
     package_data={"aftersam": ["py.typed"], "axial_fusion": ["py.typed", "VERSION"]},
+    ext_modules=[  # left out where there is no compiler
+        Extension(
+            "axial_fusion.cpu._kernels",
+            ["kernels/axial_fusion/cpu/kernels.c"],
+            depends=["kernels/axial_fusion/cpu/axial_attention.h"],
+            extra_compile_args=["-O3", "-Wno-psabi"],
+            optional=True,
+        )
+    ],
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

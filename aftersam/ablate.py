@@ -21,10 +21,10 @@ from typing import Any, Literal
 import tyro
 
 from aftersam.config import Config, Count, Index, Positive, Seed, Small, checked, preset
-from aftersam.errors import run_command
+from aftersam.errors import plain_console, run_command
 from aftersam.evaluation.statistics import AblationTable, Scores, summarise
 from aftersam.evaluation.tables import markdown_table
-from aftersam.files import read_json, write_json, write_text
+from aftersam.files import read_json, refuse_input, write_json, write_text
 
 TABLES: dict[str, dict[str, dict[str, Any]]] = {  # columns in the paper's order; the last is what others are held to
     "3": {
@@ -81,12 +81,11 @@ def ablate(args: AblateArgs) -> dict[str, AblationTable]:
     """Train, predict and score what is missing of the tables; write tables.md, tables.json and a PNG of each.
 
     Raises ValueError on bad input."""
-    from rich.console import Console
-
     from aftersam.device import find_device
     from aftersam.evaluation.figures import ablation_figure
 
     checked(args)
+    refuse_input(args.output, [args.data])
     find_device(args.device)
     if "small" in args.table and args.preset != "small":
         raise ValueError(f"table small shows what the preset small is made of, not {args.preset}")
@@ -109,7 +108,7 @@ def ablate(args: AblateArgs) -> dict[str, AblationTable]:
     write_text(args.output / "tables.md", text + "\n")
     # NaN where no case has an organ, which write_json refuses
     write_text(args.output / "tables.json", json.dumps(result, indent=1) + "\n")
-    Console(soft_wrap=True).print(text, markup=False, highlight=False)
+    plain_console().print(text, soft_wrap=True)
     return result
 
 
@@ -208,10 +207,8 @@ def markdown(name: str, table: AblationTable) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = tyro.cli(AblateArgs, args=argv, description=__doc__)
-
     def command() -> int:
-        ablate(args)
+        ablate(tyro.cli(AblateArgs, args=argv, description=__doc__))
         return 0
 
     return run_command("ablate", command)

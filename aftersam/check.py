@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import tyro
 
 from aftersam.config import ENCODERS, Config, Index, checked, preset
-from aftersam.errors import SAID, run_command, sentence
+from aftersam.errors import SAID, plain_console, run_command, sentence
 
 if TYPE_CHECKING:
     import torch
@@ -199,18 +199,15 @@ def check(args: CheckArgs) -> CheckResult:
     """Look through the data set that `args` name and print what was found and what a run will need.
 
     Raises ValueError where there is no data set."""
-    from rich.console import Console
     from rich.progress import track
 
     from aftersam.data.dataset import find_dataset
     from aftersam.device import find_device
 
-    dataset, console = find_dataset(checked(args).data), Console()
-    found = f"{dataset.name}: {dataset.layout}, {len(dataset.cases)} scans"
-    console.print(found, markup=False, highlight=False)
-    named = ", ".join(f"{v} {n}" for v, n in dataset.labels.items())
-    console.print(f"labels: {named}", markup=False, highlight=False)
-    progress = Console(stderr=True)
+    dataset, console = find_dataset(checked(args).data), plain_console()
+    console.print(f"{dataset.name}: {dataset.layout}, {len(dataset.cases)} scans")
+    console.print("labels: " + ", ".join(f"{v} {n}" for v, n in dataset.labels.items()))
+    progress = plain_console(stderr=True)
     hidden = not progress.is_terminal
     reports = [
         check_case(case, dataset.labels)
@@ -227,7 +224,6 @@ def check(args: CheckArgs) -> CheckResult:
         f"{len(usable)} of {len(reports)} scans usable; preset {args.preset} needs about "
         f"{need.cache_gb:.2g} GB of cache and {need.memory_gb:.2g} GB of memory; its {need.steps:.0f} steps "
         f"of {need.step_tflop:.2g} TFLOP take {time_needed}",
-        highlight=False,
         soft_wrap=True,
     )
     rate = None
@@ -237,7 +233,7 @@ def check(args: CheckArgs) -> CheckResult:
         if seconds is not None:
             wanted = f", the model takes {config.model.num_slices * config.train.batch_size / seconds:.3g}"
         text = f"{config.train.num_workers} workers load {rate:.3g} slices a second{wanted}"
-        console.print(text, highlight=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
     return CheckResult(tuple(reports), need, seconds, rate)
 
 
@@ -251,24 +247,24 @@ def _config(args: CheckArgs) -> Config:
 
 def _print_cases(console: Console, reports: Sequence[CaseReport], labels: dict[int, str]) -> None:
     """A table of all cases, and what is wrong with the bad ones."""
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     grid = Table("case", "slices × rows × columns", "spacing mm", "HU", "missing labels", "", box=None)
     for report in reports:
-        missing = escape(", ".join(n for v, n in labels.items() if v not in report.labels) or "none")
+        missing = ", ".join(n for v, n in labels.items() if v not in report.labels) or "none"
         grid.add_row(
-            escape(report.id),
+            report.id,
             "" if report.shape is None else " × ".join(map(str, report.shape)),
             "" if report.spacing_mm is None else " × ".join(f"{s:.2f}" for s in report.spacing_mm),
             "" if report.hu_range is None else f"{report.hu_range[0]:g} … {report.hu_range[1]:g}",
             "" if report.problem else missing,
-            "ok" if report.problem is None else "[red]bad[/red]",
+            "ok" if report.problem is None else Text("bad", style="red"),
         )
     console.print(grid)
     for report in reports:
         if report.problem is not None:
-            console.print(f"{report.id}: {report.problem}", soft_wrap=True, markup=False, highlight=False)
+            console.print(f"{report.id}: {report.problem}", soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:
@@ -276,8 +272,11 @@ def _duration(seconds: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = tyro.cli(CheckArgs, args=argv, description=__doc__)
-    return run_command("check", lambda: 1 if any(report.problem for report in check(args).reports) else 0)
+    def command() -> int:
+        args = tyro.cli(CheckArgs, args=argv, description=__doc__)
+        return 1 if any(report.problem for report in check(args).reports) else 0
+
+    return run_command("check", command)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ def checked(args: Args) -> Args:
         for number in _numbers(value):
             for bounds in ranges:
                 if not bounds.has(number):
-                    raise ValueError(f"{name} is {number}, but {bounds}")
+                    flag = f"--{name.replace('_', '-')}" if type(args).__name__.endswith("Args") else name
+                    raise ValueError(f"{flag} is {number}, but {bounds}")
     return args
 
 
@@ -62,7 +63,6 @@ def _ranges(cls: type) -> dict[str, list[Range]]:
 
 
 def _numbers(value: Any) -> list[int | float]:
-    """The numbers in a value, or in the items of a tuple."""
     if isinstance(value, tuple):
         return [number for item in value for number in _numbers(item)]
     return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
@@ -227,8 +227,7 @@ class TrainConfig:
     ce_foreground_weight: Weight = 1.0
     """Weight of every organ against background in the cross-entropy."""
     ce_hardest: Annotated[float, Range(0, 1, "low")] = 1.0
-    """Share of a group's voxels that the cross-entropy is the mean of: the hardest. Below 1 it speaks up where an organ
-    is seen that is not there, of which a Dice over present organs knows nothing."""
+    """Top-k cross-entropy: the fraction of voxels with the highest loss that is averaged. 1 uses all voxels."""
     deep_supervision: Weight = 0.0
     """Weight of the same loss of logits at the tokens' stride, from before any skip. Without it a model that learns
     from scratch leaves encoder and fusion unused: its skips learn sooner."""
@@ -247,8 +246,7 @@ class TrainConfig:
     num_workers: Index = 0
     """Worker processes that load groups; 0 loads in the training process."""
     tracker: str = "tensorboard"
-    """Where curves go: tensorboard, or any tracker that accelerate knows by name and that is installed, such as
-    wandb, mlflow or clearml. The run's folder has them as PNG and history.jsonl in any case."""
+    """Where curves go: tensorboard, or an installed tracker that accelerate knows, such as wandb, mlflow or clearml."""
 
 
 @dataclass(frozen=True)
@@ -322,23 +320,17 @@ def validate(config: Config) -> Config:
     size = ENCODERS[model.image_encoder]
     if model.image_size % size.patch:
         raise ValueError(
-            f"image_size is {model.image_size}, but must be a multiple of {model.image_encoder}'s patch of {size.patch}"
+            f"image_size is {model.image_size}, but must be a multiple of the patch of {size.patch}"
         )
     if size.out_channels % model.num_heads:
         raise ValueError(f"num_heads is {model.num_heads}, but must divide the {size.out_channels} channels")
     if model.stem_slices % 2 == 0 or (model.stem_slices > 1 and not size.stem):
-        raise ValueError(
-            f"stem_slices is {model.stem_slices}, but must be odd, and 1 for an encoder without a stem"
-        )
+        raise ValueError(f"stem_slices is {model.stem_slices}, but must be odd, and 1 without a stem")
     strides = [stride for stride in (1, 2, 4) if 4 * stride <= size.patch]  # SAM's upscaling is ×4 at least
     if model.output_stride not in strides:
-        raise ValueError(
-            f"output_stride is {model.output_stride}, but must be one of {strides} for {model.image_encoder}"
-        )
+        raise ValueError(f"output_stride is {model.output_stride}, but {model.image_encoder} has {strides}")
     if len(model.hu_windows) not in (1, 3) or any(low >= high for low, high in model.hu_windows):
-        raise ValueError(
-            f"hu_windows is {model.hu_windows}, but must be 1 or 3 pairs of a low and a higher end"
-        )
+        raise ValueError(f"hu_windows is {model.hu_windows}, but must be 1 or 3 pairs (low, high)")
     return config
 
 
@@ -347,17 +339,16 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(cls: type, values: dict[str, Any], *, where: str = "config") -> Any:
-    """An instance of the dataclass `cls` from JSON values; keys not named keep their defaults.
+def from_dict(cls: type, values: Any, *, where: str = "config") -> Any:
+    """An instance of the dataclass `cls` from a JSON object; keys not named keep their defaults.
 
-    Raises ValueError on an unknown key, naming the nearest one, on one that is missing, and on a value of the wrong
-    type."""
+    Raises ValueError on an unknown key, naming the nearest one, on a missing one, and on a value of the wrong type."""
     if not isinstance(values, dict):
         raise ValueError(f"{where} holds a {type(values).__name__}, but must be an object")
     hints = typing.get_type_hints(cls)
-    needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory]
-    if missing := [name for name in needed if name not in values]:
-        raise ValueError(f"{where} lacks {missing[0]!r}")
+    for field_ in dataclasses.fields(cls):
+        if field_.name not in values and field_.default is field_.default_factory:
+            raise ValueError(f"{where} lacks {field_.name!r}")
     for key in values:
         if key not in hints:
             raise ValueError(f"{where} has no key {key!r:.60}{_nearest(key, hints)}")
@@ -367,8 +358,6 @@ def from_dict(cls: type, values: dict[str, Any], *, where: str = "config") -> An
 def _convert(hint: Any, value: Any, where: str) -> Any:
     """`value` as `hint` wants it: nested dataclasses and tuples come from dicts and lists."""
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} is {value!r:.60}, but must be an object")
         return from_dict(hint, value, where=where)
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from aftersam.config import Count, Positive, Seed, checked, preset
-from aftersam.errors import run_command
+from aftersam.errors import plain_console, run_command
 from aftersam.files import write_json
 
 if TYPE_CHECKING:
@@ -46,8 +46,6 @@ def demo(args: DemoArgs) -> Metrics:
     """Phantoms, training, prediction, evaluation and report in `args.output`; returns the metrics.
 
     Raises ValueError where the folder holds a demo already."""
-    from rich.console import Console
-
     from aftersam.data.phantom import LABELS, write_dataset
     from aftersam.data.volume import read_image, read_labels
     from aftersam.device import find_device
@@ -87,7 +85,7 @@ def demo(args: DemoArgs) -> Metrics:
     print("4/5 scoring them")
     metrics = score_folder(masks, labels)
     write_json(out / "metrics.json", metrics)
-    Console().print(table(metrics))
+    plain_console().print(table(metrics))
     print("5/5 report")
     first = sorted(labels.glob("*.nii.gz"))[0]
     scan = read_image(images / first.name.replace(".nii.gz", "_0000.nii.gz"))
@@ -100,10 +98,8 @@ def demo(args: DemoArgs) -> Metrics:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = tyro.cli(DemoArgs, args=argv, description=__doc__)
-
     def command() -> int:
-        demo(args)
+        demo(tyro.cli(DemoArgs, args=argv, description=__doc__))
         return 0
 
     return run_command("demo", command)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import tyro
 
 from aftersam.config import Config, checked
-from aftersam.errors import SAID, naming, run_command, sentence, tell
-from aftersam.files import by_case, remove_leftovers, scans_in
+from aftersam.errors import SAID, naming, plain_console, run_command, sentence, tell
+from aftersam.files import by_case, refuse_input, scans_in
 from aftersam.training.arguments import ConfigFile, parse
 
 if TYPE_CHECKING:
@@ -56,7 +56,6 @@ def encode(args: EncodeArgs) -> EncodeResult:
     """Encode every scan that `args` name.
 
     Raises ValueError where nothing can be done: no scans, no encoder, a spacing that is not known before training."""
-    from rich.console import Console
     from rich.progress import track
 
     from aftersam.data.dataset import find_dataset
@@ -65,6 +64,7 @@ def encode(args: EncodeArgs) -> EncodeResult:
     from aftersam.data.volume import read_image
 
     checked(args)
+    refuse_input(args.output, [args.data, *([args.model] if args.model else [])])
     if (args.model is None) == (args.sam_checkpoint is None):
         raise ValueError("give a run (-m) or SAM weights (--sam-checkpoint), one of the two")
     if args.data.is_dir():
@@ -73,8 +73,7 @@ def encode(args: EncodeArgs) -> EncodeResult:
     else:
         scans = [args.data]
     store, spacing_mm = _from_run(args) if args.model is not None else _from_sam(args)
-    console = Console(stderr=True)
-    remove_leftovers(args.output)
+    console = plain_console(stderr=True)
     failed = 0
     for scan in track(scans, "encoding", console=console, transient=True):
         try:

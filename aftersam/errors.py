@@ -135,6 +135,13 @@ def sentence(error: BaseException) -> str:
     return one_line(text)
 
 
+def plain_console(*, stderr: bool = False) -> Console:
+    """A console on which names stand as they are: brackets are no markup, :words: no emoji, numbers not coloured."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
 def one_line(text: object) -> str:
     """`text` with its white space and control characters as single spaces, cut where it is very long."""
     line = " ".join(printable(text).split())
@@ -163,7 +170,11 @@ def _warning_in_a_line(name: str) -> Iterator[None]:
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"aftersam.{name}: {one_line(message)}\n"
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Glyph .* missing from"
+            )  # matplotlib's, of names in its pictures
+            yield
     finally:
         warnings.formatwarning = before
 

@@ -6,7 +6,7 @@ tolerance, inter-slice consistency error, gaps; means over cases with a bootstra
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from aftersam.config import Millimetres
-from aftersam.errors import run_command
+from aftersam.errors import plain_console, run_command
 from aftersam.evaluation.metrics import Convention
-from aftersam.files import write_json
+from aftersam.files import case_name, refuse_input, write_json
 
 if TYPE_CHECKING:
     from aftersam.evaluation.scoring import Metrics
@@ -45,21 +45,35 @@ def evaluate(args: EvaluateArgs) -> Metrics:
     """Score the masks that `args` name, write the scores as JSON and print them as a table.
 
     Raises ValueError where nothing can be scored, OSError where the scores cannot be written."""
-    from rich.console import Console
-
     from aftersam.evaluation.scoring import ScoringOptions, score_folder, table
 
+    refuse_input(args.output, _read(args))
     options = ScoringOptions(args.nsd_tolerance_mm, args.convention, args.label_names)
     metrics = score_folder(args.predictions, args.labels, options, against=args.against)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.output, metrics)
-    Console().print(table(metrics))
+    plain_console().print(table(metrics))
     return metrics
 
 
+def _read(args: EvaluateArgs) -> Iterator[Path]:
+    """The files that scoring reads."""
+    from aftersam.evaluation.scoring import masks_in
+
+    if args.label_names is not None:
+        yield args.label_names
+    for folder in (args.predictions, args.labels, args.against):
+        if folder is not None:
+            yield from (folder / "dataset.json", folder.parent / "dataset.json")
+            for mask in masks_in(folder).values():
+                yield from (mask, mask.with_name(f"{case_name(mask)}.json"))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    args = tyro.cli(EvaluateArgs, args=argv, description=__doc__)
-    return run_command("evaluate", lambda: 1 if evaluate(args)["problems"] else 0)
+    def command() -> int:
+        return 1 if evaluate(tyro.cli(EvaluateArgs, args=argv, description=__doc__))["problems"] else 0
+
+    return run_command("evaluate", command)
 
 
 if __name__ == "__main__":

@@ -153,10 +153,8 @@ def _quiet() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = tyro.cli(ExportArgs, args=argv, description=__doc__)
-
     def command() -> int:
-        print(export(args))
+        print(export(tyro.cli(ExportArgs, args=argv, description=__doc__)))
         return 0
 
     return run_command("export", command)

@@ -37,9 +37,8 @@ def phantom(args: PhantomArgs) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = tyro.cli(PhantomArgs, args=argv, description=__doc__)
-
     def command() -> int:
+        args = tyro.cli(PhantomArgs, args=argv, description=__doc__)
         print(f"{phantom(args)}: {args.cases} scans")
         return 0
 

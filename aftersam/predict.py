@@ -14,8 +14,10 @@ from aftersam.inference.pipeline import PredictArgs, predict_files
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = tyro.cli(PredictArgs, args=argv, description=__doc__)
-    return run_command("predict", lambda: 1 if predict_files(args).problems else 0)
+    def command() -> int:
+        return 1 if predict_files(tyro.cli(PredictArgs, args=argv, description=__doc__)).problems else 0
+
+    return run_command("predict", command)
 
 
 if __name__ == "__main__":

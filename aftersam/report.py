@@ -14,6 +14,7 @@ import tyro
 
 from aftersam.errors import run_command
 from aftersam.evaluation.page import write_report
+from aftersam.files import refuse_input
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class ReportArgs:
 
 def report(args: ReportArgs) -> Path:
     """Write the page that `args` ask for and return its path. Raises ValueError on bad files."""
+    run = (
+        [] if args.run is None else [args.run / name for name in ("config.json", "run.json", "history.jsonl")]
+    )
+    refuse_input(args.output, [args.metrics, *run])
     return write_report(
         args.output,
         args.metrics,
@@ -42,10 +47,8 @@ def report(args: ReportArgs) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = tyro.cli(ReportArgs, args=argv, description=__doc__)
-
     def command() -> int:
-        print(report(args))
+        print(report(tyro.cli(ReportArgs, args=argv, description=__doc__)))
         return 0
 
     return run_command("report", command)

@@ -90,7 +90,7 @@ def drawn_axial(data):
     slices = data.draw(st.sampled_from([slices, slices, 9]))
     if data.draw(st.booleans()):
         queries = slices
-    backend = data.draw(st.sampled_from(["auto", "registered", "triton"]))
+    backend = data.draw(st.sampled_from(["auto", "torch", "registered", "triton"]))
     keys = (batch, slices, positions, heads, dim)
     leaves, kinds = drawn(data, (batch, queries, positions, heads, dim), keys, keys, backend=backend)
     options = {"scale": data.draw(SCALES), "causal": data.draw(st.booleans())}

@@ -12,6 +12,7 @@ import pytest
 from aftersam.data.transforms import preprocess
 from aftersam.data.volume import from_nifti, image_of, read_grid, read_image, read_labels, to_nifti
 from aftersam.errors import SAID
+from aftersam.inference.segmenter import load
 from toy_scans import rotation
 
 AFFINE = np.eye(4)
@@ -213,3 +214,25 @@ def test_damaged_files_are_read_or_refused_in_one_line(tmp_path, count):
             assert said is None or (str(path) in said and len(said.splitlines()) == 1)
             assert time.monotonic() - began < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 2**21  # kB
+
+
+def test_a_grid_far_from_the_training_scans_is_warned_of(run):
+    segmenter = load(run, device="cpu")
+    assert segmenter.longest_mm is not None
+    shortest, longest = segmenter.longest_mm
+    assert 0 < shortest <= longest < 1000
+
+    def prepare(shape, spacing):
+        scan = nib.Nifti1Image(np.full(shape, -1000, np.int16), np.diag([*spacing, 1.0]))
+        return segmenter.prepare(from_nifti(scan, name="a.nii"))
+
+    prepare((40, 36, 6), (4, 4, 5))
+    prepare((400, 400, 100), (0.8, 0.8, 2))
+    for shape, spacing, said in (
+        ((96, 96, 24), (0.05, 0.05, 0.0625), "has voxels of"),
+        ((10, 10, 4), (70, 70, 5), "has voxels of"),
+        ((4, 4, 2), (4, 4, 5), "mm long, but the training scans"),
+        ((40, 36, 400), (4, 4, 5), "mm long, but the training scans"),
+    ):
+        with pytest.warns(UserWarning, match=rf"^a\.nii .*{said}.*is its spacing right"):
+            prepare(shape, spacing)

@@ -10,6 +10,7 @@ import tarfile
 import zipfile
 from email.message import Message
 from email.parser import Parser
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -25,17 +26,18 @@ def source(tmp_path_factory) -> Path:
     """A copy of the tree, in which builds may leave what they like."""
     copy = tmp_path_factory.mktemp("source")
     for name in ("aftersam", "kernels", "tests", "benchmarks"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     return copy
 
 
-def built(folder: Path, kind: str) -> Path:
-    """The wheel or the sdist of a project folder, built offline."""
+def built(folder: Path, kind: str, compiler: str | None = None) -> Path:
+    """The wheel or the sdist of a project folder, built offline, with a compiler of that name."""
     code = f"from setuptools import build_meta; print(build_meta.build_{kind}('out'))"
+    environment = os.environ if compiler is None else os.environ | {"CC": compiler}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return folder / "out" / done.stdout.split()[-1]
@@ -49,6 +51,9 @@ def metadata_of(wheel: zipfile.ZipFile) -> Message:
 def packed(wheel: zipfile.ZipFile) -> set[str]:
     """What the wheel installs, without its metadata."""
     return {n for n in wheel.namelist() if ".dist-info/" not in n}
+
+
+KERNELS = {f"axial_fusion/cpu/_kernels{EXTENSION_SUFFIXES[0]}"} if shutil.which("gcc") else set()
 
 
 def files(*packages: Path) -> set[str]:
@@ -72,11 +77,11 @@ def kernels_wheel(source) -> zipfile.ZipFile:
 
 
 def test_the_wheel_holds_exactly_the_two_packages(wheel):
-    assert packed(wheel) == files(ROOT / "aftersam", ROOT / "kernels" / "axial_fusion")
+    assert packed(wheel) == files(ROOT / "aftersam", ROOT / "kernels" / "axial_fusion") | KERNELS
 
 
 def test_the_kernels_wheel_holds_axial_fusion_alone_and_needs_torch_alone(wheel, kernels_wheel):
-    assert packed(kernels_wheel) == files(ROOT / "kernels" / "axial_fusion")
+    assert packed(kernels_wheel) == files(ROOT / "kernels" / "axial_fusion") | KERNELS
     metadata = metadata_of(kernels_wheel)
     assert (metadata["Name"], metadata["License-Expression"]) == ("axial-fusion", "Apache-2.0")
     assert any(n.endswith("licenses/LICENSE") for n in kernels_wheel.namelist())
@@ -98,10 +103,23 @@ def test_both_distributions_and_both_ways_to_build_them_have_one_version(
         assert packed(again) == packed(wheel if name == "aftersam" else kernels_wheel)
 
 
-def test_the_kernels_wheel_imports_without_the_repository(kernels_wheel, tmp_path):
-    kernels_wheel.extractall(tmp_path)
+@pytest.mark.parametrize("compiler", ["the one at hand", "none", "an empty name"])
+def test_the_kernels_wheel_imports_without_the_repository(source, kernels_wheel, tmp_path, compiler):
+    """Silently, with the compiled kernels or without them."""
+    wheel, expected = kernels_wheel, "cpu" if KERNELS else "torch"
+    if compiler != "the one at hand":
+        shutil.copytree(
+            source / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("build", "out")
+        )
+        name = "" if compiler == "an empty name" else str(tmp_path / "no-compiler")
+        wheel, expected = zipfile.ZipFile(built(tmp_path / "kernels", "wheel", name)), "torch"
+        assert packed(wheel) == files(ROOT / "kernels" / "axial_fusion")
+        shutil.rmtree(tmp_path / "kernels")
+    wheel.extractall(tmp_path)
     code = (
         "import sys, axial_fusion, torch\n"
+        "q = torch.randn(1, 3, 4, 2, 8)\n"
+        f"assert axial_fusion.select_backend('axial_attention', q, q, q).backend == {expected!r}\n"
         f"assert axial_fusion.__file__.startswith({str(tmp_path)!r})\n"
         "x = torch.randn(1, 3, 4, 16)\n"
         "assert axial_fusion.AxialFusionAttention(16, 2)(x).shape == x.shape\n"

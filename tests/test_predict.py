@@ -218,7 +218,7 @@ def test_options_that_the_model_cannot_have_are_refused(run, tmp_path, capsys):
     assert main([*command, "-m", str(onesided), "--tta", "mirror"]) == 2
     assert "'kidney_left' has no counterpart" in capsys.readouterr().err
     assert main([*command, "-m", str(run), "--keep", "0"]) == 2
-    assert "--keep is 0" in capsys.readouterr().err
+    assert "keep is 0, but must be at least 1" in capsys.readouterr().err
     assert not output.exists()
 
 

@@ -63,7 +63,7 @@ def logged(run):
     return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
 
 
-def run_command(phantoms, run, *more, processes=1):
+def run_command(phantoms, run, *more, processes=1, **how):
     launcher = (
         ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
         if processes > 1
@@ -72,7 +72,9 @@ def run_command(phantoms, run, *more, processes=1):
     command = [sys.executable, "-m", *launcher, "aftersam.train", *arguments(phantoms, run, *more)]
     root = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'kernels'}"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **how
+    )
 
 
 @pytest.mark.slow
@@ -100,6 +102,49 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(phantoms, tmp_path):
 
     assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
     assert len(logged(tmp_path / "killed")) == 12
+
+
+def stopped_after(phantoms, run, number, *more, processes=1, whom=os.killpg):
+    """The exit code and stderr of a training in a session of its own that is sent `number` after two steps."""
+    process = run_command(phantoms, run, *more, processes=processes, start_new_session=True)
+    deadline, history = time.monotonic() + 240, run / "history.jsonl"
+    while not (history.exists() and history.read_text().count('"loss"') >= 2):
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    whom(process.pid, number)
+    error = process.communicate(timeout=120)[1].decode()
+    return process.returncode, error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_terminal_that_signals_workers_too_gets_one_line_and_a_checkpoint(phantoms, tmp_path, number, code):
+    run = tmp_path / "run"
+    found, error = stopped_after(phantoms, run, number, "--max-steps", "500", "--num-workers", "2")
+    assert found == code
+    step = len(logged(run))
+    assert error == f"aftersam.train: stopped at step {step}, which {run} keeps; go on with --resume\n"
+    assert (
+        main(["--data", str(phantoms), "--output", str(run), "--resume", "--max-steps", f"{step + 1}"]) == 0
+    )
+    assert len(logged(run)) == step + 1
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_that_is_stopped_stops_both_at_the_same_step(phantoms, tmp_path):
+    def second(pid, number):
+        ranks = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        os.kill(ranks[-1], number)
+
+    run = tmp_path / "run"
+    more = ["--max-steps", "500", "--batch-size", "1"]
+    code, error = stopped_after(phantoms, run, signal.SIGTERM, *more, processes=2, whom=second)
+    assert code != 0
+    step = len(logged(run))
+    assert f"aftersam.train: stopped at step {step}, which {run} keeps" in error
+    asked = ["--data", str(phantoms), "--output", str(run), "--resume", "--device", "cpu"]
+    assert main([*asked, "--max-steps", f"{step + 1}"]) == 0
 
 
 @pytest.mark.slow

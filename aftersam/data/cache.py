@@ -21,8 +21,8 @@ from aftersam.data.dataset import Case, Dataset, median_spacing
 from aftersam.data.intensities import check_intensities
 from aftersam.data.transforms import preprocess, resample
 from aftersam.data.volume import Volume, read_image, read_labels
-from aftersam.errors import SAID, naming
-from aftersam.files import read_json, renamed_folder
+from aftersam.errors import SAID, naming, plain_console
+from aftersam.files import read_json, remove_leftovers, renamed_folder
 
 VERSION = 1  # of what is stored and how it is computed; a change makes every cache anew
 
@@ -77,7 +77,6 @@ def cache_cases(
 
     The spacing "median" is that of the cases `training`. `trusted` intensities are not judged. Raises ValueError, or
     OSError where the folder cannot be written, naming the scan; what was finished before is kept."""
-    from rich.console import Console
     from rich.progress import track
 
     cases = {case.id: case for case in dataset.cases}
@@ -87,8 +86,9 @@ def cache_cases(
     else:
         spacing = None if config.spacing_mm == "native" else config.spacing_mm
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     wanted = [cases[i] for i in ids]
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         found = pool.map(
             lambda case: cache_case(case, dataset.labels, spacing, folder, trusted=trusted), wanted
@@ -168,12 +168,12 @@ def _open(home: Path, names: Collection[int]) -> CachedCase:
         rows, (top, bottom, left, right) = case.foreground, case.box
         if (
             case.id != home.name.rpartition("-")[0]
-            or (case.hu.shape, case.hu.dtype) != (case.shape, np.int16)
+            or (case.hu.shape, case.hu.dtype.name) != (case.shape, "int16")
             or (case.labels.shape, case.labels.dtype.name)
             not in {(case.shape, n) for n in ("uint8", "int16")}
             or not (0 <= top < bottom <= height and 0 <= left < right <= width)
             or not all(0 < mm < math.inf for mm in case.spacing_mm)
-            or (rows.shape[1:], rows.dtype) != ((6,), np.int32)
+            or (rows.shape[1:], rows.dtype.name) != ((6,), "int32")
             or not np.isin(rows[:, 0], list(names)).all()
             or (rows < 0).any()
             or (rows[:, 1:] >= (depth, height, height + 1, width, width + 1)).any()

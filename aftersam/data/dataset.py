@@ -233,13 +233,14 @@ def _listed(root: Path, description: dict[str, Any]) -> Dataset:
         raise ValueError(f"{where} has training {listed!r:.60}, but it must be a list of images and labels")
     cases = []
     for entry in listed:
-        files = [entry.get(key) for key in ("image", "label")] if isinstance(entry, dict) else []
-        files = [file[0] if isinstance(file, list) and len(file) == 1 else file for file in files]
-        if not files or not all(isinstance(file, str) and file for file in files):
+        stored = [entry.get(key) for key in ("image", "label")] if isinstance(entry, dict) else []
+        stored = [file[0] if isinstance(file, list) and len(file) == 1 else file for file in stored]
+        files = [root / file for file in stored if isinstance(file, str) and file]
+        if len(files) < 2:
             raise ValueError(
                 f"{where} lists the training case {entry!r:.200}; one image and one label are needed"
             )
-        image, label = (root / file for file in files)
+        image, label = files
         if not image.exists():  # nnU-Net 1 lists imagesTr/a.nii.gz for the file imagesTr/a_0000.nii.gz
             image = next(
                 (p for e in NIFTI if (p := image.with_name(f"{case_id(image)}_0000{e}")).exists()), image
@@ -273,13 +274,14 @@ def _segthor(root: Path) -> Dataset:
 
 def _stored_folds(path: Path, ids: list[str]) -> list[dict[str, list[str]]]:
     """The folds that nnU-Net's splits_final.json holds; a case that stands twice in a part counts once."""
-    stored = read_json(path)
-    if not isinstance(stored, list) or not stored:
+    found = read_json(path)
+    if not isinstance(found, list) or not found:
         raise ValueError(f"{path} is not a list of folds with train and val")
     folds = []
-    for fold in stored:
-        parts = [fold.get(part) for part in ("train", "val")] if isinstance(fold, dict) else [None]
-        if not all(isinstance(part, list) and all(isinstance(i, str) for i in part) for part in parts):
+    for fold in found:
+        stored = [fold.get(part) for part in ("train", "val")] if isinstance(fold, dict) else []
+        parts = [part for part in stored if isinstance(part, list) and all(isinstance(i, str) for i in part)]
+        if len(parts) < 2:
             raise ValueError(
                 f"{path} has the fold {fold!r:.60}, but a fold is an object with lists train and val"
             )

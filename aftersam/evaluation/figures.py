@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from aftersam.errors import naming, printable
 from aftersam.files import renamed
 
 if TYPE_CHECKING:
@@ -59,7 +61,8 @@ def overlay_figure(
     rows, columns = (_occupied(image, axis) for axis in (1, 2))
     image, mask, guide = (array[:, rows, columns] for array in (image, mask, guide))
     reference = None if reference is None else reference[:, rows, columns]
-    z, y = _richest(guide, 0), _richest(guide, 1)
+    rich = _richness(guide)
+    z, y = rich.richest(0), rich.richest(1)
     d, h, w = (n * s for n, s in zip(image.shape, spacing_mm, strict=True))
     shown_masks = (
         [("prediction", mask)] if reference is None else [("prediction", mask), ("reference", reference)]
@@ -79,13 +82,14 @@ def overlay_figure(
             axis.imshow(_coloured(values, labels), extent=extent, interpolation="nearest")
             axis.set_title(f"{name}, {where}" if len(shown_masks) > 1 else where, color="#cfd8dc", fontsize=8)
             axis.set_axis_off()
-    shown = [value for value in labels if np.any(guide == value) or np.any(mask == value)]
+    present = {*rich.values, *(rich if guide is mask else _richness(mask)).values}
+    shown = [value for value in labels if value in present]
     figure.legend(
-        handles=[Patch(color=colour(value), label=labels[value]) for value in shown],
+        handles=[Patch(color=colour(value), label=_name(labels[value])) for value in shown],
         loc="outside lower center", ncols=min(len(shown) or 1, 6), frameon=False, fontsize=8, labelcolor="#cfd8dc",
     )  # fmt: skip
     if title:
-        figure.suptitle(title, color="white", fontsize=10)
+        figure.suptitle(_name(title), color="white", fontsize=10)
     return figure
 
 
@@ -98,9 +102,7 @@ def curves_figure(history: Path) -> Figure:
     """The figure of `loss_figure`."""
     from matplotlib.figure import Figure
 
-    records = [json.loads(line) for line in history.read_text().splitlines() if line.endswith("}")]
-    steps = [(r["step"], r["loss"], r["dice"], r["ce"]) for r in records if "loss" in r]
-    scored = [r for r in records if r.get("val_mean_dsc") is not None]
+    steps, scored = _curves(history)
     figure = Figure(figsize=(8.6, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     if steps:
@@ -116,20 +118,42 @@ def curves_figure(history: Path) -> Figure:
         left.set(xlabel="step", ylabel=f"mean of {window} steps", ylim=(0, None))
         left.legend(frameon=False, fontsize=8)
     if scored:
-        at = [r["step"] for r in scored]
-        right.plot(
-            at, [r["val_mean_dsc"] for r in scored], color="#222222", lw=2, marker="o", ms=3, label="mean"
-        )
-        for i, name in enumerate(scored[-1]["val_dsc"]):
-            right.plot(
-                at, [r["val_dsc"].get(name) or np.nan for r in scored], color=colour(i + 1), lw=1, label=name
-            )
+        at = [step for step, _, _ in scored]
+        right.plot(at, [mean for _, mean, _ in scored], color="#222222", lw=2, marker="o", ms=3, label="mean")
+        for i, name in enumerate(scored[-1][2]):
+            found = [organs.get(name, np.nan) for _, _, organs in scored]
+            right.plot(at, found, color=colour(i + 1), lw=1, label=_name(name))
         right.legend(frameon=False, fontsize=7)
     right.set(xlabel="step", ylabel="validation DSC", ylim=(0, 1))
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.2)
     return figure
+
+
+def _curves(history: Path) -> tuple[list[list[float]], list[tuple[float, float, dict[str, float]]]]:
+    """(step, loss, Dice term, cross-entropy) and (step, mean DSC, DSC of each organ) in `history`, NaN if no number.
+
+    Lines that a killed training left unfinished are skipped. Raises ValueError on a file of anything else."""
+    with naming(history, "is not the history of a training"):
+        lines = history.read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+        steps = [[_number(r.get(k)) for k in ("step", "loss", "dice", "ce")] for r in records if "loss" in r]
+        scored = [
+            r for r in records if isinstance(r.get("val_dsc"), dict) and r.get("val_mean_dsc") is not None
+        ]
+        return steps, [
+            (
+                _number(r.get("step")),
+                _number(r["val_mean_dsc"]),
+                {k: _number(v) for k, v in r["val_dsc"].items()},
+            )
+            for r in scored
+        ]
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, (int, float)) else np.nan
 
 
 def box_figure(scores: Mapping[str, Sequence[float]]) -> Figure:
@@ -143,7 +167,7 @@ def box_figure(scores: Mapping[str, Sequence[float]]) -> Figure:
     rng = np.random.default_rng(0)
     for i, values in enumerate(kept.values(), start=1):
         axis.plot(i + rng.uniform(-0.12, 0.12, len(values)), values, "o", ms=4, color=colour(i), alpha=0.8)
-    axis.set_xticks(range(1, len(kept) + 1), list(kept), rotation=20, fontsize=8)
+    axis.set_xticks(range(1, len(kept) + 1), [_name(organ) for organ in kept], rotation=20, fontsize=8)
     axis.set(ylabel="DSC", ylim=(0, 1.02))
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", alpha=0.2)
@@ -163,10 +187,10 @@ def ablation_figure(table: AblationTable, path: Path, *, title: str) -> None:
             np.array([100 * score[key] for score in scores.values()]) for key in ("mean", "std")
         )
         name = f"{column}, prompted by the labels" if column in table["prompted"] else column
-        axis.errorbar(at, mean, deviation, fmt="o", ms=5, capsize=3, color=colour(i + 1), label=name)
-    axis.set_xticks(range(len(scores)), list(scores), rotation=20, fontsize=8)
+        axis.errorbar(at, mean, deviation, fmt="o", ms=5, capsize=3, color=colour(i + 1), label=_name(name))
+    axis.set_xticks(range(len(scores)), [_name(organ) for organ in scores], rotation=20, fontsize=8)
     axis.set(ylabel="DSC in %")
-    axis.set_title(title, fontsize=9)
+    axis.set_title(_name(title), fontsize=9)
     axis.legend(frameon=False, fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", alpha=0.2)
@@ -200,17 +224,32 @@ def _coloured(values: np.ndarray, labels: Mapping[int, str]) -> np.ndarray:
     return picture
 
 
-def _richest(mask: np.ndarray, axis: int) -> int:
-    """Index along `axis` of the plane with the most labels, then the most labelled voxels; the middle if none."""
-    others = tuple(i for i in range(3) if i != axis)
-    mask = np.asarray(mask)
-    area = (mask > 0).sum(others)
-    if not area.any():
-        return mask.shape[axis] // 2
-    kinds = sum(
-        ((mask == value).any(others).astype(int) for value in np.unique(mask) if value), np.zeros(1, int)
-    )
-    return int(np.lexsort((area, kinds))[-1])
+class _Richness(NamedTuple):
+    """How many labels, and how many labelled voxels, each plane of a mask (D, H, W) has."""
+
+    values: list[int]
+    kinds: tuple[np.ndarray, np.ndarray]  # (D,) and (H,)
+    areas: tuple[np.ndarray, np.ndarray]
+
+    def richest(self, axis: int) -> int:
+        """Index along `axis` 0 or 1 of the plane with the most labels, then voxels; the middle if none has any."""
+        kinds, area = self.kinds[axis], self.areas[axis]
+        return int(np.lexsort((area, kinds))[-1]) if area.any() else len(area) // 2
+
+
+def _richness(mask: np.ndarray) -> _Richness:
+    """Slice by slice: a temporary array of the scan's size for each label would take more than the prediction."""
+    depth, height, _ = mask.shape
+    size = int(mask.max(initial=0)) + 1
+    by_slice, by_row = np.zeros((depth, size), int), np.zeros((height, size), int)
+    first = np.arange(height)[:, None] * size  # of a row's counts
+    for d, plane in enumerate(mask):
+        counts = np.bincount((first + plane).ravel(), minlength=height * size).reshape(height, size)
+        by_slice[d] = counts.sum(0)
+        by_row += counts
+    found = [counts[:, 1:] for counts in (by_slice, by_row)]
+    kinds, areas = zip(*(((counts > 0).sum(1), counts.sum(1)) for counts in found), strict=True)
+    return _Richness((np.flatnonzero(found[0].any(0)) + 1).tolist(), kinds, areas)
 
 
 def _occupied(image: np.ndarray, axis: int) -> slice:
@@ -220,16 +259,29 @@ def _occupied(image: np.ndarray, axis: int) -> slice:
     return slice(max(int(found[0]) - 3, 0), int(found[-1]) + 4) if len(found) else slice(None)
 
 
+def _name(text: str) -> str:
+    """A name out of a file as a picture shows it: one line of 60 characters, and none that matplotlib leaves out."""
+    text = printable(text)
+    text = text if len(text) <= 60 else f"{text[:59]}…"
+    return f" {text}" if text.startswith("_") else text or "–"
+
+
 def _save(figure: Figure, path: Path) -> None:
     with renamed(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130, facecolor=figure.get_facecolor())
+        temporary.write_bytes(png_bytes(figure, dpi=130))
 
 
-def png_bytes(figure: Figure) -> bytes:
-    """The figure as PNG."""
+def png_bytes(figure: Figure, dpi: int = 120) -> bytes:
+    """The figure as PNG. Its texts are shown as they are, without formulas, since names out of files are among them."""
     import io
 
-    buffer: Any = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, facecolor=figure.get_facecolor())
-    data: bytes = buffer.getvalue()
-    return data
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # type: ignore[attr-defined]  # a Text
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands in its place
+        warnings.filterwarnings("ignore", "constrained_layout not applied")  # names that leave no room
+        figure.savefig(buffer, format="png", dpi=dpi, facecolor=figure.get_facecolor())
+    return buffer.getvalue()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from aftersam.evaluation.statistics import shown, span
+import numpy as np
+
+from aftersam.errors import SAID, printable, sentence
+from aftersam.evaluation.result import Result, read_result
+from aftersam.evaluation.statistics import mean_of, shown, span
 from aftersam.files import read_json, write_text
 
 if TYPE_CHECKING:
@@ -37,19 +40,15 @@ def write_report(
     """Write the page to `output`; parts whose files are not given are left out. Raises ValueError on bad files."""
     from aftersam.evaluation.figures import box_figure, curves_figure
 
-    result = read_json(metrics)
-    if "mean_dsc" not in result:
-        raise ValueError(f"{metrics} was not written by aftersam.evaluate: it has no mean_dsc")
-    parts = [f"<h1>AFTer-SAM: {shown(result['mean_dsc'])} mean DSC</h1>"]
-    parts.append(f'<p class="facts">{html.escape(_facts(result, run))}</p>')
+    result = read_result(metrics)
+    parts = [f"<h1>AFTer-SAM: {shown(result.mean_dsc)} mean DSC</h1>"]
+    parts.append(f'<p class="facts">{_text(_facts(result, run))}</p>')
     parts += ["<h2>Organs</h2>", _table(result)]
     per_organ = {
         organ: [
-            case[organ]["dsc"]
-            for case in result["cases"].values()
-            if case.get(organ, {}).get("dsc") is not None
+            dsc for case in result.cases.values() if organ in case and (dsc := case[organ].dsc) is not None
         ]
-        for organ in result["organs"]
+        for organ in result.organs
     }
     parts.append(_picture(box_figure(per_organ), "DSC of each organ and case"))
     if run is not None and (run / "history.jsonl").is_file():
@@ -60,8 +59,8 @@ def write_report(
     if images is not None and predictions is not None and labels is not None:
         parts.append("<h2>Cases</h2>")
         parts += _overlays(result, images, predictions, labels)
-    if result["problems"]:
-        lines = "".join(f"<li>{html.escape(text)}</li>" for text in result["problems"].values())
+    if result.problems:
+        lines = "".join(f"<li>{_text(text)}</li>" for text in result.problems.values())
         parts.append(f"<h2>Not scored</h2><ul>{lines}</ul>")
     page = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>AFTer-SAM</title><style>{STYLE}</style>\n'
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -69,18 +68,15 @@ def write_report(
     return output
 
 
-def _overlays(result: dict[str, Any], images: Path, predictions: Path, labels: Path) -> list[str]:
-    """Pictures of the best, the median and the worst case."""
-    from aftersam.data.volume import read_image, read_labels
-    from aftersam.evaluation.figures import overlay_figure
+def _overlays(result: Result, images: Path, predictions: Path, labels: Path) -> list[str]:
+    """Pictures of the best, the median and the worst case; the reason where one cannot be drawn."""
     from aftersam.evaluation.scoring import label_names_near, masks_in
-    from aftersam.evaluation.statistics import mean_of
 
     files = [masks_in(folder) for folder in (images, predictions, labels)]
     names = label_names_near(None, labels, predictions)
     means = {
-        case: mean_of([organ["dsc"] for organ in organs.values() if organ["dsc"] is not None])
-        for case, organs in result["cases"].items()
+        case: mean_of([organ.dsc for organ in organs.values() if organ.dsc is not None])
+        for case, organs in result.cases.items()
         if all(case in found for found in files)
     }
     ranked = sorted(means, key=lambda case: -means[case])
@@ -91,26 +87,39 @@ def _overlays(result: dict[str, Any], images: Path, predictions: Path, labels: P
     )
     pictures = []
     for rank, case in chosen.items():
-        scan = read_image(files[0][case])
-        mask, truth = (read_labels(found[case], like=scan).array for found in files[1:])
-        known = names or {int(v): f"label {v}" for v in sorted({*truth.ravel(), *mask.ravel()}) if v}
-        figure = overlay_figure(scan.array, mask, scan.spacing_mm, known, reference=truth)
-        pictures.append(f"<h3>{rank}: {html.escape(case)}, mean DSC {shown(means[case])}</h3>")
-        pictures.append(_picture(figure, f"{rank} case, prediction and reference"))
+        pictures.append(f"<h3>{rank}: {_text(case)}, mean DSC {shown(means[case])}</h3>")
+        try:
+            pictures.append(_overlay([found[case] for found in files], names, rank))
+        except SAID as error:
+            pictures.append(f"<p>{_text(sentence(error))}</p>")
     return pictures
 
 
-def _table(result: dict[str, Any]) -> str:
-    nsd = f"nsd_{result['nsd_tolerance_mm']:g}mm"
-    headings = ["organ", "DSC", "95 % interval", "HD95 mm", "missed", nsd.replace("_", " "), "ICE", "gaps"]
+def _overlay(files: list[Path], names: dict[int, str], rank: str) -> str:
+    """The picture of a scan, its mask and its reference."""
+    from aftersam.data.volume import read_image, read_labels
+    from aftersam.evaluation.figures import overlay_figure
+
+    scan = read_image(files[0])
+    mask, truth = (read_labels(path, like=scan).array for path in files[1:])
+    known = names or {
+        value: f"label {value}" for value in np.union1d(np.unique(truth), np.unique(mask)).tolist() if value
+    }
+    figure = overlay_figure(scan.array, mask, scan.spacing_mm, known, reference=truth)
+    return _picture(figure, f"{rank} case, prediction and reference")
+
+
+def _table(result: Result) -> str:
+    nsd = f"nsd {result.nsd_tolerance_mm:g}mm"
+    headings = ["organ", "DSC", "95 % interval", "HD95 mm", "missed", nsd, "ICE", "gaps"]
     rows = ["<tr>" + "".join(f"<th>{text}</th>" for text in headings) + "</tr>"]
-    for organ, row in result["organs"].items():
+    for organ, row in result.organs.items():
         cells = [
-            html.escape(organ), shown(row["dsc"]), span(row["dsc_interval"]), shown(row["hd95_mm"], 1),
-            str(row["missed"]), shown(row[nsd]), shown(row["ice"]), str(row["gaps"]),
+            organ, shown(row.dsc), span(row.dsc_interval), shown(row.hd95_mm, 1), row.missed, shown(row.nsd),
+            shown(row.ice), row.gaps,
         ]  # fmt: skip
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    mean = [shown(result["mean_dsc"]), span(result["mean_dsc_interval"])]
+        rows.append("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>")
+    mean = [shown(result.mean_dsc), span(result.mean_dsc_interval)]
     rows.append(
         '<tr class="mean"><td>mean</td>'
         + "".join(f"<td>{cell}</td>" for cell in mean)
@@ -118,27 +127,31 @@ def _table(result: dict[str, Any]) -> str:
         + "</tr>"
     )
     note = (
-        ""
-        if result["interval_reliable"]
-        else f"<p>Intervals over {result['num_cases']} cases are unreliable.</p>"
+        "" if result.interval_reliable else f"<p>Intervals over {result.num_cases} cases are unreliable.</p>"
     )
     return f"<table>{''.join(rows)}</table>{note}"
 
 
-def _facts(result: dict[str, Any], run: Path | None) -> str:
-    facts = f"{result['num_cases']} cases, DSC of empty masks as {result['convention']} has it"
+def _facts(result: Result, run: Path | None) -> str:
+    facts = f"{result.num_cases} cases, DSC of empty masks as {result.convention} has it"
     if run is None or not (run / "run.json").is_file():
         return facts
-    about, config = json.loads((run / "run.json").read_text()), json.loads((run / "config.json").read_text())
-    model = config["model"]
+    from aftersam.model.run_folder import read_run
+
+    model = read_run(run)[0].model
     return (
-        f"{facts}; trained on {about['dataset']}: {model['image_encoder']} encoder, attention {model['attention']}, "
-        f"{model['num_slices']} slices, {model['num_blocks']} blocks, {model['image_size']} px"
+        f"{facts}; trained on {read_json(run / 'run.json').get('dataset')}: {model.image_encoder} encoder, attention "
+        f"{model.attention}, {model.num_slices} slices, {model.num_blocks} blocks, {model.image_size} px"
     )
+
+
+def _text(value: object) -> str:
+    """`value` as text of the page: no name out of a file is markup."""
+    return html.escape(printable(value))
 
 
 def _picture(figure: Figure, alt: str) -> str:
     from aftersam.evaluation.figures import png_bytes
 
     data = base64.b64encode(png_bytes(figure)).decode()
-    return f'<p><img alt="{html.escape(alt)}" src="data:image/png;base64,{data}"></p>'
+    return f'<p><img alt="{_text(alt)}" src="data:image/png;base64,{data}"></p>'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 
 from aftersam.config import Millimetres, checked
 from aftersam.data.volume import Volume, read_labels
+from aftersam.errors import SAID, naming, plain_console, printable, sentence, tell
 from aftersam.evaluation.metrics import Convention, OrganScore, score_organ
 from aftersam.evaluation.statistics import (
     bootstrap_interval,
@@ -24,7 +24,7 @@ from aftersam.evaluation.statistics import (
     shown,
     span,
 )
-from aftersam.files import by_case, scans_in
+from aftersam.files import by_case, read_json, scans_in
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,25 +82,25 @@ def score_folder(
 
     A case whose mask is missing, unreadable or on another grid is a problem, reported on stderr, and not a score.
     `quiet` leaves the progress bar and advice out. Raises ValueError where nothing can be scored."""
-    from rich.console import Console
     from rich.progress import track
 
     checked(options)
     references = masks_in(labels)
     systems = [(folder, masks_in(folder)) for folder in (predictions, against) if folder is not None]
     names = label_names_near(options.label_names, labels, predictions)
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     hidden = quiet or not console.is_terminal
     scores: dict[str, list[Scores]] = {}  # case -> of each system
     spacings, problems = [], {}
     for case, path in track(references.items(), "scoring", console=console, transient=True, disable=hidden):
         try:
             found = [_matching(masks, case, folder) for folder, masks in systems]
-            truth = read_labels(path)
-            scores[case] = [_score_case(mask, truth, names, options) for mask in found]
-        except (ValueError, OSError) as error:
-            problems[case] = str(error)
-            console.print(f"aftersam.evaluate: {error}", soft_wrap=True, markup=False, highlight=False)
+            with naming(path, "could not be scored"):
+                truth = read_labels(path)
+                scores[case] = [_score_case(mask, truth, names, options) for mask in found]
+        except SAID as error:
+            problems[case] = sentence(error)
+            tell(console, f"aftersam.evaluate: {sentence(error)}")
             continue
         spacings.append(max(truth.spacing_mm))
         if not quiet:
@@ -137,7 +137,7 @@ def label_names_near(explicit: Path | None, *folders: Path) -> dict[int, str]:
         if explicit is None and not path.is_file():
             continue
         try:
-            labels = json.loads(path.read_text())["labels"]
+            labels = read_json(path)["labels"]
             pairs = (
                 {int(k): str(v) for k, v in labels.items()}
                 if _values_first(labels)
@@ -155,7 +155,7 @@ def prompted(masks: Path) -> str | None:
     """The kind of prompts that any mask of a folder was made with, by the JSON that predict leaves beside it."""
     for path in sorted(masks.glob("*.json")):
         try:
-            found = json.loads(path.read_text()).get("prompted")
+            found = read_json(path).get("prompted")
         except (OSError, ValueError, AttributeError):
             continue
         if found:
@@ -266,11 +266,12 @@ def table(metrics: Metrics) -> Table:
     """The scores of every organ, for people."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     nsd_key = f"nsd_{metrics['nsd_tolerance_mm']:g}mm"
     mark = f", prompted by a {metrics['prompted']} from each label" if metrics["prompted"] else ""
     grid = Table(
-        title=f"{metrics['num_cases']} cases{mark}",
+        title=Text(printable(f"{metrics['num_cases']} cases{mark}")),
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
@@ -281,8 +282,8 @@ def table(metrics: Metrics) -> Table:
         grid.add_column(heading, justify="right", no_wrap=True)
     for organ, row in metrics["organs"].items():
         grid.add_row(
-            organ, shown(row["dsc"]), span(row["dsc_interval"]), shown(row["hd95_mm"], 1), str(row["missed"]),
-            shown(row[nsd_key]), shown(row["ice"]), str(row["gaps"]),
+            Text(printable(organ)), shown(row["dsc"]), span(row["dsc_interval"]), shown(row["hd95_mm"], 1),
+            str(row["missed"]), shown(row[nsd_key]), shown(row["ice"]), str(row["gaps"]),
         )  # fmt: skip
     grid.add_section()
     grid.add_row("mean", shown(metrics["mean_dsc"]), span(metrics["mean_dsc_interval"]))

@@ -20,7 +20,7 @@ from aftersam.data.transforms import Box
 from aftersam.data.volume import AIR_HU
 from aftersam.data.windows import plane_windows, window_crops
 from aftersam.device import autocast
-from aftersam.files import renamed_folder
+from aftersam.files import remove_leftovers, renamed_folder
 from aftersam.model.aftersam import AfterSAM
 
 VERSION = 1  # of what is stored and how it is computed; a change makes every folder anew
@@ -33,6 +33,7 @@ class Embeddings:
 
     def __init__(self, folder: Path, model: AfterSAM, *, image_size: int, precision: torch.dtype) -> None:
         self.folder = folder
+        remove_leftovers(folder)
         self.model = model
         self.size = image_size
         self.precision = precision

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aftersam.errors import printable
 from aftersam.files import DICOM, renamed, write_json
 from aftersam.inference.jobs import beside
 
@@ -44,7 +45,9 @@ def write_outputs(args: PredictArgs, names: dict[int, str], job: Job, found: Pre
         if args.timings:
             write_json(beside(mask, ".timings.json"), timings.summary())
     organs = ", ".join(name for value, name in sorted(names.items()) if value in present) or "nothing"
-    line = f"{mask}: {organs}; {volume.array.shape[0]} slices in {time.monotonic() - job.began:.1f} s"
+    line = (
+        f"{printable(mask)}: {organs}; {volume.array.shape[0]} slices in {time.monotonic() - job.began:.1f} s"
+    )
     return f"{line}\n{timings.line()}" if args.timings else line
 
 

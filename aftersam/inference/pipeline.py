@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from aftersam.config import Count, Small, checked
-from aftersam.errors import SAID, naming, out_of_memory, printable, sentence, tell
+from aftersam.errors import SAID, naming, out_of_memory, plain_console, printable, sentence, tell
 from aftersam.files import DICOM, remove_leftovers
 from aftersam.inference.jobs import beside, jobs_of, kept_labels, prompt_file
 from aftersam.inference.outputs import Job, write_outputs
@@ -101,14 +101,13 @@ def predict_files(args: PredictArgs) -> Predicted:
     While one scan is computed the next is read and the last is written, so three are in memory at most. Under
     torchrun each process takes its share of a folder, on a GPU of its own with the device "auto".
     Raises ValueError where nothing can be done: no scans, a bad run, an output that exists."""
-    from rich.console import Console
 
     checked(args)
     prompts = [] if args.prompt_labels is None else [args.prompt_labels]
     jobs, folder = jobs_of(
         args.input, args.output, also_read=[args.model, *prompts], overwrite=args.overwrite
     )
-    report = _Report(Console(stderr=True), folder)
+    report = _Report(plain_console(stderr=True), folder)
     processes = sharing_processes()
     jobs = processes.share(jobs)
     for home in {mask.parent for _, mask in jobs}:
@@ -135,6 +134,7 @@ def _predict(args: PredictArgs, jobs: Sequence[tuple[Path, Path]], report: _Repo
             TimeRemainingColumn(),
             console=report.console,
             transient=True,
+            disable=not report.console.is_terminal,
         ) as bar,
         ThreadPoolExecutor(1) as reader,
         ThreadPoolExecutor(1) as writer,

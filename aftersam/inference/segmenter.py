@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from aftersam.inference.sliding import Prediction
     from aftersam.inference.timings import Timings
     from aftersam.model.aftersam import AfterSAM
+
+
+FAR = 10  # times coarser, finer or shorter than what the model was trained on
 
 
 class Prepared(NamedTuple):
@@ -38,6 +42,8 @@ class Segmenter:
     precision: torch.dtype
     one_piece: tuple[int, ...] = ()
     """Organs that are one connected piece in every training label: `segment` drops their small parts."""
+    longest_mm: tuple[float, float] | None = None
+    """Shortest and longest of the training scans, each along its longest axis."""
 
     @property
     def device(self) -> torch.device:
@@ -73,13 +79,16 @@ class Segmenter:
     ) -> Prepared:
         """Bring a scan, and the labels that prompts are drawn from, to the model's spacing. Needs no GPU.
 
-        Raises ValueError where a model with prompts gets no labels."""
+        Warns of a scan whose voxels or length are far from those of the training. Raises ValueError where a model with
+        prompts gets no labels."""
         from aftersam.data.transforms import preprocess, resample
         from aftersam.inference.inputs import Scan
         from aftersam.inference.timings import Timings
 
         timings = timings or Timings()
         timings.slices = volume.array.shape[0]
+        if (odd := _far_from_training(volume, self.spacing_mm, self.longest_mm)) is not None:
+            warnings.warn(f"{volume.name} {odd}; is its spacing right?", stacklevel=2)
         with timings.stage("resample"):
             ready = preprocess(volume, self.spacing_mm)
             prompts = None
@@ -125,6 +134,25 @@ class Segmenter:
         return found
 
 
+def _far_from_training(
+    volume: Volume,
+    spacing_mm: tuple[float, float, float] | None,
+    longest_mm: tuple[float, float] | None,
+) -> str | None:
+    """What of a scan's grid is so unlike the training scans' that masks are hardly right."""
+    found = volume.spacing_mm
+    ratios = [a / b for a, b in zip(found, spacing_mm or found, strict=True)]
+    if max(ratios) > FAR or min(ratios) < 1 / FAR:
+        sizes = (" × ".join(f"{mm:.3g}" for mm in each) for each in (found, spacing_mm or found))
+        return "has voxels of {} mm, but the model works at {} mm".format(*sizes)
+    longest = max(n * mm for n, mm in zip(volume.array.shape, found, strict=True))
+    if longest_mm is not None and not longest_mm[0] / FAR <= longest <= longest_mm[1] * 3:
+        return (
+            f"is {longest:.3g} mm long, but the training scans {longest_mm[0]:.3g} to {longest_mm[1]:.3g} mm"
+        )
+    return None
+
+
 def load(
     run: Path | str,
     *,
@@ -162,6 +190,7 @@ def load(
         facts.spacing_mm,
         dtype_for(config.train.precision, where.type),
         facts.one_piece,
+        facts.longest_mm,
     )
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from aftersam.config import Config, from_dict, validate
+from aftersam.config import Config, Index, Range, checked, from_dict, validate
+from aftersam.errors import naming
 from aftersam.files import read_json
 
-SPACING_MM = (0.01, 1000.0)  # smallest and largest that a model works at
+Length = Annotated[float, Range(0.01, 1000)]  # mm, of a voxel that a model works at
+Extent = Annotated[float, Range(0, 1e6)]  # mm
 
 
 @dataclass(frozen=True)
@@ -18,11 +21,13 @@ class RunFacts:
 
     labels: dict[str, str]
     """Values, in digits, to names; background left out."""
-    spacing_mm: tuple[float, float, float] | None
+    spacing_mm: tuple[Length, Length, Length] | None
     """(d, h, w) that the model works at; None: each scan's own."""
     one_piece: tuple[int, ...] = ()
     """Organs that are one connected piece in every training label."""
-    fold: int = 0
+    longest_mm: tuple[Extent, Extent] | None = None
+    """Shortest and longest of the training scans, each along its longest axis."""
+    fold: Index = 0
     sam_sha256: str | None = None
     """Of the SAM weights that training began with."""
 
@@ -50,11 +55,9 @@ def read_run(run: Path) -> tuple[Config, RunFacts]:
         raise ValueError(
             f"{path} has the labels {list(facts.labels)[:9]}, but they must be 1 to their number"
         )
-    if facts.spacing_mm and not all(SPACING_MM[0] <= mm <= SPACING_MM[1] for mm in facts.spacing_mm):
-        raise ValueError(f"{path} has the spacing_mm {facts.spacing_mm}, but lengths must be 0.01 to 1000 mm")
     if not {str(value) for value in facts.one_piece} <= facts.labels.keys():
         raise ValueError(f"{path} has one_piece {facts.one_piece[:9]}, of which some are no labels")
-    try:
+    with naming(path, "cannot be used"):
+        checked(facts)
+    with naming(where, "cannot be used"):
         return validate(config), facts
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import tyro
 
 from aftersam.config import Args, Config, Index, checked, from_dict, preset, to_dict, validate
-from aftersam.files import read_json
+from aftersam.files import read_json, refuse_input
 from aftersam.model.run_folder import RunFacts, read_run
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def make_plan(args: TrainArgs) -> Plan:
     from aftersam.model.sam_checkpoint import read_sam_checkpoint
 
     checked(args)
+    refuse_input(args.output, [args.data])
     stored, resumed = read_run(args.output) if args.resume else (None, None)
     if stored is None and (args.output / "last.safetensors").exists():
         raise ValueError(f"{args.output} holds a run already; go on with --resume or choose another --output")

@@ -52,21 +52,29 @@ def load_training(path: Path, model: nn.Module) -> dict[str, Any]:
     if f"{RNG}cpu" not in tensors:
         raise ValueError(f"{path} holds weights without training state, so it cannot be resumed")
     load_tensors(path, model, tensors)
-    torch.set_rng_state(tensors[f"{RNG}cpu"])
-    if torch.cuda.is_available() and f"{RNG}cuda" in tensors:
-        torch.cuda.set_rng_state(tensors[f"{RNG}cuda"])
+    try:
+        torch.set_rng_state(tensors[f"{RNG}cpu"])
+        if torch.cuda.is_available() and f"{RNG}cuda" in tensors:
+            torch.cuda.set_rng_state(tensors[f"{RNG}cuda"])
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} holds no state of torch's generator: {error}") from error
     return facts
 
 
 def load_moments(path: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Restore the optimiser's moments, each sharded as its parameter is by now."""
+    """Restore the optimiser's moments, each sharded as its parameter is by now.
+
+    Raises ValueError on moments that are not of these parameters."""
     tensors, _ = read_tensors(path)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = {str(index) for index in range(len(parameters))}
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith(OPTIMIZER):
-            index, name = key.removeprefix(OPTIMIZER).split("/")
-            parameter = parameters[int(index)]
+            index, _, name = key.removeprefix(OPTIMIZER).partition("/")
+            parameter = parameters[int(index)] if index in numbers else None
+            if parameter is None or value.shape not in (parameter.shape, ()):
+                raise ValueError(f"{path} holds the moment {key!r:.200} of no parameter that trains")
             if isinstance(parameter, DTensor) and value.dim():
                 value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
             state.setdefault(int(index), {})[name] = value

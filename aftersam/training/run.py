@@ -242,8 +242,7 @@ class Run:
         step = self.progress.step
         per_organ = validate_scans(
             model,
-            self.scans.validation,
-            self.scans.labels,
+            self.scans,
             self.config.model,
             precision=self.processes.dtype,
             stored=self.stored,

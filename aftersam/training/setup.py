@@ -196,9 +196,11 @@ def write_facts(output: Path, plan: Plan, scans: Scans) -> None:
     if plan.resumed:
         return
     native = plan.config.data.spacing_mm == "native"
+    longest = [max(n * mm for n, mm in zip(c.shape, c.spacing_mm, strict=True)) for c in scans.training]
     facts = {
         "labels": {str(value): name for value, name in scans.labels.items()},
         "spacing_mm": None if native else list(scans.training[0].spacing_mm),
+        "longest_mm": [min(longest), max(longest)],
         "one_piece": one_piece((case.labels for case in scans.training), scans.labels),
         "dataset": scans.dataset.name,
         "fold": scans.fold,

@@ -17,15 +17,14 @@ from aftersam.inference.inputs import Scan
 from aftersam.inference.sliding import predict_volume
 
 if TYPE_CHECKING:
-    from aftersam.data.cache import CachedCase
     from aftersam.data.stored_features import StoredScan
     from aftersam.model.aftersam import AfterSAM
+    from aftersam.training.setup import Scans
 
 
 def validate_scans(
     model: AfterSAM,
-    cases: Sequence[CachedCase],
-    labels: Mapping[int, str],
+    scans: Scans,
     config: ModelConfig,
     *,
     precision: torch.dtype,
@@ -34,21 +33,21 @@ def validate_scans(
     title: str,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, float | None]:
-    """{organ: mean Dice over `cases`, None where no case has it}; draws the first case to the PNG `overlay`.
+    """{organ: mean Dice over the validation cases, None where none has it}; draws the first case to the PNG `overlay`.
 
     `stored` holds the encoder's features of some cases by their ids; `progress` is called as by `predict_volume`."""
-    scores: dict[str, list[float]] = {name: [] for name in labels.values()}
-    for i, case in enumerate(cases):
+    scores: dict[str, list[float]] = {name: [] for name in scans.labels.values()}
+    for i, case in enumerate(scans.validation):
         hu, truth = case.hu, case.labels
         scan = Scan(hu, case.box, truth, stored.get(case.id))
         mask = predict_volume(
             model, scan, config, output_shape=hu.shape, precision=precision, progress=progress
         ).labels
-        for value, name in labels.items():
+        for value, name in scans.labels.items():
             scores[name].append(dice(mask == value, truth == value))
         if i == 0:
             overlay_png(
-                overlay, hu, mask, case.spacing_mm, dict(labels),
+                overlay, hu, mask, case.spacing_mm, scans.labels,
                 reference=np.asarray(truth), title=f"{case.id}, {title}",
             )  # fmt: skip
     return {name: mean(values) for name, values in scores.items()}

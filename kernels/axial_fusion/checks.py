@@ -111,11 +111,13 @@ def wrapped(tensors: tuple[Tensor, ...]) -> bool:
 
 
 def under_transform(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether plain products alone are right: a torch.func transform is active, one of the tensors carries a
-    forward-mode tangent, or is `wrapped`."""
+    """Whether plain products alone are right: a torch.func transform is active, one of the tensors is a batch that
+    autograd makes of gradients, carries a forward-mode tangent, or is `wrapped`."""
     if torch.compiler.is_compiling():
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None or wrapped(tensors):
+        return True
+    if not all(map(torch._C._has_storage, tensors)):
         return True
     ad = torch.autograd.forward_ad
     return ad._current_level >= 0 and any(ad.unpack_dual(t).tangent is not None for t in tensors)

@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 
 from .checks import (
-    PACKAGES,
     autocast_dtype,
     constant_when_traced,
     dtype_name,
-    missing_package,
     no_derivative,
     under_transform,
     wrapped,
 )
-from .gpu.common import INTERPRETED, MISSING
+from .obstacles import HALF, Facts, cpu_obstacle, obstacle_to, triton_obstacle
 from .reference import AttentionWeights
 
 Op = Literal[
@@ -36,7 +34,7 @@ Op = Literal[
 ]
 SDPA_KINDS = ("sdpa", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient")
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "axial_attention": ("triton", "torch"),
+    "axial_attention": ("triton", "cpu", "torch"),
     "slice_attention": ("triton", *SDPA_KINDS, "flash", "xformers", "flex", "torch"),
     "rel_pos_attention": ("triton", "torch"),
     "window_attention": ("triton", "torch"),
@@ -45,15 +43,12 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "lora_qkv": ("augmented", "triton", "torch"),
     "axial_fusion_attention": ("composed", "triton", "torch"),
 }
-MAX_TRITON_SLICES = 64  # one tile holds every slice of a position
-MAX_TRITON_HEAD_DIM = 128
-SLICE_HEAD_DIMS = (16, 32, 64)  # of slice_attention on Triton
-MAX_TRITON_RANK = 64
-MAX_TRITON_CHANNELS = 4096  # one tile holds a row that is normalised
-MAX_TRITON_COLUMNS = 128  # one tile holds a row of keys; half as many in fp32
-MAX_FLASH_HEAD_DIM = 256  # of FlashAttention, the package's and torch's
-HALF = (torch.float16, torch.bfloat16)
-CHOSEN_ON_CPU = ("slice_attention", "lora_linear", "lora_qkv")  # the others are plain torch there
+CHOSEN_ON_CPU = (
+    "axial_attention",
+    "slice_attention",
+    "lora_linear",
+    "lora_qkv",
+)  # the others are plain torch there
 # Positions up to which a gradient of slice_attention by plain products is faster on a CPU.
 FEW_POSITIONS = {torch.float16: 512, torch.bfloat16: 128}
 
@@ -80,19 +75,6 @@ class Choice(NamedTuple):
     reason: str
 
 
-class Facts(NamedTuple):
-    """What a decision looks at: where and in which dtype an op computes, and the sizes that bound a kernel."""
-
-    device: torch.device
-    dtype: torch.dtype
-    head_dim: int = 1
-    slices: int = 1
-    columns: int = 1  # of keys in a row
-    channels: int = 1
-    rank: int = 0  # 0: no LoRA
-    weights: tuple[torch.dtype, ...] = ()
-
-
 class HalfBackends(NamedTuple):
     """The backends of what one half of axial_fusion_attention computes."""
 
@@ -103,8 +85,10 @@ class HalfBackends(NamedTuple):
     qkv: str | None = None  # of norm and projections as one op, lora_qkv, where they can be one
 
 
+COMPILED = Choice("cpu", "compiled for the CPU: a row is read once, and no score leaves the cache")
 ON_CPU = Choice("torch", "a CPU tensor: library matmuls are fastest there")
 TRANSFORMED = Choice("torch", "plain products alone have a forward-mode derivative and every transform")
+TRACED = Choice("torch", "a traced graph holds torch's own products alone")
 WRAPPED = Choice("torch", "a tensor subclass computes its operators itself, and knows torch's alone")
 NOTHING_TO_FUSE = Choice("torch", "library products, nothing to fuse with them here")
 SDPA = Choice("sdpa", "torch picks the fastest fused attention for the device")
@@ -124,8 +108,11 @@ def select_backend(op: Op, *tensors: Tensor, backend: str = "auto") -> Choice:
         raise ValueError(f"select_backend({op!r}) needs the op's tensors")
     if backend != "auto":
         return _named(op, backend, tensors)
-    if op not in CHOSEN_ON_CPU and tensors[0].device.type == "cpu":
-        return ON_CPU
+    if tensors[0].device.type == "cpu":
+        if op not in CHOSEN_ON_CPU:
+            return ON_CPU
+        if op == "axial_attention" and _traced():
+            return TRACED
     return _fastest(op, tensors)
 
 
@@ -156,10 +143,10 @@ def select_halves(
         ).backend
     kernels = backend == "triton"
     if kernels:
-        obstacle = None if inter is None else _triton_obstacle("axial_attention", facts)
+        obstacle = None if inter is None else triton_obstacle("axial_attention", facts)
         if obstacle:
             raise ValueError(CANNOT_RUN.format("triton", "axial_fusion_attention", obstacle))
-        across, within = "triton", within if _triton_obstacle("slice_attention", facts) else "triton"
+        across, within = "triton", within if triton_obstacle("slice_attention", facts) else "triton"
     return _half(x, inter, facts.dtype, across, kernels), _half(x, intra, facts.dtype, within, kernels)
 
 
@@ -176,7 +163,7 @@ def _half(
     rows = Facts(x.device, x.dtype, channels=x.shape[-1], rank=max(ranks), weights=_dtypes(*_tensors(w)))
     as_one = w.norm_weight is not None and ranks[0] == ranks[1] > 0
     if kernels:
-        obstacle = _triton_obstacle("lora_qkv", rows)
+        obstacle = triton_obstacle("lora_qkv", rows)
         if obstacle:
             raise ValueError(CANNOT_RUN.format("triton", "axial_fusion_attention", obstacle))
         return HalfBackends("triton", "triton", dense, attention, "triton" if as_one else None)
@@ -252,11 +239,20 @@ def _fastest(op: str, tensors: tuple[Tensor, ...]) -> Choice:
     return _fastest_kernel(op, facts)
 
 
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def _fastest_kernel(op: str, facts: Facts) -> Choice:
-    """Of an op that has a Triton kernel and plain torch."""
+    """Of an op that has a Triton kernel and plain torch, and a compiled form on a CPU if it is axial_attention."""
     if facts.device.type == "cpu":
-        return ON_CPU
-    obstacle = _triton_obstacle(op, facts)
+        if op != "axial_attention":
+            return ON_CPU
+        if _traced():
+            return TRACED
+        obstacle = cpu_obstacle(facts)
+        return Choice("torch", obstacle) if obstacle else COMPILED
+    obstacle = triton_obstacle(op, facts)
     if obstacle:
         return Choice("torch", obstacle)
     if op == "row_norm":
@@ -268,7 +264,7 @@ def _fastest_slices(facts: Facts, positions: int, tensors: Callable[[], tuple[Te
     """Of slice_attention among `positions`; `tensors` gives those that q, k and v are made of."""
     key = SliceKey(_capability(facts.device), facts.dtype, facts.head_dim)
     measured = FASTEST.get(key)
-    if measured and not _obstacle("slice_attention", measured, facts):
+    if measured and not obstacle_to("slice_attention", measured, facts):
         device = "sm_{}{}".format(*key.capability)
         return Choice(measured, f"measured fastest on {device} for {dtype_name(key.dtype)}, D {key.head_dim}")
     most = FEW_POSITIONS.get(facts.dtype, 0)
@@ -282,7 +278,7 @@ def _fastest_linear(device: torch.device, dtype: torch.dtype, rank: int) -> Choi
     if device.type == "cuda":
         if not rank:
             return Choice("augmented", "the library's product; a bias gradient is one pass over the rows")
-        if _triton_obstacle("lora_linear", Facts(device, dtype, rank=rank)) is None:
+        if triton_obstacle("lora_linear", Facts(device, dtype, rank=rank)) is None:
             return Choice(
                 "triton", "x is read and joined with its update in one pass: 265 us on an H100, not 316"
             )
@@ -293,7 +289,7 @@ def _fastest_linear(device: torch.device, dtype: torch.dtype, rank: int) -> Choi
 
 
 def _fastest_qkv(facts: Facts) -> Choice:
-    if facts.device.type == "cuda" and _triton_obstacle("lora_qkv", facts) is None:
+    if facts.device.type == "cuda" and triton_obstacle("lora_qkv", facts) is None:
         return Choice(
             "triton", "a row is normalised in one pass: 62 us on an H100, without LoRA 87 us by torch"
         )
@@ -324,7 +320,7 @@ def _named(op: str, backend: str, tensors: tuple[Tensor, ...]) -> Choice:
             obstacle = "it takes torch's own tensors alone; the torch backend takes subclasses that compute themselves"
         elif under_transform(tensors):
             obstacle = f"it has {NO_TRANSFORM}; the torch backend has both"
-        obstacle = obstacle or _obstacle(op, backend, _facts(op, tensors))
+        obstacle = obstacle or obstacle_to(op, backend, _facts(op, tensors))
     if backend == "flex" and tensors[0].device.type == "cpu" and not no_derivative(*tensors):
         obstacle = obstacle or "FlexAttention has no gradient on a CPU"
     if obstacle:
@@ -332,64 +328,10 @@ def _named(op: str, backend: str, tensors: tuple[Tensor, ...]) -> Choice:
     return Choice(backend, "named by the caller")
 
 
-def _obstacle(op: str, backend: str, facts: Facts) -> str | None:
-    """Why `backend` cannot run `op` on these facts, or None."""
-    if backend == "triton":
-        return _triton_obstacle(op, facts)
-    if backend in ("torch", "sdpa", "augmented", "flex"):
-        return None
-    kind, dtype = facts.device.type, facts.dtype
-    if backend == "sdpa_flash" and kind == "cpu":
-        return None
-    missing = missing_package(backend) if backend in PACKAGES else None
-    if missing:
-        return missing
-    if kind != "cuda":
-        return f"it needs CUDA tensors, found {kind}"
-    if backend in ("flash", "sdpa_flash", "sdpa_cudnn") and dtype not in HALF:
-        return f"it needs float16 or bfloat16, found {dtype_name(dtype)}"
-    if dtype not in (torch.float32, *HALF):
-        return f"it needs float32, float16 or bfloat16, found {dtype_name(dtype)}"
-    if backend in ("flash", "sdpa_flash") and facts.head_dim > MAX_FLASH_HEAD_DIM:
-        return f"head dim {facts.head_dim} is above {MAX_FLASH_HEAD_DIM}"
-    return None
-
-
-def _triton_obstacle(op: str, facts: Facts) -> str | None:
-    """Why the Triton kernels cannot run `op` on these facts, or None."""
-    kind, dtype = facts.device.type, facts.dtype
-    if MISSING:
-        return MISSING
-    if kind != "cuda" and not (INTERPRETED and kind == "cpu"):
-        return f"it needs CUDA tensors, found {kind}"
-    if dtype not in (torch.float32, *HALF):
-        return f"it needs float32, float16 or bfloat16, found {dtype_name(dtype)}"
-    if facts.channels > MAX_TRITON_CHANNELS:
-        return f"{facts.channels} channels are above {MAX_TRITON_CHANNELS}"
-    others = set(facts.weights) - {torch.float32, *HALF}
-    if others:
-        return f"its weights are {dtype_name(others.pop())}"
-    if facts.rank > MAX_TRITON_RANK:
-        return f"rank {facts.rank} is above {MAX_TRITON_RANK}"
-    if op == "slice_attention":
-        if dtype not in HALF:
-            return f"it needs float16 or bfloat16, found {dtype_name(dtype)}"
-        dims = ", ".join(map(str, SLICE_HEAD_DIMS))
-        return None if facts.head_dim in SLICE_HEAD_DIMS else f"head dim {facts.head_dim} is not {dims}"
-    if facts.head_dim > MAX_TRITON_HEAD_DIM:
-        return f"head dim {facts.head_dim} is above {MAX_TRITON_HEAD_DIM}"
-    columns = MAX_TRITON_COLUMNS if dtype in HALF else MAX_TRITON_COLUMNS // 2
-    if facts.columns > columns:
-        return f"{facts.columns} columns are above {columns}"
-    if facts.slices > MAX_TRITON_SLICES:
-        return f"{facts.slices} slices are above {MAX_TRITON_SLICES}"
-    return None
-
-
 def sums_by_triton(x: Tensor) -> bool:
     """Whether a kernel sums the rows of x (T, C) up."""
     facts = Facts(x.device, x.dtype, channels=x.shape[-1])
-    return x.device.type == "cuda" and x.numel() > 0 and _triton_obstacle("row_norm", facts) is None
+    return x.device.type == "cuda" and x.numel() > 0 and triton_obstacle("row_norm", facts) is None
 
 
 def plain_on(*tensors: Tensor) -> bool:

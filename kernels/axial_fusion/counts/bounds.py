@@ -64,8 +64,8 @@ TURNS: dict[str, Callable[[Arguments, int], list[float]]] = {
     "rel_pos_bwd_dq_kernel": _turns_of_queries,
     "rel_pos_bwd_dkv_kernel": _turns_of_keys,
     # Loops of axial attention run where a tile holds an inf or NaN.
-    "axial_attention_fwd_kernel": lambda a, programs: [0],
-    "axial_attention_bwd_kernel": lambda a, programs: [0, 0, 0],
+    "axial_attention_fwd_kernel": lambda a, programs: [0] * 2,
+    "axial_attention_bwd_kernel": lambda a, programs: [0] * 6,
     # The second loop runs where the first one overflowed.
     "slice_attention_fwd_kernel": lambda a, programs: [_up(a["P"], a["TILE"].BLOCK_N), 0],
     "row_norm_bwd_kernel": lambda a, programs: [_up(a["rows"], a["BLOCK_T"]) / programs],

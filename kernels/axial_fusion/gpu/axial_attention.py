@@ -51,8 +51,9 @@ def _real(index, mask, lengths_ptr, batch):
 
 
 @jit
-def _kept(x, real, lengths_ptr):
-    """Rows of keys' gradients x [..., BLOCK_K, D], 0 past the length."""
+def _of_keys(a, b, real, lengths_ptr):
+    """Gradients of keys a b [..., BLOCK_K, D], 0 past the length."""
+    x = tl.dot(a, b, input_precision="ieee")
     if lengths_ptr is not None:
         x = tl.where(real[:, None] if len(x.shape) == 2 else real[None, :, None], x, 0.0)
     return x
@@ -225,17 +226,13 @@ def axial_attention_bwd_kernel(
     p = tl.trans(p.to(q0.dtype))  # [HEADS, BLOCK_K, BLOCK_Q]
     ds = ds.to(q0.dtype)
     ds_t = tl.trans(ds)
-    dv0 = _kept(tl.dot(p, g0, input_precision="ieee"), real_k, lengths_ptr)
-    store(dv_ptr, offs_dk, mask_k, dv0, 0, D0, D)
+    store(dv_ptr, offs_dk, mask_k, _of_keys(p, g0, real_k, lengths_ptr), 0, D0, D)
     store(dq_ptr, offs_dq, mask_q, tl.dot(ds, k0, input_precision="ieee"), 0, D0, D)
-    dk0 = _kept(tl.dot(ds_t, q0, input_precision="ieee"), real_k, lengths_ptr)
-    store(dk_ptr, offs_dk, mask_k, dk0, 0, D0, D)
+    store(dk_ptr, offs_dk, mask_k, _of_keys(ds_t, q0, real_k, lengths_ptr), 0, D0, D)
     if D1 > 0:
-        dv1 = _kept(tl.dot(p, g1, input_precision="ieee"), real_k, lengths_ptr)
-        store(dv_ptr, offs_dk, mask_k, dv1, D0, D1, D)
+        store(dv_ptr, offs_dk, mask_k, _of_keys(p, g1, real_k, lengths_ptr), D0, D1, D)
         store(dq_ptr, offs_dq, mask_q, tl.dot(ds, k1, input_precision="ieee"), D0, D1, D)
-        dk1 = _kept(tl.dot(ds_t, q1, input_precision="ieee"), real_k, lengths_ptr)
-        store(dk_ptr, offs_dk, mask_k, dk1, D0, D1, D)
+        store(dk_ptr, offs_dk, mask_k, _of_keys(ds_t, q1, real_k, lengths_ptr), D0, D1, D)
     if apart:
         _row_by_row((dq_ptr, offs_dq, mask_q), ds, (k_ptr, offs_k, real_k), visible, 1.0, D)
         _row_by_row((dk_ptr, offs_dk, mask_k), ds_t, (q_ptr, offs_q, mask_q), tl.trans(visible), 1.0, D)

@@ -1,7 +1,8 @@
 """Attention across slices at each position: softmax(scale · q kᵀ) v over the N slices of a group.
 
 Gradients, with p the softmax's rows: dv = pᵀ dY, dp = dY vᵀ, ds = p · (dp − Σ p · dp),
-dq = scale · ds k, dk = scale · dsᵀ q. Every backend but an eager CPU computes p again and saves q, k and v alone."""
+dq = scale · ds k, dk = scale · dsᵀ q. Every backend but torch on an eager CPU computes p again and saves q, k and v
+alone."""
 
 from __future__ import annotations
 
@@ -10,14 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import autocast, check_alike, check_shapes, dtype_name, no_second_derivative, softmax_scale
+from ..checks import (
+    autocast,
+    check_alike,
+    check_shapes,
+    dtype_name,
+    no_second_derivative,
+    softmax_scale,
+    torchs_own,
+    under_transform,
+)
 from ..cpu import axial_attention as plain
+from ..cpu import compiled
 from ..dispatch import plain_on, select_backend
 from ..gpu import axial_attention as gpu
 from ..registry import NAMESPACE, OPS, library, register_flop_formula
 
 _QUERIES, _KEYS = ("B", "Nq", "P", "M", "D"), ("B", "N", "P", "M", "D")
 
+_FORWARD = {"triton": gpu.launch_forward, "cpu": compiled.forward, "torch": plain.forward}
+_BACKWARD = {"triton": gpu.launch_backward, "cpu": compiled.backward, "torch": plain.backward}
 _LIB = library("axial_attention")
 _OP = f"{NAMESPACE}::axial_attention"
 torch.library.define(
@@ -37,8 +50,7 @@ torch.library.define(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool, backend: str
 ) -> Tensor:
-    run = gpu.launch_forward if backend == "triton" else plain.forward
-    return run(q, k, v, lengths, scale, causal)
+    return _FORWARD[backend](q, k, v, lengths, scale, causal)
 
 
 @torch.library.register_fake(_OP, lib=_LIB)
@@ -52,8 +64,7 @@ def _(
 def _backward_op(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    run = gpu.launch_backward if backend == "triton" else plain.backward
-    return run(grad, q, k, v, lengths, scale, causal)
+    return _BACKWARD[backend](grad, q, k, v, lengths, scale, causal)
 
 
 @torch.library.register_fake(f"{_OP}_backward", lib=_LIB)
@@ -69,8 +80,33 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = OPS.axial_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+    *options, backend = ctx.options
+    given = (grad, *ctx.saved_tensors, *options)
+    if backend == "cpu" and (torch.is_grad_enabled() or under_transform((grad,))):
+        grads = plain.backward(*given)  # can be differentiated again, and batched
+    elif backend == "cpu" and _eager(grad):
+        grads = compiled.backward(*given)
+    else:
+        grads = OPS.axial_attention_backward(*given, backend)
     return (*grads, None, None, None, None)
+
+
+def _eager(*tensors: Tensor) -> bool:
+    """Whether nothing looks on or stands in for the tensors: then a function can be called in place of its op."""
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    return not traced and torchs_own(*tensors)
+
+
+class _Compiled(torch.autograd.Function):
+    """The compiled kernels without the registered op, whose calls forward and backward take 100 us longer."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        ctx.save_for_backward(*inputs[:4])
+        ctx.options = inputs[4:]
+        return compiled.forward(*inputs[:-1])
+
+    backward = staticmethod(_backward)
 
 
 torch.library.register_autograd(_OP, _backward, setup_context=_save, lib=_LIB)
@@ -137,4 +173,6 @@ def run(
     """`axial_attention` of arguments that are checked and cast, on a backend that is decided."""
     if backend == "torch" and plain_on(q, k, v):
         return plain.forward(q, k, v, lengths, scale, causal)
+    if backend == "cpu" and _eager(q, k, v):
+        return _Compiled.apply(q, k, v, lengths, scale, causal, backend)
     return OPS.axial_attention(q, k, v, lengths, scale, causal, backend)

@@ -1,0 +1,135 @@
+"""The compiled kernels of a CPU: kernels.c, which an install builds where it finds a compiler.
+
+They run in the pool of threads that torch has, as many as torch.get_num_threads(), and are given pointers and strides:
+neither torch's headers nor a second OpenMP are needed."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checks import constant_when_traced
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # by their number in kernels.c
+MAX_SLICES = 64  # scores of a query: four vectors
+VERSION = 1  # of what kernels.c takes
+_GROUP = 3 << 10  # elements of a position that a thread copies at a time: its heads, as many as fit the cache
+_GRAIN = 1 << 15  # multiply-adds that are worth another thread
+
+
+_CALL = struct.Struct("51qd")  # an Axial of kernels.c: eight views of five numbers, eleven more, scale
+_ABSENT = (0,) * 5  # the view of a tensor that a call does not have
+
+
+def _path() -> Path | None:
+    """Where the kernels are that this Python's install has built."""
+    built = (Path(__file__).with_name("_kernels" + suffix) for suffix in EXTENSION_SUFFIXES)
+    return next((path for path in built if path.exists()), None)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    """The compiled kernels, or why there are none."""
+    found = _path()
+    if found is None:
+        return "the compiled kernels are not built; install with a C compiler at hand"
+    try:
+        library = ctypes.CDLL(str(found))
+        version = library.kernels_version()
+    except (OSError, AttributeError) as error:
+        return f"the compiled kernels do not load: {error}"
+    if version != VERSION:
+        return "the compiled kernels are of another version of this package; install it again"
+    library.axial_level.restype = library.axial_attention.restype = ctypes.c_int64
+    library.axial_attention.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64]
+    return library
+
+
+@constant_when_traced
+def missing() -> str | None:
+    """Why the compiled kernels cannot be used, or None."""
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+@functools.cache
+def _parallel() -> int | None:
+    """The address of GOMP_parallel in the OpenMP that torch has loaded; None where it has another pool of threads."""
+    if sys.platform != "linux":
+        return None
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
+        return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
+
+
+@functools.cache
+def _level() -> int:
+    library = _library()
+    assert not isinstance(library, str)
+    return library.axial_level()  # type: ignore[no-any-return]
+
+
+def _view(t: Tensor) -> tuple[int, ...]:
+    return (t.data_ptr(), *t.stride()[:4])
+
+
+def _dense(t: Tensor) -> Tensor:
+    """What is read by pointer and strides: no negative that is still to be taken, and D packed."""
+    t = t.resolve_neg()
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _run(
+    q: Tensor, k: Tensor, views: list[tuple[int, ...]], lengths: Tensor | None, scale: float, causal: bool
+) -> None:
+    """`views`: of q, k, v, y, dy, dq, dk, dv; y is absent backward, the last four forward."""
+    library = _library()
+    assert not isinstance(library, str)
+    batch, queries, positions, heads, dim = q.shape
+    keys = k.shape[1]
+    lengths = None if lengths is None else lengths.to(torch.int64).contiguous()
+    work = batch * positions * heads * queries * keys * dim
+    group = max(1, min(heads, _GROUP // (keys * dim)))
+    items = batch * positions * -(-heads // group)
+    threads = max(1, min(torch.get_num_threads(), items, work // _GRAIN))
+    call = _CALL.pack(
+        *(number for view in views for number in view),
+        0 if lengths is None else lengths.data_ptr(),
+        batch, queries, keys, positions, heads, dim, DTYPES.index(q.dtype), causal, threads, group,
+        scale,
+    )  # fmt: skip
+    if library.axial_attention(call, _parallel(), _level()):
+        raise MemoryError("axial_attention: no memory for the rows that its threads work on")
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool) -> Tensor:
+    """q (B, Nq, P, M, D), k and v (B, N, P, M, D) -> contiguous (B, Nq, P, M, D)."""
+    y = torch.empty(q.shape, dtype=q.dtype)
+    if not k.shape[1]:
+        return y.zero_()
+    if y.numel():
+        q, k, v = (_dense(t) for t in (q, k, v))
+        _run(q, k, [*map(_view, (q, k, v, y)), *(_ABSENT,) * 4], lengths, scale, causal)
+    return y
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Contiguous gradients of q, k and v."""
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
+    if not q.numel() or not k.numel():
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    dy, q, k, v = (_dense(t) for t in (grad, q, k, v))
+    views = [*map(_view, (q, k, v)), _ABSENT, *map(_view, (dy, dq, dk, dv))]
+    _run(q, k, views, lengths, scale, causal)
+    return dq, dk, dv

@@ -1,0 +1,163 @@
+"""Prediction where things go wrong: killed anywhere, beside another process, in torchrun's hands, on a full disk."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from torch.distributed import HashStore
+
+from aftersam.inference.processes import Processes
+from toy_scans import scan
+
+TESTS = Path(__file__).parent
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """Two scans whose names start alike."""
+    home = tmp_path / "scans"
+    home.mkdir()
+    for name in ("1.2.840.1", "1.2.840.1.7"):
+        scan(home / f"{name}.nii.gz", (24, 20, 3))
+    return home
+
+
+def trials(mode, count, scans, run):
+    """What tests/trials.py found."""
+    home = scans.parent / "trials"
+    home.mkdir()
+    command = [sys.executable, str(TESTS / "trials.py"), mode, str(count), str(scans), str(home), str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENV)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("mode", "count"), [("renames", 2), ("random", 2), ("pairs", 1)], ids=lambda value: str(value)
+)
+def test_a_disturbed_prediction_of_a_folder_ends_well(run, scans, mode, count):
+    assert trials(mode, count, scans, run)["trials"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("mode", "count"), [("renames", 0), ("random", 50), ("pairs", 20)], ids=str)
+def test_many_disturbed_predictions_of_a_folder_end_well(run, scans, mode, count):
+    found = trials(mode, count, scans, run)
+    assert found["trials"] >= count
+    print(found)
+
+
+def test_no_process_ends_before_all_are_done():
+    store, gone, said = HashStore(), [], []
+    processes = [Processes(rank, 3, store) for rank in range(3)]
+    assert [one.share("abcdefg") for one in processes] == [["a", "d", "g"], ["b", "e"], ["c", "f"]]
+
+    def work(one, failed):
+        one.wait_for_the_others(failed, said.append)
+        gone.append(one.rank)
+
+    early = [threading.Thread(target=work, args=(one, 1)) for one in processes[:2]]
+    for thread in early:
+        thread.start()
+    early[0].join(1.2)
+    assert gone == []
+    work(processes[2], 0)
+    for thread in early:
+        thread.join(30)
+    assert sorted(gone) == [0, 1, 2]
+    assert said == ["2 scans have no mask, for the reasons above; torchrun ends with an error for that"]
+
+
+def test_a_process_alone_waits_for_nobody(monkeypatch):
+    Processes(0, 1, None).wait_for_the_others(1, pytest.fail)
+
+
+@pytest.mark.slow
+def test_torchrun_gives_all_masks_but_that_of_a_bad_scan_and_an_error(run, tmp_path):
+    home, masks = tmp_path / "scans", tmp_path / "masks"
+    home.mkdir()
+    for name in "abcdefgh":
+        scan(home / f"{name}.nii.gz", (24, 20, 3))
+    (home / "b.nii.gz").write_bytes(b"no scan")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [
+        "-m",
+        "aftersam.predict",
+        "-i",
+        str(home),
+        "-o",
+        str(masks),
+        "-m",
+        str(run),
+        "--device",
+        "cpu",
+    ]
+    for _ in range(2):  # and again, with the finished masks kept
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENV)
+        assert done.returncode == 1, done.stderr
+        assert sorted(p.name for p in masks.glob("*.nii.gz")) == [f"{name}.nii.gz" for name in "acdefgh"]
+        assert "1 scan has no mask" in done.stderr
+    scan(home / "b.nii.gz", (24, 20, 3))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENV)
+    assert done.returncode == 0, done.stderr
+    assert len(list(masks.glob("*.nii.gz"))) == 8
+
+
+FULL = """
+mount -t tmpfs -o size=4m tmpfs {disk} || exit 77
+head -c {taken} /dev/zero > {disk}/taken
+{command} 2> {log}
+code=$?
+rm {disk}/taken
+find {disk} -name '.*' -mindepth 1 > {left}
+{command} 2>> {again} || exit 78
+cp -r {disk}/. {copy}
+exit $code
+"""
+KIB = 1024
+DISK = 4096 * KIB  # bytes of the small disk
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="mounts a small disk by itself, with unshare")
+@pytest.mark.parametrize(
+    ("what", "options", "room"),
+    [
+        ("mask.nii.gz", [], 12 * KIB), ("mask.png", ["--preview"], 40 * KIB), ("mask.json", [], 4 * KIB),
+        ("mask.probabilities.npy", ["--save-probabilities"], 100 * KIB),
+        ("mask.confidence.nii.gz", ["--confidence"], 8 * KIB),
+        ("embeddings", ["--embeddings", "{disk}/embeddings"], 100 * KIB),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)  # fmt: skip
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(run, tmp_path, what, options, room):
+    disk, copy = tmp_path / "disk", tmp_path / "copy"
+    disk.mkdir()
+    copy.mkdir()
+    source = scan(tmp_path / "scan.nii.gz", (60, 60, 12))
+    preview = [] if "--preview" in options else ["--no-preview"]
+    command = [sys.executable, "-m", "aftersam.predict", "-i", str(source), "-o", str(disk / "mask.nii.gz")]
+    command += ["-m", str(run), "--device", "cpu", *preview, *(o.format(disk=disk) for o in options)]
+    files = {name: tmp_path / name for name in ("log", "left", "again")}
+    script = FULL.format(disk=disk, copy=copy, command=" ".join(command), taken=DISK - room, **files)
+    done = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, env=ENV)
+    if done.returncode in (1, 77) and not files["log"].exists():
+        pytest.skip("this machine mounts no disk for a test")
+    said = files["log"].read_text()
+    assert done.returncode == 2, (said, done.stderr)
+    assert len(said.splitlines()) == 1, said
+    assert f"{disk / what}" in said
+    assert "could not be written: No space left on device" in said
+    assert files["left"].read_text() == ""
+    assert (copy / "mask.nii.gz").exists()
+    assert (copy / what).exists()
+    assert np.asarray(nib.load(copy / "mask.nii.gz").dataobj).shape == (60, 60, 12)
