@@ -85,16 +85,23 @@ def test_a_patient_attribute_that_dicom_does_not_allow_is_left_empty(tmp_path, n
     assert not pydicom.dcmread(tmp_path / "mask.dcm")[name].value
 
 
+@pytest.mark.parametrize(
+    ("letters", "patient"),
+    [("ISO_IR 100", "Müller^Zoë"), (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎"), (None, "Doe^Jane")],
+)
 @pytest.mark.parametrize("name", ["Öse 心臓", "heart; left = right", "h" * 64, "心" * 64])
-def test_segment_and_patient_names_keep_their_letters(tmp_path, name):
+def test_segment_and_patient_names_keep_their_letters(tmp_path, name, letters, patient):
     import pydicom
 
     files = series_files(random_scan())
     for part in files:
-        part.SpecificCharacterSet, part.PatientName = "ISO_IR 100", "Müller^Zoë"
+        if letters:
+            part.SpecificCharacterSet = letters
+        part.PatientName, part.StudyDescription = patient, patient.split("=")[-1]
     _, back = written(save_series(tmp_path / "ct", files), tmp_path / "mask.dcm", {1: name, 3: "b"})
     assert set(back) == {name, "b"}
-    assert pydicom.dcmread(tmp_path / "mask.dcm").PatientName == "Müller^Zoë"
+    segmentation = pydicom.dcmread(tmp_path / "mask.dcm")
+    assert (segmentation.PatientName, segmentation.StudyDescription) == (patient, patient.split("=")[-1])
 
 
 @pytest.mark.parametrize("name", ["a\\b", "h" * 65, " ", "a\nb"])
@@ -117,6 +124,13 @@ def test_a_slice_without_what_a_segmentation_refers_to_is_refused_before_computi
     read_series(folder)  # the scan itself can be read
     with pytest.raises(ValueError, match=rf"\d\.dcm has no {name}"):
         check_segmentation(folder, NAMES)
+
+
+def test_slices_of_one_instance_uid_are_refused_before_computing(tmp_path):
+    files = series_files(random_scan())
+    files[4].SOPInstanceUID = files[1].SOPInstanceUID
+    with pytest.raises(ValueError, match=r"\d\.dcm and \d\.dcm have one SOPInstanceUID"):
+        check_segmentation(save_series(tmp_path / "ct", files), NAMES)
 
 
 def test_a_series_that_changed_is_refused(tmp_path):

@@ -38,9 +38,12 @@ def test_a_folder_onto_what_is_read_is_refused(tmp_path, overwrite):
             jobs_of(home / "a_0000.nii.gz", output, overwrite=overwrite)
     series = tmp_path / "series"
     series.mkdir()
-    for output in (series / "mask.nii.gz", series / "mask.dcm", series):
+    (series / "0.dcm").touch()  # a slice, maybe; a segmentation beside the slices is none of them
+    for output in (series / "mask.nii.gz", series / "0.dcm", series):
         with pytest.raises(ValueError, match="is the input"):
             jobs_of(series, output, overwrite=overwrite)
+    new = series / "mask.dcm"
+    assert jobs_of(series, new, overwrite=overwrite) == ([(series, new)], False)
 
 
 @pytest.mark.parametrize("name", ["m.nrrd", "m.seg.nrrd", "m.MHA", "m.nii.bz2", "m.hdr", "m.png", "m.jp2"])

@@ -239,7 +239,7 @@ def _check_stream(dataset: Any, one: Slice) -> None:
     from pydicom.uid import RLELossless
 
     syntax = _syntax(dataset)
-    if not syntax.is_encapsulated or syntax == RLELossless:
+    if not syntax.is_encapsulated or syntax == RLELossless or "PixelData" not in dataset:
         return
     frames = int(dataset.get("NumberOfFrames") or 1)
     stream = get_frame(dataset.PixelData, one.frame, number_of_frames=frames)

@@ -81,7 +81,7 @@ def _segmentation(slices: list[Slice], labels: np.ndarray, names: dict[int, str]
     algorithm = hd.AlgorithmIdentificationSequence(
         name="AFTer-SAM", version=__version__, family=codes.DCM.ArtificialIntelligence
     )
-    segmentation = hd.seg.Segmentation(
+    return hd.seg.Segmentation(
         source_images=sources,
         pixel_array=numbers[labels],
         segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
@@ -105,8 +105,6 @@ def _segmentation(slices: list[Slice], labels: np.ndarray, names: dict[int, str]
         software_versions=__version__,
         device_serial_number="0",
     )
-    segmentation.SpecificCharacterSet = "ISO_IR 192"  # UTF-8, for names in any script
-    return segmentation
 
 
 def _sources(slices: list[Slice]) -> list[Any]:
@@ -123,9 +121,14 @@ def _sources(slices: list[Slice]) -> list[Any]:
         DSfloat(float(v), auto_format=True) for v in first.orientation.ravel()
     ]
     headers = {s.path: s.header for s in slices}
+    known = dict[str, Path]()
     for path, header in headers.items():
-        for name in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID"):
+        for name in ("SOPClassUID", "StudyInstanceUID", "FrameOfReferenceUID"):
             text_of(path, header, name)
+        if (other := known.setdefault(text_of(path, header, "SOPInstanceUID"), path)) != path:
+            raise ValueError(
+                f"{path} and {other.name} have one SOPInstanceUID, so a segmentation cannot tell them apart"
+            )
         if "PerFrameFunctionalGroupsSequence" in header:
             shared = header.get("SharedFunctionalGroupsSequence") or [Dataset()]
             shared[0].PixelMeasuresSequence, shared[0].PlaneOrientationSequence = [measures], [direction]
@@ -133,6 +136,9 @@ def _sources(slices: list[Slice]) -> list[Any]:
         else:
             header.update(measures)
             header.update(direction)
+    first.header.SpecificCharacterSet = (
+        "ISO_IR 192"  # UTF-8: the segmentation takes it over, for names in any script
+    )
     for name, kind in MAY_BE_EMPTY.items():
         if not _valid(first.header.get(name), name, kind):
             setattr(first.header, name, None)

@@ -54,8 +54,8 @@ def jobs_of(
         _refuse_format(mask)
         mask = mask / f"{case_id(source)}.nii.gz"
     refuse_input(mask, [source, *also_read])
-    if source.is_dir():
-        refuse_input(mask.parent, [source])  # the next prediction would take the mask for a scan
+    if source.is_dir() and (mask.suffix != DICOM or mask.exists()):
+        refuse_input(mask.parent, [source])  # the next prediction would take a NIfTI mask for the scan
     if mask.exists() and not overwrite:
         raise ValueError(f"{mask} exists; --overwrite replaces it")
     return [(source, mask)], False
