@@ -131,6 +131,7 @@ def _predict(args: PredictArgs, jobs: Sequence[tuple[Path, Path]], report: _Repo
             TimeRemainingColumn(),
             console=report.console,
             transient=True,
+            disable=not report.console.is_terminal,
         ) as bar,
         ThreadPoolExecutor(1) as reader,
         ThreadPoolExecutor(1) as writer,
