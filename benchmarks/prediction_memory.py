@@ -39,21 +39,21 @@ def write_scan(path: Path, slices: int) -> None:
 
 def write_run(run: Path, organs: int, *, noise: bool) -> None:
     """What a training leaves, of a model that has not been trained."""
-    from aftersam.model import mask_decoder
+    import torch
+
     from aftersam.model.build import build_aftersam
     from aftersam.training.checkpoint import save_weights
 
-    if noise:
-        mask_decoder.BACKGROUND_LEAD = 0.0
     config = preset("tiny")
+    model = build_aftersam(config.model, organs + 1)
+    if noise:
+        torch.nn.init.zeros_(model.decoder.class_bias)  # background leads no longer
     run.mkdir()
     write_json(run / "config.json", to_dict(config))
     values = list(range(1, organs + 1))
     labels = {str(value): f"organ {value}" for value in values}
     write_json(run / "run.json", {"labels": labels, "spacing_mm": [3.0, 3.0, 3.0], "one_piece": values})
-    save_weights(
-        run / "best.safetensors", build_aftersam(config.model, organs + 1), dataclasses.asdict(config)
-    )
+    save_weights(run / "best.safetensors", model, dataclasses.asdict(config))
 
 
 def peak_mib(organs: int, slices: int, flags: Sequence[str], *, noise: bool) -> float:
