@@ -75,7 +75,7 @@ def encode(args: EncodeArgs) -> EncodeResult:
     store, spacing_mm = _from_run(args) if args.model is not None else _from_sam(args)
     console = plain_console(stderr=True)
     failed = 0
-    for scan in track(scans, "encoding", console=console, transient=True):
+    for scan in track(scans, "encoding", console=console, transient=True, disable=not console.is_terminal):
         try:
             with naming(scan):
                 volume = read_image(scan)

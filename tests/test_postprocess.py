@@ -1,6 +1,7 @@
 """Organs that are one connected piece, found in labels and kept to in masks."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -58,3 +59,15 @@ def test_what_is_kept_was_there_before_and_is_not_small(labels):
         sizes = [int((parts == i).sum()) for i in range(1, count + 1)]
         for i, size in enumerate(sizes, start=1):
             assert (labels[parts == i] == (value if size >= 0.2 * max(sizes) else 0)).all()
+
+
+@given(arrays.arrays(np.int16, (7, 5, 6), elements=st.sampled_from([0, 0, 1, 300])), st.integers(1, 90))
+def test_parts_that_cross_slabs_are_one(labels, at_once):
+    whole, slabs = labels.copy(), labels.copy()
+    drop_small_parts(whole, (1, 300))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aftersam.inference.postprocess.AT_ONCE", at_once)
+        drop_small_parts(slabs, (1, 300))
+        pieces = one_piece([labels], (1, 300))
+    np.testing.assert_array_equal(slabs, whole)
+    assert pieces == one_piece([labels], (1, 300))

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.prediction_memory import PIXELS, peak_mib
+
 PEAK = """
 import dataclasses, sys
 import numpy as np, torch
@@ -44,3 +46,15 @@ def test_memory_does_not_grow_with_depth(tmp_path):
     plane_mib = 20 * 512 * 512 * 4 / 2**20
     assert peak[1000] < 12 * plane_mib, peak
     assert peak[1000] < peak[50] + 2 * plane_mib, peak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("organs", [6, 117])
+def test_a_command_grows_by_the_scan_and_its_mask_alone(organs):
+    """2 bytes a voxel and 1; a preview, dropping small parts and writing take no array of the scan's size."""
+    shallow, deep = (
+        peak_mib(organs, slices, ["--statistics", "--confidence"], noise=organs == 6) for slices in (40, 140)
+    )
+    grown = (deep - shallow) * 2**20 / (100 * PIXELS**2)
+    assert grown < 5.5, (shallow, deep)  # with the confidence one more, and what the allocator keeps
+    assert deep < 2560

@@ -113,18 +113,18 @@ def test_torchrun_gives_all_masks_but_that_of_a_bad_scan_and_an_error(run, tmp_p
 
 
 FULL = """
-mount -t tmpfs -o size=4m tmpfs {disk} || exit 77
+mount -t tmpfs -o size=64m tmpfs {disk} || exit 77
 head -c {taken} /dev/zero > {disk}/taken
 {command} 2> {log}
 code=$?
 rm {disk}/taken
-find {disk} -name '.*' -mindepth 1 > {left}
+find {disk} -mindepth 1 -name '.*' > {left}
 {command} 2>> {again} || exit 78
 cp -r {disk}/. {copy}
 exit $code
 """
 KIB = 1024
-DISK = 4096 * KIB  # bytes of the small disk
+DISK = 2**16 * KIB  # bytes of the small disk
 
 
 @pytest.mark.slow
@@ -132,9 +132,9 @@ DISK = 4096 * KIB  # bytes of the small disk
 @pytest.mark.parametrize(
     ("what", "options", "room"),
     [
-        ("mask.nii.gz", [], 12 * KIB), ("mask.png", ["--preview"], 40 * KIB), ("mask.json", [], 4 * KIB),
+        ("mask.nii.gz", [], 8 * KIB), ("mask.png", ["--preview"], 8 * KIB), ("mask.json", [], 0),
         ("mask.probabilities.npy", ["--save-probabilities"], 100 * KIB),
-        ("mask.confidence.nii.gz", ["--confidence"], 8 * KIB),
+        ("mask.confidence.nii.gz", ["--confidence"], 4 * KIB),
         ("embeddings", ["--embeddings", "{disk}/embeddings"], 100 * KIB),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

@@ -121,8 +121,8 @@ def curves_figure(history: Path) -> Figure:
         at = [step for step, _, _ in scored]
         right.plot(at, [mean for _, mean, _ in scored], color="#222222", lw=2, marker="o", ms=3, label="mean")
         for i, name in enumerate(scored[-1][2]):
-            found = [organs.get(name, np.nan) for _, _, organs in scored]
-            right.plot(at, found, color=colour(i + 1), lw=1, label=_name(name))
+            of_organ = [organs.get(name, np.nan) for _, _, organs in scored]
+            right.plot(at, of_organ, color=colour(i + 1), lw=1, label=_name(name))
         right.legend(frameon=False, fontsize=7)
     right.set(xlabel="step", ylabel="validation DSC", ylim=(0, 1))
     for axis in (left, right):

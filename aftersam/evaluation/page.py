@@ -44,12 +44,11 @@ def write_report(
     parts = [f"<h1>AFTer-SAM: {shown(result.mean_dsc)} mean DSC</h1>"]
     parts.append(f'<p class="facts">{_text(_facts(result, run))}</p>')
     parts += ["<h2>Organs</h2>", _table(result)]
-    per_organ = {
-        organ: [
-            dsc for case in result.cases.values() if organ in case and (dsc := case[organ].dsc) is not None
-        ]
-        for organ in result.organs
-    }
+    per_organ: dict[str, list[float]] = {organ: [] for organ in result.organs}
+    for case in result.cases.values():
+        for organ, score in case.items():
+            if organ in per_organ and score.dsc is not None:
+                per_organ[organ].append(score.dsc)
     parts.append(_picture(box_figure(per_organ), "DSC of each organ and case"))
     if run is not None and (run / "history.jsonl").is_file():
         parts += [

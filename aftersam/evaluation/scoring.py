@@ -95,9 +95,8 @@ def score_folder(
     for case, path in track(references.items(), "scoring", console=console, transient=True, disable=hidden):
         try:
             found = [_matching(masks, case, folder) for folder, masks in systems]
-            with naming(path, "could not be scored"):
-                truth = read_labels(path)
-                scores[case] = [_score_case(mask, truth, names, options) for mask in found]
+            truth = read_labels(path)
+            scores[case] = [_score_case(mask, truth, names, options) for mask in found]
         except SAID as error:
             problems[case] = sentence(error)
             tell(console, f"aftersam.evaluate: {sentence(error)}")
@@ -176,17 +175,18 @@ def _score_case(mask: Path, truth: Volume, names: Mapping[int, str], options: Sc
         culprit = mask if np.any(found.array == foreign[0]) else truth.name
         known = ", ".join(f"{v} {n}" for v, n in names.items())
         raise ValueError(f"{culprit} has the label {foreign[0]}, but the label names are {known}")
-    return {
-        names.get(v, f"label {v}"): score_organ(
-            found.array == v,
-            truth.array == v,
-            truth.spacing_mm,
-            tolerance_mm=options.nsd_tolerance_mm,
-            convention=options.convention,
-        )
-        for v in values
-        if v
-    }
+    with naming(mask, "could not be scored"):
+        return {
+            names.get(v, f"label {v}"): score_organ(
+                found.array == v,
+                truth.array == v,
+                truth.spacing_mm,
+                tolerance_mm=options.nsd_tolerance_mm,
+                convention=options.convention,
+            )
+            for v in values
+            if v
+        }
 
 
 def _summary(

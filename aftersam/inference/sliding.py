@@ -1,7 +1,8 @@
 """Slices in, mask slices out: exact sliding-group inference in which each slice is encoded once.
 
 The encoder is 2D, so a slice's features do not depend on its group. They are computed once and kept while a
-group still needs them; each group then fuses N of them and decodes its centre. Memory does not grow with depth.
+group still needs them; each group then fuses N of them and decodes its centre. Only the scan and its labels grow
+with depth in memory.
 `reference.naive_logits` computes the same without these shortcuts."""
 
 from __future__ import annotations
