@@ -72,7 +72,9 @@ def by_case(files: Iterable[Path]) -> dict[str, Path]:
     for path in files:
         case = normal_form(case_id(path))
         if case in found:
-            raise ValueError(f"{found[case]} and {path} are both the case {case!r}; rename or remove one")
+            raise ValueError(
+                f"{found[case]} and {path} are both the case {case!r} and would give the same mask; rename one"
+            )
         found[case] = path
     return found
 

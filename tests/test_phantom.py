@@ -1,5 +1,7 @@
 """The phantom: repeatable, varied, anatomically in order, and no task for a threshold."""
 
+import resource
+
 import numpy as np
 import pytest
 
@@ -67,3 +69,15 @@ def test_the_command_writes_a_data_set_that_is_found(tmp_path, capsys):
     assert main(["-o", str(tmp_path)]) == 2  # never overwritten
     assert main(["-o", str(tmp_path / "x"), "--cases", "0"]) == 2
     assert "cases is 0" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        assert main(["-o", str(tmp_path / "scans"), "--cases", "1"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    file = tmp_path / "scans" / "imagesTr" / "phantom_00000_0000.nii.gz"
+    assert capsys.readouterr().err == f"aftersam.phantom: {file} could not be written: File too large\n"
+    assert not [path for path in (tmp_path / "scans").rglob("*") if path.is_file()]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aftersam.files import write_json
+from aftersam.files import renamed, write_json
 
 LABELS = {1: "esophagus", 2: "trachea", 3: "spinal_cord", 4: "lung_left", 5: "lung_right", 6: "heart"}
 ESOPHAGUS, TRACHEA, CORD, LUNG_LEFT, LUNG_RIGHT, HEART = LABELS
@@ -292,7 +292,8 @@ def write_dataset(output: Path | str, *, cases: int, seed: int = 0) -> Path:
         for folder, ending, array in (("imagesTr", "_0000", phantom.hu), ("labelsTr", "", phantom.labels)):
             image = nib.Nifti1Image(array.transpose(2, 1, 0), affine)
             image.header.set_xyzt_units("mm")
-            nib.save(image, output / folder / f"phantom_{number:05d}{ending}.nii.gz")
+            with renamed(output / folder / f"phantom_{number:05d}{ending}.nii.gz") as temporary:
+                nib.save(image, temporary)
     description = {
         "channel_names": {"0": "CT"},
         "labels": {"background": 0, **{name: value for value, name in LABELS.items()}},
