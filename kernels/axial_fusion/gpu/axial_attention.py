@@ -234,8 +234,8 @@ def axial_attention_bwd_kernel(
         store(dq_ptr, offs_dq, mask_q, tl.dot(ds, k1, input_precision="ieee"), D0, D1, D)
         store(dk_ptr, offs_dk, mask_k, _of_keys(ds_t, q1, real_k, lengths_ptr), D0, D1, D)
     if apart:
-        _row_by_row((dq_ptr, offs_dq, mask_q), ds, (k_ptr, offs_k, real_k), visible, 1.0, D)
         _row_by_row((dk_ptr, offs_dk, mask_k), ds_t, (q_ptr, offs_q, mask_q), tl.trans(visible), 1.0, D)
+        _row_by_row((dq_ptr, offs_dq, mask_q), ds, (k_ptr, offs_k, real_k), visible, 1.0, D)
         _row_by_row((dv_ptr, offs_dk, mask_k), p, (g_ptr, offs_g, mask_q), tl.trans(visible), 1.0, D)
 
 
