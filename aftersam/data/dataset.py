@@ -143,10 +143,9 @@ def _check_channels(description: dict[str, Any], where: Path) -> None:
     """Raise ValueError unless the scans have one channel, and it is not called by another modality than CT."""
     key = "channel_names" if "channel_names" in description else "modality"
     stored = description.get(key, {})
-    if not isinstance(stored, (dict, list, str)):
+    if not isinstance(stored, (dict, list)):
         raise ValueError(f'{where} has {key} {stored!r}, but it must be an object such as {{"0": "CT"}}')
-    named = stored.values() if isinstance(stored, dict) else [stored] if isinstance(stored, str) else stored
-    channels = [str(name) for name in named]
+    channels = [str(name) for name in (stored.values() if isinstance(stored, dict) else stored)]
     if len(channels) > 1:
         raise ValueError(f"{where} has {len(channels)} channels ({', '.join(channels)}); CT alone is one")
     if any(
