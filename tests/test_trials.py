@@ -134,7 +134,7 @@ DISK = 2**16 * KIB  # bytes of the small disk
     [
         ("mask.nii.gz", [], 8 * KIB), ("mask.png", ["--preview"], 8 * KIB), ("mask.json", [], 0),
         ("mask.probabilities.npy", ["--save-probabilities"], 100 * KIB),
-        ("mask.confidence.nii.gz", ["--confidence"], 4 * KIB),
+        ("mask.confidence.nii.gz", ["--confidence"], 0),
         ("embeddings", ["--embeddings", "{disk}/embeddings"], 100 * KIB),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
