@@ -161,3 +161,46 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(run, tmp_path, what, opt
     assert (copy / "mask.nii.gz").exists()
     assert (copy / what).exists()
     assert np.asarray(nib.load(copy / "mask.nii.gz").dataobj).shape == (60, 60, 12)
+
+
+MANY = """
+import json, os, sys
+from pathlib import Path
+from aftersam.inference import pipeline
+
+seen, write = [], pipeline.write_outputs
+
+def noted(*args):
+    said = write(*args)
+    rss = next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]
+    seen.append((int(rss) / 1024, len(os.listdir("/proc/self/fd"))))
+    return said
+
+pipeline.write_outputs = noted
+scans, masks, run = map(Path, sys.argv[1:])
+pipeline.predict_files(pipeline.PredictArgs(input=scans, output=masks, model=run, device="cpu"))
+print(json.dumps(seen))
+"""
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads Linux's account of memory and handles"
+)
+@pytest.mark.parametrize("count", [16, pytest.param(300, marks=pytest.mark.slow)])
+def test_many_scans_take_the_memory_and_the_handles_of_few(run, tmp_path, count):
+    home = tmp_path / "scans"
+    home.mkdir()
+    scan(home / "0.nii.gz", (24, 20, 3))
+    for i in range(1, count):
+        shutil.copyfile(home / "0.nii.gz", home / f"{i}.nii.gz")
+    command = [sys.executable, "-c", MANY, str(home), str(tmp_path / "masks"), str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENV)
+    assert done.returncode == 0, done.stderr
+    memory, handles = zip(*json.loads(done.stdout.splitlines()[-1]), strict=True)
+    assert len(memory) == count
+    print(
+        f"{memory[count // 2]:.0f} MiB after a half, {memory[-1]:.0f} MiB at the end, {handles[-1]} handles"
+    )
+    assert memory[-1] - memory[count // 2] < 16
+    assert max(handles[count // 4 :]) <= max(handles[: count // 4]) + 1
