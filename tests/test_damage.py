@@ -1,6 +1,6 @@
 """Data sets, runs, checkpoints and caches whose files are damaged or a stranger's: one sentence, soon, nothing left.
 
-A hundredth of the inputs in `make test`, all of them under the mark slow. Seeds are fixed."""
+A hundredth of the inputs in `make test`, all of them under the mark long. Seeds are fixed."""
 
 import json
 import resource
@@ -25,8 +25,8 @@ from aftersam.training.step import build_optimizer
 from mutations import mutated_bytes, mutated_json
 from toy_files import nnunet
 
-COUNTS = [pytest.param(20, id="some"), pytest.param(2000, id="all", marks=pytest.mark.slow)]
-FEWER = [pytest.param(3, id="some"), pytest.param(300, id="all", marks=pytest.mark.slow)]
+COUNTS = [pytest.param(20, id="some"), pytest.param(2000, id="all", marks=pytest.mark.long)]
+FEWER = [pytest.param(3, id="some"), pytest.param(300, id="all", marks=pytest.mark.long)]
 SECONDS, MIB = 5, 256
 
 

@@ -143,14 +143,14 @@ def test_twenty_mutated_files(tmp_path):
     assert 0 < fuzz(tmp_path, 20, seed=0) <= 20
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_thousand_mutated_files(tmp_path):
     refused = fuzz(tmp_path, 2000, seed=1)
     print(f"{refused} of 2000 series were refused")
     assert refused > 1000
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_leaves_one_line_and_nothing_else(run, tmp_path, capsys):
     from aftersam.predict import main
 

@@ -30,7 +30,7 @@ def finish_well(data, run):
 
 
 @pytest.mark.parametrize(
-    "trials", [pytest.param(1, id="some"), pytest.param(50, id="all", marks=pytest.mark.slow)]
+    "trials", [pytest.param(1, id="some"), pytest.param(50, id="all", marks=pytest.mark.long)]
 )
 def test_killed_at_random_and_resumed_equals_uninterrupted_to_the_bit(whole, tmp_path, trials):
     data, reference = whole
@@ -52,7 +52,7 @@ def test_killed_at_random_and_resumed_equals_uninterrupted_to_the_bit(whole, tmp
 
 
 @pytest.mark.parametrize(
-    "every", [pytest.param(12, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)]
+    "every", [pytest.param(12, id="some"), pytest.param(1, id="all", marks=pytest.mark.long)]
 )
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_killed_at_a_rename_leaves_nothing_after_the_next_run(whole, tmp_path, every, before):
@@ -72,7 +72,7 @@ def test_killed_at_a_rename_leaves_nothing_after_the_next_run(whole, tmp_path, e
 
 
 @pytest.mark.parametrize(
-    "count", [pytest.param(2, id="some"), pytest.param(24, id="all", marks=pytest.mark.slow)]
+    "count", [pytest.param(2, id="some"), pytest.param(24, id="all", marks=pytest.mark.long)]
 )
 def test_a_file_that_cannot_be_written_is_one_sentence_and_the_next_run_goes_on(whole, tmp_path, count):
     """No file may be larger than a limit, from bytes to megabytes: cache, history, pictures, checkpoints fail."""
@@ -105,7 +105,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "count", [pytest.param(1, id="some"), pytest.param(16, id="all", marks=pytest.mark.slow)]
+    "count", [pytest.param(1, id="some"), pytest.param(16, id="all", marks=pytest.mark.long)]
 )
 def test_a_full_disk_is_one_sentence_keeps_what_there_is_and_the_next_run_goes_on(whole, small_disk, count):
     data, reference = whole

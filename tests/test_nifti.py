@@ -206,7 +206,7 @@ def refusal(read, path):
 
 
 @pytest.mark.parametrize(
-    "count", [200, pytest.param(20_000, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])]
+    "count", [200, pytest.param(20_000, marks=[pytest.mark.long, pytest.mark.timeout(3000)])]
 )
 def test_damaged_files_are_read_or_refused_in_one_line(tmp_path, count):
     """Reading, labels, headers and preprocessing: no other exception, none above 5 s, memory bounded."""

@@ -48,7 +48,7 @@ def test_memory_does_not_grow_with_depth(tmp_path):
     assert peak[1000] < peak[50] + 2 * plane_mib, peak
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("organs", [6, 117])
 def test_a_command_grows_by_the_scan_and_its_mask_alone(organs):
     """2 bytes a voxel and 1; a preview, dropping small parts and writing take no array of the scan's size."""

@@ -47,7 +47,7 @@ def test_a_disturbed_prediction_of_a_folder_ends_well(run, scans, mode, count):
     assert trials(mode, count, scans, run)["trials"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("mode", "count"), [("renames", 0), ("random", 50), ("pairs", 20)], ids=str)
 def test_many_disturbed_predictions_of_a_folder_end_well(run, scans, mode, count):
@@ -81,7 +81,7 @@ def test_a_process_alone_waits_for_nobody(monkeypatch):
     Processes(0, 1, None).wait_for_the_others(1, pytest.fail)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torchrun_gives_all_masks_but_that_of_a_bad_scan_and_an_error(run, tmp_path):
     home, masks = tmp_path / "scans", tmp_path / "masks"
     home.mkdir()
@@ -127,7 +127,7 @@ KIB = 1024
 DISK = 2**16 * KIB  # bytes of the small disk
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="mounts a small disk by itself, with unshare")
 @pytest.mark.parametrize(
     ("what", "options", "room"),
@@ -187,7 +187,7 @@ print(json.dumps(seen))
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="reads Linux's account of memory and handles"
 )
-@pytest.mark.parametrize("count", [16, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [16, pytest.param(300, marks=pytest.mark.long)])
 def test_many_scans_take_the_memory_and_the_handles_of_few(run, tmp_path, count):
     home = tmp_path / "scans"
     home.mkdir()
