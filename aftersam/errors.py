@@ -63,7 +63,7 @@ class naming(contextlib.AbstractContextManager[None]):
         raise ValueError(f"{self.path} {self.what}: {_first_line(error)}") from error
 
     def _named_in(self, text: str) -> bool:
-        return re.search(rf"(^|[\s'\"]){re.escape(str(self.path))}($|[\s'\":;,/])", text) is not None
+        return re.search(rf"(^|[\s'\"]){re.escape(str(self.path))}($|[\s'\":;,./)])", text) is not None
 
 
 def run_command(name: str, command: Callable[[], int]) -> int:

@@ -60,6 +60,11 @@ def masks(home):
     scored_folders(home)
 
 
+def masks_and_an_empty_folder(home):
+    scored_folders(home)
+    (home / "empty").mkdir()
+
+
 def masks_of_a_label_without_a_name(home):
     scored_folders(home)
     save_mask(home / "masks" / "a.nii.gz", organs() * 7)
@@ -133,11 +138,11 @@ TABLE = [
     Row("disk full, encode", "encode", "--data HOME/scan.nii.gz --output HOME/e -m RUN --device cpu",
         f"HOME/scan.nii.gz could not be encoded: HOME/e/* {FULL}", a_scan, 1,
         full_disk("numpy.lib.format.write_array_header_1_0")),
-    Row("no masks folder", "evaluate", SCORE, "HOME/set/labelsTr is not a folder"),
+    Row("no masks folder", "evaluate", SCORE, "HOME/masks is not a folder"),
     Row("no mask in the folder", "evaluate", SCORE.replace("/set/labelsTr", "/empty"),
-        "HOME/empty holds no mask that ends in .nii.gz or .nii", a_folder("empty")),
-    Row("tolerance", "evaluate", SCORE + " --nsd-tolerance-mm 0", "nsd_tolerance_mm is 0.0, but must be above 0",
-        masks),
+        "HOME/empty holds no mask that ends in .nii.gz or .nii", masks_and_an_empty_folder),
+    Row("tolerance", "evaluate", SCORE + " --nsd-tolerance-mm 0",
+        "nsd_tolerance_mm is 0.0, but must be above 0 and at most 1000", masks),
     Row("label names", "evaluate", SCORE + " --label-names HOME/names.json",
         'HOME/names.json has no readable map of label names under "labels"', masks),
     Row("foreign label", "evaluate", SCORE,
@@ -216,7 +221,7 @@ def test_a_scan_of_many_that_finds_the_disk_full_costs_itself_alone(run, tmp_pat
     argv = [part.replace("HOME", str(tmp_path)).replace("RUN", str(run)) for part in ALL.split()]
     assert predict(argv) == 1
     assert f"aftersam.predict: {tmp_path}/masks/a.nii.gz {FULL}" in capsys.readouterr().err
-    assert {p.name for p in (tmp_path / "masks").iterdir()} == {"a.json", "b.json", "b.nii.gz"}
+    assert {p.name for p in (tmp_path / "masks").iterdir()} == {"b.json", "b.nii.gz"}
     monkeypatch.undo()
     assert predict(argv) == 0
     said = capsys.readouterr().err.splitlines()

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from aftersam.config import Config, Index, Millimetres, Range, checked, from_dict, validate
+from aftersam.config import Config, Index, Range, checked, from_dict, validate
 from aftersam.errors import naming
 from aftersam.files import read_json
 
+Length = Annotated[float, Range(1e-3, 1e3)]  # mm, of a voxel that a model works at
 Extent = Annotated[float, Range(0, 1e6)]  # mm
 
 
@@ -20,7 +21,7 @@ class RunFacts:
 
     labels: dict[str, str]
     """Values, in digits, to names; background left out."""
-    spacing_mm: tuple[Millimetres, Millimetres, Millimetres] | None
+    spacing_mm: tuple[Length, Length, Length] | None
     """(d, h, w) that the model works at; None: each scan's own."""
     one_piece: tuple[int, ...] = ()
     """Organs that are one connected piece in every training label."""
