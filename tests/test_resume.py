@@ -1,19 +1,17 @@
 """Resuming: a run's own split and choices, limits that may change, signals that end a run at a step, links refused."""
 
-import json
 import os
 import re
 import signal
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from aftersam.data.slice_group import SliceGroups
 from aftersam.files import read_json, write_json
 from aftersam.train import main
 from toy_scans import write_scans
+from training_children import assert_same, records
 
 FAST = ["--preset", "tiny", "--image-size", "48", "--num-blocks", "1", "--precision", "fp32"]
 LIMIT = ["--max-steps", "4", "--checkpoint-steps", "100"]
@@ -35,19 +33,6 @@ def whole(scans, tmp_path_factory):
 def train(scans, run, *more):
     cache = ["--cache", str(scans.parent / f"{scans.name}-cache")]
     return main(["--data", str(scans), "--output", str(run), "--device", "cpu", *cache, *more])
-
-
-def records(run):
-    return [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
-
-
-def assert_same(run, other):
-    for name in ("last.safetensors", "best.safetensors"):
-        ours, theirs = load_file(run / name), load_file(other / name)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(value, theirs[key]) for key, value in ours.items()), name
-    for ours, theirs in zip(records(run), records(other), strict=True):
-        assert {**ours, "minutes": 0} == {**theirs, "minutes": 0}
 
 
 def signalled(monkeypatch, number, at, times):
