@@ -13,6 +13,7 @@ from torch import nn
 
 from aftersam.config import Config, TrainConfig
 from aftersam.model.aftersam import AfterSAM
+from aftersam.training.graphs import RecordedGradients
 from aftersam.training.losses import Loss, segmentation_loss
 from aftersam.training.sharding import whole_copy
 
@@ -41,6 +42,10 @@ class Learner:
         self.optimizer = optimizer
         self.accelerator = accelerator
         self.config = config
+        self.gradients: Callable[[Sequence[Batch]], torch.Tensor] = self._gradients
+        if _capturable(accelerator, config.train):
+            trained = [p for p in model.parameters() if p.requires_grad]
+            self.gradients = RecordedGradients(self._gradients, trained, accelerator.device)
 
     def step(self, batches: Sequence[Batch], *, rate: float, number: int) -> dict[str, float]:
         """Step `number` of the run, on batches of groups: {"loss", "dice", "ce"}, means over batches and processes.
@@ -52,7 +57,8 @@ class Learner:
         self.model.train()
         self.optimizer.zero_grad()
         try:
-            mean = self._gradients(batches)
+            means = self.gradients(batches)
+            mean: list[float] = self.accelerator.reduce(means, "mean").tolist()
             if not math.isfinite(mean[0]):
                 cases = [case for batch in batches for case in batch["case"]]
                 raise FloatingPointError(
@@ -75,8 +81,8 @@ class Learner:
             model = copy.to(self.accelerator.device)
         return model
 
-    def _gradients(self, batches: Sequence[Batch]) -> list[float]:
-        """Leave the clipped gradients of all batches; the mean loss, Dice term and cross-entropy over processes."""
+    def _gradients(self, batches: Sequence[Batch]) -> torch.Tensor:
+        """Leave the clipped gradients of all batches; their mean loss, Dice term and cross-entropy, (3,)."""
         losses = []
         for i, batch in enumerate(batches):
             waits = i + 1 < len(batches)  # processes exchange gradients once a step
@@ -91,8 +97,17 @@ class Learner:
             losses.append(torch.stack([loss.total, loss.dice, loss.ce]).detach())
         if self.config.train.clip_norm:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm)
-        mean: list[float] = self.accelerator.reduce(torch.stack(losses).mean(0), "mean").tolist()
-        return mean
+        return torch.stack(losses).mean(0)
+
+
+def _capturable(accelerator: Accelerator, config: TrainConfig) -> bool:
+    """Whether a CUDA graph can hold a step's gradients: nothing in them then waits for the host or for a process."""
+    return (
+        accelerator.device.type == "cuda"
+        and accelerator.num_processes == 1
+        and accelerator.scaler is None
+        and not config.activation_checkpointing
+    )
 
 
 def group_loss(

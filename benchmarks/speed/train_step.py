@@ -7,9 +7,9 @@
     train_step         ours
 
 An encoder with LoRA on q and v, or frozen; everything behind it trained; the optimiser left out, the same for all.
-A step is launched kernel by kernel, as training launches it: on a GPU its time holds the host's share. There it runs
-in bf16 autocast on fp32 weights, as in training, and is checked without autocast: rounding alone moves the gradient of
-so deep a model by several percent. Gradients are compared as one vector; the loss is always computed in fp32."""
+On a GPU a step is the replay of a CUDA graph, as in training, for every form. There it runs in bf16 autocast on fp32
+weights, as in training, and is checked without autocast: rounding alone moves the gradient of so deep a model by
+several percent. Gradients are compared as one vector; the loss is always computed in fp32."""
 
 from __future__ import annotations
 
@@ -185,21 +185,13 @@ def case(
         form = composed(model, attend, fuse).to(device)
         call, checked = (step(form, labels, kind) for kind in (dtype, torch.float32))
         role = "other" if provider == "naive 3D" else "rival"
-        found[provider] = Provider(
-            None if missing else call,
-            reference,
-            0,
-            missing,
-            role,  # type: ignore[arg-type]
-            checked,
-            captured=False,
-        )
+        found[provider] = Provider(None if missing else call, reference, 0, missing, role, checked)  # type: ignore[arg-type]
     if compiled:
         torch.compiler.reset()
         whole = torch.compile(call, dynamic=False)
-        found["SDPA factorised, compiled"] = Provider(whole, reference, 0, checked=checked, captured=False)
+        found["SDPA factorised, compiled"] = Provider(whole, reference, 0, checked=checked)
     call, checked = (step(model.to(device), labels, kind) for kind in (dtype, torch.float32))
-    found[OURS] = Provider(call, reference, 0, role="ours", checked=checked, captured=False)
+    found[OURS] = Provider(call, reference, 0, role="ours", checked=checked)
     facts = {
         "subject": "train step", "name": name, "slices": config.num_slices, "image_size": config.image_size,
         "blocks": config.num_blocks, "encoder": config.encoder, "items": 1, "unit": "groups",
