@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from aftersam.model.layers import ConvStem, normalise
+from aftersam.model.layers import ConvStem, GroupNorm, SpreadGroupNorm, normalise
 
 
 def test_windows_become_sams_normalised_channels():
@@ -27,3 +28,39 @@ def test_a_stem_alone_gives_skips():
         (2, 8, 8, 12),
         (2, 16, 4, 6),
     ]
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 5, 7), (1, 4, 1, 2), (2, 6, 33, 64)])
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_spread_group_norm_is_torchs(shape, dense):
+    torch.manual_seed(0)
+    x = 3 * torch.randn(shape, dtype=torch.float64) + 50  # far from 0, where a difference of squares is lost
+    x = x if dense else x.to(memory_format=torch.channels_last)
+    grad = torch.randn(shape, dtype=torch.float64)
+    weight, bias = torch.randn(2, shape[1], dtype=torch.float64)
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    exact = F.group_norm(x, 2, weight, bias, 1e-5)
+    expected = torch.autograd.grad(exact, inputs, grad)
+    found = SpreadGroupNorm.apply(x, weight, bias, 2, 1e-5)
+    torch.testing.assert_close(found, exact)
+    torch.testing.assert_close(torch.autograd.grad(found, inputs, grad), expected)
+    low = [t.detach().float() for t in inputs]
+    torch.testing.assert_close(SpreadGroupNorm.apply(*low, 2, 1e-5).double(), exact, rtol=1e-4, atol=1e-4)
+    (only,) = torch.autograd.grad(
+        SpreadGroupNorm.apply(x.detach(), weight, bias.detach(), 2, 1e-5), weight, grad
+    )
+    torch.testing.assert_close(only, expected[1])
+
+
+@pytest.mark.gpu
+def test_a_group_norm_under_autocast_is_in_fp32():
+    torch.manual_seed(0)
+    norm = GroupNorm(4, 32).cuda()
+    x = torch.randn(3, 32, 256, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        found, exact = norm(x), F.group_norm(x, 4, norm.weight, norm.bias, norm.eps)
+    assert found.dtype == exact.dtype == torch.float32
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
+    grad = torch.randn_like(found)
+    (left,), (right,) = (torch.autograd.grad(y, x, grad) for y in (found, exact))
+    torch.testing.assert_close(left, right, rtol=1e-2, atol=1e-3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +98,7 @@ class ConvBlock(nn.Sequential):
     def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1) -> None:
         super().__init__(
             nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
-            nn.GroupNorm(max(out_channels // 8, 1), out_channels),
+            GroupNorm(max(out_channels // 8, 1), out_channels),
             nn.ReLU(inplace=True),
         )
         nn.init.kaiming_normal_(self[0].weight, nonlinearity="relu")
@@ -111,11 +111,47 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.block = ConvBlock(channels, channels)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm = nn.GroupNorm(max(channels // 8, 1), channels)
+        self.norm = GroupNorm(max(channels // 8, 1), channels)
         nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + self.norm(self.conv(self.block(x))))
+
+
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm, its moments by many blocks of a GPU: torch's kernel takes one for each slice and group."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cuda" or not (x.dtype == torch.float32 or torch.is_autocast_enabled("cuda")):
+            return super().forward(x)
+        with without_autocast(x.device):  # which casts the input of a norm to fp32
+            y: Tensor = SpreadGroupNorm.apply(x.float(), self.weight, self.bias, self.num_groups, self.eps)
+        return y
+
+
+class SpreadGroupNorm(torch.autograd.Function):
+    """Group norm of x (T, C, h, w): moments by torch's reduction over all blocks, torch's own backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        x = x.contiguous()
+        var, mean = torch.var_mean(x.view(len(x), groups, -1), dim=2, correction=0)  # (T, groups)
+        rstd = (var + eps).rsqrt()
+        ctx.save_for_backward(x, mean, rstd, weight)
+        scale = (weight.view(groups, -1) * rstd[..., None]).flatten(1)  # (T, C)
+        shift = bias - mean.repeat_interleave(x.shape[1] // groups, dim=1) * scale
+        return torch.addcmul(shift[..., None, None], x, scale[..., None, None])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, weight = ctx.saved_tensors
+        images, channels, height, width = x.shape
+        sizes = images, channels, height * width, mean.shape[1]
+        wanted = list(ctx.needs_input_grad[:3])
+        grads = torch.ops.aten.native_group_norm_backward(
+            grad.contiguous(), x, mean, rstd, weight, *sizes, wanted
+        )
+        return *grads, None, None
 
 
 class LayerNorm2d(nn.Module):
