@@ -76,9 +76,11 @@ def batches(
 
 
 def group_loader(
-    groups: SliceGroups, config: TrainConfig, *, rank: int, world: int, start: int
+    groups: SliceGroups, config: TrainConfig, *, rank: int, world: int, start: int, pinned: bool = False
 ) -> DataLoader[Any]:
-    """Endless batches of `groups` for process `rank` of `world`, from optimiser step `start` on."""
+    """Endless batches of `groups` for process `rank` of `world`, from optimiser step `start` on.
+
+    `pinned` batches lie where a GPU copies from without the processor."""
     import torch
 
     order = batches(
@@ -95,6 +97,7 @@ def group_loader(
         batch_sampler=order,  # type: ignore[arg-type]  # an iterator serves: it is begun once
         num_workers=config.num_workers,
         persistent_workers=config.num_workers > 0,
+        pin_memory=pinned,
         worker_init_fn=_leave_signals,
         generator=torch.Generator(),  # its draws would shift the model's after a resume
     )

@@ -146,5 +146,6 @@ def group_loss(
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
     return {
-        key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()
+        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
     }
