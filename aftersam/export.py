@@ -6,7 +6,8 @@ Two graphs of contiguous fp32 tensors, LoRA merged, of any number of slices or g
     decoder    embedding (B, N, C, h, w) of groups, skip_0, ... of their centre slices -> logits (B, K+1, S/s, S/s)
 
 as .pt2, which torch loads or compiles ahead of time without this package, and as .onnx; and preprocessing.json, which
-says what is to be done before, between and after them."""
+says what is to be done before, between and after them. Or the weights alone, in fp16: a run of three files to pass on,
+which predict takes like any other."""
 
 from __future__ import annotations
 
@@ -38,8 +39,8 @@ class ExportArgs:
     """Folder to make."""
     checkpoint: Literal["best", "last"] = "best"
     """Weights with the best validation DSC, or the final ones."""
-    format: Literal["torch", "onnx", "both"] = "both"
-    """torch: .pt2 files. onnx: .onnx files, for which torch needs the extra `export`."""
+    format: Literal["torch", "onnx", "both", "weights"] = "both"
+    """torch: .pt2 files. onnx: .onnx files, for which torch needs the extra `export`. weights: a run to pass on."""
 
 
 class Part(NamedTuple):
@@ -55,29 +56,54 @@ def export(args: ExportArgs) -> Path:
 
     Raises ValueError on a bad run, a model with prompts, a folder that exists or a package that is not there, OSError
     where it cannot be written."""
-    import torch
-
-    from aftersam.files import renamed_folder, write_json
+    from aftersam.files import renamed_folder
     from aftersam.inference.segmenter import load
 
     if args.output.exists():
         raise ValueError(f"{args.output} exists already; choose another --output")
-    if args.format != "torch" and find_spec("onnxscript") is None:
+    if args.format in ("onnx", "both") and find_spec("onnxscript") is None:
         raise ValueError(
             "ONNX needs the package onnxscript (pip install 'aftersam[export]'), or --format torch"
         )
     segmenter = load(args.model, checkpoint=args.checkpoint, device="cpu")
     with renamed_folder(args.output) as temporary, _quiet():
-        for name, part in parts(segmenter).items():
-            if args.format != "onnx":
-                torch.export.save(part.program, temporary / f"{name}.pt2")
-            if args.format != "torch":
-                onnx: Any = torch.onnx.export(
-                    part.program, input_names=part.inputs, output_names=part.outputs, verbose=False
-                )
-                onnx.save(temporary / f"{name}.onnx")  # weights beyond 2 GB go into a file beside it
-        write_json(temporary / "preprocessing.json", preprocessing(segmenter))
+        if args.format == "weights":
+            _write_weights(temporary, args.model, args.checkpoint)
+        else:
+            _write_graphs(temporary, segmenter, args.format)
     return args.output
+
+
+def _write_weights(folder: Path, run: Path, checkpoint: str) -> None:
+    """A run of configuration, facts and weights in fp16, rounded to nearest."""
+    from aftersam.files import read_json, read_tensors, write_json, write_tensors
+    from aftersam.model.build import TRAINING_STATE
+
+    for name in ("config.json", "run.json"):
+        write_json(folder / name, read_json(run / name))
+    tensors, facts = read_tensors(run / f"{checkpoint}.safetensors")
+    halved = {
+        key: value.half() if value.is_floating_point() else value
+        for key, value in tensors.items()
+        if not key.startswith(TRAINING_STATE)
+    }
+    write_tensors(folder / "best.safetensors", halved, facts)
+
+
+def _write_graphs(folder: Path, segmenter: Segmenter, format: str) -> None:
+    import torch
+
+    from aftersam.files import write_json
+
+    for name, part in parts(segmenter).items():
+        if format != "onnx":
+            torch.export.save(part.program, folder / f"{name}.pt2")
+        if format != "torch":
+            onnx: Any = torch.onnx.export(
+                part.program, input_names=part.inputs, output_names=part.outputs, verbose=False
+            )
+            onnx.save(folder / f"{name}.onnx")  # weights beyond 2 GB go into a file beside it
+    write_json(folder / "preprocessing.json", preprocessing(segmenter))
 
 
 def parts(segmenter: Segmenter) -> dict[str, Part]:

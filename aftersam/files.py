@@ -215,8 +215,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, An
     from safetensors.torch import save_file
 
     with renamed(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         try:
             save_file(tensors, temporary, metadata={FACTS: json.dumps(facts)})
+            temporary.chmod(mode)  # of any new file: safetensors would leave it to its owner alone
         except SafetensorError as error:  # a full disk, among others
             raise OSError(f"{path} could not be written: {error}") from error
 

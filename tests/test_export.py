@@ -15,7 +15,7 @@ import aftersam
 from aftersam.config import Config, ModelConfig, to_dict
 from aftersam.data.windows import slice_group
 from aftersam.export import main, parts, preprocessing
-from aftersam.files import write_json
+from aftersam.files import read_tensors, write_json
 from aftersam.inference.inputs import Scan
 from aftersam.inference.sliding import stream_logits
 from aftersam.model.aftersam import GroupDecoder, SliceEncoder
@@ -156,6 +156,22 @@ torch.testing.assert_close(ours, program.module()(*inputs), rtol=1e-4, atol=1e-4
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_weights_alone_are_the_run_in_half_precision(run, tmp_path):
+    handed = tmp_path / "handed"
+    assert main(["-m", str(run), "-o", str(handed), "--format", "weights"]) == 0
+    assert {path.name for path in handed.iterdir()} == {"config.json", "run.json", "best.safetensors"}
+    assert (handed / "best.safetensors").stat().st_mode & 0o777 == (
+        handed / "run.json"
+    ).stat().st_mode & 0o777
+    (exact, _), (found, _) = (read_tensors(folder / "best.safetensors") for folder in (run, handed))
+    assert exact.keys() == found.keys()
+    for name, value in exact.items():
+        assert torch.equal(found[name], value.half() if value.is_floating_point() else value)
+    hu = 300 * torch.randn(1, 3, 40, 40)
+    ours, theirs = (aftersam.load(folder, device="cpu").model(hu) for folder in (handed, run))
+    assert (ours - theirs).norm() < 2e-3 * theirs.norm()
 
 
 @pytest.mark.parametrize(
