@@ -10,7 +10,7 @@ SHELL := /bin/bash
 DEMO ?= demo-run
 TESTS ?=
 BENCH ?= quick
-KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,axial_attention row_norm lora_linear lora_qkv rel_pos_attention slice_attention compile))
+KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,axial_attention row_norm lora_linear lora_qkv rel_pos_attention rel_terms slice_attention compile))
 
 ifdef PYTHON
 PY := $(PYTHON)

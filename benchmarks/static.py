@@ -102,6 +102,16 @@ def window(shape: rel_pos_cases.Shape, dtype: torch.dtype) -> Steps:
     yield [dqkv, *tables, qkv, rel_h, rel_w]
 
 
+def terms(shape: rel_pos_cases.Shape, dtype: torch.dtype, *, windowed: bool = False) -> Steps:
+    """The relative-position terms; their backward is the library's."""
+    from axial_fusion.gpu import rel_terms as kernels
+
+    b, side, m, d, _ = shape
+    q = torch.zeros(b, side, side, 3, m, d, dtype=dtype)[..., 0, :, :]
+    tables = torch.zeros(2, 2 * (WINDOW if windowed else side) - 1, d, dtype=dtype).unbind()
+    yield [q, *tables, *kernels.launch(q, *tables, windowed)]
+
+
 def slice_attention(shape: slice_cases.Shape, dtype: torch.dtype) -> Steps:
     """The forward in half precision; all else is a library's."""
     from axial_fusion.gpu import slice_attention as kernels
@@ -136,6 +146,8 @@ CASES = [
     *_of("axial half", axial_half, half_cases.GPU_SHAPES[:2]),
     *_of("rel_pos", rel_pos, rel_pos_cases.GPU_SHAPES_FULL),
     *_of("window", window, rel_pos_cases.GPU_SHAPES_FULL),
+    *_of("terms", terms, rel_pos_cases.GPU_SHAPES_FULL),
+    *_of("terms of windows", partial(terms, windowed=True), rel_pos_cases.GPU_SHAPES_FULL),
     *_of("slice", slice_attention, slice_cases.GPU_SHAPES),
     *_of("lora", lora_linear, [(shape.name, shape) for shape in lora_cases.GPU_QUICK]),
 ]

@@ -18,6 +18,7 @@ from axial_fusion.counts.build import build, recorded, target
 from axial_fusion.gpu import axial_attention as axial
 from axial_fusion.gpu import lora
 from axial_fusion.gpu import rel_pos_attention as rel_pos
+from axial_fusion.gpu import rel_terms as terms
 from axial_fusion.gpu import row_norm as norm
 from axial_fusion.gpu import slice_attention as slices
 from axial_fusion.ops import lora_qkv as qkv
@@ -89,6 +90,12 @@ def window_attention(dtype: torch.dtype, heads: int, dim: int, height: int, widt
     rel_pos.launch_window_backward(y, (qkv, bias, rel, rel), y, lse, window, dim**-0.5)
 
 
+def rel_terms(dtype: torch.dtype, heads: int, dim: int, height: int, width: int, window: int = 0) -> None:
+    q = torch.zeros(1, height, width, 3, heads, dim, dtype=dtype)[..., 0, :, :]
+    tables = (torch.zeros(2 * (window or side) - 1, dim, dtype=dtype) for side in (height, width))
+    terms.launch(q, *tables, bool(window))
+
+
 def slice_attention(dtype: torch.dtype, positions: int, heads: int, dim: int) -> None:
     if dtype == torch.float32:
         return  # half precisions alone
@@ -126,6 +133,12 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "windows of 14, 64 by 64, D 32": lambda dtype: window_attention(dtype, 8, 32, 64, 64, 14),
     "windows of 14, 64 by 64, D 64": lambda dtype: window_attention(dtype, 12, 64, 64, 64, 14),
     "windows of 14, 64 by 64, D 80": lambda dtype: window_attention(dtype, 16, 80, 64, 64, 14),
+    "terms, 64 by 64, D 32": lambda dtype: rel_terms(dtype, 8, 32, 64, 64),
+    "terms, 64 by 64, D 64": lambda dtype: rel_terms(dtype, 12, 64, 64, 64),
+    "terms, 64 by 64, D 80": lambda dtype: rel_terms(dtype, 16, 80, 64, 64),
+    "terms, 1 by 25, D 128": lambda dtype: rel_terms(dtype, 3, 128, 1, 25),
+    "terms, windows of 14, D 64": lambda dtype: rel_terms(dtype, 12, 64, 64, 64, 14),
+    "terms, windows of 14, D 80": lambda dtype: rel_terms(dtype, 16, 80, 64, 64, 14),
     "slice, P 1024, D 16": lambda dtype: slice_attention(dtype, 1024, 8, 16),
     "slice, P 4096, D 32": lambda dtype: slice_attention(dtype, 4096, 8, 32),
     "slice, P 4096, D 64": lambda dtype: slice_attention(dtype, 4096, 8, 64),

@@ -23,6 +23,7 @@ from axial_fusion import (
     slice_attention,
     window_attention,
 )
+from axial_fusion.ops.rel_terms import rel_terms
 from axial_fusion.ops.row_norm import row_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,6 +58,10 @@ def window(size=2, dtype=torch.float32):
     ]
 
 
+def terms(dim=16, dtype=torch.float32):
+    return rel_terms, [draw(1, 2, 3, 2, dim, dtype=dtype), *(draw(n, dim, dtype=dtype) for n in (3, 5))]
+
+
 def linear(rank, outputs=100, dtype=torch.float32):
     tensors = [draw(4, 20, dtype=dtype), draw(outputs, 20, dtype=dtype), draw(outputs, dtype=dtype)]
     return lora_linear, [*tensors, *([draw(rank, 20), draw(outputs, rank)] if rank else [])]
@@ -83,6 +88,7 @@ CASES = {  # op -> calls: a function of tensors, and these, in the op's order
         grid(dtype=torch.float64),
     ],
     "window_attention": [window(), window(100), window(129), window(dtype=torch.float64)],
+    "rel_terms": [terms(), terms(144), terms(dtype=torch.float16), terms(dtype=torch.float64)],
     "row_norm": [
         (row_norm, [draw(3, 40), draw(40), draw(40)]), (row_norm, [draw(3, 5000), draw(5000)]),
         (row_norm, [draw(3, 40), draw(40).double()]), (row_norm, [draw(3, 40).double(), draw(40)]),

@@ -121,7 +121,7 @@ for folder in [*folders, "a stub", None]:
         module = axial_fusion.AxialFusionAttention(32, 2, rank=2).to(dtype)
         module(torch.randn(1, 3, 4, 32, dtype=dtype)).sum().backward()
     there = dispatch.Facts(torch.device("cuda"), torch.bfloat16, head_dim=32, slices=3)
-    for op in ("axial_attention", "rel_pos_attention", "window_attention", "row_norm"):
+    for op in ("axial_attention", "rel_pos_attention", "window_attention", "rel_terms", "row_norm"):
         choice = dispatch._fastest_kernel(op, there)
         assert choice.backend == "torch" and "package triton" in choice.reason, (folder, choice)
     q = torch.zeros(1, 3, 4, 2, 16)

@@ -27,6 +27,7 @@ Op = Literal[
     "slice_attention",
     "rel_pos_attention",
     "window_attention",
+    "rel_terms",
     "row_norm",
     "lora_linear",
     "lora_qkv",
@@ -38,6 +39,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "slice_attention": ("triton", *SDPA_KINDS, "flash", "xformers", "flex", "torch"),
     "rel_pos_attention": ("triton", "torch"),
     "window_attention": ("triton", "torch"),
+    "rel_terms": ("triton", "torch"),
     "row_norm": ("triton", "torch"),
     "lora_linear": ("augmented", "triton", "torch"),
     "lora_qkv": ("augmented", "triton", "torch"),
@@ -206,7 +208,7 @@ def _facts(op: str, tensors: tuple[Tensor, ...]) -> Facts:
         return facts._replace(slices=max(t.shape[1] for t in tensors[:3]), queries=x.shape[1])
     if op in ("rel_pos_attention", "window_attention") and len(tensors) > 3:
         return facts._replace(columns=tensors[-1].shape[-1])  # of rel_w
-    return facts
+    return facts._replace(weights=_dtypes(*tensors[1:])) if op == "rel_terms" else facts
 
 
 def _rank(tensors: tuple[Tensor, ...]) -> int:
@@ -270,6 +272,8 @@ def _fastest_kernel(op: str, facts: Facts) -> Choice:
         return Choice("torch", obstacle)
     if op == "row_norm":
         return Choice("triton", "a row is read once: 15.7 us against 48.9 us on an H100")
+    if op == "rel_terms":
+        return Choice("triton", "q is read as it lies: products of the library copy q and their results")
     return Choice("triton", "no score leaves the chip")
 
 

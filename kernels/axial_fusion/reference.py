@@ -137,6 +137,33 @@ def rel_pos_attention(
     return torch.einsum("bmpk,bkmd->bpmd", weights, v).to(dtype)
 
 
+def rel_terms(
+    q: Tensor, table_h: Tensor, table_w: Tensor, *, windowed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """SAM's relative-position terms of q (T, h, w, M, D): its products with tables (2·keys − 1, D) of distances.
+
+    rel_h and rel_w are (T, M, keys, h·w) and (T, M, h·w, keys), or where `windowed` both (T, h, w, M, keys)."""
+    dtype = q.dtype
+    q, table_h, table_w = _accurate(q, table_h, table_w)
+    rows, columns = (
+        table[distances(table.shape[0], length, q.device)]
+        for table, length in zip((table_h, table_w), q.shape[1:3], strict=True)
+    )  # (h, keys, D), (w, keys, D)
+    rel_h = torch.einsum("thwmd,hkd->thwmk", q, rows).to(dtype)
+    rel_w = torch.einsum("thwmd,wkd->thwmk", q, columns).to(dtype)
+    if windowed:
+        return rel_h, rel_w
+    return rel_h.permute(0, 3, 4, 1, 2).flatten(3), rel_w.permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def distances(entries: int, length: int, device: torch.device) -> Tensor:
+    """The entry of a table of 2·keys − 1 for query i and key j: (i mod keys) − j + keys − 1, as (length, keys)."""
+    keys = (entries + 1) // 2
+    i = torch.arange(length, device=device) % keys
+    j = torch.arange(keys, device=device)
+    return i[:, None] - j + keys - 1
+
+
 def unmasked(bias_h: Tensor, bias_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The bias (..., H) and (..., W) of queries with 0 for those that see no key, and which these are (..., 1).
 

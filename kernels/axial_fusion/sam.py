@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .hosts import account, check_weights, full_name, head_count, known_base, plain_linear
 from .ops.rel_pos_attention import rel_pos_attention
+from .ops.rel_terms import rel_terms
 from .ops.window_attention import window_attention
 
 # Blocks with SAM's windows and attention with relative positions, by module: block and attention.
@@ -62,21 +62,23 @@ class SamAttention(nn.Module):
         """x (T, h, w, C) -> the same."""
         height, width = x.shape[1:3]
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (T, h, w, 3, M, D)
-        q = qkv[..., 0, :, :]
-        rows = _relative(self.rel_pos_h, height, self.window or height)  # (h, keys, D)
-        columns = _relative(self.rel_pos_w, width, self.window or width)  # (w, keys, D)
+        rel_h, rel_w = (
+            rel.to(qkv.dtype)
+            for rel in rel_terms(
+                qkv[..., 0, :, :],
+                _resized(self.rel_pos_h, self.window or height),
+                _resized(self.rel_pos_w, self.window or width),
+                windowed=bool(self.window),
+            )
+        )
         if self.window:
-            rel_h = torch.einsum("thwmd,hkd->thwmk", q, rows)
-            rel_w = torch.einsum("thwmd,wkd->thwmk", q, columns)
             bias = (
                 qkv.new_zeros(qkv.shape[3:].numel()) if self.qkv.bias is None else self.qkv.bias.to(qkv.dtype)
             )
-            x = window_attention(qkv, bias, rel_h.to(qkv.dtype), rel_w.to(qkv.dtype), window=self.window)
+            x = window_attention(qkv, bias, rel_h, rel_w, window=self.window)
         else:
-            rel_h = torch.einsum("thwmd,hkd->tmkhw", q, rows).flatten(3)  # (T, M, h, P)
-            rel_w = torch.einsum("thwmd,wkd->tmhwk", q, columns).flatten(2, 3)  # (T, M, P, w)
             q, k, v = qkv.flatten(1, 2).unbind(2)  # (T, P, M, D)
-            x = rel_pos_attention(q, k, v, rel_h.to(q.dtype), rel_w.to(q.dtype), grid=(height, width))
+            x = rel_pos_attention(q, k, v, rel_h, rel_w, grid=(height, width))
             x = x.unflatten(1, (height, width))
         return self.proj(x.flatten(-2))
 
@@ -156,11 +158,9 @@ def _heads(attention: nn.Module) -> int:
     return heads
 
 
-def _relative(table: Tensor, queries: int, keys: int) -> Tensor:
-    """table (2·keys − 1, D) -> (queries, keys, D): entry [i, j] for the distance (i mod keys) − j."""
-    if table.shape[0] != 2 * keys - 1:
-        resized = F.interpolate(table.t()[None], size=2 * keys - 1, mode="linear")
-        table = resized[0].t()
-    i = torch.arange(queries, device=table.device) % keys
-    j = torch.arange(keys, device=table.device)
-    return table[i[:, None] - j + keys - 1]
+def _resized(table: Tensor, keys: int) -> Tensor:
+    """table (E, D) interpolated to (2·keys − 1, D), as SAM does."""
+    if table.shape[0] == 2 * keys - 1:
+        return table
+    resized: Tensor = F.interpolate(table.t()[None], size=2 * keys - 1, mode="linear")
+    return resized[0].t()

@@ -58,11 +58,19 @@ def _turns_of_keys(a: Arguments, programs: int) -> list[float]:
     return [sum(_up(queries, a["TILE"].BLOCK_M) for queries in windows) / len(windows)]
 
 
+def _turns_of_terms(a: Arguments, programs: int) -> list[float]:
+    """Of relative-position terms: tiles of keys, by the share of the programs that take rows, then columns."""
+    rows, columns = a["height"] * a["tiles_h"], a["width"] * a["tiles_w"]
+    keys = (_up(a[name], a["BLOCK_K"]) for name in ("keys_h", "keys_w"))
+    return [part * turns / (rows + columns) for part, turns in zip((rows, columns), keys, strict=True)]
+
+
 # A kernel -> turns of each loop of one program on average, in the order of the code. Absent: a kernel without loops.
 TURNS: dict[str, Callable[[Arguments, int], list[float]]] = {
     "rel_pos_fwd_kernel": _turns_of_queries,
     "rel_pos_bwd_dq_kernel": _turns_of_queries,
     "rel_pos_bwd_dkv_kernel": _turns_of_keys,
+    "rel_terms_kernel": _turns_of_terms,
     # Loops of axial attention run where a tile holds an inf or NaN.
     "axial_attention_fwd_kernel": lambda a, programs: [0] * 2,
     "axial_attention_bwd_kernel": lambda a, programs: [0] * 6,
