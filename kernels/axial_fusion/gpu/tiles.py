@@ -105,6 +105,8 @@ def _backward(key: Key) -> Tile:
     used = 16 // key.slices * key.slices  # rows of 16 that hold a slice
     if key.head_dim <= 32 and used >= 12:
         return Tile(16, 4, 1, heads=8)
+    if key.head_dim > 64 and 80 <= key.arch < 90:
+        return Tile(32, 4)  # two warps spill there under Triton 3.6 (D 80, 96) and 3.7 (D 96)
     return _one_head(key, 32 if key.head_dim > 64 else 16)
 
 
