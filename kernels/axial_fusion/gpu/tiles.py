@@ -105,6 +105,8 @@ def _backward(key: Key) -> Tile:
     used = 16 // key.slices * key.slices  # rows of 16 that hold a slice
     if key.head_dim <= 32 and used >= 12:
         return Tile(16, 4, 1, heads=8)
+    if key.head_dim > 64 and 80 <= key.arch < 90:
+        return Tile(16, 2)  # 32 rows spill there at D 80 or 96, under Triton 3.6 and 3.7; none was timed
     return _one_head(key, 32 if key.head_dim > 64 else 16)
 
 
