@@ -21,6 +21,7 @@ from axial_fusion import (
 from axial_fusion.cpu import biased_attention
 from axial_fusion.dispatch import select_halves
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 
 
@@ -235,13 +236,15 @@ def test_by_triton(rank, query_index):
 
 def test_triton_takes_its_slice_kernel_where_the_head_fits_and_the_library_elsewhere():
     for channels, dtype, expected in ((32, torch.float16, "triton"), (32, torch.float32, "sdpa")):
-        x, weights = torch.zeros(1, 3, 4, channels, dtype=dtype), half(channels, dtype)
+        with torch.device(DEVICE):
+            x, weights = torch.zeros(1, 3, 4, channels, dtype=dtype), half(channels, dtype)
         _, within = select_halves(x, weights, weights, num_heads=2, queries=3, backend="triton")
         assert (within.norm, within.attention) == ("triton", expected)
 
 
 def test_triton_is_refused_where_it_cannot_run():
-    x, inter = torch.randn(1, 65, 2, 16), half(16, torch.float32, 0)
+    with torch.device(DEVICE):
+        x, inter = torch.randn(1, 65, 2, 16), half(16, torch.float32, 0)
     with pytest.raises(ValueError, match="cannot run axial_fusion_attention here: 65 slices are above 64"):
         axial_fusion_attention(x, inter, None, num_heads=2, backend="triton")
 

@@ -37,7 +37,9 @@ def test_a_spread_group_norm_is_torchs(shape, dense):
     x = 3 * torch.randn(shape, dtype=torch.float64) + 50  # far from 0, where a difference of squares is lost
     x = x if dense else x.to(memory_format=torch.channels_last)
     grad = torch.randn(shape, dtype=torch.float64)
-    weight, bias = torch.randn(2, shape[1], dtype=torch.float64)
+    weight, bias = (
+        torch.randn(2, shape[1], dtype=torch.float64) if dense else torch.randn(shape[1], 2).double().t()
+    )
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
     exact = F.group_norm(x, 2, weight, bias, 1e-5)
     expected = torch.autograd.grad(exact, inputs, grad)

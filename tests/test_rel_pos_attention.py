@@ -281,8 +281,8 @@ def test_what_the_kernel_cannot_do_is_refused_when_named_and_told_otherwise(dim,
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("size", [(4, 4), (4, 5)])
 def test_a_bias_alone_has_a_gradient_whether_windows_are_padded_or_not(size, backend):
-    bias = torch.randn(96, requires_grad=True)
-    qkv, rel = torch.randn(1, *size, 3, 2, 16), torch.randn(1, *size, 2, 2)
+    bias = draw(96, dtype=torch.float32)
+    qkv, rel = (torch.randn(1, *size, *rest, device=DEVICE) for rest in ((3, 2, 16), (2, 2)))
     y = window_attention(qkv, bias, rel, rel, window=2, backend=backend)
     (found,) = torch.autograd.grad(y.sum(), bias)
     assert bool(found.any()) == (size != (4, 4))

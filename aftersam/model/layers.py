@@ -134,7 +134,7 @@ class SpreadGroupNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-        x = x.contiguous()
+        x, weight = x.contiguous(), weight.contiguous()  # the backward reads both as they lie in memory
         var, mean = torch.var_mean(x.view(len(x), groups, -1), dim=2, correction=0)  # (T, groups)
         rstd = (var + eps).rsqrt()
         ctx.save_for_backward(x, mean, rstd, weight)

@@ -103,7 +103,7 @@ def launch(q: Tensor, table_h: Tensor, table_w: Tensor, windowed: bool) -> tuple
     batch, height, width, heads, dim = q.shape
     rel_h, rel_w = by_query(*terms, q.shape[1:3], windowed)
     keys_h, keys_w = rel_h.shape[-1], rel_w.shape[-1]
-    config = tiles.rel_terms(q.dtype, dim, max(keys_h, keys_w))
+    config = tiles.rel_terms(q.dtype, dim, max(keys_h, keys_w), windowed)
     side = config["BLOCK_M"]
     tiles_h, tiles_w = (
         -(-length * heads // side) if windowed else heads * -(-length // side) for length in (width, height)

@@ -106,7 +106,7 @@ def _backward(key: Key) -> Tile:
     if key.head_dim <= 32 and used >= 12:
         return Tile(16, 4, 1, heads=8)
     if key.head_dim > 64 and 80 <= key.arch < 90:
-        return Tile(32, 4)  # two warps spill there under Triton 3.6 (D 80, 96) and 3.7 (D 96)
+        return Tile(16, 2)  # 32 rows spill there at D 80 or 96, under Triton 3.6 and 3.7; none was timed
     return _one_head(key, 32 if key.head_dim > 64 else 16)
 
 
@@ -257,11 +257,15 @@ def _rel_pos_elsewhere(
 
 
 @lru_cache(maxsize=4096)
-def rel_terms(dtype: torch.dtype, dim: int, keys: int) -> dict[str, int]:
+def rel_terms(dtype: torch.dtype, dim: int, keys: int, windowed: bool) -> dict[str, int]:
     """Queries, keys and columns of a tile of the relative-position terms: it builds without spills; none was timed.
 
     Memory is the bound. In half precision two warps, fewer than the four that wgmma takes; fp32 on the FMA units."""
     rows, most, warps = (32, 32, 8) if dtype == torch.float32 else (64, 64, 2)
+    if not windowed:
+        rows = min(rows, block(keys))  # a tile lies in one line, which is as long as the keys are many
+        if rows <= 32 and dtype != torch.float32:
+            warps = 1  # two spill on sm_120
     return {
         "BLOCK_M": rows, "BLOCK_K": min(most, block(keys)), "BLOCK_D": block(dim), "num_warps": warps, "num_stages": 1
     }  # fmt: skip
