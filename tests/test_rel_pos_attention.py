@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from axial_fusion import reference, rel_pos_attention, select_backend, window_attention
+from axial_fusion.cpu.biased_attention import attend_blocks
 from axial_fusion.gpu import tiles
 from axial_fusion.registry import OPS
 
@@ -300,3 +301,19 @@ def test_bfloat16_has_a_second_derivative_on_a_cpu():
         products(*given), products(*(t.detach().double().requires_grad_() for t in given)), strict=True
     ):
         assert (found - right).norm() <= 5e-2 * right.norm()
+
+
+def test_off_a_cpu_fused_attention_gets_a_bias_of_its_own_dtype(monkeypatch):
+    """On a GPU it refuses an fp32 bias beside half-precision queries, or gives NaN; on a CPU it takes it."""
+    seen = []
+
+    def fused(q, k, v, *, attn_mask, scale):
+        seen.append({t.dtype for t in (q, k, v, attn_mask)})
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
+    q = torch.empty(2, 6, 1, 8, device="meta", dtype=torch.bfloat16)
+    rows, columns = (torch.empty(2, 1, 6, n, device="meta", dtype=torch.bfloat16) for n in (3, 2))
+    y = attend_blocks(q, q, q, rows, columns, 1.0)
+    assert seen == [{torch.float32}]
+    assert (y.dtype, y.shape) == (q.dtype, q.shape)

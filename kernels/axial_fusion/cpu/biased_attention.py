@@ -51,9 +51,13 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tenso
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     for b, m, rows in _blocks(q, k.shape[2], _BLOCK):
         bias = _bias(_wide(bias_h[b, m, rows]), _wide(bias_w[b, m, rows]))
-        query = q[b, rows, m].transpose(1, 2)
-        with no_autocast(query):
-            part = F.scaled_dot_product_attention(query, k[b, m], v[b, m], attn_mask=bias, scale=scale)
+        given = q[b, rows, m].transpose(1, 2), k[b, m], v[b, m]
+        if (
+            q.device.type != "cpu"
+        ):  # where fused attention takes no bias in another dtype than q's, or misreads it
+            given = tuple(_wide(t) for t in given)
+        with no_autocast(q):
+            part = F.scaled_dot_product_attention(*given, attn_mask=bias, scale=scale)
         y[b, rows, m] = part.transpose(1, 2)
     return y
 
