@@ -130,7 +130,7 @@ RELATIVES = (  # the first one that is told is named
 
 
 _UNREADABLE = (  # what torch.load raises on bytes that it did not write
-    pickle.UnpicklingError, zipfile.BadZipFile, struct.error, RuntimeError, EOFError, LookupError, ValueError,
+    pickle.UnpicklingError, zipfile.BadZipFile, struct.error, RuntimeError, OSError, EOFError, LookupError, ValueError,
     TypeError, AttributeError, AssertionError, OverflowError, MemoryError,
 )  # fmt: skip
 FOLDER = ("model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin")
@@ -178,15 +178,13 @@ def _read(path: Path) -> Any:
     damaged = (
         f"{path} is {'truncated or damaged' if zipped else 'not a PyTorch checkpoint'}; download it again"
     )
+    mapped = zipped and _mappable(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and _stored(path))
+        with path.open("rb") as file:
+            return torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except _UNREADABLE as error:
         if out_of_memory(error):
             raise MemoryError(f"{path}: memory ran out") from error
-        if "TorchScript" in str(error):
-            raise ValueError(
-                f"{path} is a TorchScript archive, which holds code; give a state dict"
-            ) from error
         if blocked := re.search(r"nsupported (?:global: )?GLOBAL ([\w.]+)", str(error)):
             raise ValueError(  # anything but the few names that rebuild a tensor
                 f"{path} holds pickled objects besides tensors ({blocked[1]}), which could run code and are refused; "
@@ -195,10 +193,21 @@ def _read(path: Path) -> Any:
         raise ValueError(damaged) from error
 
 
-def _stored(path: Path) -> bool:
-    """Whether every part of the zip file is there as it is. Bytes that were compressed later cannot be mapped."""
-    with zipfile.ZipFile(path) as archive:
-        return all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())
+def _mappable(path: Path) -> bool:
+    """Whether torch.load can map the zip file `path`: no part was compressed, and no name sends it to safetensors.
+
+    Raises ValueError on a TorchScript archive, which torch.load would run."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+    except _UNREADABLE:
+        return False  # and torch.load will say so
+    if any(part.filename.endswith("/constants.pkl") for part in parts):
+        raise ValueError(
+            f"{path} is a TorchScript archive, which holds code and is refused; give a state dict"
+        )
+    stored = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
+    return stored and path.suffix != ".safetensors"
 
 
 def find_state(path: object, loaded: Any) -> Found:
