@@ -10,7 +10,6 @@ and SamHQModel (transformers), SAM-Med2D (OpenGVLab), SlimSAM (czg1225), Efficie
 from __future__ import annotations
 
 import difflib
-import functools
 import pickle
 import re
 import struct
@@ -116,7 +115,7 @@ RELATIVES = (  # the first one that is told is named
     Relative("SAM2, SAM2.1 or MedSAM2", _named(r"\.pos_embed_window$"), "their image encoder is a Hiera"),
     Relative("SAM3", _named(r"(^|\.)vision_backbone\.trunk\.|\.embeddings\.position_embeddings$"),
              "its image encoder is a ViT with rotary positions"),
-    Relative("EfficientViT-SAM", _named(r"(^|\.)image_encoder\.(backbone|neck\.input_ops)\."),
+    Relative("EfficientViT-SAM", _named(r"(^|\.)image_encoder\.(backbone\.(stages|input_stem)|neck\.input_ops)\."),
              "its image encoder is an EfficientViT"),
     Relative("EfficientSAM", _named(r"(^|\.)prompt_encoder\.bbox_top_left_embeddings\."),
              "its image encoder is a plain ViT, its decoder is another"),
@@ -210,7 +209,7 @@ def _mappable(path: Path) -> bool:
     return stored and path.suffix != ".safetensors"
 
 
-def find_state(path: object, loaded: Any) -> Found:
+def find_state(path: Path, loaded: Any) -> Found:
     """SAM's tensors in what a file holds, under SAM's names.
 
     Raises ValueError in one sentence where there is no state dict, or more than one, or that of a relative of SAM."""
@@ -226,7 +225,9 @@ def find_state(path: object, loaded: Any) -> Found:
     renamed: dict[str, Tensor] = {}
     twice = None
     for key, value in plain.items():
-        name = functools.reduce(lambda name, pair: re.sub(*pair, name), layout.renames, key)
+        name = key
+        for pattern, replacement in layout.renames:
+            name = re.sub(pattern, replacement, name)
         if re.search(layout.left_out, key):
             left_out.append(key)
         elif name not in renamed:
@@ -247,7 +248,7 @@ def find_state(path: object, loaded: Any) -> Found:
     return Found(renamed, f"{layout.name}, under {around}" if around else layout.name, tuple(left_out))
 
 
-def _unwrapped(path: object, loaded: Any) -> tuple[str, State, list[str]]:
+def _unwrapped(path: Path, loaded: Any) -> tuple[str, State, list[str]]:
     """Where the one state dict in `loaded` lies, that state dict, and the names of all that lies beside it.
 
     It is the mapping that has an image encoder's tensors or, where none has, the one with the most tensors."""
