@@ -3,6 +3,7 @@
 import re
 
 import torch
+from safetensors.torch import save_file
 
 from aftersam.config import ENCODERS, EncoderSize
 from aftersam.model.sam_checkpoint import sam_shapes
@@ -124,3 +125,31 @@ def adapters(dim=32, depth=2):
         for i in range(depth)
         for key, shape in shapes.items()
     }
+
+
+def saved(path, state, **options):
+    torch.save(state, path, **options)
+    return path
+
+
+def prefixed(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+def in_safetensors(path, state):
+    save_file({key: value.contiguous() for key, value in state.items()}, path)
+    return path
+
+
+def folder(path, parts, write):
+    path.mkdir()
+    (path / "config.json").write_text('{"model_type": "sam"}')
+    for name, state in parts.items():
+        write(path / name, state)
+    return path
+
+
+def halves(state, pattern):
+    names = list(state)
+    first, second = names[: len(names) // 2], names[len(names) // 2 :]
+    return {pattern.format(i + 1): {k: state[k] for k in part} for i, part in enumerate((first, second))}

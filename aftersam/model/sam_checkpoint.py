@@ -219,8 +219,8 @@ def account(
     groups = Counter(".".join(key.split(".")[:2]) for key in left_out)
     names = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in groups.items())
     return printable(
-        f"{sam.about}: {len(encoded) + len(decoded)} tensors used, {len(interpolated)} of them interpolated to "
-        f"{image_size} px, {len(left_out)} left out: {names}"
+        f"{sam.about}: {len(encoded) + len(decoded)} tensors used, {len(interpolated)} position tables interpolated "
+        f"to {image_size} px, {len(left_out)} left out: {names}"
     )
 
 

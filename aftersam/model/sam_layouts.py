@@ -30,7 +30,8 @@ State = Mapping[str, Tensor]
 
 
 class Layout(NamedTuple):
-    """A layout, the tensor that only it has, its renaming to SAM's names, and the tensors that have no place here."""
+    """A layout of SAM's weights. `has` is found in a tensor's name in this layout alone, `renames` are regular
+    expressions and replacements that lead to SAM's names, `left_out` is found in the names of tensors to leave out."""
 
     name: str
     has: str
@@ -39,7 +40,8 @@ class Layout(NamedTuple):
 
 
 class Relative(NamedTuple):
-    """A model beside SAM, the name of a tensor that gives it away (None where none does), and what forbids it here."""
+    """A model related to SAM that cannot be loaded. `tells` returns the name of a tensor that it is recognised by, or
+    None; `why` goes on with the sentence after `name`."""
 
     name: str
     tells: Callable[[State], str | None]
@@ -112,19 +114,19 @@ def _lite(state: State) -> str | None:
 
 
 RELATIVES = (  # the first one that is told is named
-    Relative("SAM2, SAM2.1 or MedSAM2", _named(r"\.pos_embed_window$"), "their image encoder is a Hiera"),
+    Relative("SAM2, SAM2.1 or MedSAM2", _named(r"\.pos_embed_window$"), "whose image encoder is a Hiera"),
     Relative("SAM3", _named(r"(^|\.)vision_backbone\.trunk\.|\.embeddings\.position_embeddings$"),
-             "its image encoder is a ViT with rotary positions"),
+             "whose image encoder is a ViT with rotary positions"),
     Relative("EfficientViT-SAM", _named(r"(^|\.)image_encoder\.(backbone\.(stages|input_stem)|neck\.input_ops)\."),
-             "its image encoder is an EfficientViT"),
+             "whose image encoder is an EfficientViT"),
     Relative("EfficientSAM", _named(r"(^|\.)prompt_encoder\.bbox_top_left_embeddings\."),
-             "its image encoder is a plain ViT, its decoder is another"),
+             "whose image encoder is a ViT without relative positions"),
     Relative("SAM with adapters, such as SAM-Med2D", _named(r"(^|\.)image_encoder\..*[Aa]dapter"),
-             "our encoder has no place for adapters, and without them its features would be others"),
-    Relative("LiteMedSAM", _lite, "its TinyViT takes single pixels for patches"),
-    Relative("a pruned SAM, such as SlimSAM", _pruned, "its image encoder is narrower than SAM's"),
+             "whose adapters have no place in this encoder"),
+    Relative("LiteMedSAM", _lite, "whose TinyViT takes single pixels as patches"),
+    Relative("a pruned SAM, such as SlimSAM", _pruned, "whose image encoder is narrower than SAM's"),
     Relative("a pruned SAM, such as SlimSAM", _named(r"(^|\.)image_encoder\.blocks\.0\.attn\.q\.weight$"),
-             "its queries, keys and values are pruned apart"),
+             "whose queries, keys and values are pruned one by one"),
 )  # fmt: skip
 
 
@@ -138,7 +140,7 @@ FOLDER = ("model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin", 
 def files_of(path: Path, names: Iterable[str]) -> list[Path]:
     """The file `path`, or the files of weights in the folder `path`.
 
-    Raises ValueError where there are none; `names` are what stands for a download."""
+    Raises ValueError where there are none. `names` are those of downloads, for a hint."""
     if path.is_dir():
         found = (sorted(path.glob(pattern)) for pattern in FOLDER)
         if files := next(filter(None, found), []):
@@ -157,11 +159,20 @@ def files_of(path: Path, names: Iterable[str]) -> list[Path]:
 
 
 def read_files(files: Sequence[Path]) -> Any:
-    """What the files hold; those of one folder are the parts of one state dict."""
-    parts = [_read(file) for file in files]
-    if len(parts) == 1 or not all(isinstance(part, Mapping) for part in parts):
-        return parts[0]
-    return {key: value for part in parts for key, value in part.items()}
+    """What the file holds, or what the shards of one state dict hold together.
+
+    Raises ValueError on a file that is damaged or holds code, and on shards that do not belong together."""
+    if len(files) == 1:
+        return _read(files[0])
+    whole: dict[Any, Any] = {}
+    for file in files:
+        shard = _read(file)
+        if not isinstance(shard, Mapping) or whole.keys() & shard.keys():
+            raise ValueError(
+                f"{file} is not a shard of the other files in its folder; keep the files of one model"
+            )
+        whole |= shard
+    return whole
 
 
 def _read(path: Path) -> Any:
@@ -239,8 +250,8 @@ def find_state(path: Path, loaded: Any) -> Found:
     for relative in RELATIVES:
         if telling := relative.tells(renamed):
             raise ValueError(
-                f"{path} holds the weights of {relative.name}, as {telling} tells: {relative.why}; give the weights "
-                "of SAM, MedSAM, SAM-HQ or MobileSAM"
+                f"{path} holds the weights of {relative.name}, {relative.why} (found {telling}); give the weights of "
+                "SAM, MedSAM, SAM-HQ or MobileSAM"
             )
     if twice is not None:
         raise ValueError(f"{path} holds {twice} twice, under two names and with two values; give one of them")
@@ -257,7 +268,9 @@ def _unwrapped(path: Path, loaded: Any) -> tuple[str, State, list[str]]:
     likely = likely or sorted(found, key=lambda item: -_tensors(item[1]))[:1]
     if len(likely) > 1:
         first, second = (".".join(str(key) for _, key in trail) or "the top" for trail, _ in likely[:2])
-        raise ValueError(f"{path} holds two SAMs, under {first} and under {second}; save one of them alone")
+        raise ValueError(
+            f"{path} holds two state dicts of SAM, under {first} and under {second}; save one of them alone"
+        )
     if not likely:
         raise ValueError(f"{path} is not SAM's state dict, which maps names to tensors")
     trail, state = likely[0]
