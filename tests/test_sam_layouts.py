@@ -1,4 +1,4 @@
-"""Files of SAM's weights in every layout: read as the same tensors, or refused in one sentence that names them."""
+"""Files of SAM's weights in every layout are read as the same tensors, features and masks."""
 
 import zipfile
 from pathlib import Path
@@ -36,10 +36,6 @@ def compressed(path, state):
     return path
 
 
-def hq(state):
-    return state | toy_sams.hq_extras()
-
-
 LAYOUTS = {  # how a state dict of SAM's names is written, and as what the file is recognised
     "official": (lambda p, s: saved(p, s), "SAM,"),
     "before zip files": (lambda p, s: saved(p, s, _use_new_zipfile_serialization=False), "SAM,"),
@@ -55,7 +51,7 @@ LAYOUTS = {  # how a state dict of SAM's names is written, and as what the file 
                                          "hyper_parameters": {"lr": 1e-4}}), "SAM, under state_dict.net.sam,"),
     "distributed": (lambda p, s: saved(p, {"model": prefixed("module.", s)}), "SAM, under model.module,"),
     "pixel mean": (lambda p, s: saved(p, s | {"pixel_mean": torch.zeros(3, 1, 1)}), "SAM,"),
-    "SAM-HQ": (lambda p, s: saved(p, hq(s)), "SAM-HQ,"),
+    "SAM-HQ": (lambda p, s: saved(p, s | toy_sams.hq_extras()), "SAM-HQ,"),
     "Hugging Face": (lambda p, s: saved(p, hugging_face(s)), "SAM in Hugging Face's layout,"),
     "Hugging Face safetensors": (lambda p, s: in_safetensors(p, hugging_face(s)), "SAM in Hugging Face's layout,"),
     "Hugging Face SAM-HQ": (lambda p, s: saved(p, hugging_face(s) | toy_sams.hugging_face_hq_extras()),
@@ -95,12 +91,10 @@ def test_accounts_for_every_tensor_of_the_file(layout, tmp_path):
     build_aftersam(config, 3, sam=read_sam_checkpoint(path), say=said.append)
     (line,) = said
     assert line.startswith(str(path))
+    tied = layout.startswith(("Hugging Face", "folder", "shards"))
     beside = {"model": 2, "lightning": 2, "pixel mean": 1, "SAM-HQ": 25, "Hugging Face SAM-HQ": 26}
-    beside |= dict.fromkeys(
-        (name for name in LAYOUTS if name not in beside and path_is_hugging_face(name)), 1
-    )
     used, interpolated, left_out = (int(line.split(text)[0].split()[-1]) for text in WORDS)
-    assert used + left_out == len(state) + beside.get(layout, 0)
+    assert used + left_out == len(state) + beside.get(layout, int(tied))
     assert interpolated == 3  # the position table, and two of the global block
     groups = line.split("left out: ")[1].split(", ")
     assert sum(int(g.partition("(")[2].rstrip(")") or 1) for g in groups) == left_out
@@ -110,10 +104,6 @@ def test_accounts_for_every_tensor_of_the_file(layout, tmp_path):
 
 
 WORDS = (" tensors used", " position tables interpolated to 128 px", " left out: ")
-
-
-def path_is_hugging_face(name):
-    return name.startswith(("Hugging Face", "folder", "shards"))
 
 
 @torch.no_grad()
