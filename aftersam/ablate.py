@@ -62,7 +62,7 @@ class AblateArgs:
     preset: Literal["paper", "best", "small", "tiny"] = "small"
     """Choices that all rows share."""
     sam_checkpoint: str | None = None
-    """Official SAM weights, as in train."""
+    """SAM's weights, as in train."""
     seeds: tuple[Seed, ...] = (0, 1, 2)
     """One training a row and seed."""
     max_steps: Count | None = None

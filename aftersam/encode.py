@@ -34,7 +34,7 @@ class EncodeArgs:
     checkpoint: Literal["best", "last"] = "best"
     """Weights of the run with the best validation DSC, or the final ones."""
     sam_checkpoint: str | None = None
-    """Official SAM weights in place of a run: a .pth file, or vit_b, vit_l, vit_h."""
+    """SAM's weights in place of a run: a file, a Hugging Face folder, or vit_b, vit_l, vit_h, vit_t."""
     preset: Literal["paper", "best", "small", "tiny"] | None = None
     """Choices that a key not given takes; paper with a SAM checkpoint."""
     config_file: ConfigFile = None

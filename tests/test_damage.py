@@ -10,7 +10,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
+import toy_sams
 from aftersam.config import Config, from_dict, preset
 from aftersam.data.cache import cache_cases
 from aftersam.data.dataset import find_dataset, split
@@ -20,6 +23,7 @@ from aftersam.evaluation.figures import curves_figure
 from aftersam.files import read_json
 from aftersam.model.build import build_aftersam, check_weights
 from aftersam.model.run_folder import read_run
+from aftersam.model.sam_checkpoint import read_sam_checkpoint, sam_shapes
 from aftersam.training.checkpoint import load_moments, load_training, trim_history
 from aftersam.training.step import build_optimizer
 from mutations import mutated_bytes, mutated_json
@@ -218,3 +222,78 @@ def test_caches(tmp_path, count, name):
     if name == "case.json":
         tried(tmp_path, path, json.loads(good), count, 6, drawn)
     tried(tmp_path, path, good, count, 6, drawn)
+
+
+class Code:
+    ran = False
+
+    def __reduce__(self):
+        return setattr, (Code, "ran", True)
+
+
+CHANGES = {  # of a tensor of SAM; every one must be refused
+    "dropped": lambda state, key: state.pop(key),
+    "of another shape": lambda state, key: state.update({key: state[key][..., :-1].clone()}),
+    "with another rank": lambda state, key: state.update({key: state[key][None]}),
+    "under another name": lambda state, key: state.update({f"{key}s": state.pop(key)}),
+    "beside another": lambda state, key: state.update({f"{key}.more": torch.zeros(3)}),
+    "int8": lambda state, key: state.update({key: state[key].to(torch.int8)}),
+    "bool": lambda state, key: state.update({key: state[key] > 0}),
+    "float8": lambda state, key: state.update({key: state[key].to(torch.float8_e4m3fn)}),
+    "complex": lambda state, key: state.update({key: state[key].to(torch.complex64)}),
+    "sparse": lambda state, key: state.update({key: state[key].to_sparse()}),
+    "a number": lambda state, key: state.update({key: 3}),
+    "code": lambda state, key: state.update({key: Code()}),
+    "code beside": lambda state, key: state.update({"more": Code()}),
+}
+NO_SAFETENSORS = ("sparse", "a number", "code", "code beside")
+SHAPES = {
+    "SAM": lambda state: state,
+    "SAM-HQ": lambda state: state | toy_sams.hq_extras(),
+    "Hugging Face": toy_sams.hugging_face,
+    "wrapped": lambda state: {"model": {f"module.{k}": v for k, v in state.items()}, "epoch": 3},
+}
+
+
+def damaged_sam(rng, path):
+    """Write SAM's state dict in one of the layouts and formats, damaged in one way. Whether it must be refused."""
+    state, kind = toy_sams.sam(), str(rng.choice([*CHANGES, *["bytes"] * len(CHANGES)]))
+    if kind != "bytes":
+        CHANGES[kind](state, str(rng.choice([k for k in state if k != toy_sams.TIED])))
+    layout = "SAM" if "code" in kind or kind == "a number" else str(rng.choice(list(SHAPES)))
+    state = SHAPES[layout](state)
+    if layout != "wrapped" and kind not in NO_SAFETENSORS and rng.random() < 0.4:
+        save_file({key: value.contiguous() for key, value in state.items()}, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=bool(rng.random() < 0.7))
+    if kind == "bytes":
+        path.write_bytes(mutated_bytes(rng, path.read_bytes()))
+    return kind != "bytes"
+
+
+@pytest.mark.parametrize(
+    "count", [pytest.param(60, id="some"), pytest.param(900, id="all", marks=pytest.mark.long)]
+)
+def test_sam_files(tmp_path, monkeypatch, count):
+    """Read whole or refused: never a part of SAM, a traceback, or a line of code run."""
+    toy_sams.make_small(monkeypatch)
+    expected, path, rng, refused = (
+        sam_shapes("vit_b", toy_sams.SIDE),
+        tmp_path / "sam.pth",
+        np.random.default_rng(7),
+        0,
+    )
+
+    def read():
+        state = read_sam_checkpoint(path).state
+        assert {key: value.shape for key, value in state.items()} == expected
+        assert {value.dtype for value in state.values()} == {torch.float32}
+
+    for _ in range(count):
+        must = damaged_sam(rng, path)
+        said = judged(tmp_path, read)
+        assert said or not must
+        refused += said
+    sam_shapes.cache_clear()
+    assert 0.6 * count < refused < count
+    assert not Code.ran

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,12 @@ from aftersam.model.image_encoder import (
 from aftersam.model.layers import MLP, ConvStem, build_neck
 from aftersam.model.lora import LoRAOptions, add_lora
 from aftersam.model.mask_decoder import MaskDecoder
-from aftersam.model.sam_checkpoint import SamCheckpoint, load_image_encoder_state, load_mask_decoder_state
+from aftersam.model.sam_checkpoint import (
+    SamCheckpoint,
+    account,
+    load_image_encoder_state,
+    load_mask_decoder_state,
+)
 from aftersam.model.tiny_vit import TinyViT
 
 TRAINING_STATE = ("optimizer/", "rng/")  # prefixes of what last.safetensors holds besides weights
@@ -44,11 +50,18 @@ def resolve_encoder(config: Config, *, pretrained: bool) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, encoder=encoder))
 
 
-def build_aftersam(config: ModelConfig, num_classes: int, *, sam: SamCheckpoint | None = None) -> AfterSAM:
+def build_aftersam(
+    config: ModelConfig,
+    num_classes: int,
+    *,
+    sam: SamCheckpoint | None = None,
+    say: Callable[[str], object] = print,
+) -> AfterSAM:
     """The model that `config` describes, for `num_classes` classes, background included.
 
-    `sam` gives official weights to the encoder and the decoder; without it they are random (to be trained, or
-    loaded from a run). encoder "auto" means "lora" with `sam` and "full" without."""
+    `sam` gives SAM's weights to the encoder and the decoder; without it they are random (to be trained, or
+    loaded from a run). `say` takes one line on which of SAM's tensors were used, interpolated and left out. encoder
+    "auto" means "lora" with `sam` and "full" without."""
     lora = LoRAOptions(config.lora_rank, config.lora_alpha, config.lora_dropout)
     encoder = build_image_encoder(
         config.image_encoder, image_size=config.image_size, in_channels=3 * config.stem_slices
@@ -60,8 +73,8 @@ def build_aftersam(config: ModelConfig, num_classes: int, *, sam: SamCheckpoint 
     skip_channels = encoder.skip_channels if stem is None else stem.skip_channels
     decoder = _decoder(config, num_classes, skip_channels)
     if sam is not None:
-        load_image_encoder_state(encoder, sam.state)
-        load_mask_decoder_state(decoder, sam.state)
+        interpolated = load_image_encoder_state(encoder, sam.state)
+        say(account(sam, interpolated, load_mask_decoder_state(decoder, sam.state), config.image_size))
     mode = config.encoder if config.encoder != "auto" else ("lora" if sam is not None else "full")
     if mode != "full":
         encoder.requires_grad_(False)

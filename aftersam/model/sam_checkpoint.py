@@ -1,19 +1,17 @@
-"""SAM's official weights: found or downloaded, read without running their code, checked name by name.
+"""SAM's weights: found or downloaded, read without running their code, checked name by name, loaded.
 
-MobileSAM's vit_t and MedSAM's weights, which are a vit_b, come in the same format.
+Which layouts of files are read stands in sam_layouts.py.
 
 Source: github.com/facebookresearch/segment-anything, whose modules are loaded here too;
 github.com/ChaoningZhang/MobileSAM."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
-import pickle
 import urllib.request
-import zipfile
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,7 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aftersam.config import DECODER, ENCODERS, SAM_IMAGE_SIZE
+from aftersam.errors import printable
 from aftersam.files import unfinished
+from aftersam.model.sam_layouts import files_of, find_state, read_files
 from aftersam.model.segment_anything import segment_anything_modeling
 from aftersam.model.tiny_vit import CLASSIFIER, TinyViT
 
@@ -56,6 +56,7 @@ DOWNLOADS: dict[str, Download] = {
     ),
 }
 OPTIONAL = {"pixel_mean": (3, 1, 1), "pixel_std": (3, 1, 1)}  # buffers that some files carry
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 PREFIX = "image_encoder."  # of the encoder's tensors in SAM's state dict
@@ -67,33 +68,46 @@ class SamCheckpoint(NamedTuple):
     state: dict[str, Tensor]
     name: str
     sha256: str
+    about: str
+    """The file, and the layout that it was recognised as."""
+    left_out: tuple[str, ...] = ()
+    """Names in the file that have no place in `state`."""
 
 
 def read_sam_checkpoint(path_or_name: str | Path, *, progress: bool = True) -> SamCheckpoint:
-    """SAM weights from a .pth file, or by the names vit_b, vit_l, vit_h, vit_t from a download kept in a cache.
+    """SAM weights from a file, from a folder as Hugging Face's save_pretrained leaves it, or by the names vit_b, vit_l,
+    vit_h, vit_t from a download kept in a cache.
 
-    The architecture is recognised from the shapes; every tensor must be there, of its shape, and no other.
-    The cache is $AFTERSAM_CACHE or ~/.cache/aftersam; `progress` shows a bar while downloading.
+    Layout and architecture are recognised from names and shapes; every tensor of SAM must be there, of its shape, and
+    no other but those that sam_layouts.py leaves out by name. Tensors become fp32; those that are stay in the file,
+    mapped into memory. The cache is $AFTERSAM_CACHE or ~/.cache/aftersam; `progress` shows a bar while downloading.
 
     Raises ValueError for a file that is missing, truncated, foreign or holds code, OSError for a failed download."""
     if str(path_or_name) in DOWNLOADS and not Path(path_or_name).exists():
         path = _downloaded(DOWNLOADS[str(path_or_name)], progress=progress)
     else:
         path = Path(path_or_name)
-    if not path.is_file():
-        close = difflib.get_close_matches(str(path_or_name), DOWNLOADS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(
-            f"SAM checkpoint {path} does not exist; give a .pth file, or {', '.join(DOWNLOADS)}{hint}"
-        )
-    state = _read(path)
-    return SamCheckpoint(state, _recognised(path, state), _sha256(path))
+    files = files_of(path, DOWNLOADS)
+    found = find_state(path, read_files(files))
+    extra = tuple(
+        key for key, shape in OPTIONAL.items() if key in found.state and found.state[key].shape == shape
+    )
+    state = {key: value for key, value in found.state.items() if key not in extra}
+    name = _recognised(path, found.layout, state)
+    types = sorted(
+        {str(value.dtype).removeprefix("torch.") for value in state.values() if value.dtype in FLOATS}
+    )
+    about = f"{path}: {name} of {found.layout}, {' and '.join(types)}"
+    state = {key: value.detach().float() for key, value in state.items()}
+    return SamCheckpoint(state, name, _sha256(files), about, (*found.left_out, *extra))
 
 
 @cache
-def sam_shapes(name: str) -> dict[str, torch.Size]:
-    """The shape of every tensor of SAM called `name`, from segment-anything's own modules and our TinyViT."""
-    size, image_size = ENCODERS[name], SAM_IMAGE_SIZE
+def sam_shapes(name: str, image_size: int = SAM_IMAGE_SIZE) -> dict[str, torch.Size]:
+    """The shape of every tensor of SAM called `name`, from segment-anything's own modules and our TinyViT.
+
+    `image_size` px is what the position tables are for."""
+    size = ENCODERS[name]
     grid, dim = (image_size // size.patch,) * 2, size.out_channels
     sam = segment_anything_modeling("sam")
     transformer = segment_anything_modeling("transformer").TwoWayTransformer
@@ -127,35 +141,37 @@ def sam_shapes(name: str) -> dict[str, torch.Size]:
     return shapes | {key: torch.Size(shape) for key, shape in CLASSIFIER.items() if size.stages}
 
 
-def load_image_encoder_state(encoder: ImageEncoder | TinyViT, state: Mapping[str, Tensor]) -> None:
+def load_image_encoder_state(encoder: ImageEncoder | TinyViT, state: Mapping[str, Tensor]) -> list[str]:
     """Load SAM's `image_encoder.*` tensors strictly, position tables interpolated to the encoder's grid.
 
-    The classifier that MobileSAM's file carries is left out.
+    The classifier that MobileSAM's file carries is left out. Returns the names of the tables that were interpolated.
 
     Raises ValueError that names the first tensor that is missing, unknown or of another shape."""
     weights = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
     weights = {k: v for k, v in weights.items() if PREFIX + k not in CLASSIFIER}
-    expected = encoder.state_dict()
+    expected, interpolated = encoder.state_dict(), []
     for key, value in expected.items():
         if key not in weights:
             raise ValueError(f"the SAM weights lack {PREFIX}{key}, which this encoder needs")
         if weights[key].shape != value.shape:
             weights[key] = _interpolated(key, weights[key], value.shape)
+            interpolated.append(key)
     unknown = sorted(weights.keys() - expected.keys())
     if unknown:
         raise ValueError(f"the SAM weights hold {PREFIX}{unknown[0]}, which this encoder does not have")
     encoder.load_state_dict(weights)
+    return interpolated
 
 
 def load_mask_decoder_state(
     decoder: MaskDecoder, state: Mapping[str, Tensor], *, noise: float = 0.1, seed: int = 0
-) -> None:
+) -> set[str]:
     """Load what the decoder shares with SAM's `mask_decoder.*` and `prompt_encoder.*`.
 
     Class tokens and hypernetworks all start as SAM's mask token 0 and its hypernetwork, with Gaussian noise of
     `noise` times each tensor's standard deviation, drawn from `seed`. SAM's other mask tokens, its IoU token and
     head and its mask prompts have no place here. Skip fusions start silent and added stages as copies
-    of each pixel, so that the first logits are SAM's masks.
+    of each pixel, so that the first logits are SAM's masks. Returns the names of SAM's tensors that were used.
 
     Raises ValueError that names the first tensor that is missing or of another shape."""
     generator = torch.Generator().manual_seed(seed)
@@ -164,11 +180,15 @@ def load_mask_decoder_state(
         drawn = torch.randn(value.shape, generator=generator, dtype=torch.float32).to(value)
         return value + noise * value.std() * drawn if value.numel() > 1 else value
 
-    weights = decoder.state_dict()
+    weights, used = decoder.state_dict(), set()
     for key, value in weights.items():
-        found, seeded = _sam_tensor(key, state)
-        if found is None:
+        source, seeded = _sam_name(key)
+        if source is None:
             continue
+        if source not in state:
+            raise ValueError(f"the SAM weights lack {source}, which the decoder needs")
+        used.add(source)
+        found = state[source][0] if key == "class_tokens.weight" else state[source]
         if found.shape != (value.shape[1:] if key == "class_tokens.weight" else value.shape):
             raise ValueError(
                 f"the SAM weights do not fit the decoder's {key}: they have the shape {tuple(found.shape)}, "
@@ -185,53 +205,68 @@ def load_mask_decoder_state(
             stage[0].weight.copy_(torch.eye(stage[0].out_channels)[..., None, None])
             stage[0].bias.zero_()
         decoder.class_bias.zero_()
+    return used
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """The state dict in `path` in fp32, unpickling nothing but tensors."""
-    with path.open("rb") as file:
-        zipped = file.read(2) == b"PK"
-    damaged = (
-        f"{path} is {'truncated or damaged' if zipped else 'not a PyTorch checkpoint'}; download it again"
+def account(
+    sam: SamCheckpoint, interpolated: Collection[str], decoded: Collection[str], image_size: int
+) -> str:
+    """One line on what became of the tensors of `sam`: used, interpolated to `image_size` px, left out by name.
+
+    `interpolated` and `decoded` are what the two functions above return."""
+    encoded = {key for key in sam.state if key.startswith(PREFIX) and key not in CLASSIFIER}
+    left_out = [key for key in sam.state if key not in encoded and key not in decoded] + list(sam.left_out)
+    groups = Counter(".".join(key.split(".")[:2]) for key in left_out)
+    names = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in groups.items())
+    return printable(
+        f"{sam.about}: {len(encoded) + len(decoded)} tensors used, {len(interpolated)} position tables interpolated "
+        f"to {image_size} px, {len(left_out)} left out: {names}"
     )
-    if zipped and not zipfile.is_zipfile(path):
-        raise ValueError(damaged)
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error):  # anything but the few names that rebuild a tensor
-            raise ValueError(
-                f"{path} holds pickled objects besides tensors, which could run code and are refused; "
-                "give a state dict of tensors alone"
-            ) from error
-        raise ValueError(damaged) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(damaged) from error
-    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise ValueError(f"{path} is not SAM's state dict, which maps names to tensors")
-    return {key: value.float() for key, value in loaded.items()}
 
 
-def _recognised(path: Path, state: Mapping[str, Tensor]) -> str:
-    """The name of the architecture whose tensors `state` holds, all of them and of the right shapes."""
-    widths = {ENCODERS[name].dim: name for name in ("vit_b", "vit_l", "vit_h")}
-    position = state.get("image_encoder.pos_embed")
-    width = position.shape[-1] if position is not None and position.dim() == 4 else None
-    name = "vit_t" if "image_encoder.layers.0.blocks.0.conv1.c.weight" in state else widths.get(width)
-    if name is None:
-        raise ValueError(f"{path} is not one of SAM's {', '.join(DOWNLOADS)}: image_encoder.pos_embed tells")
-    expected = sam_shapes(name)
-    for key, shape in expected.items():
-        if key not in state:
-            raise ValueError(f"{path} lacks {key}, which SAM's {name} has")
-        if state[key].shape != shape:
-            raise ValueError(
-                f"{path} has {key} of shape {tuple(state[key].shape)}, but SAM's {name} has {tuple(shape)}"
-            )
+def _recognised(path: Path, layout: str, state: Mapping[str, Tensor]) -> str:
+    """The name of the architecture whose tensors `state` holds, all of them and of the right shapes and types.
+
+    Raises ValueError that names the nearest one and the first tensors that differ."""
+    position = state.get(f"{PREFIX}pos_embed")
+    grid = position.shape[1] if position is not None and position.dim() == 4 else 0
+    side = 16 * grid if 0 < grid <= 256 else SAM_IMAGE_SIZE
+    differ = {name: _differences(state, sam_shapes(name, side)) for name in DOWNLOADS}
+    name = min(differ, key=lambda name: sum(map(len, differ[name])))
+    words = ("lacks", "has", "holds")
+    if said := [f"{word} {_first(keys)}" for word, keys in zip(words, differ[name], strict=True) if keys]:
+        raise ValueError(
+            f"{path} is not one of SAM's {', '.join(DOWNLOADS)}; nearest is {name} of {layout}, but the file "
+            + " and ".join(said)
+        )
     for key, value in state.items():
-        if key not in expected and OPTIONAL.get(key) != tuple(value.shape):
-            raise ValueError(f"{path} holds {key}, which SAM's {name} does not have")
+        counter = key.endswith("num_batches_tracked") and value.dtype == torch.int64
+        if value.layout != torch.strided or not (value.dtype in FLOATS or counter):
+            raise ValueError(
+                f"{path} has {key} as {value.dtype}, {value.layout}, but weights are dense and float16, bfloat16, "
+                "float32 or float64"
+            )
     return name
+
+
+def _differences(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> tuple[list[str], ...]:
+    """What an architecture has and `state` lacks, what has another shape, what `state` alone has."""
+    shared = {key: (tuple(state[key].shape), tuple(shape)) for key, shape in shapes.items() if key in state}
+    return (
+        [key for key in shapes if key not in state],
+        [
+            f"{key} of shape {found} (not {needed})"
+            for key, (found, needed) in shared.items()
+            if found != needed
+        ],
+        [f"{key:.100}" for key in state if key not in shapes],
+    )
+
+
+def _first(names: Sequence[str], count: int = 3) -> str:
+    """The first of `names`, and how many there are more."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 def _downloaded(download: Download, *, progress: bool) -> Path:
@@ -265,28 +300,22 @@ def _fetch(url: str, path: Path, *, progress: bool) -> str:
         path.open("wb") as target,
         Progress(*columns, disable=not progress) as bar,
     ):
-        length = source.headers.get("Content-Length")
+        length, digest = source.headers.get("Content-Length"), hashlib.sha256()
         task = bar.add_task("", total=int(length) if length else None)
-
-        def write(chunk: bytes) -> None:
+        while chunk := source.read(1 << 20):
             target.write(chunk)
+            digest.update(chunk)
             bar.advance(task, len(chunk))
-
-        return _digest(source.read, write)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return _digest(file.read)
+        return digest.hexdigest()
 
 
-def _digest(read: Callable[[int], bytes], also: Callable[[bytes], object] | None = None) -> str:
-    """SHA-256 of all that `read` gives, in chunks of 1 MiB, each handed to `also`."""
+def _sha256(files: Sequence[Path]) -> str:
+    """SHA-256 of the bytes of `files`, one after the other."""
     digest = hashlib.sha256()
-    while chunk := read(1 << 20):
-        digest.update(chunk)
-        if also is not None:
-            also(chunk)
+    for path in files:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -304,21 +333,17 @@ def _interpolated(key: str, value: Tensor, shape: torch.Size) -> Tensor:
     )
 
 
-def _sam_tensor(key: str, state: Mapping[str, Tensor]) -> tuple[Tensor | None, bool]:
-    """SAM's tensor for the decoder's `key`, and whether noise is added; None for what only we have."""
+def _sam_name(key: str) -> tuple[str | None, bool]:
+    """SAM's name of the decoder's tensor `key`, None for what only we have, and whether noise is added."""
     part, _, rest = key.partition(".")
     if part in ("transformer", "output_upscaling"):
-        source, seeded = f"mask_decoder.{key}", False
-    elif part in ("no_mask_embed", "pe_layer"):
-        source, seeded = f"prompt_encoder.{key}", False
-    elif part == "prompts":
-        source, seeded = f"prompt_encoder.{rest}", False
-    elif part == "class_tokens":
-        source, seeded = "mask_decoder.mask_tokens.weight", True
-    elif part == "output_hypernetworks_mlps":
-        source, seeded = f"mask_decoder.{part}.0.{rest.partition('.')[2]}", True
-    else:
-        return None, False
-    if source not in state:
-        raise ValueError(f"the SAM weights lack {source}, which the decoder needs")
-    return state[source][0] if part == "class_tokens" else state[source], seeded
+        return f"mask_decoder.{key}", False
+    if part in ("no_mask_embed", "pe_layer"):
+        return f"prompt_encoder.{key}", False
+    if part == "prompts":
+        return f"prompt_encoder.{rest}", False
+    if part == "class_tokens":
+        return "mask_decoder.mask_tokens.weight", True
+    if part == "output_hypernetworks_mlps":
+        return f"mask_decoder.{part}.0.{rest.partition('.')[2]}", True
+    return None, False

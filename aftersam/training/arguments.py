@@ -38,7 +38,7 @@ class TrainArgs:
     config_file: ConfigFile = None
     """Also --config: repeat a run from its config.json; keys given beside it win."""
     sam_checkpoint: str | None = None
-    """Official SAM weights: a .pth file, or vit_b, vit_l, vit_h, vit_t to download them once to a cache."""
+    """Start from SAM's weights: a file, a Hugging Face folder, or vit_b, vit_l, vit_h, vit_t to download them once."""
     resume: bool = False
     """Go on from last.safetensors in --output, with the choices and the split stored there. Limits given beside it are
     used; another choice is refused."""

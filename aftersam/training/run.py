@@ -61,7 +61,7 @@ def train(args: TrainArgs) -> TrainResult:
     scans = read_scans(args, plan)
     if scans.absent:
         processes.accelerator.print(f"no training scan has {', '.join(scans.absent)}: it will not be learned")
-    model, progress = build_model(args, plan, scans.num_classes)
+    model, progress = build_model(args, plan, scans.num_classes, processes.accelerator.print)
     stored = {} if args.embeddings is None else store_features(args.embeddings, model, scans, processes)
     sizes = _sizes(model)
     learner = _learner(model, plan, processes)

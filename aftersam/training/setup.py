@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,12 +159,14 @@ def read_scans(args: TrainArgs, plan: Plan) -> Scans:
     return Scans(dataset, plan.fold, training, [cached[case] for case in validation_ids], groups)
 
 
-def build_model(args: TrainArgs, plan: Plan, num_classes: int) -> tuple[AfterSAM, Progress]:
+def build_model(
+    args: TrainArgs, plan: Plan, num_classes: int, say: Callable[[str], object]
+) -> tuple[AfterSAM, Progress]:
     """The model with its weights, new, SAM's or the resumed run's, and where its run stands."""
     path = args.output / "last.safetensors"
     if args.resume:
         check_weights(path, plan.config.model, num_classes)
-    model = build_aftersam(plan.config.model, num_classes, sam=plan.sam)
+    model = build_aftersam(plan.config.model, num_classes, sam=plan.sam, say=say)
     model.set_activation_checkpointing(plan.config.train.activation_checkpointing)
     if not args.resume:
         return model, Progress()

@@ -51,7 +51,7 @@ class AccuracyArgs:
     patch: tuple[int, int, int] = (64, 64, 80)
     """Voxels (d, h, w) of their patches, rounded down to what a network divides."""
     sam_checkpoint: str | None = None
-    """Official SAM weights for our systems and MSA, as in aftersam train; they learn from scratch without."""
+    """SAM's weights for our systems and MSA, as in aftersam train; they learn from scratch without."""
     fold: int = 0
     """Fold whose validation scans are held out and scored."""
     waterfall: Path | None = None
