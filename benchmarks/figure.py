@@ -1,9 +1,9 @@
 """Draw docs/*.png, write docs/performance.md, docs/accuracy.md and the README's tables.    python -m benchmarks.figure
 
-Takes the newest result of each device in benchmarks/results; a result of several subjects goes before one of a single
-subject. docs/performance.md shows targets, one row a case with ours beside its best rival, time and memory against N
-and image size, a waterfall of techniques, and a roofline. The README has one row a subject, and changes between its
-markers alone."""
+Takes the newest result of several subjects of each device in benchmarks/results, and from newer results of a single
+subject their cases in the place of its own. docs/performance.md shows targets, one row a case with ours beside its best
+rival, time and memory against N and image size, a waterfall of techniques, and a roofline. The README has one row a
+subject, and changes between its markers alone."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from aftersam.evaluation.tables import markdown_table
 from aftersam.files import write_text
 from benchmarks.machine import RESULTS, ROOT, slug
 from benchmarks.page import write_sections
+from benchmarks.targets import targets
 
 PERFORMANCE = """# Performance, as measured
 
@@ -37,22 +38,51 @@ Result = Mapping[str, Any]
 
 
 def newest(folder: Path = RESULTS) -> list[Result]:
-    """The newest result of each device, GPUs first. Raises ValueError where there is none."""
-    found: dict[str, Result] = {}
-    for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text())
-        device = result["environment"]["device"]
-        if device not in found or _rank(result) > _rank(found[device]):
-            found[device] = result
-    if not found:
+    """The newest result of each device, GPUs first, with the cases of later single subjects in it.
+
+    Such a case was measured with the same libraries; its records have a `commit` of their own. Raises ValueError where
+    there is no result."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    if not results:
         raise ValueError(f"{folder} holds no result; run `make bench` first")
-    return sorted(
-        found.values(), key=lambda r: (r["environment"]["kind"] != "gpu", r["environment"]["device"])
-    )
+    by_device: dict[str, list[dict[str, Any]]] = {}
+    for result in sorted(results, key=_rank):
+        by_device.setdefault(result["environment"]["device"], []).append(result)
+    found = []
+    for *others, whole in by_device.values():
+        for later in others:
+            if _rank(later)[0] is False and _rank(whole)[0] and _same_libraries(whole, later):
+                whole = _with_cases(whole, later)
+        found.append(whole)
+    return sorted(found, key=lambda r: (r["environment"]["kind"] != "gpu", r["environment"]["device"]))
 
 
 def _rank(result: Result) -> tuple[bool, str]:
     return len({r["subject"] for r in result["records"]}) > 1, result["environment"]["date"]
+
+
+def _same_libraries(one: Result, other: Result) -> bool:
+    """Whether `other` was measured later than `one`, with the same libraries and in the same dtype."""
+    mine, theirs = one["environment"], other["environment"]
+    same = all(
+        mine[key] == theirs[key] for key in ("torch", "triton", "driver", "cuda", "cudnn") if key in mine
+    )
+    return same and one["dtype"] == other["dtype"] and theirs["date"] > mine["date"]
+
+
+def _with_cases(whole: dict[str, Any], later: Result) -> dict[str, Any]:
+    """`whole` with the cases of `later` in the place of its own, and targets of both."""
+
+    def place(record: Result) -> tuple[str, str]:
+        return record["subject"], record["name"]
+
+    commit = later["environment"]["commit"]
+    fresh = {key: [r | {"commit": commit} for r in of] for key, of in groupby(later["records"], key=place)}
+    records = []
+    for key, of in groupby(whole["records"], key=place):
+        records += fresh.pop(key, list(of))
+    whole = whole | {"records": records + [r for of in fresh.values() for r in of]}
+    return whole | {"targets": targets(whole)}
 
 
 def curve(result: Result, along: str = "slices") -> dict[str, list[Result]]:
@@ -192,7 +222,14 @@ def caption(result: Result) -> str:
     where = result["environment"]
     versions = [f"torch {where['torch']}"] + ([f"triton {where['triton']}"] if where["triton"] else [])
     commit = f"commit {where['commit']}" + (" with local changes" if where["dirty"] else "")
-    return f"{where['device']}, {result['dtype']}, {', '.join(versions)}, {commit}, {where['date'][:10]}."
+    later: dict[str, dict[str, None]] = {}
+    for r in result["records"]:
+        if "commit" in r:
+            later.setdefault(r["commit"], {})[r["subject"]] = None
+    own = "".join(f"; commit {measured} for cases of {', '.join(of)}" for measured, of in later.items())
+    return (
+        f"{where['device']}, {result['dtype']}, {', '.join(versions)}, {commit}, {where['date'][:10]}{own}."
+    )
 
 
 def rivals_table(result: Result) -> str:

@@ -108,8 +108,8 @@ def terms(shape: rel_pos_cases.Shape, dtype: torch.dtype, *, windowed: bool = Fa
 
     b, side, m, d, _ = shape
     q = torch.zeros(b, side, side, 3, m, d, dtype=dtype)[..., 0, :, :]
-    tables = torch.zeros(2, 2 * (WINDOW if windowed else side) - 1, d, dtype=dtype).unbind()
-    yield [q, *tables, *kernels.launch(q, *tables, windowed)]
+    rows, columns = torch.zeros(2, 2 * (WINDOW if windowed else side) - 1, d, dtype=dtype).unbind()
+    yield [q, rows, columns, *kernels.launch(q, rows, columns, windowed)]
 
 
 def slice_attention(shape: slice_cases.Shape, dtype: torch.dtype) -> Steps:

@@ -23,6 +23,7 @@ from axial_fusion import (
     slice_attention,
     window_attention,
 )
+from axial_fusion.checks import torchs_own, wrapped
 from axial_fusion.ops.rel_terms import rel_terms
 from axial_fusion.ops.row_norm import row_norm
 
@@ -235,3 +236,15 @@ def test_mistakes_are_named():
         select_backend("row_norm")
     with pytest.raises(ValueError, match="backend is 'cuda'; row_norm has auto, triton, torch"):
         select_backend("row_norm", draw(2, 3), backend="cuda")
+
+
+def test_a_parameter_and_its_alias_are_torchs_own_when_compiled():
+    class Layer(torch.nn.Linear):
+        def forward(self, x):
+            return x + (
+                wrapped((x, self.bias.to(x.dtype))) or not torchs_own(x, self.weight, self.bias.to(x.dtype))
+            )
+
+    layer = Layer(2, 3).requires_grad_(False)
+    layer.compile(backend="eager", fullgraph=True)
+    assert layer(torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]

@@ -33,6 +33,35 @@ def test_the_newest_result_of_a_device_becomes_figure_and_table(result, tmp_path
     assert [r["slices"] for r in figure.curve(result)[OURS]] == [1, 3]
 
 
+def test_later_cases_of_one_subject_stand_in_the_newest_whole_result(result, tmp_path):
+    def write(records, date, commit, **environment):
+        where = result["environment"] | {"date": date, "commit": commit, "dirty": False} | environment
+        harness.write(result | {"records": records, "environment": where}, tmp_path)
+
+    fusion = result["records"]
+    other = [r | {"subject": "other"} for r in fusion[:4]]
+    write(fusion + other, "2026-02-01T00:00:00+00:00", "whole")
+    faster = [
+        r | {"ms": {kind: {**t, "median": 0.5 * t["median"]} for kind, t in r["ms"].items()}}
+        for r in fusion[:4]
+    ]
+    write(faster, "2026-03-01T00:00:00+00:00", "later")
+    (found,) = figure.newest(tmp_path)
+    assert [r.get("commit") for r in found["records"]] == ["later"] * 4 + [None] * (len(fusion) - 4) + [
+        None
+    ] * 4
+    assert found["records"][0]["ms"] == faster[0]["ms"]
+    assert figure.caption(found).endswith("commit whole, 2026-02-01; commit later for cases of fusion.")
+    for date, environment in (
+        ("2026-01-01", {}),
+        ("2026-03-01", {"torch": "0.1"}),
+    ):  # before it, other libraries
+        write(faster, f"{date}T00:00:00+00:00", "later", **environment)
+        (found,) = figure.newest(tmp_path)
+        assert not any("commit" in r for r in found["records"])
+        (tmp_path / harness.write(result, tmp_path).name).unlink()
+
+
 def test_curves_run_along_slices_and_image_size():
     base = {"subject": "fusion", "provider": OURS, "ms": {}, "batch": 1, "channels": 8, "heads": 1}
     points = [(1, 16), (9, 16), (9, 24), (9, 8), (5, 16)]
