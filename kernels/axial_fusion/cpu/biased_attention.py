@@ -51,13 +51,11 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tenso
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     for b, m, rows in _blocks(q, k.shape[2], _BLOCK):
         bias = _bias(_wide(bias_h[b, m, rows]), _wide(bias_w[b, m, rows]))
-        given = q[b, rows, m].transpose(1, 2), k[b, m], v[b, m]
-        if (
-            q.device.type != "cpu"
-        ):  # where fused attention takes no bias in another dtype than q's, or misreads it
-            given = tuple(_wide(t) for t in given)
+        query, key, value = q[b, rows, m].transpose(1, 2), k[b, m], v[b, m]
+        if q.device.type != "cpu":  # there it takes a bias in q's dtype alone, or misreads it
+            query, key, value = _wide(query), _wide(key), _wide(value)
         with no_autocast(q):
-            part = F.scaled_dot_product_attention(*given, attn_mask=bias, scale=scale)
+            part = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
         y[b, rows, m] = part.transpose(1, 2)
     return y
 
