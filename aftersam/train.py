@@ -31,7 +31,8 @@ def _main(argv: Sequence[str] | None) -> int:
     args = parse(argv, TrainArgs, __doc__)
     if not args.resume:
         name = preset_name(args.preset, args.sam_checkpoint)
-        print(f"configuration {args.config_file}" if args.config_file else f"preset {name}")
+        of = f"configuration {args.config_file}" if args.config_file else f"preset {name}"
+        print(f"choices of {args.init}" if args.init and not (args.config_file or args.preset) else of)
     train(args)
     return 0
 

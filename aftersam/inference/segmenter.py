@@ -170,9 +170,9 @@ def load(
     from aftersam.inference.graphs import capture_steps
     from aftersam.model.build import build_aftersam, check_weights, load_weights
     from aftersam.model.lora import merge_lora
-    from aftersam.model.run_folder import read_run
+    from aftersam.model.run_folder import find_run, read_run
 
-    run, where = Path(run), find_device(device)
+    run, where = find_run(run), find_device(device)
     config, facts = read_run(run)
     weights = run / f"{checkpoint}.safetensors"
     check_weights(weights, config.model, num_classes=len(facts.labels) + 1)

@@ -26,6 +26,7 @@ from aftersam.inference.inputs import PredictOptions, Scan
 from aftersam.inference.planes import Plane, Tiling, resample_stream
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.layers import SliceFeatures
+from aftersam.model.mask_decoder import of_classes
 
 DEFAULT = PredictOptions()
 
@@ -67,10 +68,11 @@ def predict_volume(
             if confidence is not None and plane.disagreement is not None:
                 agreement = 255 * (1 - plane.disagreement[0])
                 confidence[z] = agreement.round().to(torch.uint8).cpu().numpy()
+            logits = of_classes(plane.logits, model.decoder.num_classes)
             # on CPUs twice as fast as argmax
-            labels[z] = plane.logits.max(0).indices.to(torch.int16).cpu().numpy()
+            labels[z] = logits.max(0).indices.to(torch.int16).cpu().numpy()
             if probabilities is not None:
-                probabilities[:, z] = plane.logits.softmax(0).cpu().numpy()
+                probabilities[:, z] = logits.softmax(0).cpu().numpy()
         if progress is not None:
             progress(1)
     return Prediction(labels, confidence)
@@ -103,7 +105,7 @@ def stream_logits(
     tiling = Tiling.over(scan.hu.shape[1:], scan.box, config.image_size, device)
     ring: dict[int, SliceFeatures] = {}  # slice -> features of its windows
     votes: dict[int, Votes] = defaultdict(Votes)
-    background = tiling.background(model.decoder.num_classes, disagreement=options.confidence)
+    background = tiling.background(model.decoder.num_tokens, disagreement=options.confidence)
     done = 0  # slices handed out
     for batch in plan.batches:
         for d in [d for d in ring if d < batch.needed[0]]:

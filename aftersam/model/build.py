@@ -39,7 +39,7 @@ def resolve_encoder(config: Config, *, pretrained: bool) -> Config:
     if encoder != "full" and not pretrained:
         raise ValueError(
             f"encoder is {encoder!r}, which freezes the encoder's random weights; "
-            "give --sam-checkpoint, or use --encoder full"
+            "give --sam-checkpoint or --init, or use --encoder full"
         )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, encoder=encoder))
 
@@ -112,6 +112,7 @@ def _decoder(config: ModelConfig, num_classes: int, skip_channels: tuple[int, ..
         skip_channels=skip_channels,
         decoder_attention=config.decoder_attention,
         prompts=config.prompts,
+        token_shares=config.token_shares,
     )
 
 

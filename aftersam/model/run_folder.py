@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ from aftersam.config import Config, Index, Range, checked, from_dict, validate
 from aftersam.errors import naming
 from aftersam.files import read_json
 
+WEIGHTS = Path(__file__).parents[1] / "weights"  # models that come along: a run folder each, by name
 Length = Annotated[float, Range(1e-3, 1e3)]  # mm, of a voxel that a model works at
 Extent = Annotated[float, Range(0, 1e6)]  # mm
 
@@ -30,11 +32,35 @@ class RunFacts:
     fold: Index = 0
     sam_sha256: str | None = None
     """Of the SAM weights that training began with."""
+    init_sha256: str | None = None
+    """Of the run's weights that training began with."""
 
     @property
     def names(self) -> dict[int, str]:
         """Label values to names."""
         return {int(value): name for value, name in self.labels.items()}
+
+
+def bundled_runs() -> dict[str, Path]:
+    """The models that come along with this package: {name: run folder}."""
+    return {path.parent.name: path.parent for path in sorted(WEIGHTS.glob("*/config.json"))}
+
+
+def find_run(name: Path | str) -> Path:
+    """The run folder that `name` means: itself where it exists, or the model of that name that comes along.
+
+    Raises ValueError that lists the names there are."""
+    path, known = Path(name), bundled_runs()
+    if path.exists():
+        return path
+    if str(name) in known:
+        return known[str(name)]
+    close = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(
+        f"{name} is not a training run: it has no config.json; of models that come along there "
+        f"{'is' if len(known) < 2 else 'are'} {', '.join(known) or 'none'}{hint}"
+    )
 
 
 def read_run(run: Path) -> tuple[Config, RunFacts]:

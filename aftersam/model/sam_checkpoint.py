@@ -87,7 +87,7 @@ def read_sam_checkpoint(path_or_name: str | Path, *, progress: bool = True) -> S
             f"SAM checkpoint {path} does not exist; give a .pth file, or {', '.join(DOWNLOADS)}{hint}"
         )
     state = _read(path)
-    return SamCheckpoint(state, _recognised(path, state), _sha256(path))
+    return SamCheckpoint(state, _recognised(path, state), sha256(path))
 
 
 @cache
@@ -140,7 +140,7 @@ def load_image_encoder_state(encoder: ImageEncoder | TinyViT, state: Mapping[str
         if key not in weights:
             raise ValueError(f"the SAM weights lack {PREFIX}{key}, which this encoder needs")
         if weights[key].shape != value.shape:
-            weights[key] = _interpolated(key, weights[key], value.shape)
+            weights[key] = interpolated(key, weights[key], value.shape)
     unknown = sorted(weights.keys() - expected.keys())
     if unknown:
         raise ValueError(f"the SAM weights hold {PREFIX}{unknown[0]}, which this encoder does not have")
@@ -275,7 +275,8 @@ def _fetch(url: str, path: Path, *, progress: bool) -> str:
         return _digest(source.read, write)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's bytes."""
     with path.open("rb") as file:
         return _digest(file.read)
 
@@ -290,7 +291,7 @@ def _digest(read: Callable[[int], bytes], also: Callable[[bytes], object] | None
     return digest.hexdigest()
 
 
-def _interpolated(key: str, value: Tensor, shape: torch.Size) -> Tensor:
+def interpolated(key: str, value: Tensor, shape: torch.Size) -> Tensor:
     """A position table for another grid: linear in each direction, as SAM's get_rel_pos does."""
     if key == "pos_embed" and value.dim() == 4 and value.shape[-1] == shape[-1]:
         table = F.interpolate(

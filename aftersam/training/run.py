@@ -33,11 +33,13 @@ from aftersam.training.setup import (
     read_scans,
     start_processes,
     store_features,
+    with_tokens,
     write_facts,
 )
 from aftersam.training.sharding import shard
 from aftersam.training.step import Batch, Learner, build_optimizer
 from aftersam.training.validation import mean, validate_scans
+from aftersam.training.warm_start import table
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,10 @@ def train(args: TrainArgs) -> TrainResult:
     scans = read_scans(args, plan)
     if scans.absent:
         processes.accelerator.print(f"no training scan has {', '.join(scans.absent)}: it will not be learned")
-    model, progress = build_model(args, plan, scans.num_classes)
+    plan = with_tokens(plan, scans)
+    model, progress = build_model(args, plan, scans)
+    if plan.start is not None:
+        processes.accelerator.print(table(plan.start, plan.config.model, scans.labels, scans.spacing_mm))
     stored = {} if args.embeddings is None else store_features(args.embeddings, model, scans, processes)
     sizes = _sizes(model)
     learner = _learner(model, plan, processes)
