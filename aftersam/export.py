@@ -58,7 +58,7 @@ def export(args: ExportArgs) -> Path:
     import torch
 
     from aftersam.files import renamed_folder, write_json
-    from aftersam.inference.segmenter import load
+    from aftersam.inference.segmenter import load_run
 
     if args.output.exists():
         raise ValueError(f"{args.output} exists already; choose another --output")
@@ -66,7 +66,7 @@ def export(args: ExportArgs) -> Path:
         raise ValueError(
             "ONNX needs the package onnxscript (pip install 'aftersam[export]'), or --format torch"
         )
-    segmenter = load(args.model, checkpoint=args.checkpoint, device="cpu")
+    segmenter = load_run(args.model, checkpoint=args.checkpoint, device="cpu")
     with renamed_folder(args.output) as temporary, _quiet():
         for name, part in parts(segmenter).items():
             if args.format != "onnx":

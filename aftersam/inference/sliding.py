@@ -24,6 +24,7 @@ from aftersam.data.windows import slice_group, window_crops
 from aftersam.device import autocast
 from aftersam.inference.inputs import PredictOptions, Scan
 from aftersam.inference.planes import Plane, Tiling, resample_stream
+from aftersam.inference.timings import Timings
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.layers import SliceFeatures
 from aftersam.model.mask_decoder import of_classes
@@ -60,22 +61,70 @@ def predict_volume(
     Each class's probability is written into `probabilities` (K+1, D', H', W') of any float type, which may be a
     file's memory map. `progress` is called with the number of output slices just finished.
     Raises ValueError where `options` keep fewer slices than 1 or more than a group has."""
-    labels = np.empty(output_shape, dtype=label_dtype(model.decoder.num_classes - 1))
-    confidence = np.empty(output_shape, dtype=np.uint8) if options.confidence else None
+    planes = output_planes(model, scan, config, options, output_shape=output_shape, precision=precision)
+    sink = Sink(output_shape, scan.timings, probabilities, progress)
+    return fill(planes, model.decoder.num_classes, sink, confidence=options.confidence)
+
+
+def output_planes(
+    model: AfterSAM,
+    scan: Scan,
+    config: ModelConfig,
+    options: PredictOptions,
+    *,
+    output_shape: tuple[int, int, int],
+    precision: torch.dtype,
+) -> Iterator[Plane]:
+    """Yield the logits (K+1, H', W') of every slice of the output grid in order."""
     planes = stream_logits(model, scan, config, options, precision=precision)
-    for z, plane in enumerate(resample_stream(planes, scan.hu.shape[0], output_shape, scan.timings)):
-        with scan.timings.stage("upsample"):
-            if confidence is not None and plane.disagreement is not None:
+    for plane in resample_stream(planes, scan.hu.shape[0], output_shape, scan.timings):
+        yield plane._replace(logits=of_classes(plane.logits, model.decoder.num_classes))
+
+
+def mean_planes(streams: Sequence[Iterator[Plane]]) -> Iterator[Plane]:
+    """Planes of the mean of several models' probabilities, as logits, from their streams of planes on one grid.
+
+    In fp64, so that copies of one model give its labels. The agreement, 1 - disagreement, is that within the models,
+    on average, times that among them."""
+    if len(streams) == 1:
+        yield from streams[0]
+        return
+    for planes in zip(*streams, strict=True):
+        probabilities = torch.stack([plane.logits.double().softmax(0) for plane in planes])
+        mean = probabilities.mean(0, keepdim=True)  # (1, K+1, H, W)
+        within = [plane.disagreement for plane in planes if plane.disagreement is not None]
+        disagreement = None
+        if within:
+            among = _divergence(mean, _entropy(probabilities).mean(0, keepdim=True), len(planes))[0]
+            disagreement = 1 - (1 - torch.stack(within).mean(0)) * (1 - among)
+        yield Plane(mean[0].log(), disagreement)
+
+
+class Sink(NamedTuple):
+    """Where what is computed of a scan goes besides its labels, as `predict_volume` says."""
+
+    output_shape: tuple[int, int, int]
+    timings: Timings
+    probabilities: np.ndarray | None = None
+    progress: Callable[[int], None] | None = None
+
+
+def fill(planes: Iterator[Plane], num_classes: int, sink: Sink, *, confidence: bool) -> Prediction:
+    """The labels of the planes (K+1, H', W') of every slice in order."""
+    labels = np.empty(sink.output_shape, dtype=label_dtype(num_classes - 1))
+    agreed = np.empty(sink.output_shape, dtype=np.uint8) if confidence else None
+    for z, plane in enumerate(planes):
+        with sink.timings.stage("upsample"):
+            if agreed is not None and plane.disagreement is not None:
                 agreement = 255 * (1 - plane.disagreement[0])
-                confidence[z] = agreement.round().to(torch.uint8).cpu().numpy()
-            logits = of_classes(plane.logits, model.decoder.num_classes)
+                agreed[z] = agreement.round().to(torch.uint8).cpu().numpy()
             # on CPUs twice as fast as argmax
-            labels[z] = logits.max(0).indices.to(torch.int16).cpu().numpy()
-            if probabilities is not None:
-                probabilities[:, z] = logits.softmax(0).cpu().numpy()
-        if progress is not None:
-            progress(1)
-    return Prediction(labels, confidence)
+            labels[z] = plane.logits.max(0).indices.to(torch.int16).cpu().numpy()
+            if sink.probabilities is not None:
+                sink.probabilities[:, z] = plane.logits.softmax(0).cpu().numpy()
+        if sink.progress is not None:
+            sink.progress(1)
+    return Prediction(labels, agreed)
 
 
 @torch.inference_mode()
@@ -299,8 +348,15 @@ class Votes:
         class that no other names. It is the entropy of the mean less the mean entropy.
         Source: Lin, IEEE TIT 37 (1991)."""
         mean = torch.as_tensor(self.probabilities) / self.seen
-        divergence = _entropy(mean) - self.entropy / self.seen
-        return (divergence / math.log(max(2, min(self.seen, mean.shape[1])))).clamp(0, 1)
+        return _divergence(mean, torch.as_tensor(self.entropy) / self.seen, self.seen)
+
+
+def _divergence(mean: Tensor, entropy: Tensor, count: int) -> Tensor:
+    """Jensen–Shannon divergence (windows, 1, h, w) of `count` probabilities, as a share of the largest possible.
+
+    `mean` (windows, K+1, h, w) is theirs, `entropy` (windows, 1, h, w) the mean of their entropies."""
+    largest = math.log(max(2, min(count, mean.shape[1])))
+    return ((_entropy(mean) - entropy) / largest).clamp(0, 1)
 
 
 def _entropy(probabilities: Tensor) -> Tensor:

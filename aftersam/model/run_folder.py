@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -61,6 +62,25 @@ def find_run(name: Path | str) -> Path:
         f"{name} is not a training run: it has no config.json; of models that come along there "
         f"{'is' if len(known) < 2 else 'are'} {', '.join(known) or 'none'}{hint}"
     )
+
+
+def find_runs(names: Sequence[Path | str]) -> list[Path]:
+    """The run folders that `names` mean, each as `find_run` finds it; a folder of runs, such as folds, means all.
+
+    Raises ValueError where there is none, with the models that come along."""
+    if not names:
+        known = [
+            f"{name} ({', '.join(read_run(run)[1].names.values())})" for name, run in bundled_runs().items()
+        ]
+        raise ValueError(
+            "no model is given: -m RUN is the folder of a training run, -m RUN1 RUN2 the mean of several, "
+            f"-m NAME a model that comes along: {'; '.join(known) or 'there is none'}"
+        )
+    found: list[Path] = []
+    for run in map(find_run, names):
+        folds = [] if (run / "config.json").exists() else [path.parent for path in run.glob("*/config.json")]
+        found += sorted(folds, key=lambda path: (len(path.name), path.name)) or [run]
+    return found
 
 
 def read_run(run: Path) -> tuple[Config, RunFacts]:
