@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def train(args: TrainArgs) -> TrainResult:
-    """Run or resume the training that `args` describe; see `aftersam.training.run.train`."""
-    from aftersam.training import run
+    """Run or resume the training that `args` describe; see `train` and `train_folds` in aftersam.training."""
+    from aftersam.training import folds, run
 
-    return run.train(args)
+    return folds.train_folds(args) if args.fold == "all" else run.train(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

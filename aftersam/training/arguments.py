@@ -24,6 +24,7 @@ MAY_CHANGE = frozenset(
     {"epochs", "max_steps", "max_minutes", "validations", "checkpoint_steps", "num_workers", "tracker",
      "activation_checkpointing", "shard"}
 )  # fmt: skip
+FIRST_FOLD = "fold_0"  # run of the first of all folds, inside --output
 ConfigFile = Annotated[Path | None, tyro.conf.arg(aliases=["--config"])]
 
 
@@ -48,8 +49,9 @@ class TrainArgs:
     used; another choice is refused."""
     trust_intensities: bool = False
     """Take scans whose values do not look like Hounsfield units as they are, without a word."""
-    fold: Index | None = None
-    """Fold of splits_final.json, or of the five seeded ones where there is none; 0 unless given."""
+    fold: Index | Literal["all"] | None = None
+    """Fold of splits_final.json, or of the five seeded ones where there is none; 0 unless given. all: one after the
+    other, into folders of --output that predict takes as one model, with the scores of all validation scans."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     cache: Path | None = None
@@ -77,6 +79,7 @@ def make_plan(args: TrainArgs) -> Plan:
     from aftersam.model.sam_checkpoint import read_sam_checkpoint
     from aftersam.training.warm_start import check_architecture, read_start
 
+    assert args.fold != "all"  # `train_folds` gives them one by one
     checked(args)
     refuse_input(args.output, [args.data, *([args.init] if args.init else [])])
     stored, resumed = read_run(args.output) if args.resume else (None, None)
@@ -148,7 +151,7 @@ def parse(argv: Sequence[str] | None, kind: type[Args], about: str | None) -> Ar
     if given.config is not None:
         config = from_dict(Config, read_json(given.config), where=str(given.config))
     elif hasattr(kind, "resume") and given.resume and given.output is not None and given.preset is None:
-        config, _ = read_run(given.output)
+        config, _ = read_run(given.output / FIRST_FOLD if given.fold == "all" else given.output)
     elif hasattr(kind, "init") and given.init is not None and given.preset is None:
         config, facts = read_run(find_run(given.init))
         spacing_mm = facts.spacing_mm or "native"  # the run's own, where it went by a median
@@ -173,6 +176,6 @@ def _bases(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", "--config-file", "--config_file", type=Path, nargs="?")
     parser.add_argument("--output", type=Path, nargs="?")
     parser.add_argument("--resume", action="store_true")
-    for name in ("preset", "init", "sam-checkpoint", "max-steps", "max-minutes", "epochs"):
+    for name in ("fold", "preset", "init", "sam-checkpoint", "max-steps", "max-minutes", "epochs"):
         parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", nargs="?")
     return parser.parse_known_args(argv)[0]
