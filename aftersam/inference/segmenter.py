@@ -46,6 +46,8 @@ class Segmenter:
     """Organs that are one connected piece in every training label: `segment` drops their small parts."""
     longest_mm: tuple[float, float] | None = None
     """Shortest and longest of the training scans, each along its longest axis."""
+    temperature: float = 1.0
+    """What logits are divided by before they become probabilities."""
     folds: tuple[Segmenter, ...] = ()
     """Models of other runs on the same organs: masks are of the mean of all models' probabilities."""
 
@@ -128,15 +130,18 @@ class Segmenter:
         from aftersam.inference.sliding import Sink, fill, mean_planes, output_planes
 
         options, shape = options or PredictOptions(), prepared.volume.array.shape
-        runs = zip((self, *self.folds), (prepared.scan, *prepared.more), strict=True)
+        runs = list(zip((self, *self.folds), (prepared.scan, *prepared.more), strict=True))
         streams = [
             output_planes(
                 run.model, scan, run.config.model, options, output_shape=shape, precision=run.precision
             )
             for run, scan in runs
         ]
-        sink = Sink(shape, prepared.scan.timings, probabilities, progress)
-        found = fill(mean_planes(streams), len(self.labels) + 1, sink, confidence=options.confidence)
+        planes, temperature = streams[0], self.temperature
+        if self.folds:
+            planes, temperature = mean_planes(streams, [run.temperature for run, _ in runs]), 1.0
+        sink = Sink(shape, prepared.scan.timings, probabilities, progress, temperature)
+        found = fill(planes, len(self.labels) + 1, sink, confidence=options.confidence)
         if main_parts:
             with prepared.scan.timings.stage("write"):
                 drop_small_parts(found.labels, self.one_piece)
@@ -231,6 +236,7 @@ def load_run(
         dtype_for(config.train.precision, where.type),
         facts.one_piece,
         facts.longest_mm,
+        facts.temperature,
     )
 
 

@@ -81,16 +81,14 @@ def output_planes(
         yield plane._replace(logits=of_classes(plane.logits, model.decoder.num_classes))
 
 
-def mean_planes(streams: Sequence[Iterator[Plane]]) -> Iterator[Plane]:
+def mean_planes(streams: Sequence[Iterator[Plane]], temperatures: Sequence[float]) -> Iterator[Plane]:
     """Planes of the mean of several models' probabilities, as logits, from their streams of planes on one grid.
 
     In fp64, so that copies of one model give its labels. The agreement, 1 - disagreement, is that within the models,
     on average, times that among them."""
-    if len(streams) == 1:
-        yield from streams[0]
-        return
     for planes in zip(*streams, strict=True):
-        probabilities = torch.stack([plane.logits.double().softmax(0) for plane in planes])
+        pairs = zip(planes, temperatures, strict=True)
+        probabilities = torch.stack([(plane.logits.double() / t).softmax(0) for plane, t in pairs])
         mean = probabilities.mean(0, keepdim=True)  # (1, K+1, H, W)
         within = [plane.disagreement for plane in planes if plane.disagreement is not None]
         disagreement = None
@@ -107,6 +105,7 @@ class Sink(NamedTuple):
     timings: Timings
     probabilities: np.ndarray | None = None
     progress: Callable[[int], None] | None = None
+    temperature: float = 1.0
 
 
 def fill(planes: Iterator[Plane], num_classes: int, sink: Sink, *, confidence: bool) -> Prediction:
@@ -121,7 +120,7 @@ def fill(planes: Iterator[Plane], num_classes: int, sink: Sink, *, confidence: b
             # on CPUs twice as fast as argmax
             labels[z] = plane.logits.max(0).indices.to(torch.int16).cpu().numpy()
             if sink.probabilities is not None:
-                sink.probabilities[:, z] = plane.logits.softmax(0).cpu().numpy()
+                sink.probabilities[:, z] = (plane.logits / sink.temperature).softmax(0).cpu().numpy()
         if sink.progress is not None:
             sink.progress(1)
     return Prediction(labels, agreed)

@@ -31,6 +31,8 @@ class RunFacts:
     longest_mm: tuple[Extent, Extent] | None = None
     """Shortest and longest of the training scans, each along its longest axis."""
     fold: Index = 0
+    temperature: Annotated[float, Range(0.01, 100)] = 1.0
+    """What logits are divided by before they become probabilities, fitted on the validation scans."""
     sam_sha256: str | None = None
     """Of the SAM weights that training began with."""
     init_sha256: str | None = None

@@ -154,8 +154,9 @@ def parse(argv: Sequence[str] | None, kind: type[Args], about: str | None) -> Ar
         config, _ = read_run(given.output / FIRST_FOLD if given.fold == "all" else given.output)
     elif hasattr(kind, "init") and given.init is not None and given.preset is None:
         config, facts = read_run(find_run(given.init))
-        spacing_mm = facts.spacing_mm or "native"  # the run's own, where it went by a median
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, spacing_mm=spacing_mm))
+        # the run's own spacing, where it went by a median
+        data = dataclasses.replace(config.data, spacing_mm=facts.spacing_mm or "native")
+        config = dataclasses.replace(config, data=data)
     else:
         config = preset(preset_name(given.preset, given.sam_checkpoint))
     if given.max_steps or given.max_minutes or given.epochs:  # one limit given replaces a preset's others
