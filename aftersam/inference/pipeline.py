@@ -81,6 +81,8 @@ class PredictArgs:
     none does. Each of them decodes the slice; the mask stays the same."""
     statistics: bool = False
     """Leave each organ's volume in ml and mean HU as CASE.statistics.json beside each mask."""
+    review: bool = False
+    """List a folder's scans in review.csv of --output by the DSC that their probabilities let expect, lowest first."""
     timings: bool = False
     """Print each stage's seconds, slices a second and peak memory, and leave them as JSON beside each mask."""
 
@@ -110,6 +112,8 @@ def predict_files(args: PredictArgs) -> Predicted:
     jobs, folder = jobs_of(
         args.input, args.output, also_read=[*args.model, *prompts], overwrite=args.overwrite
     )
+    if args.review and not folder:
+        raise ValueError(f"--review lists the scans of a folder, but {args.input} is one scan")
     report = _Report(plain_console(stderr=True), folder)
     processes = sharing_processes()
     jobs = processes.share(jobs)
@@ -119,6 +123,10 @@ def predict_files(args: PredictArgs) -> Predicted:
         jobs = report.keep_finished(jobs, args.output)
     if jobs:
         _predict(args, jobs, report)
+    if args.review and args.output.is_dir():  # the last process to come here has all masks
+        from aftersam.evaluation.review import write_review
+
+        tell(report.console, write_review(args.output))
     processes.wait_for_the_others(len(report.problems), functools.partial(tell, report.console))
     return Predicted(tuple(report.written), tuple(report.kept), tuple(report.problems))
 
@@ -299,6 +307,7 @@ def _options(args: PredictArgs, segmenter: Segmenter) -> PredictOptions:
         average=args.overlap == "average",
         body=args.roi == "body",
         confidence=args.confidence,
+        expected_dsc=args.review,
         batch_size=args.batch_size,
     )
     for run in (segmenter, *segmenter.folds):

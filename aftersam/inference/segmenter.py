@@ -141,7 +141,7 @@ class Segmenter:
         if self.folds:
             planes, temperature = mean_planes(streams, [run.temperature for run, _ in runs]), 1.0
         sink = Sink(shape, prepared.scan.timings, probabilities, progress, temperature)
-        found = fill(planes, len(self.labels) + 1, sink, confidence=options.confidence)
+        found = fill(planes, len(self.labels) + 1, options, sink)
         if main_parts:
             with prepared.scan.timings.stage("write"):
                 drop_small_parts(found.labels, self.one_piece)

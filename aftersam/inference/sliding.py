@@ -40,6 +40,8 @@ class Prediction(NamedTuple):
     confidence: np.ndarray | None = None
     """(D, H, W) uint8, where `PredictOptions.confidence` asks for it: 255 where all groups that contain a slice
     agree, 0 where each is sure of another class."""
+    expected_dsc: np.ndarray | None = None
+    """(K,) of the organs, where `PredictOptions.expected_dsc` asks for it; NaN where the labels have none of one."""
 
 
 def predict_volume(
@@ -63,7 +65,7 @@ def predict_volume(
     Raises ValueError where `options` keep fewer slices than 1 or more than a group has."""
     planes = output_planes(model, scan, config, options, output_shape=output_shape, precision=precision)
     sink = Sink(output_shape, scan.timings, probabilities, progress)
-    return fill(planes, model.decoder.num_classes, sink, confidence=options.confidence)
+    return fill(planes, model.decoder.num_classes, options, sink)
 
 
 def output_planes(
@@ -108,22 +110,47 @@ class Sink(NamedTuple):
     temperature: float = 1.0
 
 
-def fill(planes: Iterator[Plane], num_classes: int, sink: Sink, *, confidence: bool) -> Prediction:
-    """The labels of the planes (K+1, H', W') of every slice in order."""
+def fill(planes: Iterator[Plane], num_classes: int, options: PredictOptions, sink: Sink) -> Prediction:
+    """The labels of the planes (K+1, H', W') of every slice in order, and what `options` ask for besides."""
     labels = np.empty(sink.output_shape, dtype=label_dtype(num_classes - 1))
-    agreed = np.empty(sink.output_shape, dtype=np.uint8) if confidence else None
+    agreed = np.empty(sink.output_shape, dtype=np.uint8) if options.confidence else None
+    overlap = torch.zeros(3, num_classes, dtype=torch.float64)
     for z, plane in enumerate(planes):
         with sink.timings.stage("upsample"):
             if agreed is not None and plane.disagreement is not None:
                 agreement = 255 * (1 - plane.disagreement[0])
                 agreed[z] = agreement.round().to(torch.uint8).cpu().numpy()
             # on CPUs twice as fast as argmax
-            labels[z] = plane.logits.max(0).indices.to(torch.int16).cpu().numpy()
-            if sink.probabilities is not None:
-                sink.probabilities[:, z] = (plane.logits / sink.temperature).softmax(0).cpu().numpy()
+            found = plane.logits.max(0).indices
+            labels[z] = found.to(torch.int16).cpu().numpy()
+            if sink.probabilities is not None or options.expected_dsc:
+                probabilities = (plane.logits / sink.temperature).softmax(0)
+                if sink.probabilities is not None:
+                    sink.probabilities[:, z] = probabilities.cpu().numpy()
+                if options.expected_dsc:
+                    overlap += _soft_overlap(probabilities, found).cpu()
         if sink.progress is not None:
             sink.progress(1)
-    return Prediction(labels, agreed)
+    if not options.expected_dsc:
+        return Prediction(labels, agreed)
+    right, voxels, probable = overlap[:, 1:].numpy()
+    expected = np.where(voxels > 0, 2 * right / np.maximum(voxels + probable, 1e-9), np.nan)
+    return Prediction(labels, agreed, expected)
+
+
+def _soft_overlap(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Of a plane (K+1, H, W): probability inside each of the labels (H, W), its voxels, all probability (3, K+1).
+
+    The DSC of a mask with the truth is then expected to be 2 · inside / (voxels + all)."""
+    classes, flat = len(probabilities), labels.flatten()
+    inside = probabilities.gather(0, labels[None]).flatten().double()
+    return torch.stack(
+        [
+            torch.bincount(flat, weights=inside, minlength=classes),
+            torch.bincount(flat, minlength=classes).double(),
+            probabilities.flatten(1).double().sum(1),
+        ]
+    )
 
 
 @torch.inference_mode()
