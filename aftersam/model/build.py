@@ -103,7 +103,9 @@ def _fusion(
 
 
 def _decoder(config: ModelConfig, num_classes: int, skip_channels: tuple[int, ...]) -> MaskDecoder:
-    size = ENCODERS[config.image_encoder]
+    size, shares = ENCODERS[config.image_encoder], config.token_shares
+    if shares and len(shares) < num_classes:
+        raise ValueError(f"token_shares has {len(shares)} numbers, but there are {num_classes} classes")
     return MaskDecoder(
         num_classes,
         size.out_channels,
@@ -112,7 +114,7 @@ def _decoder(config: ModelConfig, num_classes: int, skip_channels: tuple[int, ..
         skip_channels=skip_channels,
         decoder_attention=config.decoder_attention,
         prompts=config.prompts,
-        token_shares=config.token_shares,
+        token_shares=shares,
     )
 
 

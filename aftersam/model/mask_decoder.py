@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aftersam.config import DECODER, DecoderSize
+from aftersam.config import DECODER
 from aftersam.model.layers import ConvBlock, LayerNorm2d, without_autocast
 from aftersam.model.prompts import LabelPrompts
 from aftersam.model.segment_anything import segment_anything_modeling
@@ -48,7 +48,6 @@ class MaskDecoder(nn.Module):
         decoder_attention: Literal["two_way", "image_to_token"] = "two_way",
         prompts: Literal["none", "box", "point", "points"] = "none",
         token_shares: tuple[float, ...] = (),
-        size: DecoderSize = DECODER,
     ) -> None:
         super().__init__()
         if upscale < 4 or upscale & (upscale - 1):
@@ -60,14 +59,10 @@ class MaskDecoder(nn.Module):
         sam = segment_anything_modeling("transformer")
         if decoder_attention == "two_way":
             self.transformer = sam.TwoWayTransformer(
-                size.depth, dim, size.num_heads, mlp_dim=size.mlp_ratio * dim
+                DECODER.depth, dim, DECODER.num_heads, mlp_dim=DECODER.mlp_ratio * dim
             )
         else:
-            self.transformer = ImageToTokenTransformer(size.depth, dim, size.num_heads)
-        if token_shares and len(token_shares) < num_classes:
-            raise ValueError(
-                f"token_shares has {len(token_shares)} numbers, but there are {num_classes} classes"
-            )
+            self.transformer = ImageToTokenTransformer(DECODER.depth, dim, DECODER.num_heads)
         share_keys(self.transformer, token_shares)
         self.num_classes = num_classes
         self.num_tokens = num_tokens = max(num_classes, len(token_shares))
