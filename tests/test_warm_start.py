@@ -18,7 +18,13 @@ from aftersam.model.build import build_aftersam
 from aftersam.model.run_folder import read_run
 from aftersam.train import main
 from aftersam.training.checkpoint import save_weights
-from aftersam.training.warm_start import load_start, read_start, token_shares, token_sources
+from aftersam.training.warm_start import (
+    check_architecture,
+    load_start,
+    read_start,
+    token_shares,
+    token_sources,
+)
 from toy_scans import write_scans
 
 FAST = ["--preset", "tiny", "--image-size", "48", "--num-blocks", "1", "--precision", "fp32"]
@@ -226,3 +232,36 @@ def test_a_name_that_no_model_has_lists_those_that_come_along(phantoms, start, t
     assert train(phantoms, tmp_path / "run", "--init", "hednek") == 2
     assert "there is headneck; did you mean 'headneck'?" in capsys.readouterr().err
     assert read_start("headneck").sha256 == read_start(start).sha256
+
+
+@pytest.mark.parametrize("part", ["encoder", "fusion_weights", "decoder"])
+def test_lora_is_carried_over(start, part):
+    found = read_start(start)
+    config = dataclasses.replace(
+        found.config, model=dataclasses.replace(found.config.model, **{part: "lora"})
+    )
+    torch.manual_seed(1)
+    old = build_aftersam(config.model, 5).eval()
+    for name, value in old.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(value, std=0.1)
+    save_weights(start.parent / "lora.safetensors", old, {})
+    found = found._replace(weights=start.parent / "lora.safetensors", config=config)
+    six, _ = fresh(found, {**found.facts.names, 5: "a", 6: "b"}, (5.0, 4.0, 4.0))
+    hu = torch.randint(-1000, 1000, (1, 3, 48, 48)).float()
+    with torch.no_grad():
+        torch.testing.assert_close(six(hu)[0][:, :5], old(hu)[0], rtol=1e-4, atol=1e-4)
+    trains = {name for name, value in six.named_parameters() if value.requires_grad}
+    assert trains >= {name for name, value in old.named_parameters() if value.requires_grad}
+    with pytest.raises(ValueError, match="lora"):
+        check_architecture(found, dataclasses.replace(config.model, **{part: "full"}))
+
+
+def test_weights_in_half_precision_are_a_start_and_a_model(phantoms, start, tmp_path):
+    half, data = tmp_path / "half", of_organs(phantoms, tmp_path / "data", ["heart", "aorta"])
+    shutil.copytree(start, half)
+    weights = {name: value.half() for name, value in load_file(half / "best.safetensors").items()}
+    save_file(weights, half / "best.safetensors", metadata={"aftersam": "{}"})
+    assert train(data, tmp_path / "run", "--init", str(half), *STILL) == 0
+    assert_same_masks(tmp_path / "run", half, data, ["heart"])
+    assert load_file(tmp_path / "run" / "last.safetensors")["fusion.position"].dtype == torch.float32
