@@ -163,7 +163,7 @@ def _row(args: AblateArgs, name: str, change: Mapping[str, Any], seed: int) -> S
         images, labels = home / "images", home / "labels"
         predict_files(
             PredictArgs(
-                input=images, output=home / "masks", model=run, checkpoint="last", device=args.device, preview=False,
+                input=images, output=home / "masks", model=(run,), checkpoint="last", device=args.device, preview=False,
                 prompt_labels=labels, trust_intensities=args.trust_intensities,
             )
         )  # fmt: skip

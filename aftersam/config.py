@@ -172,6 +172,9 @@ class ModelConfig:
     """Mask decoder: fully trained, or its attention adapted by LoRA (the paper's Table 4)."""
     decoder_attention: Literal["two_way", "image_to_token"] = "two_way"
     """SAM's two-way transformer, or image-to-token attention alone (the paper's words)."""
+    token_shares: tuple[Annotated[float, Range(0, 1, "low")], ...] = ()
+    """Set by --init: how much each class token counts where others attend to it, background first; empty: all 1.
+    Tokens beyond the classes are further tokens of background."""
     prompts: Literal["none", "box", "point", "points"] = "none"
     """Prompt each class from its label by a box, one click or three (the paper's Table 3); such scores are marked."""
     stem_slices: Small = 1
@@ -256,12 +259,8 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-_PAPER = Config(
-    model=ModelConfig(fusion_weights="lora", position_embedding="full"),
-)
-_BEST = Config(
-    model=ModelConfig(image_size=512, output_stride=2),
-)
+_PAPER = Config(model=ModelConfig(fusion_weights="lora", position_embedding="full"))
+_BEST = Config(model=ModelConfig(image_size=512, output_stride=2))
 _SMALL = Config(
     model=ModelConfig(
         image_encoder="small",

@@ -93,10 +93,10 @@ def encode(args: EncodeArgs) -> EncodeResult:
 def _from_run(args: EncodeArgs) -> tuple[Embeddings, tuple[float, float, float] | None]:
     """The store for a run's encoder, and the spacing that the run works at."""
     from aftersam.inference.feature_cache import Embeddings
-    from aftersam.inference.segmenter import load
+    from aftersam.inference.segmenter import load_run
 
     assert args.model is not None
-    segmenter = load(args.model, checkpoint=args.checkpoint, device=args.device)
+    segmenter = load_run(args.model, checkpoint=args.checkpoint, device=args.device)
     size = segmenter.config.model.image_size
     store = Embeddings(args.output, segmenter.model, image_size=size, precision=segmenter.precision)
     return store, segmenter.spacing_mm

@@ -57,7 +57,7 @@ def export(args: ExportArgs) -> Path:
     Raises ValueError on a bad run, a model with prompts, a folder that exists or a package that is not there, OSError
     where it cannot be written."""
     from aftersam.files import renamed_folder
-    from aftersam.inference.segmenter import load
+    from aftersam.inference.segmenter import load_run
 
     if args.output.exists():
         raise ValueError(f"{args.output} exists already; choose another --output")
@@ -65,7 +65,7 @@ def export(args: ExportArgs) -> Path:
         raise ValueError(
             "ONNX needs the package onnxscript (pip install 'aftersam[export]'), or --format torch"
         )
-    segmenter = load(args.model, checkpoint=args.checkpoint, device="cpu")
+    segmenter = load_run(args.model, checkpoint=args.checkpoint, device="cpu")
     with renamed_folder(args.output) as temporary, _quiet():
         if args.format == "weights":
             _write_weights(temporary, args.model, args.checkpoint)

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def train(args: TrainArgs) -> TrainResult:
-    """Run or resume the training that `args` describe; see `aftersam.training.run.train`."""
-    from aftersam.training import run
+    """Run or resume the training that `args` describe; see `train` and `train_folds` in aftersam.training."""
+    from aftersam.training import folds, run
 
-    return run.train(args)
+    return folds.train_folds(args) if args.fold == "all" else run.train(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +31,8 @@ def _main(argv: Sequence[str] | None) -> int:
     args = parse(argv, TrainArgs, __doc__)
     if not args.resume:
         name = preset_name(args.preset, args.sam_checkpoint)
-        print(f"configuration {args.config_file}" if args.config_file else f"preset {name}")
+        of = f"configuration {args.config_file}" if args.config_file else f"preset {name}"
+        print(f"choices of {args.init}" if args.init and not (args.config_file or args.preset) else of)
     train(args)
     return 0
 

@@ -179,3 +179,9 @@ def test_coarse_logits_train_encoder_and_fusion_without_the_skips():
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert {"encoder.blocks.0.attn.qkv.weight", "fusion.blocks.0.attention.inter.out.weight"} <= reached
     assert not any("fusions" in name or "upscaling" in name or "hypernetworks" in name for name in reached)
+
+
+def test_fewer_token_shares_than_classes_are_refused():
+    config = dataclasses.replace(preset("tiny").model, image_size=48, token_shares=(1.0, 0.5))
+    with pytest.raises(ValueError, match="token_shares has 2 numbers, but there are 4 classes"):
+        build_aftersam(config, num_classes=4)

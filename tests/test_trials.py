@@ -178,7 +178,7 @@ def noted(*args):
 
 pipeline.write_outputs = noted
 scans, masks, run = map(Path, sys.argv[1:])
-pipeline.predict_files(pipeline.PredictArgs(input=scans, output=masks, model=run, device="cpu"))
+pipeline.predict_files(pipeline.PredictArgs(input=scans, output=masks, model=(run,), device="cpu"))
 print(json.dumps(seen))
 """
 

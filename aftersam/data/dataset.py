@@ -73,15 +73,7 @@ def split(
     `source` is a file of splits in place of the data set's. All folds go to `write_to`, in nnU-Net's format. A data
     set of one case has nothing to validate on.
     Raises ValueError on a fold that does not exist and on splits that name unknown cases or share one."""
-    path = source or dataset.root / "splits_final.json"
-    ids = [case.id for case in dataset.cases]
-    if source is not None or path.exists():
-        folds = _stored_folds(path, ids)
-    else:
-        order = np.random.default_rng(seed).permutation(len(ids))
-        parts = np.array_split(order, min(FOLDS, len(ids))) if len(ids) > 1 else [np.array([], dtype=int)]
-        held = [{ids[i] for i in part} for part in parts]
-        folds = [{"train": [i for i in ids if i not in h], "val": [i for i in ids if i in h]} for h in held]
+    path, folds = source or dataset.root / "splits_final.json", folds_of(dataset, seed, source=source)
     if not 0 <= fold < len(folds):
         raise ValueError(
             f"fold is {fold}, but {path if path.exists() else dataset.root} has the folds 0 to {len(folds) - 1}"
@@ -89,6 +81,18 @@ def split(
     if write_to is not None:
         write_json(write_to, folds)
     return folds[fold]["train"], folds[fold]["val"]
+
+
+def folds_of(dataset: Dataset, seed: int, *, source: Path | None = None) -> list[dict[str, list[str]]]:
+    """All folds that `split` chooses from, as {"train": ids, "val": ids}."""
+    path = source or dataset.root / "splits_final.json"
+    ids = [case.id for case in dataset.cases]
+    if source is not None or path.exists():
+        return _stored_folds(path, ids)
+    order = np.random.default_rng(seed).permutation(len(ids))
+    parts = np.array_split(order, min(FOLDS, len(ids))) if len(ids) > 1 else [np.array([], dtype=int)]
+    held = [{ids[i] for i in part} for part in parts]
+    return [{"train": [i for i in ids if i not in h], "val": [i for i in ids if i in h]} for h in held]
 
 
 def median_spacing(cases: Sequence[Case]) -> tuple[float, float, float]:

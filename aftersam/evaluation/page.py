@@ -11,6 +11,7 @@ import numpy as np
 
 from aftersam.errors import SAID, printable, sentence
 from aftersam.evaluation.result import Result, read_result
+from aftersam.evaluation.review import HEADINGS, reviewed
 from aftersam.evaluation.statistics import mean_of, shown, span
 from aftersam.files import read_json, write_text
 
@@ -58,6 +59,8 @@ def write_report(
     if images is not None and predictions is not None and labels is not None:
         parts.append("<h2>Cases</h2>")
         parts += _overlays(result, images, predictions, labels)
+    if predictions is not None and (found := reviewed(predictions)):
+        parts += ["<h2>Least certain first</h2>", _rows([HEADINGS, *(one.cells for one in found)])]
     if result.problems:
         lines = "".join(f"<li>{_text(text)}</li>" for text in result.problems.values())
         parts.append(f"<h2>Not scored</h2><ul>{lines}</ul>")
@@ -129,6 +132,15 @@ def _table(result: Result) -> str:
         "" if result.interval_reliable else f"<p>Intervals over {result.num_cases} cases are unreliable.</p>"
     )
     return f"<table>{''.join(rows)}</table>{note}"
+
+
+def _rows(rows: list[list[str]]) -> str:
+    """A table of text, the first row its headings."""
+    lines = [
+        "<tr>" + "".join(f"<{tag}>{_text(cell)}</{tag}>" for cell in row) + "</tr>"
+        for tag, row in zip(["th", *["td"] * (len(rows) - 1)], rows, strict=True)
+    ]
+    return f"<table>{''.join(lines)}</table>"
 
 
 def _facts(result: Result, run: Path | None) -> str:

@@ -53,6 +53,8 @@ class PredictOptions:
     """Skip the slices at both ends that show no body: they are background."""
     confidence: bool = False
     """Measure how far the groups that contain a slice agree; every group then decodes all its slices."""
+    expected_dsc: bool = False
+    """Estimate the DSC of each organ from the probabilities."""
     batch_size: Count = 8
     """Slices encoded or decoded at once; less needs less memory."""
 

@@ -41,7 +41,7 @@ def write_outputs(args: PredictArgs, names: dict[int, str], job: Job, found: Pre
         with timings.stage("write"):
             present = _keep(labels, names)
             _write_mask(
-                names, job, labels, temporary
+                names, job, found, temporary
             )  # the largest file first: where it fails, nothing is new
             _write_extras(args, names, job, found)
         if args.timings:
@@ -95,17 +95,21 @@ def _write_extras(args: PredictArgs, names: dict[int, str], job: Job, found: Pre
         write_confidence(beside(mask, ".confidence.nii.gz"), found.confidence, volume)
 
 
-def _write_mask(names: dict[int, str], job: Job, labels: np.ndarray, path: Path) -> None:
+def _write_mask(names: dict[int, str], job: Job, found: Prediction, path: Path) -> None:
     """The mask itself into the file `path`: NIfTI with its names as JSON beside the mask, or a DICOM segmentation."""
     import numpy as np
 
     from aftersam.data.volume import label_names_json, to_nifti
+    from aftersam.evaluation.review import KEY
+    from aftersam.evaluation.statistics import number
 
     if job.mask.suffix == DICOM:
         from aftersam.data.dicom_segmentation import write_segmentation
 
-        on_grid = np.asarray(to_nifti(labels, job.prepared.volume).dataobj)
+        on_grid = np.asarray(to_nifti(found.labels, job.prepared.volume).dataobj)
         write_segmentation(path, on_grid, job.scan, names)
         return
-    to_nifti(labels, job.prepared.volume, names).to_filename(path)
-    write_json(beside(job.mask, ".json"), {**label_names_json(names), **job.facts})
+    to_nifti(found.labels, job.prepared.volume, names).to_filename(path)
+    expected = found.expected_dsc
+    review = {} if expected is None else {KEY: {name: number(expected[v - 1]) for v, name in names.items()}}
+    write_json(beside(job.mask, ".json"), {**label_names_json(names), **job.facts, **review})

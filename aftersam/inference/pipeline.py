@@ -20,6 +20,7 @@ from aftersam.files import DICOM, remove_leftovers
 from aftersam.inference.jobs import beside, jobs_of, kept_labels, prompt_file
 from aftersam.inference.outputs import Job, write_outputs
 from aftersam.inference.processes import sharing_processes
+from aftersam.model.run_folder import find_runs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,8 +38,9 @@ class PredictArgs:
     """A NIfTI file, a folder of them, or a folder that holds one DICOM series."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """The mask's file name (.nii.gz, .nii, or .dcm for a DICOM series), or a folder for a folder of scans."""
-    model: Annotated[Path, tyro.conf.arg(aliases=["-m"])]
-    """Folder of a training run."""
+    model: Annotated[tuple[Path, ...], tyro.conf.arg(aliases=["-m"])] = ()
+    """Folder of a training run, or the name of a model that comes along. Several, or a folder of folds: the mean of
+    their probabilities, at the cost of each."""
     checkpoint: Literal["best", "last"] = "best"
     """Weights with the best validation DSC, or the final ones."""
     device: str = "auto"
@@ -79,6 +81,8 @@ class PredictArgs:
     none does. Each of them decodes the slice; the mask stays the same."""
     statistics: bool = False
     """Leave each organ's volume in ml and mean HU as CASE.statistics.json beside each mask."""
+    review: bool = False
+    """List a folder's scans in review.csv of --output by the DSC that their probabilities let expect, lowest first."""
     timings: bool = False
     """Print each stage's seconds, slices a second and peak memory, and leave them as JSON beside each mask."""
 
@@ -103,10 +107,13 @@ def predict_files(args: PredictArgs) -> Predicted:
     Raises ValueError where nothing can be done: no scans, a bad run, an output that exists."""
 
     checked(args)
+    args = dataclasses.replace(args, model=tuple(find_runs(args.model)))
     prompts = [] if args.prompt_labels is None else [args.prompt_labels]
     jobs, folder = jobs_of(
-        args.input, args.output, also_read=[args.model, *prompts], overwrite=args.overwrite
+        args.input, args.output, also_read=[*args.model, *prompts], overwrite=args.overwrite
     )
+    if args.review and not folder:
+        raise ValueError(f"--review lists the scans of a folder, but {args.input} is one scan")
     report = _Report(plain_console(stderr=True), folder)
     processes = sharing_processes()
     jobs = processes.share(jobs)
@@ -116,6 +123,10 @@ def predict_files(args: PredictArgs) -> Predicted:
         jobs = report.keep_finished(jobs, args.output)
     if jobs:
         _predict(args, jobs, report)
+    if args.review and args.output.is_dir():  # the last process to come here has all masks
+        from aftersam.evaluation.review import write_review
+
+        tell(report.console, write_review(args.output))
     processes.wait_for_the_others(len(report.problems), functools.partial(tell, report.console))
     return Predicted(tuple(report.written), tuple(report.kept), tuple(report.problems))
 
@@ -206,7 +217,7 @@ class _Work:
     args: PredictArgs
     segmenter: Segmenter
     options: PredictOptions
-    embeddings: Embeddings | None
+    embeddings: tuple[Embeddings, ...]  # of each model, or none
     names: dict[int, str]  # labels that masks keep
 
     def read(self, scan: Path, mask: Path) -> Job:
@@ -237,11 +248,14 @@ class _Work:
         """Segment one scan. Raises MemoryError where the memory does not suffice."""
         prepared, batch = job.prepared, self.args.batch_size
         try:
-            if self.embeddings is not None:
-                scan = prepared.scan
-                with scan.timings.stage("encode"):
-                    stored = self.embeddings.of(scan.hu, scan.box, batch_size=batch)
-                prepared = prepared._replace(scan=dataclasses.replace(scan, stored=stored))
+            if self.embeddings:
+                scans = zip((prepared.scan, *prepared.more), self.embeddings, strict=True)
+                with prepared.scan.timings.stage("encode"):
+                    scan, *more = (
+                        dataclasses.replace(scan, stored=store.of(scan.hu, scan.box, batch_size=batch))
+                        for scan, store in scans
+                    )
+                prepared = prepared._replace(scan=scan, more=tuple(more))
             with self._probabilities(job) as probabilities:
                 return self.segmenter.segment(
                     prepared,
@@ -293,18 +307,24 @@ def _options(args: PredictArgs, segmenter: Segmenter) -> PredictOptions:
         average=args.overlap == "average",
         body=args.roi == "body",
         confidence=args.confidence,
+        expected_dsc=args.review,
         batch_size=args.batch_size,
     )
-    options.check(segmenter.config.model.num_slices)
+    for run in (segmenter, *segmenter.folds):
+        options.check(run.config.model.num_slices)
     if args.tta == "mirror":
         options = dataclasses.replace(options, label_swap=mirror_pairs(segmenter.labels))
     return options
 
 
-def _embeddings(args: PredictArgs, segmenter: Segmenter) -> Embeddings | None:
+def _embeddings(args: PredictArgs, segmenter: Segmenter) -> tuple[Embeddings, ...]:
     if args.embeddings is None:
-        return None
+        return ()
     from aftersam.inference.feature_cache import Embeddings
 
-    size = segmenter.config.model.image_size
-    return Embeddings(args.embeddings, segmenter.model, image_size=size, precision=segmenter.precision)
+    return tuple(
+        Embeddings(
+            args.embeddings, run.model, image_size=run.config.model.image_size, precision=run.precision
+        )
+        for run in (segmenter, *segmenter.folds)
+    )

@@ -22,6 +22,7 @@ from aftersam.inference.planes import Plane, Tiling
 from aftersam.inference.sliding import DEFAULT, group_plan
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.layers import SliceFeatures
+from aftersam.model.mask_decoder import of_classes
 
 
 @torch.no_grad()
@@ -30,7 +31,7 @@ def naive_planes(
 ) -> list[Plane]:
     """What `stream_logits` yields: logits (K+1, H, W) of every slice, with `options.confidence` the disagreement too.
 
-    Stored features are not read."""
+    Stored features are not read. Further tokens of background are merged group by group, not last of all."""
     options.check(config.num_slices)
     if options.label_swap is not None:
         swap, once = options.label_swap, replace(options, label_swap=None)
@@ -122,7 +123,8 @@ def _from_features(
     fused = model.fuse(embedding, query_index=positions)
     levels = zip(*(features[p].skips for p in positions), strict=True)
     prompts = None if labels is None else labels[list(positions)]
-    return model.decode(fused[0], tuple(torch.cat(level) for level in levels), prompts)
+    logits = model.decode(fused[0], tuple(torch.cat(level) for level in levels), prompts)
+    return of_classes(logits, model.decoder.num_classes)
 
 
 def divergence(probabilities: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -29,6 +29,8 @@ class Prepared(NamedTuple):
 
     volume: Volume
     scan: Scan
+    more: tuple[Scan, ...] = ()
+    """As the models of `Segmenter.folds` take it."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,10 @@ class Segmenter:
     """Organs that are one connected piece in every training label: `segment` drops their small parts."""
     longest_mm: tuple[float, float] | None = None
     """Shortest and longest of the training scans, each along its longest axis."""
+    temperature: float = 1.0
+    """What logits are divided by before they become probabilities."""
+    folds: tuple[Segmenter, ...] = ()
+    """Models of other runs on the same organs: masks are of the mean of all models' probabilities."""
 
     @property
     def device(self) -> torch.device:
@@ -89,17 +95,22 @@ class Segmenter:
         timings.slices = volume.array.shape[0]
         if (odd := _far_from_training(volume, self.spacing_mm, self.longest_mm)) is not None:
             warnings.warn(f"{volume.name} {odd}; is its spacing right?", stacklevel=2)
+        needs, prompts = self.config.model.prompts, None
+        if needs != "none" and prompt_labels is None:
+            raise ValueError(
+                f"the model was trained with prompts={needs}, so {volume.name} needs labels to draw them from "
+                "(--prompt-labels)"
+            )
+        scans: dict[tuple[float, float, float] | None, Scan] = {}
         with timings.stage("resample"):
-            ready = preprocess(volume, self.spacing_mm)
-            prompts = None
-            if self.config.model.prompts != "none":
-                if prompt_labels is None:
-                    raise ValueError(
-                        f"the model was trained with prompts={self.config.model.prompts}, so {volume.name} needs "
-                        "labels to draw them from (--prompt-labels)"
-                    )
-                prompts = resample(prompt_labels.array, volume.spacing_mm, ready.spacing_mm, labels=True)
-        return Prepared(volume, Scan(ready.array, ready.box, prompts, timings=timings))
+            for spacing_mm in (self.spacing_mm, *(fold.spacing_mm for fold in self.folds)):
+                if spacing_mm in scans:
+                    continue
+                ready = preprocess(volume, spacing_mm)
+                if needs != "none" and prompt_labels is not None:
+                    prompts = resample(prompt_labels.array, volume.spacing_mm, ready.spacing_mm, labels=True)
+                scans[spacing_mm] = Scan(ready.array, ready.box, prompts, timings=timings)
+        return Prepared(volume, scans[self.spacing_mm], tuple(scans[fold.spacing_mm] for fold in self.folds))
 
     def segment(
         self,
@@ -116,18 +127,21 @@ class Segmenter:
         filled where given, and `progress` is called, as `aftersam.predict_volume` says."""
         from aftersam.inference.inputs import PredictOptions
         from aftersam.inference.postprocess import drop_small_parts
-        from aftersam.inference.sliding import predict_volume
+        from aftersam.inference.sliding import Sink, fill, mean_planes, output_planes
 
-        found = predict_volume(
-            self.model,
-            prepared.scan,
-            self.config.model,
-            options or PredictOptions(),
-            output_shape=prepared.volume.array.shape,
-            precision=self.precision,
-            probabilities=probabilities,
-            progress=progress,
-        )
+        options, shape = options or PredictOptions(), prepared.volume.array.shape
+        runs = list(zip((self, *self.folds), (prepared.scan, *prepared.more), strict=True))
+        streams = [
+            output_planes(
+                run.model, scan, run.config.model, options, output_shape=shape, precision=run.precision
+            )
+            for run, scan in runs
+        ]
+        planes, temperature = streams[0], self.temperature
+        if self.folds:
+            planes, temperature = mean_planes(streams, [run.temperature for run, _ in runs]), 1.0
+        sink = Sink(shape, prepared.scan.timings, probabilities, progress, temperature)
+        found = fill(planes, len(self.labels) + 1, options, sink)
         if main_parts:
             with prepared.scan.timings.stage("write"):
                 drop_small_parts(found.labels, self.one_piece)
@@ -154,7 +168,7 @@ def _far_from_training(
 
 
 def load(
-    run: Path | str,
+    run: Path | str | Sequence[Path | str],
     *,
     checkpoint: Literal["best", "last"] = "best",
     device: str = "auto",
@@ -163,16 +177,47 @@ def load(
 ) -> Segmenter:
     """Load the model that `aftersam.train` left in the folder `run`, LoRA merged, ready to predict.
 
-    `compiled` compiles each step at its first use: a minute that many scans pay back. `graphs` replays each step as
-    a CUDA graph where the model is on a GPU: the same masks, without a launch for each of hundreds of kernels.
-    Raises ValueError on a missing, truncated or foreign file, and on a device that is not there."""
+    `run` may also be the name of a model that comes along, or several runs, such as the folder of all folds, whose
+    probabilities are averaged. `compiled` compiles each step at its first use: a minute that many scans pay back.
+    `graphs` replays each step as a CUDA graph where the model is on a GPU: the same masks, without a launch for each of
+    hundreds of kernels.
+    Raises ValueError on a missing, truncated or foreign file, on runs of different organs, and on a device that is not
+    there."""
+    from aftersam.model.run_folder import find_runs, read_run
+
+    runs = find_runs([run] if isinstance(run, (str, Path)) else run)
+    facts = [read_run(path) for path in runs]
+    for path, (config, own) in zip(runs, facts, strict=True):
+        asked = facts[0][0].model.prompts
+        if own.names != facts[0][1].names or config.model.prompts != asked:
+            raise ValueError(
+                f"{path} has the labels {own.names} and prompts={config.model.prompts}, but {runs[0]} has "
+                f"{facts[0][1].names} and prompts={asked}; runs that are averaged need the same"
+            )
+    first, *others = (
+        load_run(path, checkpoint=checkpoint, device=device, compiled=compiled, graphs=graphs)
+        for path in runs
+    )
+    one_piece = tuple(v for v in first.one_piece if all(v in other.one_piece for other in others))
+    return replace(first, one_piece=one_piece, folds=tuple(others))
+
+
+def load_run(
+    run: Path,
+    *,
+    checkpoint: Literal["best", "last"] = "best",
+    device: str = "auto",
+    compiled: bool = False,
+    graphs: bool = True,
+) -> Segmenter:
+    """`load` of a single run."""
     from aftersam.device import dtype_for, find_device
     from aftersam.inference.graphs import capture_steps
     from aftersam.model.build import build_aftersam, check_weights, load_weights
     from aftersam.model.lora import merge_lora
-    from aftersam.model.run_folder import read_run
+    from aftersam.model.run_folder import find_run, read_run
 
-    run, where = Path(run), find_device(device)
+    run, where = find_run(run), find_device(device)
     config, facts = read_run(run)
     weights = run / f"{checkpoint}.safetensors"
     check_weights(weights, config.model, num_classes=len(facts.labels) + 1)
@@ -191,6 +236,7 @@ def load(
         dtype_for(config.train.precision, where.type),
         facts.one_piece,
         facts.longest_mm,
+        facts.temperature,
     )
 
 

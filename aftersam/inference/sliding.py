@@ -24,8 +24,10 @@ from aftersam.data.windows import slice_group, window_crops
 from aftersam.device import autocast
 from aftersam.inference.inputs import PredictOptions, Scan
 from aftersam.inference.planes import Plane, Tiling, resample_stream
+from aftersam.inference.timings import Timings
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.layers import SliceFeatures
+from aftersam.model.mask_decoder import of_classes
 
 DEFAULT = PredictOptions()
 
@@ -38,6 +40,8 @@ class Prediction(NamedTuple):
     confidence: np.ndarray | None = None
     """(D, H, W) uint8, where `PredictOptions.confidence` asks for it: 255 where all groups that contain a slice
     agree, 0 where each is sure of another class."""
+    expected_dsc: np.ndarray | None = None
+    """(K,) of the organs, where `PredictOptions.expected_dsc` asks for it; NaN where the labels have none of one."""
 
 
 def predict_volume(
@@ -59,21 +63,94 @@ def predict_volume(
     Each class's probability is written into `probabilities` (K+1, D', H', W') of any float type, which may be a
     file's memory map. `progress` is called with the number of output slices just finished.
     Raises ValueError where `options` keep fewer slices than 1 or more than a group has."""
-    labels = np.empty(output_shape, dtype=label_dtype(model.decoder.num_classes - 1))
-    confidence = np.empty(output_shape, dtype=np.uint8) if options.confidence else None
+    planes = output_planes(model, scan, config, options, output_shape=output_shape, precision=precision)
+    sink = Sink(output_shape, scan.timings, probabilities, progress)
+    return fill(planes, model.decoder.num_classes, options, sink)
+
+
+def output_planes(
+    model: AfterSAM,
+    scan: Scan,
+    config: ModelConfig,
+    options: PredictOptions,
+    *,
+    output_shape: tuple[int, int, int],
+    precision: torch.dtype,
+) -> Iterator[Plane]:
+    """Yield the logits (K+1, H', W') of every slice of the output grid in order."""
     planes = stream_logits(model, scan, config, options, precision=precision)
-    for z, plane in enumerate(resample_stream(planes, scan.hu.shape[0], output_shape, scan.timings)):
-        with scan.timings.stage("upsample"):
-            if confidence is not None and plane.disagreement is not None:
+    for plane in resample_stream(planes, scan.hu.shape[0], output_shape, scan.timings):
+        yield plane._replace(logits=of_classes(plane.logits, model.decoder.num_classes))
+
+
+def mean_planes(streams: Sequence[Iterator[Plane]], temperatures: Sequence[float]) -> Iterator[Plane]:
+    """Planes of the mean of several models' probabilities, as logits, from their streams of planes on one grid.
+
+    In fp64, so that copies of one model give its labels. The agreement, 1 - disagreement, is that within the models,
+    on average, times that among them."""
+    for planes in zip(*streams, strict=True):
+        pairs = zip(planes, temperatures, strict=True)
+        probabilities = torch.stack([(plane.logits.double() / t).softmax(0) for plane, t in pairs])
+        mean = probabilities.mean(0, keepdim=True)  # (1, K+1, H, W)
+        within = [plane.disagreement for plane in planes if plane.disagreement is not None]
+        disagreement = None
+        if within:
+            among = _divergence(mean, _entropy(probabilities).mean(0, keepdim=True), len(planes))[0]
+            disagreement = 1 - (1 - torch.stack(within).mean(0)) * (1 - among)
+        yield Plane(mean[0].log(), disagreement)
+
+
+class Sink(NamedTuple):
+    """Where what is computed of a scan goes besides its labels, as `predict_volume` says."""
+
+    output_shape: tuple[int, int, int]
+    timings: Timings
+    probabilities: np.ndarray | None = None
+    progress: Callable[[int], None] | None = None
+    temperature: float = 1.0
+
+
+def fill(planes: Iterator[Plane], num_classes: int, options: PredictOptions, sink: Sink) -> Prediction:
+    """The labels of the planes (K+1, H', W') of every slice in order, and what `options` ask for besides."""
+    labels = np.empty(sink.output_shape, dtype=label_dtype(num_classes - 1))
+    agreed = np.empty(sink.output_shape, dtype=np.uint8) if options.confidence else None
+    overlap = torch.zeros(3, num_classes, dtype=torch.float64)
+    for z, plane in enumerate(planes):
+        with sink.timings.stage("upsample"):
+            if agreed is not None and plane.disagreement is not None:
                 agreement = 255 * (1 - plane.disagreement[0])
-                confidence[z] = agreement.round().to(torch.uint8).cpu().numpy()
+                agreed[z] = agreement.round().to(torch.uint8).cpu().numpy()
             # on CPUs twice as fast as argmax
-            labels[z] = plane.logits.max(0).indices.to(torch.int16).cpu().numpy()
-            if probabilities is not None:
-                probabilities[:, z] = plane.logits.softmax(0).cpu().numpy()
-        if progress is not None:
-            progress(1)
-    return Prediction(labels, confidence)
+            found = plane.logits.max(0).indices
+            labels[z] = found.to(torch.int16).cpu().numpy()
+            if sink.probabilities is not None or options.expected_dsc:
+                probabilities = (plane.logits / sink.temperature).softmax(0)
+                if sink.probabilities is not None:
+                    sink.probabilities[:, z] = probabilities.cpu().numpy()
+                if options.expected_dsc:
+                    overlap += _soft_overlap(probabilities, found).cpu()
+        if sink.progress is not None:
+            sink.progress(1)
+    if not options.expected_dsc:
+        return Prediction(labels, agreed)
+    right, voxels, probable = overlap[:, 1:].numpy()
+    expected = np.where(voxels > 0, 2 * right / np.maximum(voxels + probable, 1e-9), np.nan)
+    return Prediction(labels, agreed, expected)
+
+
+def _soft_overlap(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Of a plane (K+1, H, W): probability inside each of the labels (H, W), its voxels, all probability (3, K+1).
+
+    The DSC of a mask with the truth is then expected to be 2 · inside / (voxels + all)."""
+    classes, flat = len(probabilities), labels.flatten()
+    inside = probabilities.gather(0, labels[None]).flatten().double()
+    return torch.stack(
+        [
+            torch.bincount(flat, weights=inside, minlength=classes),
+            torch.bincount(flat, minlength=classes).double(),
+            probabilities.flatten(1).double().sum(1),
+        ]
+    )
 
 
 @torch.inference_mode()
@@ -103,7 +180,7 @@ def stream_logits(
     tiling = Tiling.over(scan.hu.shape[1:], scan.box, config.image_size, device)
     ring: dict[int, SliceFeatures] = {}  # slice -> features of its windows
     votes: dict[int, Votes] = defaultdict(Votes)
-    background = tiling.background(model.decoder.num_classes, disagreement=options.confidence)
+    background = tiling.background(model.decoder.num_tokens, disagreement=options.confidence)
     done = 0  # slices handed out
     for batch in plan.batches:
         for d in [d for d in ring if d < batch.needed[0]]:
@@ -297,8 +374,15 @@ class Votes:
         class that no other names. It is the entropy of the mean less the mean entropy.
         Source: Lin, IEEE TIT 37 (1991)."""
         mean = torch.as_tensor(self.probabilities) / self.seen
-        divergence = _entropy(mean) - self.entropy / self.seen
-        return (divergence / math.log(max(2, min(self.seen, mean.shape[1])))).clamp(0, 1)
+        return _divergence(mean, torch.as_tensor(self.entropy) / self.seen, self.seen)
+
+
+def _divergence(mean: Tensor, entropy: Tensor, count: int) -> Tensor:
+    """Jensen–Shannon divergence (windows, 1, h, w) of `count` probabilities, as a share of the largest possible.
+
+    `mean` (windows, K+1, h, w) is theirs, `entropy` (windows, 1, h, w) the mean of their entropies."""
+    largest = math.log(max(2, min(count, mean.shape[1])))
+    return ((_entropy(mean) - entropy) / largest).clamp(0, 1)
 
 
 def _entropy(probabilities: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from aftersam.model.fusion import AxialFusionTransformer
 from aftersam.model.image_encoder import ImageEncoder
 from aftersam.model.layers import SliceFeatures, normalise
-from aftersam.model.mask_decoder import MaskDecoder
+from aftersam.model.mask_decoder import MaskDecoder, of_classes
 from aftersam.model.tiny_vit import TinyViT
 
 
@@ -71,9 +71,9 @@ class AfterSAM(nn.Module):
         labels = None if labels is None else labels.flatten(0, 1)
         embedding = embedding.flatten(0, 1)
         if not coarse:
-            return self.decode(embedding, skips, labels).unflatten(0, (groups, -1))
+            return self._classes(self.decode(embedding, skips, labels), groups)
         fine, rough = self.decoder(embedding, skips, labels, coarse=True)
-        return fine.unflatten(0, (groups, -1)), rough.unflatten(0, (groups, -1))
+        return self._classes(fine, groups), self._classes(rough, groups)
 
     def set_activation_checkpointing(self, on: bool) -> None:
         """Recompute the encoder's and the fusion's blocks in the backward instead of keeping their activations."""
@@ -115,8 +115,13 @@ class AfterSAM(nn.Module):
     def decode(
         self, embedding: Tensor, skips: tuple[Tensor, ...] = (), labels: Tensor | None = None
     ) -> Tensor:
-        """embedding (T, C, h, w), skips and, if prompted, labels of the same slices -> logits (T, K+1, H/s, W/s)."""
+        """embedding (T, C, h, w), skips and, if prompted, labels of the same slices -> logits (T, K+1, H/s, W/s).
+
+        They are of all class tokens, where there are more than classes: see `of_classes`."""
         return self.decoder(embedding, skips, labels)
+
+    def _classes(self, logits: Tensor, groups: int) -> Tensor:
+        return of_classes(logits, self.decoder.num_classes).unflatten(0, (groups, -1))
 
 
 class SliceEncoder(nn.Module):
@@ -143,4 +148,4 @@ class GroupDecoder(nn.Module):
     def forward(self, embedding: Tensor, *skips: Tensor) -> Tensor:
         """embedding (B, N, C, h, w), skips of the centre slices (B, ...) -> their logits (B, K+1, S/s, S/s)."""
         fused = self.model.fuse(embedding, query_index=(self.centre,))
-        return self.model.decode(fused.flatten(0, 1), skips)
+        return of_classes(self.model.decode(fused.flatten(0, 1), skips), self.model.decoder.num_classes)

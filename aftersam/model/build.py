@@ -45,7 +45,7 @@ def resolve_encoder(config: Config, *, pretrained: bool) -> Config:
     if encoder != "full" and not pretrained:
         raise ValueError(
             f"encoder is {encoder!r}, which freezes the encoder's random weights; "
-            "give --sam-checkpoint, or use --encoder full"
+            "give --sam-checkpoint or --init, or use --encoder full"
         )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, encoder=encoder))
 
@@ -116,7 +116,9 @@ def _fusion(
 
 
 def _decoder(config: ModelConfig, num_classes: int, skip_channels: tuple[int, ...]) -> MaskDecoder:
-    size = ENCODERS[config.image_encoder]
+    size, shares = ENCODERS[config.image_encoder], config.token_shares
+    if shares and len(shares) < num_classes:
+        raise ValueError(f"token_shares has {len(shares)} numbers, but there are {num_classes} classes")
     return MaskDecoder(
         num_classes,
         size.out_channels,
@@ -125,6 +127,7 @@ def _decoder(config: ModelConfig, num_classes: int, skip_channels: tuple[int, ..
         skip_channels=skip_channels,
         decoder_attention=config.decoder_attention,
         prompts=config.prompts,
+        token_shares=shares,
     )
 
 

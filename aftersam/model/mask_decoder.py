@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from types import MethodType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from aftersam.config import DECODER, DecoderSize
+from aftersam.config import DECODER
 from aftersam.model.layers import ConvBlock, LayerNorm2d, without_autocast
 from aftersam.model.prompts import LabelPrompts
 from aftersam.model.segment_anything import segment_anything_modeling
@@ -31,7 +33,9 @@ class MaskDecoder(nn.Module):
     `num_classes` is K+1, background included. `skip_channels` are the channels of the encoder's skips at strides
     1, 2, 4, ..., finest first; stages at those strides use them, those finer than `output_stride` are not needed.
     `decoder_attention` "image_to_token" leaves tokens as they are and only lets the image attend to them.
-    `prompts` "box", "point" or "points" gives every class tokens for where its label is, which `forward` then needs."""
+    `prompts` "box", "point" or "points" gives every class tokens for where its label is, which `forward` then needs.
+    `token_shares` are those of `ModelConfig`; where they have more than K+1 numbers, there are as many logits, which
+    `of_classes` reduces."""
 
     def __init__(
         self,
@@ -43,7 +47,7 @@ class MaskDecoder(nn.Module):
         skip_channels: tuple[int, ...] = (),
         decoder_attention: Literal["two_way", "image_to_token"] = "two_way",
         prompts: Literal["none", "box", "point", "points"] = "none",
-        size: DecoderSize = DECODER,
+        token_shares: tuple[float, ...] = (),
     ) -> None:
         super().__init__()
         if upscale < 4 or upscale & (upscale - 1):
@@ -55,14 +59,16 @@ class MaskDecoder(nn.Module):
         sam = segment_anything_modeling("transformer")
         if decoder_attention == "two_way":
             self.transformer = sam.TwoWayTransformer(
-                size.depth, dim, size.num_heads, mlp_dim=size.mlp_ratio * dim
+                DECODER.depth, dim, DECODER.num_heads, mlp_dim=DECODER.mlp_ratio * dim
             )
         else:
-            self.transformer = ImageToTokenTransformer(size.depth, dim, size.num_heads)
+            self.transformer = ImageToTokenTransformer(DECODER.depth, dim, DECODER.num_heads)
+        share_keys(self.transformer, token_shares)
         self.num_classes = num_classes
+        self.num_tokens = num_tokens = max(num_classes, len(token_shares))
         self.pe_layer = segment_anything_modeling("prompt_encoder").PositionEmbeddingRandom(dim // 2)
         self.no_mask_embed = nn.Embedding(1, dim)
-        self.class_tokens = nn.Embedding(num_classes, dim)
+        self.class_tokens = nn.Embedding(num_tokens, dim)
         self.prompts = None if prompts == "none" else LabelPrompts(prompts, dim)
         stages = int(math.log2(upscale))
         channels = [dim // 4] + [dim // 8] * (stages - 1)
@@ -85,8 +91,8 @@ class MaskDecoder(nn.Module):
                 if level is not None
             }
         )
-        self.output_hypernetworks_mlps = _hypernetworks(num_classes, dim, channels[-1])
-        self.class_bias = nn.Parameter(torch.zeros(num_classes))
+        self.output_hypernetworks_mlps = _hypernetworks(num_tokens, dim, channels[-1])
+        self.class_bias = nn.Parameter(torch.zeros(num_tokens))
         nn.init.constant_(self.class_bias[:1], BACKGROUND_LEAD)
 
     def forward(
@@ -104,14 +110,14 @@ class MaskDecoder(nn.Module):
         labels (T, S, S) of the same slices are what a prompted decoder draws its prompts from; others ignore them.
         Raises ValueError where a prompted decoder gets none."""
         slices, _, height, width = embedding.shape
-        tokens = self.class_tokens.weight.expand(slices, -1, -1)  # (T, K+1, C)
+        tokens = self.class_tokens.weight.expand(slices, -1, -1)  # (T, K+1, C), or more: of background
         if self.prompts is not None:
             if labels is None:
                 raise ValueError(
                     f"the model was trained with prompts={self.prompts.kind}: it needs labels to draw them"
                 )
-            prompts = self.prompts(labels, len(self.class_tokens.weight))  # (T, K, n, C)
-            prompts = prompts + self.class_tokens.weight[1:, None]  # whose prompt it is
+            prompts = self.prompts(labels, self.num_classes)  # (T, K, n, C)
+            prompts = prompts + self.class_tokens.weight[1 : self.num_classes, None]  # whose prompt it is
             tokens = torch.cat([tokens, prompts.flatten(1, 2)], dim=1)
         x = embedding + self.no_mask_embed.weight[0, :, None, None]
         tokens, x = self.transformer(x, self._positions(height, width), tokens)
@@ -124,10 +130,8 @@ class MaskDecoder(nn.Module):
         logits = logits.unflatten(2, pixels.shape[2:])
         if not coarse:
             return logits
-        scores = (
-            tokens[:, : self.num_classes] @ x.flatten(2) / math.sqrt(x.shape[1]) + self.class_bias[:, None]
-        )
-        return logits, scores.unflatten(2, (height, width))
+        scores = tokens[:, : len(self.class_bias)] @ x.flatten(2) / math.sqrt(x.shape[1])
+        return logits, (scores + self.class_bias[:, None]).unflatten(2, (height, width))
 
     def freeze_for_lora(self) -> None:
         """Freeze all but the class tokens, hypernetworks, biases and added layers: the rest is adapted by LoRA."""
@@ -184,6 +188,37 @@ class ImageToTokenTransformer(nn.Module):
         for layer in self.layers:
             x = layer["norm4"](x + layer["cross_attn_image_to_token"](q=x + positions, k=tokens, v=tokens))
         return tokens, x
+
+
+def of_classes(logits: Tensor, num_classes: int) -> Tensor:
+    """Logits (..., tokens, H, W) -> (..., K+1, H, W): background's is the largest of its tokens'.
+
+    Last of all where masks are made, since a maximum is not the same before interpolation and after."""
+    if logits.shape[-3] == num_classes:
+        return logits
+    background, organs, further = logits.tensor_split((1, num_classes), dim=-3)
+    return torch.cat([torch.cat([background, further], dim=-3).amax(-3, keepdim=True), organs], dim=-3)
+
+
+def share_keys(transformer: nn.Module, shares: Sequence[float]) -> None:
+    """Let the i-th token count `shares[i]` times, in place, in every attention of `transformer` to the tokens.
+
+    The attention weight of token i is shares[i] · exp(score_i), normalised; tokens beyond `shares` count once."""
+    for name, attention in transformer.named_modules():
+        if shares and name.endswith(("self_attn", "cross_attn_image_to_token")):
+            # a device of its own: a model without memory, which is filled later, keeps these values
+            attention.register_buffer("key_bias", torch.tensor(shares, device="cpu").log(), persistent=False)
+            attention.forward = MethodType(_attend, attention)
+
+
+def _attend(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """SAM's Attention.forward with `key_bias` added to the scores."""
+    projected = (self.q_proj(q), self.k_proj(k), self.v_proj(v))
+    q, k, v = (self._separate_heads(x, self.num_heads) for x in projected)  # (T, heads, tokens, c)
+    bias = F.pad(self.key_bias, (0, k.shape[2] - len(self.key_bias)))
+    weights = torch.softmax(q @ k.mT / math.sqrt(q.shape[3]) + bias, dim=-1)
+    out: Tensor = self.out_proj(self._recombine_heads(weights @ v))
+    return out
 
 
 def _hypernetworks(count: int, dim: int, channels: int) -> nn.ModuleList:

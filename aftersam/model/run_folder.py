@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +13,7 @@ from aftersam.config import Config, Index, Range, checked, from_dict, validate
 from aftersam.errors import naming
 from aftersam.files import read_json
 
+WEIGHTS = Path(__file__).parents[1] / "weights"  # models that come along: a run folder each, by name
 Length = Annotated[float, Range(1e-3, 1e3)]  # mm, of a voxel that a model works at
 Extent = Annotated[float, Range(0, 1e6)]  # mm
 
@@ -28,13 +31,58 @@ class RunFacts:
     longest_mm: tuple[Extent, Extent] | None = None
     """Shortest and longest of the training scans, each along its longest axis."""
     fold: Index = 0
+    temperature: Annotated[float, Range(0.01, 100)] = 1.0
+    """What logits are divided by before they become probabilities, fitted on the validation scans."""
     sam_sha256: str | None = None
     """Of the SAM weights that training began with."""
+    init_sha256: str | None = None
+    """Of the run's weights that training began with."""
 
     @property
     def names(self) -> dict[int, str]:
         """Label values to names."""
         return {int(value): name for value, name in self.labels.items()}
+
+
+def bundled_runs() -> dict[str, Path]:
+    """The models that come along with this package: {name: run folder}."""
+    return {path.parent.name: path.parent for path in sorted(WEIGHTS.glob("*/config.json"))}
+
+
+def find_run(name: Path | str) -> Path:
+    """The run folder that `name` means: itself where it exists, or the model of that name that comes along.
+
+    Raises ValueError that lists the names there are."""
+    path, known = Path(name), bundled_runs()
+    if path.exists():
+        return path
+    if str(name) in known:
+        return known[str(name)]
+    close = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(
+        f"{name} is not a training run: it has no config.json; of models that come along there "
+        f"{'is' if len(known) < 2 else 'are'} {', '.join(known) or 'none'}{hint}"
+    )
+
+
+def find_runs(names: Sequence[Path | str]) -> list[Path]:
+    """The run folders that `names` mean, each as `find_run` finds it; a folder of runs, such as folds, means all.
+
+    Raises ValueError where there is none, with the models that come along."""
+    if not names:
+        known = [
+            f"{name} ({', '.join(read_run(run)[1].names.values())})" for name, run in bundled_runs().items()
+        ]
+        raise ValueError(
+            "no model is given: -m RUN is the folder of a training run, -m RUN1 RUN2 the mean of several, "
+            f"-m NAME a model that comes along: {'; '.join(known) or 'there is none'}"
+        )
+    found: list[Path] = []
+    for run in map(find_run, names):
+        folds = [] if (run / "config.json").exists() else [path.parent for path in run.glob("*/config.json")]
+        found += sorted(folds, key=lambda path: (len(path.name), path.name)) or [run]
+    return found
 
 
 def read_run(run: Path) -> tuple[Config, RunFacts]:

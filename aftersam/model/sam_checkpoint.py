@@ -99,7 +99,7 @@ def read_sam_checkpoint(path_or_name: str | Path, *, progress: bool = True) -> S
     )
     about = f"{path}: {name} of {found.layout}, {' and '.join(types)}"
     state = {key: value.detach().float() for key, value in state.items()}
-    return SamCheckpoint(state, name, _sha256(files), about, (*found.left_out, *extra))
+    return SamCheckpoint(state, name, sha256(*files), about, (*found.left_out, *extra))
 
 
 @cache
@@ -149,18 +149,18 @@ def load_image_encoder_state(encoder: ImageEncoder | TinyViT, state: Mapping[str
     Raises ValueError that names the first tensor that is missing, unknown or of another shape."""
     weights = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
     weights = {k: v for k, v in weights.items() if PREFIX + k not in CLASSIFIER}
-    expected, interpolated = encoder.state_dict(), []
+    expected, resized = encoder.state_dict(), []
     for key, value in expected.items():
         if key not in weights:
             raise ValueError(f"the SAM weights lack {PREFIX}{key}, which this encoder needs")
         if weights[key].shape != value.shape:
-            weights[key] = _interpolated(key, weights[key], value.shape)
-            interpolated.append(key)
+            weights[key] = interpolated(key, weights[key], value.shape)
+            resized.append(key)
     unknown = sorted(weights.keys() - expected.keys())
     if unknown:
         raise ValueError(f"the SAM weights hold {PREFIX}{unknown[0]}, which this encoder does not have")
     encoder.load_state_dict(weights)
-    return interpolated
+    return resized
 
 
 def load_mask_decoder_state(
@@ -309,7 +309,7 @@ def _fetch(url: str, path: Path, *, progress: bool) -> str:
         return digest.hexdigest()
 
 
-def _sha256(files: Sequence[Path]) -> str:
+def sha256(*files: Path) -> str:
     """SHA-256 of the bytes of `files`, one after the other."""
     digest = hashlib.sha256()
     for path in files:
@@ -319,7 +319,7 @@ def _sha256(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _interpolated(key: str, value: Tensor, shape: torch.Size) -> Tensor:
+def interpolated(key: str, value: Tensor, shape: torch.Size) -> Tensor:
     """A position table for another grid: linear in each direction, as SAM's get_rel_pos does."""
     if key == "pos_embed" and value.dim() == 4 and value.shape[-1] == shape[-1]:
         table = F.interpolate(

@@ -13,16 +13,18 @@ import tyro
 
 from aftersam.config import Args, Config, Index, checked, from_dict, preset, to_dict, validate
 from aftersam.files import read_json, refuse_input
-from aftersam.model.run_folder import RunFacts, read_run
+from aftersam.model.run_folder import RunFacts, find_run, read_run
 
 if TYPE_CHECKING:
     from aftersam.model.sam_checkpoint import SamCheckpoint
+    from aftersam.training.warm_start import WarmStart
 
 # what --resume may change: how long, how often and by which means, of which the steps themselves know nothing
 MAY_CHANGE = frozenset(
     {"epochs", "max_steps", "max_minutes", "validations", "checkpoint_steps", "num_workers", "tracker",
      "activation_checkpointing", "shard"}
 )  # fmt: skip
+FIRST_FOLD = "fold_0"  # run of the first of all folds, inside --output
 ConfigFile = Annotated[Path | None, tyro.conf.arg(aliases=["--config"])]
 
 
@@ -39,13 +41,17 @@ class TrainArgs:
     """Also --config: repeat a run from its config.json; keys given beside it win."""
     sam_checkpoint: str | None = None
     """Start from SAM's weights: a file, a Hugging Face folder, or vit_b, vit_l, vit_h, vit_t to download them once."""
+    init: Path | None = None
+    """Start from the best weights of another run, a folder or the name of a model that comes along. Organs are matched
+    by name; choices not given are that run's."""
     resume: bool = False
     """Go on from last.safetensors in --output, with the choices and the split stored there. Limits given beside it are
     used; another choice is refused."""
     trust_intensities: bool = False
     """Take scans whose values do not look like Hounsfield units as they are, without a word."""
-    fold: Index | None = None
-    """Fold of splits_final.json, or of the five seeded ones where there is none; 0 unless given."""
+    fold: Index | Literal["all"] | None = None
+    """Fold of splits_final.json, or of the five seeded ones where there is none; 0 unless given. all: one after the
+    other, into folders of --output that predict takes as one model, with the scores of all validation scans."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     cache: Path | None = None
@@ -60,6 +66,8 @@ class Plan(NamedTuple):
     config: Config
     """Every open choice made."""
     sam: SamCheckpoint | None
+    start: WarmStart | None
+    """Of a new run."""
     fold: int
     resumed: RunFacts | None
     """Of the run that is resumed; None for a new one."""
@@ -69,35 +77,44 @@ def make_plan(args: TrainArgs) -> Plan:
     """The plan of `args`. Raises ValueError on a run that exists or is not there, and on choices that do not fit."""
     from aftersam.model.build import resolve_encoder
     from aftersam.model.sam_checkpoint import read_sam_checkpoint
+    from aftersam.training.warm_start import check_architecture, read_start
 
+    assert args.fold != "all"  # `train_folds` gives them one by one
     checked(args)
-    refuse_input(args.output, [args.data])
+    refuse_input(args.output, [args.data, *([args.init] if args.init else [])])
     stored, resumed = read_run(args.output) if args.resume else (None, None)
     if stored is None and (args.output / "last.safetensors").exists():
         raise ValueError(f"{args.output} holds a run already; go on with --resume or choose another --output")
-    config = args.config
+    if args.sam_checkpoint and args.init:
+        raise ValueError("--sam-checkpoint and --init both give weights to begin with; leave one out")
     sam = read_sam_checkpoint(args.sam_checkpoint) if args.sam_checkpoint else None
+    start = read_start(args.init) if args.init else None
+    model = dataclasses.replace(args.config.model, token_shares=stored.model.token_shares if stored else ())
     if sam is not None:
-        config = dataclasses.replace(
-            config,
-            model=dataclasses.replace(config.model, image_encoder=sam.name),  # type: ignore[arg-type]
-        )
-    pretrained = sam is not None or (stored is not None and stored.model.encoder != "full")
+        model = dataclasses.replace(model, image_encoder=sam.name)  # type: ignore[arg-type]
+    if start is not None and model.encoder == "auto":
+        model = dataclasses.replace(model, encoder=start.config.model.encoder)
+    config = dataclasses.replace(args.config, model=model)
+    pretrained = bool(sam or start) or (stored is not None and stored.model.encoder != "full")
     config = validate(resolve_encoder(config, pretrained=pretrained))
+    if start is not None:
+        check_architecture(start, config.model)
     if args.embeddings is not None:
         check_still(config)
     if stored is None or resumed is None:
-        return Plan(config, sam, args.fold or 0, None)
+        return Plan(config, sam, start, args.fold or 0, None)
     _check_same(args.output, config, stored)
-    if sam is not None and sam.sha256 != resumed.sam_sha256:
-        raise ValueError(
-            f"{args.sam_checkpoint} is not what the run in {args.output} began with; leave it out"
-        )
+    for flag, given, began in (
+        (args.sam_checkpoint, sam, resumed.sam_sha256),
+        (args.init, start, resumed.init_sha256),
+    ):
+        if given is not None and given.sha256 != began:  # type: ignore[attr-defined]
+            raise ValueError(f"{flag} is not what the run in {args.output} began with; leave it out")
     if args.fold not in (None, resumed.fold):
         raise ValueError(
             f"--fold is {args.fold}, but the run in {args.output} is on fold {resumed.fold}; leave it out"
         )
-    return Plan(config, None, resumed.fold, resumed)
+    return Plan(config, None, None, resumed.fold, resumed)
 
 
 def _check_same(run: Path, asked: Config, stored: Config) -> None:
@@ -128,13 +145,18 @@ def check_still(config: Config) -> None:
 def parse(argv: Sequence[str] | None, kind: type[Args], about: str | None) -> Args:
     """Flags to arguments of `kind`, which has `data`, `output` and the keys of a `config`.
 
-    Keys that are not given take those of --config, of the run to --resume or of the preset, so these are looked for
-    first."""
+    Keys that are not given take those of --config, of the run to --resume, of the preset or of the run to --init, so
+    these are looked for first."""
     given = _bases(argv)
     if given.config is not None:
         config = from_dict(Config, read_json(given.config), where=str(given.config))
     elif hasattr(kind, "resume") and given.resume and given.output is not None and given.preset is None:
-        config, _ = read_run(given.output)
+        config, _ = read_run(given.output / FIRST_FOLD if given.fold == "all" else given.output)
+    elif hasattr(kind, "init") and given.init is not None and given.preset is None:
+        config, facts = read_run(find_run(given.init))
+        # the run's own spacing, where it went by a median
+        data = dataclasses.replace(config.data, spacing_mm=facts.spacing_mm or "native")
+        config = dataclasses.replace(config, data=data)
     else:
         config = preset(preset_name(given.preset, given.sam_checkpoint))
     if given.max_steps or given.max_minutes or given.epochs:  # one limit given replaces a preset's others
@@ -155,6 +177,6 @@ def _bases(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", "--config-file", "--config_file", type=Path, nargs="?")
     parser.add_argument("--output", type=Path, nargs="?")
     parser.add_argument("--resume", action="store_true")
-    for name in ("preset", "sam-checkpoint", "max-steps", "max-minutes", "epochs"):
+    for name in ("fold", "preset", "init", "sam-checkpoint", "max-steps", "max-minutes", "epochs"):
         parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", nargs="?")
     return parser.parse_known_args(argv)[0]

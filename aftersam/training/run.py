@@ -21,7 +21,9 @@ from torch import nn
 from aftersam.data.stored_features import StoredScan
 from aftersam.errors import naming, signals_noted, stopped
 from aftersam.evaluation.figures import loss_figure
+from aftersam.files import read_json, write_json
 from aftersam.model.aftersam import AfterSAM
+from aftersam.model.build import build_aftersam, load_weights
 from aftersam.training.arguments import Plan, TrainArgs, make_plan
 from aftersam.training.checkpoint import load_moments, save_training, save_weights, trim_history
 from aftersam.training.schedule import Progress, group_loader, learning_rate, steps_in_epoch
@@ -33,11 +35,13 @@ from aftersam.training.setup import (
     read_scans,
     start_processes,
     store_features,
+    with_tokens,
     write_facts,
 )
 from aftersam.training.sharding import shard
 from aftersam.training.step import Batch, Learner, build_optimizer
-from aftersam.training.validation import mean, validate_scans
+from aftersam.training.validation import calibrate, mean, validate_scans
+from aftersam.training.warm_start import table
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,10 @@ def train(args: TrainArgs) -> TrainResult:
     scans = read_scans(args, plan)
     if scans.absent:
         processes.accelerator.print(f"no training scan has {', '.join(scans.absent)}: it will not be learned")
-    model, progress = build_model(args, plan, scans.num_classes, processes.accelerator.print)
+    plan = with_tokens(plan, scans)
+    model, progress = build_model(args, plan, scans, processes.accelerator.print)
+    if plan.start is not None:
+        processes.accelerator.print(table(plan.start, plan.config.model, scans.labels, scans.spacing_mm))
     stored = {} if args.embeddings is None else store_features(args.embeddings, model, scans, processes)
     sizes = _sizes(model)
     learner = _learner(model, plan, processes)
@@ -139,6 +146,8 @@ class Run:
         ):
             self._steps(history, bar)
             self._checkpoint()
+            if not self.stop and self.config.train.validations and self.progress.best >= 0:
+                self._calibrate()
         if self.stop:
             self.accelerator.end_training()
             said = f"stopped at step {self.progress.step}, which {self.output} keeps; go on with --resume"
@@ -260,6 +269,29 @@ class Run:
         loss_figure(self.log, self.output / "loss.png")
         minutes = round(self.progress.seconds / 60, 4)
         return {"step": step, "minutes": minutes, "val_dsc": per_organ, "val_mean_dsc": score}
+
+    def _calibrate(self) -> None:
+        """Add the temperature of the best weights to run.json, fitted on one process. A signal ends it without one."""
+        path, best = self.output / "run.json", self.output / "best.safetensors"
+        with contextlib.suppress(InterruptedError):
+            if self.processes.main:
+                model = build_aftersam(self.config.model, self.scans.num_classes)
+                load_weights(best, model)
+                found = calibrate(
+                    model.to(self.processes.device),
+                    self.scans,
+                    self.config.model,
+                    precision=self.processes.dtype,
+                    stored=self.stored,
+                    progress=self._go_on,
+                )
+                write_json(path, read_json(path) | found._asdict())
+                if found.ece is not None:
+                    before, after = found.ece
+                    text = f"temperature {found.temperature:.3g}: calibration error {before:.4f}, then {after:.4f}"
+                    self.accelerator.print(text)
+        self.accelerator.wait_for_everyone()
+        self._agree()
 
     def _go_on(self, _: int) -> None:
         if self.signals:

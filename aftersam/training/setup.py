@@ -28,6 +28,7 @@ from aftersam.model.build import build_aftersam, check_weights
 from aftersam.training.arguments import Plan, TrainArgs
 from aftersam.training.checkpoint import load_training, provenance
 from aftersam.training.schedule import Progress
+from aftersam.training.warm_start import load_start, token_shares
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Scans:
     training: list[CachedCase]
     validation: list[CachedCase]
     groups: SliceGroups
+    spacing_mm: tuple[float, float, float] | None
+    """(d, h, w) that all were brought to; None: each has its own."""
 
     @property
     def labels(self) -> dict[int, str]:
@@ -156,23 +159,35 @@ def read_scans(args: TrainArgs, plan: Plan) -> Scans:
         seed=config.train.seed,
         label_swap=mirror_pairs(dataset.labels) if "mirror" in config.data.augmentation else {},
     )
-    return Scans(dataset, plan.fold, training, [cached[case] for case in validation_ids], groups)
+    spacing_mm = None if data.spacing_mm == "native" else training[0].spacing_mm
+    return Scans(dataset, plan.fold, training, [cached[case] for case in validation_ids], groups, spacing_mm)
 
 
 def build_model(
-    args: TrainArgs, plan: Plan, num_classes: int, say: Callable[[str], object]
+    args: TrainArgs, plan: Plan, scans: Scans, say: Callable[[str], object]
 ) -> tuple[AfterSAM, Progress]:
-    """The model with its weights, new, SAM's or the resumed run's, and where its run stands."""
-    path = args.output / "last.safetensors"
+    """The model with its weights, new, SAM's, another run's or the resumed run's, and where its run stands."""
+    path, config = args.output / "last.safetensors", plan.config.model
     if args.resume:
-        check_weights(path, plan.config.model, num_classes)
-    model = build_aftersam(plan.config.model, num_classes, sam=plan.sam, say=say)
+        check_weights(path, config, scans.num_classes)
+    model = build_aftersam(config, scans.num_classes, sam=plan.sam, say=say)
     model.set_activation_checkpointing(plan.config.train.activation_checkpointing)
+    if plan.start is not None:
+        load_start(plan.start, model, config, scans.labels, scans.spacing_mm)
     if not args.resume:
         return model, Progress()
     facts = load_training(path, model)
     progress: Progress = from_dict(Progress, facts.get("progress"), where=f"the progress in {path}")
     return model, progress
+
+
+def with_tokens(plan: Plan, scans: Scans) -> Plan:
+    """`plan` with the tokens that a model of these organs has where it starts from a run's weights."""
+    if plan.start is None:
+        return plan
+    shares = token_shares(plan.start, scans.labels)
+    model = dataclasses.replace(plan.config.model, token_shares=shares)
+    return plan._replace(config=dataclasses.replace(plan.config, model=model))
 
 
 def store_features(
@@ -198,15 +213,15 @@ def write_facts(output: Path, plan: Plan, scans: Scans) -> None:
     write_json(output / "config.json", to_dict(plan.config))
     if plan.resumed:
         return
-    native = plan.config.data.spacing_mm == "native"
     longest = [max(n * mm for n, mm in zip(c.shape, c.spacing_mm, strict=True)) for c in scans.training]
     facts = {
         "labels": {str(value): name for value, name in scans.labels.items()},
-        "spacing_mm": None if native else list(scans.training[0].spacing_mm),
+        "spacing_mm": scans.spacing_mm,
         "longest_mm": [min(longest), max(longest)],
         "one_piece": one_piece((case.labels for case in scans.training), scans.labels),
         "dataset": scans.dataset.name,
         "fold": scans.fold,
         "sam_sha256": plan.sam.sha256 if plan.sam else None,
+        "init_sha256": plan.start.sha256 if plan.start else None,
     }
     write_json(output / "run.json", facts | provenance())

@@ -213,7 +213,7 @@ def _predict_ours(job: Job) -> dict[str, Any]:
     segmenter = load(run, checkpoint="last", device=device)
     predict_files(
         PredictArgs(
-            input=job.scans / "images", output=job.home / "masks", model=run, checkpoint="last", device=device,
+            input=job.scans / "images", output=job.home / "masks", model=(run,), checkpoint="last", device=device,
             preview=False, overwrite=True,
         )
     )  # fmt: skip

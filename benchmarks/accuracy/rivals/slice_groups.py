@@ -59,7 +59,7 @@ class UNetDecoder(nn.Module):
         super().__init__()
         from monai.networks.blocks import UnetOutBlock, UnetrUpBlock
 
-        self.num_classes = num_classes
+        self.num_classes = self.num_tokens = num_classes
         fine_to_coarse = list(pairwise(channels))
         self.levels = nn.ModuleList(
             UnetrUpBlock(2, coarse, fine, 3, upsample_kernel_size=2, norm_name="instance", res_block=True)
@@ -126,7 +126,7 @@ class OneOrganAtATime(nn.Module):
     def __init__(self, decoder: MaskDecoder, num_classes: int) -> None:
         super().__init__()
         self.decoder = decoder
-        self.num_classes = num_classes
+        self.num_classes = self.num_tokens = num_classes
         self.organ: int | None = None
 
     def forward(

@@ -1,0 +1,75 @@
+"""Which masks of a folder to look at first: scans by the DSC that their probabilities let expect, lowest first."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from aftersam.config import from_dict
+from aftersam.errors import SAID, printable
+from aftersam.evaluation.statistics import mean_of
+from aftersam.files import read_json, scans_in, write_text
+
+KEY = "expected_dsc"  # in the JSON beside a mask: {organ: value}, null where the mask has none of it
+
+
+@dataclass(frozen=True)
+class _Stored:
+    organs: dict[str, float | None]
+
+
+class Reviewed(NamedTuple):
+    """What is expected of a mask."""
+
+    case: str
+    organs: dict[str, float | None]
+    """Expected DSC of each organ; None for one that the mask does not have."""
+
+    @property
+    def mean(self) -> float:
+        """Over the organs of the mask; 0 where it has none."""
+        found = [value for value in self.organs.values() if value is not None]
+        return mean_of(found) if found else 0.0
+
+    @property
+    def cells(self) -> list[str]:
+        """The row of a table: case, mean, the organ expected worst with its value, organs that are missing."""
+        present = {name: value for name, value in self.organs.items() if value is not None}
+        worst = min(present, key=lambda name: present[name], default="")
+        missing = ", ".join(name for name in self.organs if name not in present)
+        return [self.case, f"{self.mean:.4f}", worst, f"{present[worst]:.4f}" if worst else "", missing]
+
+
+HEADINGS = ["case", "expected DSC", "least certain organ", "its expected DSC", "organs not found"]
+
+
+def reviewed(masks: Path) -> list[Reviewed]:
+    """The masks of a folder that were predicted with --review, least certain first; other JSON files are not theirs."""
+    found = []
+    for path in sorted(masks.glob("*.json")):
+        try:
+            stored = read_json(path)
+            values = from_dict(_Stored, {"organs": stored[KEY]}).organs
+        except (*SAID, KeyError, TypeError):
+            continue
+        if all(value is None or 0 <= value <= 1 for value in values.values()):
+            found.append(Reviewed(path.stem, values))
+    return sorted(found, key=lambda one: (one.mean, one.case))
+
+
+def write_review(masks: Path) -> str:
+    """Write review.csv of the folder `masks`; what to tell the user. No cell is a formula to a spreadsheet."""
+    text, found = io.StringIO(), reviewed(masks)
+    writer = csv.writer(text, lineterminator="\n")
+    for row in [HEADINGS, *(one.cells for one in found)]:
+        cells = [printable(cell) for cell in row]
+        writer.writerow([f"'{cell}" if cell.startswith(("=", "+", "-", "@")) else cell for cell in cells])
+    write_text(masks / "review.csv", text.getvalue())
+    others = len(scans_in(masks)) - len(found)
+    left_out = (
+        f"; {others} masks made without --review are left out, --overwrite makes them anew" if others else ""
+    )
+    return f"{masks / 'review.csv'} lists {len(found)} scans, least certain first{left_out}"

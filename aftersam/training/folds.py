@@ -1,0 +1,86 @@
+"""All folds of a data set: a run each, one after the other, and masks of each scan by the run that has not seen it.
+
+Leaves in the output folder: fold_0, fold_1, ... (the runs, which predict takes as one model), masks (out-of-fold) and
+metrics.json (their scores, pooled)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+from aftersam.data.dataset import Dataset, find_dataset, folds_of, link_cases
+from aftersam.errors import plain_console, tell
+from aftersam.evaluation.scoring import score_folder, table
+from aftersam.files import write_json
+from aftersam.inference.pipeline import PredictArgs, predict_files
+from aftersam.model.run_folder import read_run
+from aftersam.training.arguments import FIRST_FOLD, TrainArgs
+from aftersam.training.run import TrainResult, train
+
+
+def train_folds(args: TrainArgs) -> TrainResult:
+    """Train a run on each fold, or go on with those there are; the steps of all, and the pooled out-of-fold DSC.
+
+    Raises ValueError like `train`, in several processes, and where the data set is not split as the runs there are."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--fold all trains in one process; under torchrun give one fold at a time")
+    dataset, first = find_dataset(args.data), args.output / FIRST_FOLD
+    folds = folds_of(dataset, 0)
+    _check_begun(args, dataset, folds)
+    steps, scored = 0, False
+    for number, fold in enumerate(folds):
+        run = first.with_name(f"fold_{number}")
+        print(f"fold {number} of {len(folds)}")
+        own = dataclasses.replace(
+            args,
+            output=run,
+            fold=number,
+            cache=args.cache or args.output / "cache",
+            resume=args.resume and (run / "last.safetensors").exists(),
+        )
+        steps += train(own).steps
+        if fold["val"]:
+            scored = True
+            _predict_held_out(args, dataset, fold["val"], run)
+    console = plain_console()
+    tell(console, f"{args.output} is one model now: aftersam predict -m {args.output}")
+    if not scored:
+        return TrainResult(args.output, steps, None)
+    link_cases(dataset, {case for fold in folds for case in fold["val"]}, args.output)
+    metrics = score_folder(args.output / "masks", args.output / "labels", quiet=True)
+    write_json(args.output / "metrics.json", metrics)
+    console.print(table(metrics))
+    return TrainResult(args.output, steps, metrics["mean_dsc"])
+
+
+def _check_begun(args: TrainArgs, dataset: Dataset, folds: list[dict[str, list[str]]]) -> None:
+    """Raise ValueError where folds that have not begun would differ from those that have in more than their scans."""
+    run = args.output / FIRST_FOLD
+    if not (args.resume and (run / "last.safetensors").exists()):
+        return
+    if folds_of(dataset, 0, source=run / "splits_final.json") != folds:
+        raise ValueError(
+            f"{args.data} is split into other folds than {run / 'splits_final.json'} was; train into another --output"
+        )
+    _, facts = read_run(run)
+    for flag, given, began in (
+        ("--sam-checkpoint", args.sam_checkpoint, facts.sam_sha256),
+        ("--init", args.init, facts.init_sha256),
+    ):
+        if (given is None) != (began is None):
+            raise ValueError(
+                f"{run} began {'without' if began is None else 'with'} {flag}, and so must the folds after it"
+            )
+
+
+def _predict_held_out(args: TrainArgs, dataset: Dataset, cases: list[str], run: Path) -> None:
+    """Leave the masks of the validation scans of `run`, by its best weights, among those of all folds."""
+    home = args.output / "validation" / run.name
+    link_cases(dataset, cases, home)
+    predict_files(
+        PredictArgs(
+            input=home / "images", output=args.output / "masks", model=(run,), device=args.device, preview=False,
+            prompt_labels=home / "labels", trust_intensities=args.trust_intensities, overwrite=True,
+        )
+    )  # fmt: skip
