@@ -27,8 +27,9 @@ help: ## list these targets
 
 setup: $(READY) ## make .venv with everything the other targets need
 
-demo: $(READY) ## synthetic CT scans: train, segment, score, report in demo-run/ (minutes, no download)
+demo: $(READY) ## synthetic scans: train, segment, score, report in demo-run/ (minutes); then a real CT (seconds)
 	$(PY) -m aftersam.demo -o $(DEMO)
+	$(PY) -m aftersam.demo -o $(DEMO) --real
 
 test: $(READY) ## run the tests; TESTS="tests/test_config.py -x" passes on to pytest
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile $(TESTS)

@@ -17,7 +17,10 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["aftersam*"]) + find_packages("kernels"),
     package_dir={"axial_fusion": "kernels/axial_fusion"},
-    package_data={"aftersam": ["py.typed"], "axial_fusion": ["py.typed", "VERSION"]},
+    package_data={
+        "aftersam": ["py.typed", "weights/*/*", "weights/*/*/*"],
+        "axial_fusion": ["py.typed", "VERSION"],
+    },
     ext_modules=[  # left out where there is no compiler
         Extension(
             "axial_fusion.cpu._kernels",

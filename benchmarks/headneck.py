@@ -19,6 +19,7 @@ import tyro
 
 from aftersam.config import Config, Index, Positive, Small, preset
 from aftersam.data.dataset import Dataset, find_dataset, link_cases, split
+from aftersam.demo import DemoArgs, real
 from aftersam.errors import run_command
 from aftersam.evaluation.scoring import score_folder
 from aftersam.evaluation.tables import markdown_table
@@ -28,15 +29,17 @@ from aftersam.inference.pipeline import PredictArgs, predict_files
 from aftersam.model.run_folder import WEIGHTS
 from aftersam.training.arguments import TrainArgs
 from aftersam.training.run import train
-from benchmarks.machine import RESULTS
+from benchmarks.machine import RESULTS, ROOT
 
 NAME = "headneck"
 SCORED, SHIPPED = "scored", "shipped"
 HELD_OUT = RESULTS / "accuracy" / NAME  # weights and scores of the run of fold 0
 CARD = """# headneck
 
-Seven organs of the head and neck in radiotherapy CT: {organs}. It comes along with AFTer-SAM, so that
-`aftersam predict -i scan.nii.gz -o mask.nii.gz -m headneck` works at once. **For research. Not a medical device.**
+Organs of the head and neck in radiotherapy CT: {organs}.
+It comes along with AFTer-SAM, so that `aftersam predict -i scan.nii.gz -o mask.nii.gz -m headneck` works at once.
+
+**For research. Not a medical device.**
 
 | | |
 | --- | --- |
@@ -59,15 +62,13 @@ come along saw 8 of these 9 scans, so that no score on them would mean anything.
   On finer scans masks follow the scan's grid, but are no sharper than 4 mm.
 - Contours are those of radiotherapy planning. The esophagus and the larynx are the least certain organs.
 - Left and right parotid are told apart by position: a scan whose orientation is wrong gets them swapped.
-- Outside of this region nothing stops the model. {elsewhere}
+- Elsewhere it still marks what looks alike. On one chest CT: the spinal cord, and up to 7 ml of brainstem, mandible,
+  parotid and esophagus. On one abdomen: the spinal cord, and less than 1 ml of the others.
 - Children, head prostheses, resected or implanted jaws, MR and cone-beam CT were not in the data.
 
-`scan.nii.gz` and `labels.nii.gz` are {scan} of the same data, which neither training has seen: `aftersam demo --real`
+`imagesTr` and `labelsTr` hold scan {scan} of the same data, which neither training has seen: `aftersam demo --real`
 segments it. Train the model again, or on more: `python -m benchmarks.headneck --help`.
 """
-ELSEWHERE = (
-    "A thorax has esophagus, cord and fragments of other organs marked in it, an image of air nothing."
-)
 
 
 @dataclass(frozen=True)
@@ -163,9 +164,15 @@ def ship(args: HeadneckArgs, dataset: Dataset, metrics: Any) -> None:
     write_json(HELD_OUT / "metrics.json", metrics)
     (case,) = (case for case in dataset.cases if case.id == args.demo_scan)
     assert case.label is not None
-    shutil.copyfile(case.image, home / "scan.nii.gz")
-    shutil.copyfile(case.label, home / "labels.nii.gz")
+    for file, copy in (
+        (case.image, f"imagesTr/{case.id}_0000.nii.gz"),
+        (case.label, f"labelsTr/{case.id}.nii.gz"),
+    ):
+        (home / copy).parent.mkdir()
+        shutil.copyfile(file, home / copy)
     write_text(home / "README.md", card(args, dataset, metrics))
+    real(DemoArgs(output=args.output, device=args.device))
+    shutil.copyfile(args.output / "real.png", ROOT / "docs" / f"{NAME}.png")
 
 
 def card(args: HeadneckArgs, dataset: Dataset, metrics: Any) -> str:
@@ -190,7 +197,6 @@ def card(args: HeadneckArgs, dataset: Dataset, metrics: Any) -> str:
         scans=len(dataset.cases) - 1,
         steps=f"{facts['step']:,}",
         table=markdown_table(rows),
-        elsewhere=ELSEWHERE,
         scan=args.demo_scan,
     )
 

@@ -57,8 +57,9 @@ KERNELS = {f"axial_fusion/cpu/_kernels{EXTENSION_SUFFIXES[0]}"} if shutil.which(
 
 
 def files(*packages: Path) -> set[str]:
-    """What a wheel of these packages must hold: every module, py.typed, and axial_fusion's version."""
+    """What a wheel of these packages must hold: modules, py.typed, models that come along, axial_fusion's version."""
     found = {p for package in packages for p in package.rglob("*.py")}
+    found |= {p for package in packages for p in (package / "weights").rglob("*") if p.is_file()}
     found |= {package / "py.typed" for package in packages} | {ROOT / "kernels" / "axial_fusion" / "VERSION"}
     bases = {package: package.parent for package in packages}
     return {
@@ -78,6 +79,7 @@ def kernels_wheel(source) -> zipfile.ZipFile:
 
 def test_the_wheel_holds_exactly_the_two_packages(wheel):
     assert packed(wheel) == files(ROOT / "aftersam", ROOT / "kernels" / "axial_fusion") | KERNELS
+    assert sum(entry.compress_size for entry in wheel.infolist()) < 10e6
 
 
 def test_the_kernels_wheel_holds_axial_fusion_alone_and_needs_torch_alone(wheel, kernels_wheel):

@@ -78,7 +78,8 @@ def overlay_figure(
         )
         for axis, (plane, values, extent, where) in zip(row, planes, strict=True):
             low, high = SOFT_TISSUE
-            axis.imshow(np.asarray(plane, np.float32), cmap="gray", vmin=low, vmax=high, extent=extent)
+            grey = np.asarray(plane, np.float32)
+            axis.imshow(grey, cmap="gray", vmin=low, vmax=high, extent=extent, interpolation="bilinear")
             axis.imshow(_coloured(values, labels), extent=extent, interpolation="nearest")
             axis.set_title(f"{name}, {where}" if len(shown_masks) > 1 else where, color="#cfd8dc", fontsize=8)
             axis.set_axis_off()
