@@ -362,6 +362,6 @@ def test_the_backward_says_which_library_it_takes(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
         assert op._cudnn_runs(*(q[:, :, :positions],) * 3) is takes
     monkeypatch.undo()
-    if DEVICE == "cpu":
+    if DEVICE == "cpu" and not torch.version.cuda:  # torch's CUDA build asks the driver
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         assert not op._cudnn_runs(q, q, q)
