@@ -146,7 +146,7 @@ class Run:
         ):
             self._steps(history, bar)
             self._checkpoint()
-            if not self.stop and self.config.train.validations and self.progress.best >= 0:
+            if not self.stop and self.scans.validation and self.config.train.validations:
                 self._calibrate()
         if self.stop:
             self.accelerator.end_training()
@@ -274,7 +274,7 @@ class Run:
         """Add the temperature of the best weights to run.json, fitted on one process. A signal ends it without one."""
         path, best = self.output / "run.json", self.output / "best.safetensors"
         with contextlib.suppress(InterruptedError):
-            if self.processes.main:
+            if self.processes.main and best.exists():
                 model = build_aftersam(self.config.model, self.scans.num_classes)
                 load_weights(best, model)
                 found = calibrate(
