@@ -40,7 +40,7 @@ class EncodeArgs:
     config_file: ConfigFile = None
     """Also --config: a config.json in place of a preset."""
     trust_intensities: bool = False
-    """Take scans whose values do not look like Hounsfield units as they are, without a word."""
+    """Take scans as they are whose values do not look like Hounsfield units: no warning, no refusal."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
 

@@ -1,6 +1,6 @@
 """The one place where an exception becomes a sentence: which ones a bad file or a full machine raises, what is said.
 
-What is nobody's input but ours to mend keeps its traceback."""
+A fault of this package itself keeps its traceback."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def stopped(signum: int, said: str) -> BaseException:
 
 @contextlib.contextmanager
 def signals_noted() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM as numbers in a list, in place of their effect, which one has that comes a second later.
+    """SIGINT and SIGTERM become numbers in a list. One that comes over a second later has its usual effect.
 
     Within that second torchrun hands on what the terminal has sent to all processes already."""
     noted: list[int] = []
@@ -175,9 +175,7 @@ def _warning_in_a_line(name: str) -> Iterator[None]:
     warnings.formatwarning = lambda message, *_, **__: f"aftersam.{name}: {one_line(message)}\n"
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Glyph .* missing from"
-            )  # matplotlib's, of names in its pictures
+            warnings.filterwarnings("ignore", "Glyph .* missing from")  # matplotlib's, of names in pictures
             yield
     finally:
         warnings.formatwarning = before

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 NIFTI = (".nii.gz", ".nii")
 DICOM = ".dcm"
+CONFIDENCE = ".confidence.nii.gz"  # of a map beside a mask
 OTHER_IMAGES = (".nrrd", ".mha", ".mhd", ".nii.bz2", ".nii.xz", ".nii.zst", ".img", ".gipl", ".mgz", DICOM)
 FACTS = "aftersam"  # key of our JSON in a safetensors file's metadata
 _TEMPORARY = re.compile(r"\.aftersam-[0-9a-f]{12}")  # a folder beside what is written, and its lock inside
@@ -44,7 +45,7 @@ def is_nifti(path: Path) -> bool:
 
 
 def scans_in(folder: Path) -> list[Path]:
-    """The NIfTI files of a folder, sorted. Hidden ones are none: macOS leaves ._a.nii.gz beside a.nii.gz."""
+    """The NIfTI files of a folder, sorted. Hidden files are left out: macOS leaves ._a.nii.gz beside a.nii.gz."""
     return sorted(path for path in folder.iterdir() if is_nifti(path) and not path.name.startswith("."))
 
 

@@ -57,6 +57,14 @@ def test_another_voxel_order_is_the_same_mask(folders):
     assert score_folder(masks, labels, quiet=True)["organs"] == before
 
 
+def test_maps_of_confidence_beside_masks_are_no_cases(folders):
+    masks, labels = folders
+    expected = score_folder(masks, labels, quiet=True)
+    for folder in (masks, labels):
+        save_mask(folder / "a.confidence.nii.gz", organs())
+    assert score_folder(masks, labels, quiet=True) == expected
+
+
 def test_paired_differences(folders, tmp_path):
     masks, labels = folders
     other = tmp_path / "other"

@@ -12,15 +12,11 @@ from aftersam.config import DataConfig
 from aftersam.data.volume import AIR_HU, label_dtype
 
 NOISE_HU = 30.0  # largest standard deviation that augmentation adds
-
-
 ROTATION, SCALE, SHIFT = (
     math.radians(10),
     0.1,
     0.03,
 )  # largest affine change; the shift as a share of the width
-
-
 ELASTIC_NODES, ELASTIC_SHIFT = 6, 0.12  # nodes across the plane; standard deviation in nodes' distances
 
 
@@ -42,9 +38,7 @@ def augment(
         )
     if "mirror" in chosen:
         images, labels = images[..., ::-1], swap_labels(labels[..., ::-1], label_swap)
-    if (
-        "intensity" in chosen
-    ):  # from air upwards: a scanner's calibration and contrast agent differ, air does not
+    if "intensity" in chosen:  # from air upwards: calibration and contrast agent differ, air does not
         gain, shift = generator.uniform(0.9, 1.1), generator.uniform(-20, 20)
         images = (images - AIR_HU) * np.float32(gain) + np.float32(AIR_HU + shift)
     if "noise" in chosen:

@@ -20,7 +20,7 @@ RARE = 1e-3
 def check_intensities(volume: Volume, *, trusted: bool = False, refuse: bool = True) -> None:
     """Raise ValueError where a scan's values cannot be Hounsfield units, and warn where they hardly are.
 
-    `trusted` says nothing; without `refuse` it is a warning in any case."""
+    Neither where `trusted`; without `refuse` a warning in both cases."""
     array = volume.array
     if trusted or array.size < FEWEST:
         return

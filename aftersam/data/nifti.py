@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MM = {1: 1e3, 3: 1e-3}  # of a metre and a micrometre, NIfTI's codes; all others are read as mm
 GZIP_RATIO = 1032  # no gzip stream expands further
 QUATERNION = ("quatern_b", "quatern_c", "quatern_d")
-_SILENT = logging.Logger("nibabel", logging.CRITICAL + 1)  # what it mends needs no line
+_SILENT = logging.Logger("nibabel", logging.CRITICAL + 1)  # it reports each header that it mends
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from aftersam.evaluation.statistics import (
     shown,
     span,
 )
-from aftersam.files import by_case, read_json, scans_in
+from aftersam.files import CONFIDENCE, by_case, read_json, scans_in
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -296,10 +296,12 @@ def table(metrics: Metrics) -> Table:
 
 
 def masks_in(folder: Path) -> dict[str, Path]:
-    """{case: file} of a folder, by name without NIfTI's ending and nnU-Net's channel number."""
+    """{case: file} of a folder, by name without NIfTI's ending and nnU-Net's channel number.
+
+    Maps of confidence beside masks are left out."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    found = by_case(scans_in(folder))
+    found = by_case(path for path in scans_in(folder) if not path.name.endswith(CONFIDENCE))
     if not found:
         raise ValueError(f"{folder} holds no mask that ends in .nii.gz or .nii")
     return found

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aftersam.errors import printable
-from aftersam.files import DICOM, renamed, write_json
+from aftersam.files import CONFIDENCE, DICOM, renamed, write_json
 from aftersam.inference.jobs import beside
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _write_extras(args: PredictArgs, names: dict[int, str], job: Job, found: Pre
         statistics = organ_statistics(labels, volume.array, names, voxel_mm3=voxel_mm3)
         write_json(beside(mask, ".statistics.json"), statistics)
     if found.confidence is not None:
-        write_confidence(beside(mask, ".confidence.nii.gz"), found.confidence, volume)
+        write_confidence(beside(mask, CONFIDENCE), found.confidence, volume)
 
 
 def _write_mask(names: dict[int, str], job: Job, found: Prediction, path: Path) -> None:

@@ -50,7 +50,7 @@ class PredictArgs:
     labels: str | None = None
     """Comma-separated organs to keep; the others become background."""
     trust_intensities: bool = False
-    """Take scans whose values do not look like Hounsfield units as they are, without a word."""
+    """Take scans as they are whose values do not look like Hounsfield units: no warning, no refusal."""
     overwrite: bool = False
     """Replace masks that exist; a folder's finished masks are kept otherwise."""
     preview: bool = True

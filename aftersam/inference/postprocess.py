@@ -35,9 +35,8 @@ def drop_small_parts(labels: np.ndarray, values: Iterable[int]) -> None:
             continue
         for slab, of_slab in zip(organ.slabs, organ.parts, strict=True):
             gone = np.append(False, small[of_slab])[_numbered(organ.region[slab], organ.value)]
-            ours = slice(
-                None if slab.stop == len(organ.region) else -1
-            )  # the next slab needs the plane they share
+            # the next slab needs the plane they share
+            ours = slice(None if slab.stop == len(organ.region) else -1)
             organ.region[slab][ours][gone[ours]] = 0
 
 
@@ -45,9 +44,8 @@ class _Organ(NamedTuple):
     value: int
     region: np.ndarray  # its bounding box in the labels
     slabs: list[slice]  # of the region's planes, each sharing one plane with the next
-    parts: list[
-        np.ndarray
-    ]  # of each slab: the organ's part, from 0, that a number of `_numbered`, from 1, belongs to
+    # of each slab: the organ's part, from 0, that a number of `_numbered`, from 1, belongs to
+    parts: list[np.ndarray]
     voxels: np.ndarray  # of each part
 
 

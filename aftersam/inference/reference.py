@@ -84,9 +84,8 @@ def naive_logits(
     centres, kept = group_plan(len(hu), config, options)
     decoded = kept if kept_alone else tuple(range(size))
     each = [model.encode(_near(hu, [d], config)) for d in range(len(hu))] if encode_once else None
-    wanted: list[list[Tensor]] = [
-        [] for _ in hu
-    ]  # of each slice, its logits in the groups that it is kept of
+    # of each slice, its logits in the groups that it is kept of
+    wanted: list[list[Tensor]] = [[] for _ in hu]
     every: list[list[Tensor]] = [[] for _ in hu]
     for centre in centres:
         group = slice_group(centre, len(hu), size, stride).tolist()

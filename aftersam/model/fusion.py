@@ -44,9 +44,8 @@ class AxialFusionTransformer(nn.Module):
         self.activation_checkpointing = False
         slices, height, width = grid
         shared = position_embedding == "factored"  # one table over positions for all slices
-        self.position = nn.Parameter(
-            torch.zeros(1 if shared else slices, height, width, dim)
-        )  # (N or 1, h, w, C)
+        # (N or 1, h, w, C)
+        self.position = nn.Parameter(torch.zeros(1 if shared else slices, height, width, dim))
         self.slice_position = nn.Parameter(torch.zeros(slices, 1, 1, dim)) if shared else None
         for block in self.blocks:
             block.reset_parameters(zero=fusion_init == "zero")

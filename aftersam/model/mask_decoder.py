@@ -123,9 +123,8 @@ class MaskDecoder(nn.Module):
         tokens, x = self.transformer(x, self._positions(height, width), tokens)
         x = x.transpose(1, 2).unflatten(2, (height, width))  # (T, C, h, w)
         pixels = self._upscale(x, skips)  # (T, c, H, W)
-        weights = torch.stack(
-            [mlp(tokens[:, i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], dim=1
-        )  # (T, K+1, c)
+        by_class = [mlp(tokens[:, i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)]
+        weights = torch.stack(by_class, dim=1)  # (T, K+1, c)
         logits = weights @ pixels.flatten(2) + self.class_bias[:, None]
         logits = logits.unflatten(2, pixels.shape[2:])
         if not coarse:

@@ -74,9 +74,8 @@ def clicks(masks: Tensor, count: int) -> Tensor:
     found = [from_centroid.masked_fill(~inside, torch.inf).argmin(-1, keepdim=True)]
     far = torch.full_like(from_centroid, torch.inf)
     while len(found) < count:
-        far = torch.minimum(
-            far, (x - x[found[-1]]) ** 2 + (y - y[found[-1]]) ** 2
-        )  # from the nearest click so far
+        # from the nearest click so far
+        far = torch.minimum(far, (x - x[found[-1]]) ** 2 + (y - y[found[-1]]) ** 2)
         found.append(far.masked_fill(~inside, -1.0).argmax(-1, keepdim=True))
     index = torch.cat(found, -1)
     return torch.stack([index % width, index // width], dim=-1).float()

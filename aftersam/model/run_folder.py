@@ -95,7 +95,7 @@ def read_run(run: Path) -> tuple[Config, RunFacts]:
     config = from_dict(Config, read_json(where), where=str(where))
     stored = read_json(path)
     known = [field.name for field in dataclasses.fields(RunFacts)]
-    if isinstance(stored, dict):  # what else stands there is for people
+    if isinstance(stored, dict):  # other keys are notes for people
         stored = {key: value for key, value in stored.items() if key in known}
     facts: RunFacts = from_dict(RunFacts, stored, where=str(path))
     values = [str(value) for value in range(1, len(facts.labels) + 1)]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from aftersam.model.sam_checkpoint import SamCheckpoint
     from aftersam.training.warm_start import WarmStart
 
-# what --resume may change: how long, how often and by which means, of which the steps themselves know nothing
+# what --resume may change: how long, how often and by which means, but no step itself
 MAY_CHANGE = frozenset(
     {"epochs", "max_steps", "max_minutes", "validations", "checkpoint_steps", "num_workers", "tracker",
      "activation_checkpointing", "shard"}
@@ -48,7 +48,7 @@ class TrainArgs:
     """Go on from last.safetensors in --output, with the choices and the split stored there. Limits given beside it are
     used; another choice is refused."""
     trust_intensities: bool = False
-    """Take scans whose values do not look like Hounsfield units as they are, without a word."""
+    """Take scans as they are whose values do not look like Hounsfield units: no warning, no refusal."""
     fold: Index | Literal["all"] | None = None
     """Fold of splits_final.json, or of the five seeded ones where there is none; 0 unless given. all: one after the
     other, into folders of --output that predict takes as one model, with the scores of all validation scans."""

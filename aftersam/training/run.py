@@ -152,9 +152,8 @@ class Run:
             self.accelerator.end_training()
             said = f"stopped at step {self.progress.step}, which {self.output} keeps; go on with --resume"
             raise stopped(self.stop, said if self.processes.main else "")
-        if not (
-            self.scans.validation and self.config.train.validations
-        ):  # nothing was chosen: the last are the best
+        if not (self.scans.validation and self.config.train.validations):
+            # nothing was chosen: the last weights are the best
             model = self.learner.whole_model()
             if self.processes.main:
                 self._save_best(model)

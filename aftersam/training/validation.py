@@ -88,9 +88,8 @@ def calibrate(
     `progress` is called after each slice.
     Source: Guo et al., arXiv 1706.04599; the error compares the largest probability with how often it is right."""
     entropies = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
-    bins = torch.zeros(
-        len(TEMPERATURES), BINS, 3, dtype=torch.float64
-    )  # voxels, sum of confidences, right ones
+    # voxels, sum of confidences, right ones
+    bins = torch.zeros(len(TEMPERATURES), BINS, 3, dtype=torch.float64)
     for case in scans.validation:
         scan = Scan(case.hu, case.box, case.labels, stored.get(case.id))
         shape = case.hu.shape

@@ -45,12 +45,8 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "lora_qkv": ("augmented", "triton", "torch"),
     "axial_fusion_attention": ("composed", "triton", "torch"),
 }
-CHOSEN_ON_CPU = (
-    "axial_attention",
-    "slice_attention",
-    "lora_linear",
-    "lora_qkv",
-)  # the others are plain torch there
+# The others are plain torch there.
+CHOSEN_ON_CPU = ("axial_attention", "slice_attention", "lora_linear", "lora_qkv")
 # Positions up to which a gradient of slice_attention by plain products is faster on a CPU.
 FEW_POSITIONS = {torch.float16: 512, torch.bfloat16: 128}
 
@@ -328,11 +324,7 @@ def _named(op: str, backend: str, tensors: tuple[Tensor, ...]) -> Choice:
     if backend not in BACKENDS[op]:
         raise ValueError(f"backend is {backend!r}; {op} has auto, {', '.join(BACKENDS[op])}")
     obstacle = None
-    if backend not in (
-        "torch",
-        "sdpa",
-        "composed",
-    ):  # torch differentiates these, or says itself what it cannot
+    if backend not in ("torch", "sdpa", "composed"):  # torch differentiates these, or says what it cannot
         if wrapped(tensors):
             obstacle = "it takes torch's own tensors alone; the torch backend takes subclasses that compute themselves"
         elif under_transform(tensors):

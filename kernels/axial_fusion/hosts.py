@@ -269,9 +269,8 @@ def account(module: nn.Module, known: set[str], sizes: tuple[int, int]) -> str:
             _check_hooks(f"{kind}.{name}", value)
         if name in _TRAINING_ONLY:
             rate = _dropout(kind, name, value)
-            always = name == "dropout_rate" and getattr(
-                module, "use_flash_attention", False
-            )  # MONAI, evaluation too
+            # MONAI's, in evaluation too
+            always = name == "dropout_rate" and getattr(module, "use_flash_attention", False)
             if rate and (module.training or always):
                 raise ValueError(f"{kind} has dropout of {rate} in {name!r}, which this op does not")
             skipped += [f"{name} ({rate})"] if rate else []

@@ -25,9 +25,8 @@ from .tiles import slice_forward
 def _rows(source, batch, head, n, stride_p, P, TILE: tl.constexpr):
     """Keys or values n .. n + BLOCK_N − 1 of a head, 0 past P. `source`: a TMA descriptor, or a pointer to key 0."""
     if TILE.TMA:
-        return tl.reshape(
-            source.load([batch, head, n, 0]), (TILE.BLOCK_N, TILE.D)
-        )  # leading ones: folded into the load
+        # leading ones: folded into the load
+        return tl.reshape(source.load([batch, head, n, 0]), (TILE.BLOCK_N, TILE.D))
     else:
         offs = (n + tl.arange(0, TILE.BLOCK_N)).to(tl.int64)
         ptrs = source + offs[:, None] * stride_p + tl.arange(0, TILE.D)[None, :]
