@@ -174,7 +174,13 @@ def _one_step(config: Config, num_classes: int, times: list[float] | None = None
 
 
 def slices_per_second(
-    dataset: Dataset, ids: Sequence[str], config: Config, *, seconds: float = 1.0, trusted: bool = False
+    dataset: Dataset,
+    ids: Sequence[str],
+    config: Config,
+    *,
+    device: str = "cpu",
+    seconds: float = 1.0,
+    trusted: bool = False,
 ) -> float:
     """Slices that training's own loader gives a second with nothing to wait for; scans are read from a cache."""
     from itertools import islice
@@ -182,7 +188,7 @@ def slices_per_second(
     from aftersam.data.cache import cache_cases
     from aftersam.data.dataset import mirror_pairs
     from aftersam.data.slice_group import SliceGroups
-    from aftersam.training.schedule import group_loader
+    from aftersam.training.schedule import group_loader, workers
 
     with tempfile.TemporaryDirectory() as folder:
         cached = cache_cases(dataset, ids, config.data, Path(folder), training=ids, trusted=trusted)
@@ -190,8 +196,8 @@ def slices_per_second(
         groups = SliceGroups(
             list(cached.values()), model=config.model, data=config.data, seed=0, label_swap=pairs
         )
-        loader = iter(group_loader(groups, config.train, rank=0, world=1, start=0))
-        for _ in islice(loader, 1 + 2 * config.train.num_workers):  # what workers have made ready by now
+        loader = iter(group_loader(groups, config.train, rank=0, world=1, start=0, device=device))
+        for _ in islice(loader, 1 + 2 * workers(config.train, device)):  # what workers have made ready by now
             pass
         began, count = time.perf_counter(), 0
         while (spent := time.perf_counter() - began) < seconds or not count:
@@ -207,6 +213,7 @@ def check(args: CheckArgs) -> CheckResult:
 
     from aftersam.data.dataset import find_dataset
     from aftersam.device import find_device
+    from aftersam.training.schedule import workers
 
     dataset, console = find_dataset(checked(args).data), plain_console()
     tell(console, f"{dataset.name}: {dataset.layout}, {len(dataset.cases)} scans")
@@ -233,11 +240,11 @@ def check(args: CheckArgs) -> CheckResult:
     rate = None
     if usable:
         trusted = args.trust_intensities
-        rate = slices_per_second(dataset, usable[:4], config, trusted=trusted)  # four tell
+        rate = slices_per_second(dataset, usable[:4], config, device=device, trusted=trusted)  # four tell
         wanted = ""
         if seconds is not None:
             wanted = f", the model takes {config.model.num_slices * config.train.batch_size / seconds:.3g}"
-        text = f"{config.train.num_workers} workers load {rate:.3g} slices a second{wanted}"
+        text = f"{workers(config.train, device)} workers load {rate:.3g} slices a second{wanted}"
         console.print(text, soft_wrap=True)
     return CheckResult(tuple(reports), need, seconds, rate)
 

@@ -246,8 +246,8 @@ class TrainConfig:
     """Steps between writes of last.safetensors: what a killed run loses at most."""
     seed: Seed = 0
     """Every random draw is a function of (seed, epoch, case)."""
-    num_workers: Index = 0
-    """Worker processes that load groups; 0 loads in the training process."""
+    num_workers: Index | None = None
+    """Processes that load groups; 0 loads in the training process. None: 4 for a GPU, 0 for a CPU."""
     tracker: str = "tensorboard"
     """Where curves go: tensorboard, or an installed tracker that accelerate knows, such as wandb, mlflow or clearml."""
 

@@ -84,7 +84,7 @@ class HeadneckArgs:
     max_minutes: Positive | None = None
     """Minutes of each training, in the place of steps."""
     batch_size: Small = 8
-    num_workers: Index = 0
+    num_workers: Index | None = None
     device: str = "auto"
 
 

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from aftersam.config import preset
-from aftersam.training.schedule import Progress, batches, learning_rate, steps_in_epoch
+from aftersam.config import TrainConfig, preset
+from aftersam.training.schedule import Progress, batches, learning_rate, steps_in_epoch, workers
 
 
 def test_schedules():
@@ -37,3 +37,11 @@ def test_an_epoch_visits_every_case_and_processes_share_it():
         assert whole == [group for _ in range(4) for group in next(parts)]
     late = batches(3, 10, 4, rank=0, world=1, start=6)
     assert next(late) == next(alone)
+
+
+def test_groups_for_a_gpu_are_loaded_beside_the_training_unless_told_otherwise():
+    config = TrainConfig()
+    assert [workers(config, device) for device in ("cuda", "cpu", "mps")] == [4, 0, 0]
+    for count in (0, 3):
+        told = dataclasses.replace(config, num_workers=count)
+        assert workers(told, "cuda") == workers(told, "cpu") == count

@@ -196,7 +196,7 @@ class Run:
                 rank=self.processes.rank,
                 world=self.processes.world,
                 start=self.progress.step,
-                pinned=self.processes.device.type == "cuda",
+                device=self.processes.device.type,
             )
         )
 
