@@ -124,8 +124,9 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cuda" or not (x.dtype == torch.float32 or torch.is_autocast_enabled("cuda")):
             return super().forward(x)
-        with without_autocast(x.device):  # which casts the input of a norm to fp32
-            y: Tensor = SpreadGroupNorm.apply(x.float(), self.weight, self.bias, self.num_groups, self.eps)
+        with without_autocast(x.device):  # which casts what a norm takes to fp32
+            x, weight, bias = x.float(), self.weight.float(), self.bias.float()
+            y: Tensor = SpreadGroupNorm.apply(x, weight, bias, self.num_groups, self.eps)
         return y
 
 
