@@ -12,7 +12,7 @@ from pathlib import Path
 from aftersam.data.dataset import Dataset, find_dataset, folds_of, link_cases
 from aftersam.errors import plain_console, tell
 from aftersam.evaluation.scoring import score_folder, table
-from aftersam.files import write_json
+from aftersam.files import refuse_input, write_json
 from aftersam.inference.pipeline import PredictArgs, predict_files
 from aftersam.model.run_folder import read_run
 from aftersam.training.arguments import FIRST_FOLD, TrainArgs
@@ -55,8 +55,15 @@ def train_folds(args: TrainArgs) -> TrainResult:
 
 
 def _check_begun(args: TrainArgs, dataset: Dataset, folds: list[dict[str, list[str]]]) -> None:
-    """Raise ValueError where folds that have not begun would differ from those that have in more than their scans."""
+    """Raise ValueError where folds that have not begun would differ from those that have in more than their scans, and
+    where files of others would be written over."""
     run = args.output / FIRST_FOLD
+    refuse_input(args.output, [args.data, *([args.init] if args.init else [])])
+    if not (run / "last.safetensors").exists():
+        later = (f"fold_{number}" for number in range(1, len(folds)))
+        written = (args.output / name for name in ("images", "labels", "masks", "validation", *later))
+        if there := [path for path in written if path.exists()]:
+            raise ValueError(f"{there[0]} exists, and --fold all would write there; choose another --output")
     if not (args.resume and (run / "last.safetensors").exists()):
         return
     if folds_of(dataset, 0, source=run / "splits_final.json") != folds:
