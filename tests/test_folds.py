@@ -136,8 +136,28 @@ def test_runs_of_other_labels_are_refused_in_one_sentence(folds, tmp_path, capsy
     assert predict(scan(tmp_path / "scan.nii.gz"), tmp_path / "m.nii.gz", folds, other) == 2
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1
-    assert f"{other} has the labels" in error
-    assert "runs that are averaged need the same" in error
+    value = 1 if change != "number" else len(names)
+    theirs = changed[value - 1] if change != "number" else "nothing"
+    needed = f"but {folds / 'fold_0'} has {names[value - 1]}; runs that are averaged need the same labels"
+    assert f"{other} has {theirs} as label {value}, {needed}" in error
+
+
+@pytest.mark.parametrize("lost", ["config.json", "run.json", "best.safetensors"])
+def test_a_run_that_lacks_a_file_is_never_left_out_of_the_mean(folds, tmp_path, capsys, lost):
+    home = tmp_path / "home"
+    shutil.copytree(folds, home)
+    (home / "fold_1" / lost).unlink()
+    assert predict(scan(tmp_path / "scan.nii.gz"), tmp_path / "m.nii.gz", home) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1
+    assert str(home / "fold_1") in error
+    assert lost in error
+    assert not (tmp_path / "m.nii.gz").exists()
+
+
+def test_where_one_run_is_needed_a_folder_of_runs_is_refused_with_their_names(folds):
+    with pytest.raises(ValueError, match=f"give one of the 3 runs in it, such as {folds / 'fold_0'}$"):
+        run_folder.read_run(folds)
 
 
 def test_one_piece_organs_are_those_of_all_runs(folds, tmp_path):
