@@ -111,6 +111,15 @@ def test_what_would_make_later_folds_differ_is_refused(whole, tmp_path, capsys):
     assert "holds a run already; go on with --resume" in capsys.readouterr().err
     assert main(["--data", str(data), *command, "--resume", "--init", str(run / "fold_0")]) == 2
     assert "fold_0 began without --init, and so must the folds after it" in capsys.readouterr().err
+    begun = tmp_path / "begun"
+    shutil.copytree(run, begun, symlinks=True)
+    facts = read_json(begun / "fold_0" / "run.json")
+    write_json(begun / "fold_0" / "run.json", {**facts, "init_sha256": "0"})
+    resume = ["--data", str(data), *command, "--output", str(begun), "--resume"]
+    assert main(resume) == 0  # all folds have begun: none needs the weights any more
+    (begun / "fold_2" / "last.safetensors").unlink()
+    assert main(resume) == 2
+    assert "fold_0 began with --init, and so must the folds after it" in capsys.readouterr().err
     other = write_scans(tmp_path / "other")
     splits = json.loads((data / "splits_final.json").read_text())
     write_json(other / "splits_final.json", splits[::-1])

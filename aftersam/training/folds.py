@@ -71,11 +71,12 @@ def _check_begun(args: TrainArgs, dataset: Dataset, folds: list[dict[str, list[s
             f"{args.data} is split into other folds than {run / 'splits_final.json'} was; train into another --output"
         )
     _, facts = read_run(run)
+    waiting = not all((run.with_name(f"fold_{n}") / "last.safetensors").exists() for n in range(len(folds)))
     for flag, given, began in (
         ("--sam-checkpoint", args.sam_checkpoint, facts.sam_sha256),
         ("--init", args.init, facts.init_sha256),
     ):
-        if (given is None) != (began is None):
+        if (given is not None or waiting) and (given is None) != (began is None):
             raise ValueError(
                 f"{run} began {'without' if began is None else 'with'} {flag}, and so must the folds after it"
             )
