@@ -47,7 +47,7 @@ def array(path):
 
 @pytest.mark.parametrize("grid", ["plain", "oblique", "larger than the window"])
 @pytest.mark.parametrize("copies", [2, 3])
-def test_copies_of_one_run_give_that_runs_masks_to_the_bit(folds, tmp_path, grid, copies):
+def test_copies_of_one_run_give_that_runs_masks_to_the_bit(folds, tmp_path, capsys, grid, copies):
     source, fold = scan(tmp_path / "scan.nii.gz", *GRIDS[grid]), folds / "fold_0"
     home = tmp_path / "copies"
     for i in range(copies):
@@ -55,6 +55,7 @@ def test_copies_of_one_run_give_that_runs_masks_to_the_bit(folds, tmp_path, grid
     more = ["--save-probabilities", "--confidence", "--parts", "all"]
     assert predict(source, tmp_path / "one.nii.gz", fold, more=more) == 0
     assert predict(source, tmp_path / "mean.nii.gz", home, more=more) == 0
+    assert f"mean of {copies} runs: {home / '0'}, {home / '1'}" in capsys.readouterr().err.replace("\n", "")
     one, mean = (array(tmp_path / f"{name}.nii.gz") for name in ("one", "mean"))
     assert len(np.unique(one)) > 2
     np.testing.assert_array_equal(mean, one)
