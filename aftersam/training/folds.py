@@ -56,7 +56,7 @@ def train_folds(args: TrainArgs) -> TrainResult:
 
 def _check_begun(args: TrainArgs, dataset: Dataset, folds: list[dict[str, list[str]]]) -> None:
     """Raise ValueError where folds that have not begun would differ from those that have in more than their scans, and
-    where files of others would be written over."""
+    where the first fold would begin in a folder with other files that would be overwritten."""
     run = args.output / FIRST_FOLD
     refuse_input(args.output, [args.data, *([args.init] if args.init else [])])
     if not (run / "last.safetensors").exists():
