@@ -111,8 +111,46 @@ def test_what_would_make_later_folds_differ_is_refused(whole, tmp_path, capsys):
     assert "holds a run already; go on with --resume" in capsys.readouterr().err
     assert main(["--data", str(data), *command, "--resume", "--init", str(run / "fold_0")]) == 2
     assert "fold_0 began without --init, and so must the folds after it" in capsys.readouterr().err
+    begun = tmp_path / "begun"
+    shutil.copytree(run, begun, symlinks=True)
+    facts = read_json(begun / "fold_0" / "run.json")
+    write_json(begun / "fold_0" / "run.json", {**facts, "init_sha256": "0"})
+    resume = ["--data", str(data), *command, "--output", str(begun), "--resume"]
+    assert main(resume) == 0  # all folds have begun: none needs the weights any more
+    (begun / "fold_2" / "last.safetensors").unlink()
+    assert main(resume) == 2
+    assert "fold_0 began with --init, and so must the folds after it" in capsys.readouterr().err
     other = write_scans(tmp_path / "other")
     splits = json.loads((data / "splits_final.json").read_text())
     write_json(other / "splits_final.json", splits[::-1])
     assert main(["--data", str(other), *command, "--resume"]) == 2
     assert "is split into other folds than" in capsys.readouterr().err
+
+
+def test_a_data_set_that_has_moved_is_scored_where_it_is_now(whole, tmp_path):
+    """Links to the scans of before are not followed."""
+    data, reference, _ = whole
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(reference, run, symlinks=True)
+    shutil.copytree(data, moved)
+    for link in [*run.glob("labels/*"), *run.glob("validation/*/*/*")]:
+        assert link.is_symlink()
+        link.unlink()
+        link.symlink_to(tmp_path / "before" / link.name)
+    (run / "metrics.json").unlink()
+    shutil.rmtree(run / "masks")
+    command = ["--data", str(moved), "--output", str(run), "--device", "cpu", "--fold", "all", "--resume"]
+    assert main(command) == 0
+    same(run, reference)
+
+
+@pytest.mark.parametrize("there", ["masks", "images", "fold_2"])
+def test_files_of_others_in_the_output_folder_are_not_written_over(whole, tmp_path, capsys, there):
+    data, run = whole[0], tmp_path / "run"
+    (run / there).mkdir(parents=True)
+    command = ["--data", str(data), "--output", str(run), "--device", "cpu", "--fold", "all", *FAST, *LIMITS]
+    assert main(command) == 2
+    assert f"{run / there} exists" in capsys.readouterr().err
+    assert [path.name for path in run.iterdir()] == [there]
+    assert main([*command, "--output", str(data)]) == 2
+    assert "is the input" in capsys.readouterr().err

@@ -35,6 +35,16 @@ def test_a_misspelt_flag_names_the_nearest(capsys):
     assert "--num-slices" in capsys.readouterr().err
 
 
+def test_what_only_a_start_from_a_run_sets_is_not_ignored_in_silence(tmp_path):
+    with pytest.raises(ValueError, match="--token-shares follow from the organs of --init"):
+        parsed(["--data", "d", "--output", "o", "--token-shares", "1", "0.5"])
+    stored = dataclasses.replace(Config(), model=dataclasses.replace(Config().model, token_shares=(1.0, 0.5)))
+    write_json(tmp_path / "config.json", to_dict(stored))
+    assert (
+        parsed(["--data", "d", "--output", "o", "--config", str(tmp_path / "config.json")]).config == stored
+    )
+
+
 @pytest.mark.parametrize("spelling", ["--config {}", "--config={}", "--config-file {}", "--config_file={}"])
 def test_a_configuration_file_wins_over_a_preset_and_flags_over_both(tmp_path, spelling):
     path = tmp_path / "config.json"

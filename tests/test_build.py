@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from aftersam.config import preset
 from aftersam.data.phantom import write_dataset
 from aftersam.files import read_json, write_json
-from aftersam.model.build import build_aftersam, resolve_encoder
+from aftersam.model.build import build_aftersam, check_weights, resolve_encoder
 from aftersam.model.lora import merge_lora
 from aftersam.model.sam_checkpoint import read_sam_checkpoint, sam_shapes
 from aftersam.predict import main as predict_main
@@ -181,7 +181,9 @@ def test_coarse_logits_train_encoder_and_fusion_without_the_skips():
     assert not any("fusions" in name or "upscaling" in name or "hypernetworks" in name for name in reached)
 
 
-def test_fewer_token_shares_than_classes_are_refused():
+def test_fewer_token_shares_than_classes_are_refused(tmp_path):
     config = dataclasses.replace(preset("tiny").model, image_size=48, token_shares=(1.0, 0.5))
     with pytest.raises(ValueError, match="token_shares has 2 numbers, but there are 4 classes"):
         build_aftersam(config, num_classes=4)
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'config.json'} cannot be used: token_shares has 2"):
+        check_weights(tmp_path / "best.safetensors", config, num_classes=4)

@@ -47,7 +47,7 @@ def array(path):
 
 @pytest.mark.parametrize("grid", ["plain", "oblique", "larger than the window"])
 @pytest.mark.parametrize("copies", [2, 3])
-def test_copies_of_one_run_give_that_runs_masks_to_the_bit(folds, tmp_path, grid, copies):
+def test_copies_of_one_run_give_that_runs_masks_to_the_bit(folds, tmp_path, capsys, grid, copies):
     source, fold = scan(tmp_path / "scan.nii.gz", *GRIDS[grid]), folds / "fold_0"
     home = tmp_path / "copies"
     for i in range(copies):
@@ -55,6 +55,7 @@ def test_copies_of_one_run_give_that_runs_masks_to_the_bit(folds, tmp_path, grid
     more = ["--save-probabilities", "--confidence", "--parts", "all"]
     assert predict(source, tmp_path / "one.nii.gz", fold, more=more) == 0
     assert predict(source, tmp_path / "mean.nii.gz", home, more=more) == 0
+    assert f"mean of {copies} runs: {home / '0'}, {home / '1'}" in capsys.readouterr().err.replace("\n", "")
     one, mean = (array(tmp_path / f"{name}.nii.gz") for name in ("one", "mean"))
     assert len(np.unique(one)) > 2
     np.testing.assert_array_equal(mean, one)
@@ -136,8 +137,28 @@ def test_runs_of_other_labels_are_refused_in_one_sentence(folds, tmp_path, capsy
     assert predict(scan(tmp_path / "scan.nii.gz"), tmp_path / "m.nii.gz", folds, other) == 2
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1
-    assert f"{other} has the labels" in error
-    assert "runs that are averaged need the same" in error
+    value = 1 if change != "number" else len(names)
+    theirs = changed[value - 1] if change != "number" else "nothing"
+    needed = f"but {folds / 'fold_0'} has {names[value - 1]}; runs that are averaged need the same labels"
+    assert f"{other} has {theirs} as label {value}, {needed}" in error
+
+
+@pytest.mark.parametrize("lost", ["config.json", "run.json", "best.safetensors"])
+def test_a_run_that_lacks_a_file_is_never_left_out_of_the_mean(folds, tmp_path, capsys, lost):
+    home = tmp_path / "home"
+    shutil.copytree(folds, home)
+    (home / "fold_1" / lost).unlink()
+    assert predict(scan(tmp_path / "scan.nii.gz"), tmp_path / "m.nii.gz", home) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1
+    assert str(home / "fold_1") in error
+    assert lost in error
+    assert not (tmp_path / "m.nii.gz").exists()
+
+
+def test_where_one_run_is_needed_a_folder_of_runs_is_refused_with_their_names(folds):
+    with pytest.raises(ValueError, match=f"give one of the 3 runs in it, such as {folds / 'fold_0'}$"):
+        run_folder.read_run(folds)
 
 
 def test_one_piece_organs_are_those_of_all_runs(folds, tmp_path):

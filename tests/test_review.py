@@ -58,8 +58,11 @@ def test_a_folder_is_listed_least_certain_first_in_csv_and_in_the_report(run, tm
     assert main(command) == 0
     plain = {path.name: np.asarray(nib.load(path).dataobj) for path in masks.glob("*.nii.gz")}
     assert main([*command, "--review"]) == 0  # masks that were finished before say nothing of themselves
-    assert "3 masks made without --review are left out" in capsys.readouterr().err
-    assert main([*command, "--review", "--overwrite"]) == 0
+    assert "lists 0 of 3 masks, least certain first; the others were made without" in capsys.readouterr().err
+    assert main([*command, "--review", "--overwrite", "--confidence"]) == 0
+    assert (
+        "lists 3 of 3 masks, least certain first\n" in capsys.readouterr().err
+    )  # no confidence map is a mask
     for name, mask in plain.items():
         np.testing.assert_array_equal(np.asarray(nib.load(masks / name).dataobj), mask)
     headings, *rows = table(masks)
@@ -98,8 +101,11 @@ def test_strangers_files_and_names_are_no_formulas_and_no_failures(tmp_path):
     ):
         (tmp_path / f"stranger{i}.json").write_text(json.dumps(stranger))
     (tmp_path / "broken.json").write_text("{")
+    for path in list(tmp_path.glob("*.json")):
+        path.with_suffix(".nii.gz").touch()
+    write_json(tmp_path / "deleted.json", {"expected_dsc": {"heart": 0.1}})  # its mask is gone
     assert [one.case for one in reviewed(tmp_path)] == ["none", "=1+1", "b"]
-    write_review(tmp_path)
+    assert "lists 3 of 9 masks" in write_review(tmp_path)
     assert table(tmp_path)[1:] == [
         ["none", "0.0000", "", "", "heart"],
         ["'=1+1", "0.2500", "'@organ", "0.2500", "[31m"],

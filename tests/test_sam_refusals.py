@@ -126,6 +126,7 @@ def test_names_the_nearest_architecture_and_the_first_tensors_that_differ(tmp_pa
 
 
 TWICE = "image_encoder.neck.0.weight"
+TIED = (("", "image_embedding"), ("prompt_encoder.", "embedding"))
 REFUSED = {
     "two states": (lambda s: {"model": s, "ema": dict(s)}, "two state dicts of SAM, under model and under ema"),
     "two prefixes": (lambda s: prefixed("module.", s) | {TWICE: s[TWICE]}, r"without the prefix 'module\.'"),
@@ -139,6 +140,10 @@ REFUSED = {
     "complex": (lambda s: s | {TWICE: torch.zeros(32, 32, 1, 1, dtype=torch.complex64)}, r"as torch\.complex64"),
     "float8": (lambda s: s | {TWICE: torch.zeros(32, 32, 1, 1).to(torch.float8_e4m3fn)}, r"as torch\.float8"),
     "sparse": (lambda s: s | {TWICE: torch.zeros(32, 32, 1, 1).to_sparse()}, r"torch\.sparse_coo"),
+    "no values": (lambda s: s | {TWICE: torch.empty(32, 32, 1, 1, device="meta")}, rf"{TWICE} without its values"),
+    "tied and without values": (
+        lambda s: hugging_face(s) | dict.fromkeys((f"{p}shared_{q}.positional_embedding" for p, q in TIED),
+                                                  torch.empty(2, 16, device="meta")), "twice"),
     "an encoder alone": (lambda s: {k: v for k, v in s.items() if k.startswith("image_")}, "lacks prompt_encoder"),
     "one number tracked": (lambda s: s | {"image_encoder.neck.1.num_batches_tracked": torch.tensor(1)}, "holds"),
 }  # fmt: skip

@@ -205,7 +205,10 @@ def test_organs_match_by_name_in_any_spelling_that_is_the_only_one(start):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--num-blocks", "2"], "num_blocks is 2, but the weights in .* are of a model with 1; leave it out"),
+        (
+            ["--num-blocks", "2"],
+            "num_blocks is 2, but the weights in .* are of a model with 1; leave it out, or the",
+        ),
         (["--preset", "small"], "image_encoder is small, but the weights in .* are of a model with tiny"),
         (["--hu-windows", "0", "1"], "hu_windows is"),
         (["--encoder", "lora"], "encoder is lora, but"),

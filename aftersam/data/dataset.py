@@ -315,5 +315,8 @@ def link_cases(dataset: Dataset, ids: Collection[str], home: Path) -> None:
         for folder, file in (("images", case.image), ("labels", case.label)):
             (home / folder).mkdir(parents=True, exist_ok=True)
             ending = ".nii.gz" if file.name.lower().endswith(".gz") else ".nii"
+            link = home / folder / f"{case.id}{ending}"
+            if link.is_symlink() and link.resolve() != file.resolve():  # the data set has moved
+                link.unlink(missing_ok=True)
             with contextlib.suppress(FileExistsError):  # of a command before, or beside this one
-                (home / folder / f"{case.id}{ending}").symlink_to(file.resolve())
+                link.symlink_to(file.resolve())

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from aftersam.config import from_dict
 from aftersam.errors import SAID, printable
 from aftersam.evaluation.statistics import mean_of
-from aftersam.files import read_json, scans_in, write_text
+from aftersam.files import case_name, read_json, scans_in, write_text
 
 KEY = "expected_dsc"  # in the JSON beside a mask: {organ: value}, null where the mask has none of it
 
@@ -47,9 +47,9 @@ HEADINGS = ["case", "expected DSC", "least certain organ", "its expected DSC", "
 
 
 def reviewed(masks: Path) -> list[Reviewed]:
-    """The masks of a folder that were predicted with --review, least certain first; other JSON files are not theirs."""
+    """The masks of a folder that were predicted with --review, least certain first."""
     found = []
-    for path in sorted(masks.glob("*.json")):
+    for path in _beside_masks(masks):
         try:
             stored = read_json(path)
             values = from_dict(_Stored, {"organs": stored[KEY]}).organs
@@ -60,6 +60,12 @@ def reviewed(masks: Path) -> list[Reviewed]:
     return sorted(found, key=lambda one: (one.mean, one.case))
 
 
+def _beside_masks(masks: Path) -> list[Path]:
+    """The JSON files beside the masks of a folder: a confidence map has none, a deleted mask may have left one."""
+    named = (mask.with_name(f"{case_name(mask)}.json") for mask in scans_in(masks))
+    return [path for path in named if path.is_file()]
+
+
 def write_review(masks: Path) -> str:
     """Write review.csv of the folder `masks`; what to tell the user. No cell is a formula to a spreadsheet."""
     text, found = io.StringIO(), reviewed(masks)
@@ -68,8 +74,8 @@ def write_review(masks: Path) -> str:
         cells = [printable(cell) for cell in row]
         writer.writerow([f"'{cell}" if cell.startswith(("=", "+", "-", "@")) else cell for cell in cells])
     write_text(masks / "review.csv", text.getvalue())
-    others = len(scans_in(masks)) - len(found)
-    left_out = (
-        f"; {others} masks made without --review are left out, --overwrite makes them anew" if others else ""
+    total = len(_beside_masks(masks))
+    others = (
+        "" if len(found) == total else "; the others were made without --review, --overwrite makes them anew"
     )
-    return f"{masks / 'review.csv'} lists {len(found)} scans, least certain first{left_out}"
+    return f"{masks / 'review.csv'} lists {len(found)} of {total} masks, least certain first{others}"

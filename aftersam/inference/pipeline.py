@@ -136,6 +136,8 @@ def _predict(args: PredictArgs, jobs: Sequence[tuple[Path, Path]], report: _Repo
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     work = _work(args)
+    if len(args.model) > 1:  # shows which folds are not there yet
+        tell(report.console, f"mean of {len(args.model)} runs: {', '.join(map(str, args.model))}")
     name = TextColumn("{task.description}", markup=False)
     with (
         Progress(

@@ -188,11 +188,17 @@ def load(
     runs = find_runs([run] if isinstance(run, (str, Path)) else run)
     facts = [read_run(path) for path in runs]
     for path, (config, own) in zip(runs, facts, strict=True):
-        asked = facts[0][0].model.prompts
-        if own.names != facts[0][1].names or config.model.prompts != asked:
+        asked, names = facts[0][0].model.prompts, facts[0][1].names
+        if config.model.prompts != asked:
             raise ValueError(
-                f"{path} has the labels {own.names} and prompts={config.model.prompts}, but {runs[0]} has "
-                f"{facts[0][1].names} and prompts={asked}; runs that are averaged need the same"
+                f"{path} was trained with prompts={config.model.prompts}, but {runs[0]} with prompts={asked}; runs "
+                "that are averaged need the same"
+            )
+        if differ := sorted(own.names.items() ^ names.items()):
+            theirs, ours = (known.get(differ[0][0], "nothing") for known in (own.names, names))
+            raise ValueError(
+                f"{path} has {theirs} as label {differ[0][0]}, but {runs[0]} has {ours}; runs that are averaged need "
+                "the same labels in the same order"
             )
     first, *others = (
         load_run(path, checkpoint=checkpoint, device=device, compiled=compiled, graphs=graphs)

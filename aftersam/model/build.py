@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aftersam.config import ENCODERS, STEM_CHANNELS, Config, EncoderSize, ModelConfig
+from aftersam.errors import naming
 from aftersam.files import read_tensors, tensor_shapes
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.fusion import AxialFusionTransformer
@@ -172,7 +173,7 @@ def check_weights(path: Path, config: ModelConfig, num_classes: int) -> None:
     """Raise ValueError unless the file `path` holds the weights of the model that `config` describes.
 
     Its header is compared with a model without memory, so that no absurd size of either is ever allocated."""
-    with torch.device("meta"):
+    with naming(path.with_name("config.json"), "cannot be used"), torch.device("meta"):
         model = build_aftersam(config, num_classes)
     _check_shapes(path, model, tensor_shapes(path))
 

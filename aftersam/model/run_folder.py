@@ -14,6 +14,7 @@ from aftersam.errors import naming
 from aftersam.files import read_json
 
 WEIGHTS = Path(__file__).parents[1] / "weights"  # models that come along: a run folder each, by name
+LEFT_BY_TRAINING = ("config.json", "run.json", "best.safetensors", "last.safetensors")
 Length = Annotated[float, Range(1e-3, 1e3)]  # mm, of a voxel that a model works at
 Extent = Annotated[float, Range(0, 1e6)]  # mm
 
@@ -80,9 +81,16 @@ def find_runs(names: Sequence[Path | str]) -> list[Path]:
         )
     found: list[Path] = []
     for run in map(find_run, names):
-        folds = [] if (run / "config.json").exists() else [path.parent for path in run.glob("*/config.json")]
-        found += sorted(folds, key=lambda path: (len(path.name), path.name)) or [run]
+        found += _runs_in(run) or [run]
     return found
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The runs in a folder that is none itself, fold_2 before fold_10; also those that lack some of their files."""
+    if (folder / "config.json").exists():
+        return []
+    runs = {path.parent for name in LEFT_BY_TRAINING for path in folder.glob(f"*/{name}")}
+    return sorted(runs, key=lambda path: (len(path.name), path.name))
 
 
 def read_run(run: Path) -> tuple[Config, RunFacts]:
@@ -90,7 +98,9 @@ def read_run(run: Path) -> tuple[Config, RunFacts]:
 
     Raises ValueError in one sentence where a file is missing or has a value of the wrong type or range."""
     if not (run / "config.json").is_file():
-        raise ValueError(f"{run} is not a training run: it has no config.json")
+        several = _runs_in(run)
+        hint = f"; give one of the {len(several)} runs in it, such as {several[0]}" if several else ""
+        raise ValueError(f"{run} is not a training run: it has no config.json{hint}")
     where, path = run / "config.json", run / "run.json"
     config = from_dict(Config, read_json(where), where=str(where))
     stored = read_json(path)

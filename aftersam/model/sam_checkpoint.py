@@ -240,6 +240,10 @@ def _recognised(path: Path, layout: str, state: Mapping[str, Tensor]) -> str:
             + " and ".join(said)
         )
     for key, value in state.items():
+        if value.is_meta:
+            raise ValueError(
+                f"{path} has {key} without its values, on the meta device; save them from the CPU"
+            )
         counter = key.endswith("num_batches_tracked") and value.dtype == torch.int64
         if value.layout != torch.strided or not (value.dtype in FLOATS or counter):
             raise ValueError(

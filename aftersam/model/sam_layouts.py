@@ -306,6 +306,6 @@ def _tensors(mapping: Mapping[Any, Any]) -> int:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two dense tensors are equal."""
-    dense = a.layout == b.layout == torch.strided and a.shape == b.shape and a.dtype == b.dtype
-    return dense and torch.equal(a, b)
+    """Whether two dense tensors with values are equal."""
+    dense = a.layout == b.layout == torch.strided and not (a.is_meta or b.is_meta)
+    return dense and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)

@@ -163,7 +163,10 @@ def parse(argv: Sequence[str] | None, kind: type[Args], about: str | None) -> Ar
         cleared = dataclasses.replace(config.train, max_steps=None, max_minutes=None)
         config = dataclasses.replace(config, train=cleared)
     default = kind(data=tyro.MISSING, output=tyro.MISSING, config=config)  # type: ignore[call-arg]
-    return tyro.cli(kind, args=argv, default=default, description=about, config=(tyro.conf.OmitArgPrefixes,))
+    args = tyro.cli(kind, args=argv, default=default, description=about, config=(tyro.conf.OmitArgPrefixes,))
+    if args.config.model.token_shares != config.model.token_shares:  # type: ignore[attr-defined]
+        raise ValueError("--token-shares follow from the organs of --init and of the data; leave it out")
+    return args
 
 
 def preset_name(asked: str | None, sam_checkpoint: str | None) -> str:

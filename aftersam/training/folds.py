@@ -12,7 +12,7 @@ from pathlib import Path
 from aftersam.data.dataset import Dataset, find_dataset, folds_of, link_cases
 from aftersam.errors import plain_console, tell
 from aftersam.evaluation.scoring import score_folder, table
-from aftersam.files import write_json
+from aftersam.files import refuse_input, write_json
 from aftersam.inference.pipeline import PredictArgs, predict_files
 from aftersam.model.run_folder import read_run
 from aftersam.training.arguments import FIRST_FOLD, TrainArgs
@@ -55,8 +55,15 @@ def train_folds(args: TrainArgs) -> TrainResult:
 
 
 def _check_begun(args: TrainArgs, dataset: Dataset, folds: list[dict[str, list[str]]]) -> None:
-    """Raise ValueError where folds that have not begun would differ from those that have in more than their scans."""
+    """Raise ValueError where folds that have not begun would differ from those that have in more than their scans, and
+    where the first fold would begin in a folder with other files that would be overwritten."""
     run = args.output / FIRST_FOLD
+    refuse_input(args.output, [args.data, *([args.init] if args.init else [])])
+    if not (run / "last.safetensors").exists():
+        later = (f"fold_{number}" for number in range(1, len(folds)))
+        written = (args.output / name for name in ("images", "labels", "masks", "validation", *later))
+        if there := [path for path in written if path.exists()]:
+            raise ValueError(f"{there[0]} exists, and --fold all would write there; choose another --output")
     if not (args.resume and (run / "last.safetensors").exists()):
         return
     if folds_of(dataset, 0, source=run / "splits_final.json") != folds:
@@ -64,11 +71,12 @@ def _check_begun(args: TrainArgs, dataset: Dataset, folds: list[dict[str, list[s
             f"{args.data} is split into other folds than {run / 'splits_final.json'} was; train into another --output"
         )
     _, facts = read_run(run)
+    waiting = not all((run.with_name(f"fold_{n}") / "last.safetensors").exists() for n in range(len(folds)))
     for flag, given, began in (
         ("--sam-checkpoint", args.sam_checkpoint, facts.sam_sha256),
         ("--init", args.init, facts.init_sha256),
     ):
-        if (given is None) != (began is None):
+        if (given is not None or waiting) and (given is None) != (began is None):
             raise ValueError(
                 f"{run} began {'without' if began is None else 'with'} {flag}, and so must the folds after it"
             )

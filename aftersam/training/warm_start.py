@@ -64,7 +64,8 @@ def check_architecture(start: WarmStart, model: ModelConfig) -> None:
     for key, value in ours.items():
         if value != theirs[key] and key not in may_differ:
             raise ValueError(
-                f"{key} is {value}, but the weights in {start.weights} are of a model with {theirs[key]}; leave it out"
+                f"{key} is {value}, but the weights in {start.weights} are of a model with {theirs[key]}; leave it "
+                "out, or the --preset or --config that sets it"
             )
 
 
