@@ -34,32 +34,29 @@ def test_the_newest_result_of_a_device_becomes_figure_and_table(result, tmp_path
 
 
 def test_later_cases_of_one_subject_stand_in_the_newest_whole_result(result, tmp_path):
-    def write(records, date, commit, **environment):
-        where = result["environment"] | {"date": date, "commit": commit, "dirty": False} | environment
-        harness.write(result | {"records": records, "environment": where}, tmp_path)
-
     fusion = result["records"]
-    other = [r | {"subject": "other"} for r in fusion[:4]]
-    write(fusion + other, "2026-02-01T00:00:00+00:00", "whole")
-    faster = [
-        r | {"ms": {kind: {**t, "median": 0.5 * t["median"]} for kind, t in r["ms"].items()}}
-        for r in fusion[:4]
-    ]
-    write(faster, "2026-03-01T00:00:00+00:00", "later")
-    (found,) = figure.newest(tmp_path)
-    assert [r.get("commit") for r in found["records"]] == ["later"] * 4 + [None] * (len(fusion) - 4) + [
-        None
-    ] * 4
-    assert found["records"][0]["ms"] == faster[0]["ms"]
-    assert figure.caption(found).endswith("commit whole, 2026-02-01; commit later for cases of fusion.")
-    for date, environment in (
-        ("2026-01-01", {}),
-        ("2026-03-01", {"torch": "0.1"}),
-    ):  # before it, other libraries
-        write(faster, f"{date}T00:00:00+00:00", "later", **environment)
-        (found,) = figure.newest(tmp_path)
-        assert not any("commit" in r for r in found["records"])
-        (tmp_path / harness.write(result, tmp_path).name).unlink()
+    first, rest = fusion[:4], len(fusion) - 4
+    other = [r | {"subject": "other"} for r in first]
+    halved = {name: {**t, "median": 0.5 * t["median"]} for name, t in first[0]["ms"].items()}
+    faster = [r | {"ms": halved} for r in first]
+
+    def found(name, date, **environment):
+        """What is newest of a whole result of 1 February and one of fusion alone."""
+        for records, changed in (
+            (fusion + other, {"date": "2026-02-01T00:00:00+00:00", "commit": "whole"}),
+            (faster, {"date": f"{date}T00:00:00+00:00", "commit": "later"} | environment),
+        ):
+            where = result["environment"] | {"dirty": False} | changed
+            harness.write(result | {"records": records, "environment": where}, tmp_path / name)
+        (newest,) = figure.newest(tmp_path / name)
+        return newest
+
+    newest = found("later", "2026-03-01")
+    assert [r.get("commit") for r in newest["records"]] == ["later"] * 4 + [None] * (rest + 4)
+    assert newest["records"][0]["ms"] == halved
+    assert figure.caption(newest).endswith("commit whole, 2026-02-01; commit later for cases of fusion.")
+    for newest in (found("before", "2026-01-01"), found("other", "2026-03-01", torch="0.1")):
+        assert not any("commit" in r for r in newest["records"])
 
 
 def test_curves_run_along_slices_and_image_size():

@@ -225,13 +225,13 @@ def test_another_architecture_is_refused_in_one_sentence(phantoms, start, tmp_pa
 
 
 def test_a_name_that_no_model_has_lists_those_that_come_along(phantoms, start, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run_folder, "WEIGHTS", tmp_path / "weights")
     assert train(phantoms, tmp_path / "run", "--init", "hednek") == 2
     assert (
         "hednek is not a training run: it has no config.json; of models that come along there is none"
         in capsys.readouterr().err
     )
     shutil.copytree(start, tmp_path / "weights" / "headneck")
-    monkeypatch.setattr(run_folder, "WEIGHTS", tmp_path / "weights")
     assert train(phantoms, tmp_path / "run", "--init", "hednek") == 2
     assert "there is headneck; did you mean 'headneck'?" in capsys.readouterr().err
     assert read_start("headneck").sha256 == read_start(start).sha256

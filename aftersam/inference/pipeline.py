@@ -105,8 +105,9 @@ def predict_files(args: PredictArgs) -> Predicted:
     While one scan is computed the next is read and the last is written, so three are in memory at most. Under
     torchrun each process takes its share of a folder, on a GPU of its own with the device "auto".
     Raises ValueError where nothing can be done: no scans, a bad run, an output that exists."""
+    from aftersam.device import find_device
 
-    checked(args)
+    find_device(checked(args).device)  # before anything is read
     args = dataclasses.replace(args, model=tuple(find_runs(args.model)))
     prompts = [] if args.prompt_labels is None else [args.prompt_labels]
     jobs, folder = jobs_of(

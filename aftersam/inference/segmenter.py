@@ -223,7 +223,7 @@ def load_run(
     from aftersam.model.lora import merge_lora
     from aftersam.model.run_folder import find_run, read_run
 
-    run, where = find_run(run), find_device(device)
+    where, run = find_device(device), find_run(run)
     config, facts = read_run(run)
     weights = run / f"{checkpoint}.safetensors"
     check_weights(weights, config.model, num_classes=len(facts.labels) + 1)
