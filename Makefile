@@ -76,7 +76,7 @@ clean: ## remove caches, builds and demo-run; .venv stays
 # torch's CUDA build asks for one Triton alone, hence --no-deps; Triton 3.6's interpreter needs numpy below 2.4.
 .venv-triton36/installed: constraints.txt
 	python3 -m venv .venv-triton36
-	.venv-triton36/bin/python -m pip install -q -c constraints.txt torch pytest pytest-timeout
+	.venv-triton36/bin/python -m pip install -q -c constraints.txt torch hypothesis pytest pytest-timeout
 	.venv-triton36/bin/python -m pip install -q 'numpy<2.4'
 	.venv-triton36/bin/python -m pip install -q --no-deps triton==3.6.0
 	touch $@

@@ -75,7 +75,9 @@ def both_encoders(full_size, image_size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("full_size", "image_size"), [("vit_b", 256), ("vit_l", 320), ("vit_l", 512)], indirect=["full_size"]
+    ("full_size", "image_size"),
+    [("vit_b", 256), pytest.param("vit_l", 320, marks=pytest.mark.long), ("vit_l", 512)],
+    indirect=["full_size"],
 )
 @torch.inference_mode()
 def test_full_size_equals_segment_anything(image_size, full_size):
