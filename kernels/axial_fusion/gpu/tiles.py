@@ -249,6 +249,8 @@ def _rel_pos_elsewhere(
             stages = 2  # one spills under Triton 3.6
     elif arch >= 120:
         rows, warps = 16, 4
+        if kernel == "dq" and padded and dim <= 32:
+            stages = 2  # one spills under Triton 3.6
     elif kernel == "dq":
         rows, warps = 32, 8 if padded or dim > 32 else 4
     else:
