@@ -24,9 +24,9 @@ from aftersam.errors import run_command
 from aftersam.evaluation.scoring import score_folder
 from aftersam.evaluation.tables import markdown_table
 from aftersam.export import ExportArgs, export
-from aftersam.files import write_json, write_text
+from aftersam.files import read_tensors, write_json, write_text
 from aftersam.inference.pipeline import PredictArgs, predict_files
-from aftersam.model.run_folder import WEIGHTS
+from aftersam.model.run_folder import WEIGHTS, read_run
 from aftersam.training.arguments import TrainArgs
 from aftersam.training.run import train
 from benchmarks.machine import RESULTS, ROOT
@@ -44,15 +44,15 @@ It comes along with AFTer-SAM, so that `aftersam predict -i scan.nii.gz -o mask.
 | | |
 | --- | --- |
 | network | preset `small`, {parameters} parameters, from scratch, fp16 |
-| trained on | {scans} head-and-neck CTs of OpenKBP, manual contours, at 2.5 × 4 × 4 mm; {steps} steps of 8 groups |
+| trained on | {scans} CTs of OpenKBP, manual contours, at 2.5 × 4 × 4 mm; {steps} steps of {batch} groups |
 | data | Babier et al., OpenKBP, Medical Physics 48, 2021; published under the MIT licence |
 | licence of the weights | Apache-2.0, as this package |
 
 ## Scores
 
-DSC in % of the same training on 27 of these scans, on the 9 scans of fold 0 that it has not seen, on their own grids
-(`aftersam evaluate`; 95 % bootstrap interval over scans, and intervals over 9 scans are unreliable). The weights that
-come along saw 8 of these 9 scans, so that no score on them would mean anything.
+DSC in % of the same training on {training} of these scans, on the {held_out} scans of fold 0 that it has not seen, on
+their own grids (`aftersam evaluate`; 95 % bootstrap interval over scans, unreliable below 10 scans). The weights that
+come along saw all but one of these scans, so that no score on them would mean anything.
 
 {table}
 
@@ -62,8 +62,8 @@ come along saw 8 of these 9 scans, so that no score on them would mean anything.
   On finer scans masks follow the scan's grid, but are no sharper than 4 mm.
 - Contours are those of radiotherapy planning. The esophagus and the larynx are the least certain organs.
 - Left and right parotid are told apart by position: a scan whose orientation is wrong gets them swapped.
-- Elsewhere it still marks what looks alike. On one chest CT: the spinal cord, and up to 7 ml of brainstem, mandible,
-  parotid and esophagus. On one abdomen: the spinal cord, and less than 1 ml of the others.
+- Elsewhere it still marks what looks alike. On a chest CT: the spinal cord, and fragments of brainstem, mandible,
+  parotid and esophagus. On an abdomen: the spinal cord, and specks of the others.
 - Children, head prostheses, resected or implanted jaws, MR and cone-beam CT were not in the data.
 
 `imagesTr` and `labelsTr` hold scan {scan} of the same data, which neither training has seen: `aftersam demo --real`
@@ -177,8 +177,7 @@ def ship(args: HeadneckArgs, dataset: Dataset, metrics: Any) -> None:
 
 def card(args: HeadneckArgs, dataset: Dataset, metrics: Any) -> str:
     """The model card."""
-    from aftersam.files import read_tensors
-
+    training, held_out = split(dataset, 0, 0)
     weights, facts = read_tensors(WEIGHTS / NAME / "best.safetensors")
     rows = [["organ", "DSC", "95 %", "HD95, mm", "missed"]]
     for name, organ in metrics["organs"].items():
@@ -195,6 +194,9 @@ def card(args: HeadneckArgs, dataset: Dataset, metrics: Any) -> str:
         organs=", ".join(dataset.labels.values()),
         parameters=f"{sum(w.numel() for w in weights.values()) / 1e6:.1f} M",
         scans=len(dataset.cases) - 1,
+        training=len(training),
+        held_out=len(held_out),
+        batch=read_run(WEIGHTS / NAME)[0].train.batch_size,
         steps=f"{facts['step']:,}",
         table=markdown_table(rows),
         scan=args.demo_scan,

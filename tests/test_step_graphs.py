@@ -141,7 +141,7 @@ def test_a_training_replayed_is_the_training_launched(prompts):
     from accelerate import Accelerator
 
     config = preset("small")
-    model_config = dataclasses.replace(config.model, prompts=prompts, lora_dropout=0.1)
+    model_config = dataclasses.replace(config.model, prompts=prompts)
     config = dataclasses.replace(config, model=model_config)
     generator = torch.Generator().manual_seed(0)
     steps = []
