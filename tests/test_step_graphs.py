@@ -120,8 +120,9 @@ def test_a_capture_that_fails_is_tried_once_and_leaves_the_step_as_it_was(gpu, e
         return step(batches)
 
     recorded = RecordedGradients(refused, [step.w], torch.device("cpu"))
-    for _ in range(4):
-        assert torch.equal(recorded(batches_of(2)), torch.full((3,), 10.0))
+    for number in range(4):
+        with pytest.warns(UserWarning, match="kernel by kernel") if number == 1 else contextlib.nullcontext():
+            assert torch.equal(recorded(batches_of(2)), torch.full((3,), 10.0))
         assert torch.equal(step.w.grad, torch.tensor([4.0, 8.0]))
     assert (len(seen), Graph.replays) == (5, 0)
 

@@ -4,6 +4,7 @@ Python takes longer to launch the kernels of a step than an H100 takes to comput
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -17,8 +18,9 @@ Gradients = Callable[[Batches], Tensor]  # leaves .grad, and returns what the st
 class RecordedGradients:
     """`gradients` of batches, captured at the second call and replayed from then on; results are those of `gradients`.
 
-    `parameters` are those that train. Batches of another shape than the first ones, and a device that refuses the
-    capture, are launched kernel by kernel. What `gradients` returns is valid until the next call."""
+    `parameters` are those that train. Batches of another shape than the first ones are launched kernel by kernel, and
+    all of them where the device refuses the capture, with a warning. What `gradients` returns is valid until the next
+    call."""
 
     def __init__(
         self, gradients: Gradients, parameters: Iterable[nn.Parameter], device: torch.device
@@ -37,11 +39,14 @@ class RecordedGradients:
         if self.recording is None:
             try:
                 self.recording = _Recording(self, batches)
-            except RuntimeError:  # no memory for a second set of activations, or a copy from the host
+            # no memory for a second set of activations, or a copy from the host
+            except RuntimeError as error:
                 torch.cuda.synchronize(self.stream.device)
                 self.recording = False
                 for p in self.parameters:
                     p.grad = None
+                reason = str(error).strip().split("\n")[0] or type(error).__name__
+                warnings.warn(f"steps are launched kernel by kernel, which is slower: {reason}", stacklevel=2)
                 return self._launch(batches)
         return self.recording.replay(batches)
 
