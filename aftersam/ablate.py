@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -55,7 +55,7 @@ TITLES = {
 class AblateArgs:
     data: Path
     """Data set: nnU-Net raw, MSD, SegTHOR, or images/ beside labels/."""
-    output: Path
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder of the runs and tables; rows that it holds already are kept."""
     table: tuple[Literal["3", "4", "fusion", "small"], ...] = ("3", "4", "fusion")
     """The paper's Table 3 (prompts) or 4 (decoder), the fusion blocks' attention, or the preset small step by step."""

@@ -215,8 +215,11 @@ class TrainConfig:
     accumulate: Count = 1
     """Batches whose gradients make one optimiser step: a larger batch in the memory of a small one."""
     optimizer: Literal["adam", "adamw"] = "adam"
+    """adam adds the weight decay to the gradient, as in the paper; adamw decays the weights themselves."""
     learning_rate: Positive = 1e-4
+    """Highest learning rate; schedule and warmup lower it."""
     weight_decay: Weight = 1e-4
+    """L2 penalty of the optimiser."""
     schedule: Literal["step", "poly"] = "step"
     """step: a tenth of the rate for the last 50 of 550 epochs. poly: (1 - progress)^0.9."""
     warmup: Partial = 0.0

@@ -41,6 +41,7 @@ class DemoArgs:
     attention: Literal["both", "axial", "slice", "none"] = "both"
     """Attention of the fusion blocks; none is the 2D model."""
     seed: Seed = 0
+    """Seed of the scans and of the training."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
 

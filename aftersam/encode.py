@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class EncodeArgs:
     data: Path
     """A NIfTI file, a folder of them, or a data set."""
-    output: Path
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder of the features; what it holds already is kept."""
     config: Config
     model: Annotated[Path | None, tyro.conf.arg(aliases=["-m"])] = None

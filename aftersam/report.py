@@ -22,12 +22,15 @@ class ReportArgs:
     metrics: Annotated[Path, tyro.conf.arg(aliases=["-m"])]
     """What aftersam.evaluate wrote."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
+    """HTML file to write."""
     run: Path | None = None
     """Folder of the training run, for its curves and facts."""
     images: Path | None = None
     """Folder of the scans; with --predictions and --labels, cases are drawn."""
     predictions: Path | None = None
+    """Folder of the masks; with --review's JSON beside them, the least certain scans are listed."""
     labels: Path | None = None
+    """Folder of the reference masks."""
 
 
 def report(args: ReportArgs) -> Path:

@@ -32,7 +32,7 @@ ConfigFile = Annotated[Path | None, tyro.conf.arg(aliases=["--config"])]
 class TrainArgs:
     data: Path
     """Data set: nnU-Net raw, MSD, SegTHOR, or images/ beside labels/."""
-    output: Path
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder of the run, made if needed."""
     config: Config
     preset: Literal["paper", "best", "small", "tiny"] | None = None
@@ -178,7 +178,7 @@ def _bases(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags that other flags' defaults follow from; all others, and all mistakes, are left to the real parser."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", "--config-file", "--config_file", type=Path, nargs="?")
-    parser.add_argument("--output", type=Path, nargs="?")
+    parser.add_argument("--output", "-o", type=Path, nargs="?")
     parser.add_argument("--resume", action="store_true")
     for name in ("fold", "preset", "init", "sam-checkpoint", "max-steps", "max-minutes", "epochs"):
         parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", nargs="?")
