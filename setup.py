@@ -14,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["aftersam*"]) + find_packages("kernels"),
     package_dir={"axial_fusion": "kernels/axial_fusion"},
     package_data={

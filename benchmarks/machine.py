@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import subprocess
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def environment() -> dict[str, Any]:
         "triton": triton_version,
         "commit": os.environ.get(COMMIT) or _output("git", "rev-parse", "--short=12", "HEAD") or "unknown",
         "dirty": _dirty(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
