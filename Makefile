@@ -5,7 +5,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-triton36 bench bench-compare first-contact figure check format clean
+.PHONY: help setup demo test test-triton36 bench bench-compare first-contact figure reference check format clean
 
 DEMO ?= demo-run
 TESTS ?=
@@ -48,8 +48,11 @@ bench-compare: $(READY) ## ratio of two results, A=old.json B=new.json, and whet
 first-contact: $(READY) ## new hardware: sanitizer, GPU tests, tile sweep, quick benchmark; ten minutes, logs kept
 	$(PY) -m benchmarks.first_contact
 
-figure: $(READY) ## redraw docs/bench-*.png and the README table from the newest results
+figure: $(READY) ## rewrite the measured pages of docs/explanation and README's table from the newest results
 	$(PY) -m benchmarks.figure
+
+reference: $(READY) ## rewrite docs/reference/flags.md and errors.md from the commands and the tests' table of errors
+	$(PY) docs/reference/write.py
 
 check: $(READY) ## ruff, formatting and mypy, as CI runs them
 	$(PY) -m ruff check .

@@ -36,7 +36,7 @@ class EvaluateArgs:
     """Tolerance of the normalised surface Dice."""
     convention: Convention = "nnunet"
     """How empty masks and means are scored. nnunet: DSC 0 where one mask is empty, both empty left out, means over
-    organs last; monai and transunet: as those codes have it, docs/evaluation.md says how."""
+    organs last; monai and transunet: as those codes have it, docs/explanation/conventions.md says how."""
     label_names: Path | None = None
     """dataset.json with the label names; looked for beside the references and the masks unless given."""
 

@@ -2,7 +2,7 @@
 
 harness.py checks and times a subject's providers by clock.py on the machine that machine.py describes, __main__.py
 runs every subject, targets.py holds a result to the aims, compare.py holds two results against each other, figure.py
-writes the pages of docs/ and the README's tables, first_contact.py is for new hardware."""
+writes the measured pages of docs/explanation and README's table, first_contact.py is for new hardware."""
 
 import importlib.util
 import sys

@@ -1,31 +1,31 @@
-"""Draw docs/*.png, write docs/performance.md, docs/accuracy.md and the README's tables.    python -m benchmarks.figure
+"""Write docs/explanation's measured pages and README's table.    python -m benchmarks.figure
 
-Takes the newest result of several subjects of each device in benchmarks/results, and from newer results of a single
-subject their cases in the place of its own. docs/performance.md shows targets, one row a case with ours beside its best
-rival, time and memory against N and image size, a waterfall of techniques, and a roofline. The README has one row a
-subject, and changes between its markers alone."""
+Takes the newest result of several subjects of each device in benchmarks/results, and replaces its cases by those of
+newer results of a single subject. performance.md shows targets, one row a case with ours beside its best rival, time
+and memory against N and image size, a waterfall of techniques, and a roofline. accuracy.md shows the tables of
+benchmarks/results/accuracy. README's table has at most six rows and changes between its markers alone."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from aftersam.evaluation.tables import markdown_table
 from aftersam.files import write_text
 from benchmarks.machine import RESULTS, ROOT, slug
 from benchmarks.page import write_sections
+from benchmarks.tables import Result, caption, of_subject, readme_sections, rivals_table, table, targets_table
 from benchmarks.targets import targets
 
+DOCS = ROOT / "docs" / "explanation"
 PERFORMANCE = """# Performance, as measured
 
-`make bench` measures the machine it runs on, `make figure` writes this page from the newest result of each device in
-`benchmarks/results`. Every provider was compared with its own equations in fp64, output and gradients, before it was
-timed ([how](../benchmarks/README.md)). × above 1 is how many times faster ours is than the fastest right rival, below 1
-how much it loses."""
+`make bench` measures the machine it runs on. `make figure` writes this page from the newest result of each device in
+`benchmarks/results`. The output and the gradients of every provider were compared with fp64 equations before it was
+timed ([how](../how-to/benchmarks.md)). A gain above 1× says how many times faster ours is than the fastest correct
+rival; a gain below 1× is a loss."""
 COLOURS = {
     "naive 3D": "#b0b0b0",
     "SDPA 3D": "#5b7fa6",
@@ -33,8 +33,6 @@ COLOURS = {
     "SDPA factorised, compiled": "#8c5a9e",
     "axial_fusion": "#b3262e",
 }
-KINDS = ("forward", "forward_backward")
-Result = Mapping[str, Any]
 
 
 def newest(folder: Path = RESULTS) -> list[Result]:
@@ -100,10 +98,6 @@ def curve(result: Result, along: str = "slices") -> dict[str, list[Result]]:
         return {}
     widest = max(by_shape.values(), key=lambda lines: max(map(len, lines.values())))
     return {name: sorted(line, key=lambda r: r[along]) for name, line in widest.items() if line}
-
-
-def of_subject(result: Result, subject: str) -> list[Result]:
-    return [r for r in result["records"] if r["subject"] == subject]
 
 
 def draw_roofline(result: Result, path: Path) -> bool:
@@ -204,125 +198,6 @@ def draw_waterfall(result: Result, path: Path) -> bool:
     return True
 
 
-def table(result: Result) -> str:
-    """Markdown: the named fusion shapes of a result, one row each, what was measured and on what."""
-    named = [record for record in of_subject(result, "fusion") if record["name"]]
-    providers = list(dict.fromkeys(record["provider"] for record in named))
-    rows = [["tokens (N, H′×W′, C, heads)", *providers]]
-    for name, records in groupby(named, key=lambda r: r["name"]):
-        found = {record["provider"]: record for record in records}
-        r = next(iter(found.values()))
-        shape = f"{name}: {r['slices']}, {r['side']}×{r['side']}, {r['channels']}, {r['heads']}"
-        rows.append([shape, *(cell(found.get(p)) for p in providers)])
-    return markdown_table(rows)
-
-
-def caption(result: Result) -> str:
-    """Device, dtype, versions, commit and date of a result."""
-    where = result["environment"]
-    versions = [f"torch {where['torch']}"] + ([f"triton {where['triton']}"] if where["triton"] else [])
-    commit = f"commit {where['commit']}" + (" with local changes" if where["dirty"] else "")
-    later: dict[str, dict[str, None]] = {}
-    for r in result["records"]:
-        if "commit" in r:
-            later.setdefault(r["commit"], {})[r["subject"]] = None
-    own = "".join(f"; commit {measured} for cases of {', '.join(of)}" for measured, of in later.items())
-    return (
-        f"{where['device']}, {result['dtype']}, {', '.join(versions)}, {commit}, {where['date'][:10]}{own}."
-    )
-
-
-def rivals_table(result: Result) -> str:
-    """Markdown: ours beside the fastest right rival for the same function, every named case but the fusion's.
-
-    × above 1 is how many times faster ours is, below 1 how much it loses."""
-    rows = []
-    for (subject, name), group in groupby(result["records"], key=lambda r: (r["subject"], r["name"])):
-        records = list(group)
-        if subject in ("fusion", "waterfall") or not name:
-            continue  # they have a table and a picture of their own
-        ours = next((r for r in records if r["role"] == "ours"), None)
-        rivals = [r for r in records if r["role"] == "rival" and "ms" in r]
-        if ours is None or "ms" not in ours:
-            rows.append([f"{subject}, {name}", "–", "" if ours is None else ours["status"], "–"])
-            continue
-        for kind in ("forward", "forward_backward"):
-            timed = [r for r in rivals if kind in r["ms"]]
-            if kind not in ours["ms"] or not timed:
-                continue
-            best = min(timed, key=lambda r: r["ms"][kind]["median"])
-            theirs, mine = (r["ms"][kind]["median"] for r in (best, ours))
-            what = f"{subject}, {name}" + (", with backward" if kind == "forward_backward" else "")
-            rows.append(
-                [
-                    what,
-                    f"{best['provider']}, {_digits(theirs)} ms",
-                    f"{_digits(mine)} ms",
-                    f"{theirs / mine:.2f}×",
-                ]
-            )
-    return markdown_table([["case", "best rival", "ours", "gain"], *rows])
-
-
-def short_table(result: Result) -> str:
-    """Markdown: the first case of each subject, forward / forward + backward, ours beside its best rival."""
-    rows, seen = [], set()
-    for (subject, name), group in groupby(result["records"], key=lambda r: (r["subject"], r["name"])):
-        records = list(group)
-        ours = next((r for r in records if r["role"] == "ours" and "ms" in r), None)
-        if subject in seen or subject == "waterfall" or not name or ours is None:
-            continue
-        best = {
-            kind: min(timed, key=lambda r: r["ms"][kind]["median"])
-            for kind in KINDS
-            if kind in ours["ms"]
-            and (timed := [r for r in records if r["role"] == "rival" and kind in r.get("ms", {})])
-        }
-        if not best:
-            continue
-        seen.add(subject)
-        mine, theirs = ([r["ms"][k]["median"] for k, r in pairs] for pairs in (
-            [(k, ours) for k in best], list(best.items())
-        ))  # fmt: skip
-        gains = " / ".join(f"{b / a:.2f}×" for a, b in zip(mine, theirs, strict=True))
-        names = " / ".join(dict.fromkeys(r["provider"] for r in best.values()))
-        rows.append([f"{subject}, {name}", names, _milliseconds(theirs), _milliseconds(mine), gains])
-    header = ["case, forward / forward + backward", "best library form", "its ms", "ours, ms", "gain"]
-    return markdown_table([header, *rows], left=(0, 1))
-
-
-def _milliseconds(times: Sequence[float]) -> str:
-    return " / ".join(_digits(t) for t in times)
-
-
-def _digits(value: float) -> str:
-    """Three digits, or the whole number where it has more."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def targets_table(result: Result) -> str:
-    """Markdown: every target that this result has a value for, its value and its verdict."""
-    rows = [
-        [t["number"], t["what"] + (f", {t['case']}" if t["case"] else ""), t["rival"] or "–", f"{t['value']:.3g}",
-         t["target"] + (f" ({t['scaled']} here)" if "scaled" in t else ""), t["verdict"]]
-        for t in result.get("targets", ()) if t["value"] is not None and "verdict" in t
-    ]  # fmt: skip
-    if not rows:
-        return ""
-    header = ["", "target", "rival", "measured", "aim", ""]
-    return markdown_table([header, *rows], left=(0, 1, 2, 5))
-
-
-def cell(record: Result | None) -> str:
-    """`forward / forward + backward ms, peak MiB` of a record, or why there is none."""
-    if record is None:
-        return "–"
-    if "ms" not in record:
-        return str(record["status"])
-    forward, step = (record["ms"][kind]["median"] for kind in ("forward", "forward_backward"))
-    return f"{_digits(forward)} / {_digits(step)} ms, {record['peak_bytes']['forward_backward'] / 2**20:,.0f} MiB"
-
-
 def page_sections(result: Result, image: Path) -> list[str]:
     """The page's sections of a result; plots are drawn to `image`, <image>-waterfall.png and <image>-roofline.png."""
     device = result["environment"]["device"]
@@ -344,40 +219,32 @@ def page_sections(result: Result, image: Path) -> list[str]:
     return sections
 
 
-def accuracy_sections(results: Path, docs: Path) -> list[str]:
-    """The README's sections of every table in the folder `results`; plots and accuracy.md are written to `docs`."""
+def accuracy_page(results: Path, docs: Path) -> list[str]:
+    """The sections of accuracy.md, of every table in the folder `results`; plots are drawn to `docs`."""
     from benchmarks.accuracy import table as accuracy_table
 
-    sections, pages = [], []
+    page = []
     for path in sorted(results.glob("*.json")):
         table = json.loads(path.read_text())
         plot = docs / f"accuracy-{path.stem}.png"
         accuracy_table.draw(table, plot)
-        pages += [accuracy_table.markdown(table), f"![mean DSC on {table['data']}]({plot.name})"]
+        page += [accuracy_table.markdown(table), f"![mean DSC on {table['data']}]({plot.name})"]
         if "waterfall" in table:
             steps = docs / f"accuracy-{path.stem}-waterfall.png"
             accuracy_table.draw_waterfall(table["waterfall"], steps)
-            pages.append(f"![mean DSC step by step on {table['data']}]({steps.name})")
-        sections += accuracy_table.in_short(table)
-    if pages:
-        write_text(docs / "accuracy.md", "\n\n".join(pages) + "\n")
-        sections.append("[Organ by organ, costs and notes](docs/accuracy.md).")
-    return sections
+            page.append(f"![mean DSC step by step on {table['data']}]({steps.name})")
+    return page
 
 
 def main() -> int:
     try:
-        sections, page = [], [PERFORMANCE]
-        for result in newest():
-            image = ROOT / "docs" / f"bench-{slug(result['environment']['device'])}.png"
-            page += page_sections(result, image)
-            sections += [f"**{caption(result)}**", short_table(result)]
-        write_text(ROOT / "docs" / "performance.md", "\n\n".join(page) + "\n")
-        sections.append("[Every case, target and picture](docs/performance.md).")
-        write_sections(ROOT / "README.md", sections)
-        accuracy = accuracy_sections(RESULTS / "accuracy", ROOT / "docs")
-        if accuracy:
-            write_sections(ROOT / "README.md", accuracy, "accuracy")
+        results, page = newest(), [PERFORMANCE]
+        for result in results:
+            page += page_sections(result, DOCS / f"bench-{slug(result['environment']['device'])}.png")
+        write_text(DOCS / "performance.md", "\n\n".join(page) + "\n")
+        write_sections(ROOT / "README.md", readme_sections(results))
+        if accuracy := accuracy_page(RESULTS / "accuracy", DOCS):
+            write_text(DOCS / "accuracy.md", "\n\n".join(accuracy) + "\n")
     except ValueError as error:
         print(f"benchmarks.figure: {error}", file=sys.stderr)
         return 2

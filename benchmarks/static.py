@@ -2,7 +2,7 @@
 
 Every Triton kernel is compiled for sm_80, sm_90, sm_100 and sm_120, at the shapes that the benchmarks measure on a GPU
 and with the tile that ships. Its machine code is counted, and bounds follow (axial_fusion.counts). The table goes to
-results/static/, apart from what was measured. docs/static.md says how to read it and has counts beside measurements."""
+results/static/, apart from what was measured. docs/explanation/static.md says how to read it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from benchmarks.speed import rel_pos as rel_pos_cases
 from benchmarks.speed import slice_attention as slice_cases
 
 STATIC = RESULTS / "static"
-PAGE = ROOT / "docs" / "static.md"
+PAGE = ROOT / "docs" / "explanation" / "static.md"
 ARCHS = (80, 90, 100, 120)
 WINDOW = 14
 MEASURED = "H100"  # the GPU whose measurements the page shows beside counts for sm_90

@@ -1,4 +1,4 @@
-"""What is checked of every lifted host, and the table of docs/hosts.md that is written from it.
+"""What is checked of every lifted host, and the table of docs/how-to/lift.md that is written from it.
 
 PYTHONPATH=.:kernels python tests/host_checks.py    writes the table again"""
 
@@ -23,7 +23,7 @@ from axial_fusion.across_slices import AcrossSlices
 from axial_fusion.lift import LiftTable
 from host_models import HOSTS, Host
 
-PAGE = Path(__file__).parents[1] / "docs" / "hosts.md"
+PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "lift.md"
 B, N = 2, 3
 
 
@@ -338,7 +338,7 @@ def row(name: str) -> dict[str, str]:
 
 
 def rows_of_the_page() -> dict[str, dict[str, str]]:
-    """Host -> column -> cell, as docs/hosts.md has them."""
+    """Host -> column -> cell, as docs/how-to/lift.md has them."""
     lines = [line.strip("| ").split(" | ") for line in _table(PAGE.read_text(encoding="utf-8")).splitlines()]
     return {cells[0]: dict(zip(lines[0], cells, strict=True)) for cells in lines[2:]}
 

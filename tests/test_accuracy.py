@@ -143,18 +143,16 @@ def test_masks_from_elsewhere_are_scored_and_placed(scans, rows, tmp_path, capsy
     assert "NAME=FOLDER" in capsys.readouterr().err
 
 
-def test_the_readme_gets_the_table_in_short_and_docs_in_full(rows, tmp_path):
+def test_the_page_has_the_table_and_says_what_it_does_not_tell_apart(rows, tmp_path):
     results = tmp_path / "results"
     results.mkdir()
-    assert figure.accuracy_sections(results, tmp_path) == []
+    assert figure.accuracy_page(results, tmp_path) == []
     (results / "phantoms.json").write_text(
         json.dumps({**table_in(rows), "waterfall": waterfall_of(STEPS, "phantoms")})
     )
-    told, short, link = figure.accuracy_sections(results, tmp_path)
-    assert "1 held-out scans" in told
-    assert short.count("\n| ") == 6
-    assert "docs/accuracy.md" in link
-    page = (tmp_path / "accuracy.md").read_text()
+    page = "\n".join(figure.accuracy_page(results, tmp_path))
+    assert "1 held-out scans" in page
+    assert "has the highest mean DSC" in page
     for name in ("accuracy-phantoms.png", "accuracy-phantoms-waterfall.png"):
         assert f"]({name})" in page
         assert (tmp_path / name).exists()

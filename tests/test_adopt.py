@@ -1,6 +1,6 @@
 """Attention of other libraries turned into ours, equal in output where the mathematics is equal.
 
-Each example is what a user of that library writes; README's own lines are run word for word."""
+Each example is what a user of that library writes; the blocks of README and how-to/lift.md are run word for word."""
 
 import re
 from pathlib import Path
@@ -13,10 +13,8 @@ from torch.nn import functional as F
 from axial_fusion import AttentionWeights, AxialFusionAttention, axial_fusion_attention
 from axial_fusion.sam import SamAttention
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-README_LINES = [
-    code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "axial_fusion" in code
-]
+ROOT = Path(__file__).parents[1]
+PAGES = "".join((ROOT / page).read_text() for page in ("README.md", "docs/how-to/lift.md"))
 
 
 @pytest.fixture(autouse=True)
@@ -26,13 +24,10 @@ def _seed():
 
 @pytest.fixture(scope="module")
 def readme():
-    """README's lines about the library, by what they show; every one of them is run below."""
-    blocks = [
-        code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "axial_fusion" in code
-    ]
+    """The lines about the library in README and on the page about lifting, by what they show."""
     shown = {
         name: code
-        for code in blocks
+        for code in re.findall(r"```python\n(.*?)```", PAGES, re.DOTALL)
         for name in ("num_heads=8", "from_attention", "accelerate_sam")
         if name in code
     }

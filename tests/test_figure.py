@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench_cases import a_result, fusion_result, times
-from benchmarks import figure, harness
+from benchmarks import figure, harness, tables
 from benchmarks.speed import waterfall
 from benchmarks.speed.fusion import OURS
 
@@ -26,7 +26,7 @@ def test_the_newest_result_of_a_device_becomes_figure_and_table(result, tmp_path
     assert figure.newest(tmp_path) == [json.loads(json.dumps(result))]
     figure.draw(result, tmp_path / "docs" / "bench.png")
     assert (tmp_path / "docs" / "bench.png").read_bytes().startswith(b"\x89PNG")
-    header, _, row = figure.table(result).splitlines()
+    header, _, row = tables.table(result).splitlines()
     assert header.count("|") == row.count("|") == 6
     assert row.startswith("| small: 3, 3×3, 16, 2 |")
     assert row.count(" MiB |") == 4
@@ -54,7 +54,7 @@ def test_later_cases_of_one_subject_stand_in_the_newest_whole_result(result, tmp
     newest = found("later", "2026-03-01")
     assert [r.get("commit") for r in newest["records"]] == ["later"] * 4 + [None] * (rest + 4)
     assert newest["records"][0]["ms"] == halved
-    assert figure.caption(newest).endswith("commit whole, 2026-02-01; commit later for cases of fusion.")
+    assert tables.caption(newest).endswith("commit whole, 2026-02-01; commit later for cases of fusion.")
     for newest in (found("before", "2026-01-01"), found("other", "2026-03-01", torch="0.1")):
         assert not any("commit" in r for r in newest["records"])
 
@@ -84,7 +84,7 @@ def test_the_waterfall_has_a_bar_for_each_technique_and_needs_one(result, tmp_pa
 def test_the_table_shows_what_was_wrong(result):
     result["records"][0].pop("ms")
     result["records"][0]["status"] = "wrong"
-    assert "| wrong |" in figure.table(result)
+    assert "| wrong |" in tables.table(result)
 
 
 def test_no_result_is_an_error_that_says_what_to_run(tmp_path):
@@ -96,5 +96,17 @@ def test_a_loss_to_a_rival_is_shown(tmp_path):
     result = a_result({"mine": times(1, 2, 3), "theirs": times(0.5, 1, 2), "slow": times(8, 8, 8)})
     sections = figure.page_sections(result, tmp_path / "bench.png")
     assert sections[2].splitlines()[-1] == "| square, x² | theirs, 1 ms | 2 ms | 0.50× |"
-    assert figure.short_table(result).splitlines()[-1] == "| square, x² | theirs | 1 | 2 | 0.50× |"
     assert (tmp_path / "bench-roofline.png").exists()
+
+
+def test_the_readme_has_six_rows_at_most_and_says_where_ours_is_slower(monkeypatch):
+    monkeypatch.setitem(
+        tables.README_ROWS, "cpu", (("square", "x²", "a square"), ("cube", "x³", "not measured"))
+    )
+    assert sum(map(len, tables.README_ROWS.values())) <= 6 + 1  # the second row above is ours
+    result = a_result({"mine": times(1, 2, 3), "theirs": times(0.5, 1, 2), "slow": times(8, 8, 8)})
+    table, told = tables.readme_sections([result])
+    assert table.splitlines()[2:] == ["| a square, CPU | theirs | 1 | 2 | 0.50× |"]
+    assert "On the CPU ours is slower in 1 of 1 timings, at worst: square 0.50×." in told
+    faster = a_result({"mine": times(1, 1, 1), "theirs": times(2, 2, 2)})
+    assert "On the CPU ours is the fastest in all 1 timings." in tables.readme_sections([faster])[1]

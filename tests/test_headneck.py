@@ -19,12 +19,14 @@ from benchmarks import headneck
 
 ROOT = Path(__file__).resolve().parents[1]
 OPENKBP = ROOT.parent / "shared" / "data" / "OpenKBP7"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCORES = json.loads((headneck.HELD_OUT / "metrics.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory):
-    """What `aftersam demo --real` leaves."""
+    """What README's `aftersam demo --real` leaves."""
+    assert "\naftersam demo --real\n" in README
     out = tmp_path_factory.mktemp("demo")
     assert demo(["--real", "-o", str(out), "--device", "cpu"]) == 0
     return out
@@ -52,7 +54,7 @@ def test_its_card_and_readme_have_the_scores_of_the_held_out_scans():
     assert f"| **mean** | {mean:.1f} |" in card
     for name, organ in SCORES["organs"].items():
         assert f"| {name} | {100 * organ['dsc']:.1f} |" in card
-    assert f"mean DSC {mean:.1f} %" in (ROOT / "README.md").read_text()
+    assert f"mean DSC {mean:.1f} %" in README
 
 
 def test_air_has_no_organs_and_another_size_is_no_error():

@@ -1,4 +1,4 @@
-"""The shape of the repository: where imports point, how fast and silent they are, what the README names."""
+"""The shape of the repository: where imports point, how fast and silent they are."""
 
 from __future__ import annotations
 
@@ -321,17 +321,3 @@ def test_ci_runs_the_checks_and_the_tests():
     assert {"make check", "make test"} <= {
         line.removesuffix(' "$@"') for line in script.read_text().splitlines()
     }
-
-
-def test_the_readme_points_at_things_that_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
-    assert set(re.findall(r"^aftersam (\w+)", text, re.M)) <= set(COMMANDS)
-
-
-def test_the_readme_shows_an_op_that_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
-    code = next(block for block in blocks if "axial_fusion" in block)
-    assert_silent(python(code + "\nassert y.shape == (1, 9, 16, 16, 256)"))

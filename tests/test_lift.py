@@ -382,7 +382,9 @@ def test_compiled_inside_a_larger_model_in_one_graph():
     assert model.slice_groups.batch is None
 
 
-@pytest.mark.parametrize(("page", "shape"), [("README.md", (1, 9, 384)), ("docs/hosts.md", (16, 32, 4, 4))])
+@pytest.mark.parametrize(
+    ("page", "shape"), [("README.md", (1, 9, 384)), ("docs/how-to/lift.md", (16, 32, 4, 4))]
+)
 def test_what_the_pages_show_runs(page, shape):
     """Word for word: the blocks of python that lift something."""
     text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Every host of host_models, lifted: each check on the package itself, with the result that docs/hosts.md reports."""
+"""Every host of host_models, lifted: each check on the package itself, with the result in docs/how-to/lift.md."""
 
 import copy
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -152,3 +153,33 @@ def test_constraints_pin_a_version_in_range_of_every_requirement(wheel):
     outside = {"flash-attn", "setuptools"}  # built from source against the torch that is there; a build tool
     assert {r.name for r in requirements} - outside == set(pins)
     assert all(r.specifier.contains(pins[r.name]) for r in requirements if r.name in pins)
+
+
+def test_the_readme_installs_it(source, tmp_path):
+    """README's line, as pip resolves and builds it; what it needs is there or not, which is the index's matter."""
+    (line,) = re.findall(r"^pip install -c .*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    shutil.copy(ROOT / "constraints.txt", source)
+    offline = ["--no-index", "--no-deps", "--no-build-isolation", "--target", str(tmp_path / "site")]
+    done = subprocess.run(
+        [sys.executable, "-m", *line.split(), *offline],
+        cwd=source,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site" / "aftersam" / "predict.py").is_file()
+    for path in (source / "build", *source.glob("*.egg-info")):
+        shutil.rmtree(path)
+
+
+def test_python_versions_are_those_of_setup_py(wheel, kernels_wheel):
+    claimed = metadata_of(wheel)["Requires-Python"]
+    assert metadata_of(kernels_wheel)["Requires-Python"] == claimed
+    oldest = claimed.removeprefix(">=")
+    workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text()
+    assert re.search(r'python: \["([\d.]+)"', workflow).group(1) == oldest
+    assert {"make check", "make test"} <= set(re.findall(r"- run: (.*)$", workflow, re.M))
+    assert f'"py{oldest.replace(".", "")}"' in (ROOT / "pyproject.toml").read_text()
+    for page in ("README.md", "docs/start/install.md"):
+        assert f"Python {oldest} or later" in (ROOT / page).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What conventions do to a score: docs/conventions.png and the table of docs/evaluation.md.
+"""What conventions do to a score: the figure and the table of docs/explanation/conventions.md.
 
     python -m benchmarks.accuracy.conventions
 
@@ -105,11 +105,11 @@ def table(found: dict[str, dict[str, float]]) -> str:
     return markdown_table([["the same masks by", "mean DSC", "mean HD95, mm"], *rows])
 
 
-def main(docs: Path = ROOT / "docs") -> int:
+def main(docs: Path = ROOT / "docs" / "explanation") -> int:
     with tempfile.TemporaryDirectory() as folder:
         found = measure(Path(folder))
     draw(found, docs / "conventions.png")
-    write_sections(docs / "evaluation.md", [table(found)], "conventions")
+    write_sections(docs / "conventions.md", [table(found)], "conventions")
     return 0
 
 

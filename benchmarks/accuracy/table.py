@@ -22,6 +22,12 @@ from aftersam.evaluation.tables import markdown_table
 from aftersam.files import read_json, write_json, write_text
 from benchmarks.accuracy.systems import SYSTEMS
 
+FROM_SCRATCH = (
+    "Every network starts from random weights, ours too. The rows say what each design learns from few scans in little "
+    "time. They say nothing about the paper's claim, which rests on SAM's weights: with these at hand, "
+    "`--sam-checkpoint vit_b --systems aftersam_paper aftersam_best msa` trains its rows "
+    "([how](../how-to/benchmarks.md#accuracy))."
+)
 BUDGET = ("max_minutes", "max_steps", "threads", "fold")  # limits that rows of an equal budget have in common
 FACTS = ("system", "title", "protocol", "note", "prompted", "parameters", "spacing_mm", "precision")
 COSTS = ("minutes", "cpu_minutes", "steps", "peak_mib", "prediction_s", "prediction_peak_mib")
@@ -142,7 +148,9 @@ def _others(
 
 def markdown(table: Table) -> str:
     """The whole table: scores of equal budgets and of own recipes apart, then costs, then notes."""
-    parts = [f"# Accuracy on {table['data']}", caption(table)]
+    parts = [f"# Accuracy on {table['data']}", caption(table), apart(table)]
+    if all(row["note"].endswith("from scratch") for row in table["rows"]):
+        parts.append(FROM_SCRATCH)
     for protocol in ("equal budget", "own recipe"):
         rows = [row for row in table["rows"] if row["protocol"] == protocol]
         if rows:
@@ -155,19 +163,17 @@ def markdown(table: Table) -> str:
     return "\n\n".join([*parts, "## Notes", "\n".join(notes)])
 
 
-def in_short(table: Table) -> list[str]:
-    """For the README: what was compared, and mean, interval, difference to the best row and ICE of every row."""
-    cases, equal = len(table["cases"]), [r for r in table["rows"] if r["protocol"] == "equal budget"]
-    told = (
-        f"**{table['data']}, {cases} held-out scans. {heading(table, 'equal budget')}.**" if equal else None
+def apart(table: Table) -> str:
+    """One sentence: the row of the highest mean, and the rows that these scans do not separate from it."""
+    best = next(row for row in table["rows"] if row["to_best"] is None)
+    differences = {row["title"]: row["to_best"]["interval"] for row in table["rows"] if row["to_best"]}
+    close = [name for name, interval in differences.items() if interval and interval[1] >= 0]
+    if not close:
+        return f"{best['title']} has the highest mean DSC."
+    return (
+        f"{best['title']} has the highest mean DSC. The interval of the paired difference includes 0 for "
+        f"{', '.join(close)}: these {len(table['cases'])} scans do not separate them from it."
     )
-    lines = [["method", "mean DSC, %", "95 %", "to the best", "ICE", "steps"]]
-    for row in equal or table["rows"]:
-        lines.append(
-            [title(row), _percent(row["mean"]), _span(row["interval"]), _to_best(row["to_best"]),
-             _text(row["ice"], ".3f"), _text(row["steps"], ",.0f")]
-        )  # fmt: skip
-    return [told or f"**{table['data']}, {cases} held-out scans.**", markdown_table(lines)]
 
 
 def heading(table: Table, protocol: str) -> str:

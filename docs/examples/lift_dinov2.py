@@ -81,23 +81,26 @@ def mean_dsc(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> float:
     return float(np.nanmean(scores))
 
 
-def main() -> None:
+def main(*, steps: int = 400, lifted_steps: int = 100, scans_to_train: int = 8) -> list[float]:
+    """The four mean DSC that are printed."""
     torch.manual_seed(0)
-    training, held_out = scans(range(8)), scans(range(100, 104))
+    training, held_out = scans(range(scans_to_train)), scans(range(100, 100 + scans_to_train // 2))
     model = Segmenter()
-    train(model, training, steps=400, lr=2e-3)
-    print(f"2D, trained on single slices      {mean_dsc(model, held_out):.3f}")
+    train(model, training, steps=steps, lr=2e-3)
+    found = [mean_dsc(model, held_out)]
+    print(f"2D, trained on single slices      {found[-1]:.3f}")
     for slices in (SLICES, 1):
         lifted = copy.deepcopy(model)
         table = lift(lifted, num_slices=slices, rank=4)
         if slices > 1:
             print(table)
             megabytes = sum(t.numel() * t.element_size() for t in adapter_state_dict(lifted).values()) / 1e6
-            print(
-                f"lifted to 9 slices, step 0        {mean_dsc(lifted, held_out):.3f}   ({megabytes:.2f} MB)"
-            )
-        train(lifted, training, steps=100, lr=5e-3)
-        print(f"lifted, num_slices={slices}, 100 steps    {mean_dsc(lifted, held_out):.3f}", flush=True)
+            found.append(mean_dsc(lifted, held_out))
+            print(f"lifted to 9 slices, step 0        {found[-1]:.3f}   ({megabytes:.2f} MB)")
+        train(lifted, training, steps=lifted_steps, lr=5e-3)
+        found.append(mean_dsc(lifted, held_out))
+        print(f"lifted, num_slices={slices}, {lifted_steps} steps    {found[-1]:.3f}", flush=True)
+    return found
 
 
 if __name__ == "__main__":

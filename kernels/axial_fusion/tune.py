@@ -56,7 +56,7 @@ def candidates(op: str) -> Iterable[Tile | str]:
     """Tiles worth trying for N up to 64, or the backends that are fused without torch.compile."""
     if op == "slice_attention":
         return (name for name in BACKENDS[op] if name not in ("flex", "torch"))
-    # No loop, so no stages. One head takes fewer than the 4 warps of wgmma (docs/hardware.md).
+    # No loop, so no stages. One head takes fewer than the 4 warps of wgmma (docs/explanation/hardware.md).
     one_head = (Tile(*sizes) for sizes in product((16, 32, 64), (1, 2)))
     return chain(one_head, (Tile(16, warps, 1, heads) for warps, heads in product((2, 4, 8), (2, 4, 8))))
 
