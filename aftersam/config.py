@@ -330,9 +330,14 @@ def validate(config: Config) -> Config:
         raise ValueError(f"stem_slices is {model.stem_slices}, but must be odd, and 1 without a stem")
     strides = [stride for stride in (1, 2, 4) if 4 * stride <= size.patch]  # SAM's upscaling is ×4 at least
     if model.output_stride not in strides:
-        raise ValueError(f"output_stride is {model.output_stride}, but {model.image_encoder} has {strides}")
+        allowed = ", ".join(map(str, strides))
+        raise ValueError(
+            f"output_stride is {model.output_stride}, but must be one of {allowed} for {model.image_encoder}"
+        )
     if len(model.hu_windows) not in (1, 3) or any(low >= high for low, high in model.hu_windows):
-        raise ValueError(f"hu_windows is {model.hu_windows}, but must be 1 or 3 pairs (low, high)")
+        raise ValueError(
+            f"hu_windows is {model.hu_windows}, but must be 1 or 3 pairs (low, high) with low below high"
+        )
     return config
 
 
@@ -365,7 +370,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         if value not in args:
             raise ValueError(
-                f"{where} is {value!r:.60}{_nearest(value, args)}; it must be one of {', '.join(map(str, args))}"
+                f"{where} is {value!r:.60}, but must be one of {', '.join(map(str, args))}{_nearest(value, args)}"
             )
         return value
     if origin is dict:
@@ -391,10 +396,17 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value) if abs(value) < 2**63 else math.inf
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(
-            f"{where} is {value!r:.60}, but must be {'nothing' if hint is type(None) else hint.__name__}"
-        )
+        raise ValueError(f"{where} is {value!r:.60}, but must be {_KINDS.get(hint, hint.__name__)}")
     return value
+
+
+_KINDS = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    type(None): "null",
+}  # in JSON's words
 
 
 def _nearest(key: Any, names: Any) -> str:

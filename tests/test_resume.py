@@ -85,8 +85,8 @@ def test_the_same_command_again_goes_on_and_a_later_limit_is_used(scans, whole, 
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--learning-rate", "0.5"], "learning_rate is 0.5, but the run in .* goes by 0.001"),
-        (["--preset", "paper"], "image_encoder is vit_b, but the run in .* goes by tiny"),
+        (["--learning-rate", "0.5"], "learning_rate is 0.5, but the run in .* has 0.001"),
+        (["--preset", "paper"], "image_encoder is vit_b, but the run in .* has tiny"),
         (["--seed", "3"], "seed is 3"),
         (["--num-blocks", "2"], "num_blocks is 2"),
         (["--spacing-mm", "native"], "spacing_mm is native"),

@@ -1,167 +1,17 @@
-"""Every user-facing error is one sentence: what was done, and all that is said of it. New errors get a row here."""
+"""Every user-facing error is one sentence: what was done, and all that is said. New errors get a row of a table."""
 
 import errno
-import json
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from toy_files import AFFINE, organs, save_mask, scored_folders
-from toy_scans import scan
+from error_rows import ALL, FULL, READING, two_scans
+from error_rows_training import TRAINING
 
-
-class Row(NamedTuple):
-    """A command that is refused, or that a scan is lost in, and the line that it says."""
-
-    id: str
-    command: str
-    argv: str
-    """Split at spaces; HOME is the test's folder, RUN a trained run."""
-    says: str
-    """After the command's name; HOME as in `argv`, * for what differs between machines and versions."""
-    make: Callable[[Path], object] = lambda home: None
-    """Writes what the command finds."""
-    code: int = 2
-    patch: Callable[[pytest.MonkeyPatch], object] = lambda patch: None
-
-
-def a_scan(home):
-    scan(home / "scan.nii.gz", (24, 20, 3))
-
-
-def two_scans(home):
-    (home / "scans").mkdir()
-    for name in ("a", "b"):
-        scan(home / "scans" / f"{name}.nii.gz", (24, 20, 3))
-
-
-def a_bad_scan_of_two(home):
-    two_scans(home)
-    whole = (home / "scans" / "b.nii.gz").read_bytes()
-    (home / "scans" / "b.nii.gz").write_bytes(whole[: len(whole) // 2])
-
-
-def a_scan_and_its_mask(home):
-    a_scan(home)
-    (home / "mask.nii.gz").touch()
-
-
-def a_scan_and_a_file(home):
-    a_scan(home)
-    (home / "file").touch()
-
-
-def masks(home):
-    scored_folders(home)
-
-
-def masks_and_an_empty_folder(home):
-    scored_folders(home)
-    (home / "empty").mkdir()
-
-
-def masks_of_a_label_without_a_name(home):
-    scored_folders(home)
-    save_mask(home / "masks" / "a.nii.gz", organs() * 7)
-
-
-def masks_on_another_grid(home):
-    scored_folders(home)
-    for path in (home / "masks").iterdir():
-        nib.save(nib.Nifti1Image(organs()[:9], AFFINE), path)
-
-
-def text(name, content):
-    return lambda home: (home / name).write_text(content)
-
-
-def a_folder(name):
-    return lambda home: (home / name).mkdir()
-
-
-def full_disk(call):
-    """`call` finds the disk full."""
-
-    def refuse(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    return lambda patch: patch.setattr(call, refuse)
-
-
-def no_memory(patch):
-    def refuse(*_, **__):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
-
-    patch.setattr("aftersam.inference.sliding.encode", refuse)
-
-
-ONE = "-i HOME/scan.nii.gz -o HOME/mask.nii.gz -m RUN --device cpu --no-preview"
-ALL = "-i HOME/scans -o HOME/masks -m RUN --device cpu --no-preview"
-SCORE = "-p HOME/masks -l HOME/set/labelsTr -o HOME/metrics.json"
-PAGE = "-m HOME/metrics.json -o HOME/report.html"
-FULL = "could not be written: No space left on device"
-
-TABLE = [
-    Row("no input", "predict", ONE, "HOME/scan.nii.gz does not exist"),
-    Row("mask exists", "predict", ONE, "HOME/mask.nii.gz exists; --overwrite replaces it", a_scan_and_its_mask),
-    Row("folder into a file", "predict", ALL.replace("masks", "masks.nii.gz"),
-        "HOME/scans is a folder of 2 scans, so --output must be a folder", two_scans),
-    Row("output is input", "predict", ONE.replace("mask.nii.gz", "scan.nii.gz") + " --overwrite",
-        "the output HOME/scan.nii.gz is the input HOME/scan.nii.gz; choose another name for the output", a_scan),
-    Row("no run", "predict", ONE.replace("RUN", "HOME"), "HOME is not a training run: it has no config.json", a_scan),
-    Row("unknown organ", "predict", ONE + " --labels hart",
-        "the model has no label 'hart'; did you mean 'heart'? It has *", a_scan),
-    Row("keep", "predict", ONE + " --keep 99", "--keep is 99, but * 1 to 3 *", a_scan),
-    Row("truncated", "predict", ALL, "HOME/scans/b.nii.gz is truncated or damaged: *", a_bad_scan_of_two, 1),
-    Row("no place", "predict", ONE.replace("HOME/mask", "HOME/file/mask"), "*HOME/file*", a_scan_and_a_file),
-    Row("disk full, mask", "predict", ONE, f"HOME/mask.nii.gz {FULL}", a_scan, 2,
-        full_disk("nibabel.Nifti1Image.to_filename")),
-    Row("disk full, probabilities", "predict", ONE + " --save-probabilities", f"HOME/mask.probabilities.npy {FULL}",
-        a_scan, 2, full_disk("os.posix_fallocate")),
-    Row("disk full, embeddings", "predict", ONE + " --embeddings HOME/e", f"HOME/e/* {FULL}", a_scan, 2,
-        full_disk("numpy.lib.format.write_array_header_1_0")),
-    Row("disk full, preview", "predict", ONE.replace("--no-preview", "--preview"), f"HOME/mask.png {FULL}", a_scan, 2,
-        full_disk("pathlib.Path.write_bytes")),
-    Row("disk full, rename", "predict", ONE, f"HOME/mask.json {FULL}", a_scan, 2, full_disk("os.replace")),
-    Row("no memory", "predict", ONE,
-        "HOME/scan.nii.gz: memory ran out; a --batch-size below 8 needs less (DefaultCPUAllocator: *)", a_scan, 2,
-        no_memory),
-    Row("no encoder", "encode", "--data HOME --output HOME/e",
-        "give a run (-m) or SAM weights (--sam-checkpoint), one of the two"),
-    Row("truncated, encode", "encode", "--data HOME/scans --output HOME/e -m RUN --device cpu",
-        "HOME/scans/b.nii.gz is truncated or damaged: *", a_bad_scan_of_two, 1),
-    Row("disk full, encode", "encode", "--data HOME/scan.nii.gz --output HOME/e -m RUN --device cpu",
-        f"HOME/scan.nii.gz could not be encoded: HOME/e/* {FULL}", a_scan, 1,
-        full_disk("numpy.lib.format.write_array_header_1_0")),
-    Row("no masks folder", "evaluate", SCORE, "HOME/masks is not a folder"),
-    Row("no mask in the folder", "evaluate", SCORE.replace("/set/labelsTr", "/empty"),
-        "HOME/empty holds no mask that ends in .nii.gz or .nii", masks_and_an_empty_folder),
-    Row("tolerance", "evaluate", SCORE + " --nsd-tolerance-mm 0",
-        "nsd_tolerance_mm is 0.0, but must be above 0 and at most 1000", masks),
-    Row("label names", "evaluate", SCORE + " --label-names HOME/names.json",
-        'HOME/names.json has no readable map of label names under "labels"', masks),
-    Row("foreign label", "evaluate", SCORE,
-        "HOME/masks/a.nii.gz has the label 7, but the label names are 1 liver, 2 spleen",
-        masks_of_a_label_without_a_name, 1),
-    Row("nothing scored", "evaluate", SCORE,
-        "no case of HOME/set/labelsTr could be scored with the masks in HOME/masks", masks_on_another_grid),
-    Row("disk full, metrics", "evaluate", SCORE, f"HOME/metrics.json {FULL}", masks, 2, full_disk("os.fsync")),
-    Row("no metrics", "report", PAGE, "HOME/metrics.json does not exist"),
-    Row("no JSON", "report", PAGE, "HOME/metrics.json is not valid JSON: *", text("metrics.json", "{")),
-    Row("other JSON", "report", PAGE, "HOME/metrics.json was not written by aftersam.evaluate: it has no mean_dsc",
-        text("metrics.json", json.dumps([]))),
-    Row("metrics cut short", "report", PAGE, "HOME/metrics.json lacks 'mean_dsc_interval'",
-        text("metrics.json", json.dumps({"mean_dsc": 1, "organs": {}, "cases": {}}))),
-    Row("metrics of another type", "report", PAGE, "HOME/metrics.json.mean_dsc is '<b>', but must be *",
-        text("metrics.json", json.dumps(
-            {"mean_dsc": "<b>", "mean_dsc_interval": None, "interval_reliable": True, "num_cases": 1, "problems": {},
-             "convention": "nnunet", "nsd_tolerance_mm": 3, "organs": {}, "cases": {}}))),
-]  # fmt: skip
+TABLE = [*READING, *TRAINING]
 
 
 @pytest.mark.parametrize("row", TABLE, ids=[f"{row.command}: {row.id}" for row in TABLE])

@@ -168,12 +168,12 @@ def _slice(path: Path, header: Any, frame: int, holders: Sequence[Any]) -> Slice
     """The slice whose attributes stand in the first of `holders` that has them."""
     kind = str(_found(holders, "RescaleType") or "")
     if kind.upper() in NOT_HU:
-        raise ValueError(f"{path} has the RescaleType {kind}; HU are needed")
+        raise ValueError(f"{path} has the RescaleType {kind}; the type HU is needed")
     scale, names = [1.0, 0.0], ("RescaleSlope", "RescaleIntercept")
     if any(_found(holders, name) is not None for name in names):  # one alone, or an empty one, is a mistake
         scale = [float(_numbers(path, holders, name, 1)[0]) for name in names]
     if scale[0] == 0:
-        raise ValueError(f"{path} has the RescaleSlope 0; HU need another")
+        raise ValueError(f"{path} has the RescaleSlope 0; a slope other than 0 is needed")
     rows, columns = (int(_numbers(path, [header], name, 1)[0]) for name in ("Rows", "Columns"))
     spacing = _numbers(path, holders, "PixelSpacing", 2)
     if not (spacing > 0).all():

@@ -59,7 +59,7 @@ def check_shape(shape: tuple[int, ...], name: str) -> None:
     if len(shape) < 3:
         raise ValueError(f"{name} is {len(shape)}D ({sizes}); a volume needs three axes")
     if any(n != 1 for n in shape[3:]):
-        raise ValueError(f"{name} is {len(shape)}D ({sizes}); only one volume a file can be used")
+        raise ValueError(f"{name} is {len(shape)}D ({sizes}); give a file of one volume")
     if min(shape) < 1:
         raise ValueError(f"{name} has no voxels ({sizes})")
 

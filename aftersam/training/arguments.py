@@ -124,7 +124,7 @@ def _check_same(run: Path, asked: Config, stored: Config) -> None:
         for key, value in to_dict(getattr(asked, part)).items():
             if value != theirs[key] and key not in MAY_CHANGE:
                 raise ValueError(
-                    f"{key} is {value}, but the run in {run} goes by {theirs[key]}; leave it out of --resume, "
+                    f"{key} is {value}, but the run in {run} has {theirs[key]}; leave it out of --resume, "
                     "or train into another --output"
                 )
 

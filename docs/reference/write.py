@@ -1,4 +1,4 @@
-"""Write flags.md from the commands' dataclasses and errors.md from the tests' table.    make reference
+"""Write flags.md from the commands' dataclasses and errors.md from the tests' tables.    make reference
 
 A test compares both pages with what this makes."""
 
@@ -36,9 +36,10 @@ Every choice of a training. A key that is not given takes its value from `--conf
 weights, else `small`."""
 ERRORS = """# Errors
 
-Written by `make reference` from the table of `tests/test_sentences.py`, which triggers each of them and compares the
-sentence. An error is one line on stderr after the command's name. Exit code 2: the command could not be done, and
-nothing half-written is left. Exit code 1: some scans failed, the others are done. Exit code 130 or 143: interrupted.
+Written by `make reference` from the tables in `tests/error_rows*.py`; `tests/test_sentences.py` triggers each error and
+compares its sentence. An error is one line on stderr after the command's name. Exit code 2: the command could not be
+done, and nothing half-written is left. Exit code 1: some scans failed, the others are done. Exit code 130 or 143:
+interrupted.
 
 `HOME` stands for a folder, `RUN` for the folder of a training, `*` for what differs between machines and versions."""
 
