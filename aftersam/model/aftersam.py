@@ -56,9 +56,10 @@ class AfterSAM(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """hu (B, N, H, W) in Hounsfield units -> logits (B, N, K+1, H/s, W/s), s the output stride.
 
-        With `query_index` only those slices are fused last and decoded: (B, Nq, K+1, H/s, W/s).
-        labels (B, N, H, W) are read by a prompted decoder alone. `embedding` (B, N, C, h, w), if an encoder without
-        skips made it of this `hu` before, is not computed again. With `coarse` also the decoder's coarse logits."""
+        With `query_index` the last fusion block and the decoder compute those slices alone: (B, Nq, K+1, H/s, W/s).
+        `labels` (B, N, H, W) are for a prompted decoder. `embedding` (B, N, C, h, w) is the encoder's output for
+        this `hu`, computed before; it is for encoders without skips. `coarse` also returns the decoder's coarse
+        logits."""
         groups, slices = hu.shape[:2]
         stored = None if embedding is None else SliceFeatures(embedding.flatten(0, 1), ())
         features = self.encode(hu.flatten(0, 1), stored)
@@ -82,9 +83,9 @@ class AfterSAM(nn.Module):
             self.fusion.activation_checkpointing = on
 
     def image(self, hu: Tensor) -> Tensor:
-        """hu (T, H, W) in Hounsfield units -> what the encoder takes (T, 3, H, W); of s slices (T, 3·s, H, W).
+        """hu (T, H, W) in Hounsfield units -> the encoder's input (T, 3, H, W), or (T, 3·s, H, W) by a stem of s.
 
-        Raises ValueError where the stem sees more slices than `hu` has, or fewer."""
+        Raises ValueError where `hu` has another number of adjacent slices than the stem."""
         near = () if self.stem_slices == 1 else (self.stem_slices,)
         if tuple(hu.shape[1:-2]) != near:
             form = ", ".join(("T", *map(str, near), "H", "W"))
@@ -97,7 +98,8 @@ class AfterSAM(nn.Module):
     def encode(self, hu: Tensor, stored: SliceFeatures | None = None) -> SliceFeatures:
         """hu (T, H, W) in Hounsfield units -> embedding (T, C, h, w) and the decoder's skips.
 
-        `stored` is what the encoder made of this `hu` before; a stem beside the encoder may have changed since."""
+        `stored` is the encoder's output for this `hu`, computed before. A stem beside the encoder is computed
+        anyway: its weights may have changed."""
         if stored is not None and self.stem is None:
             return stored
         image = self.image(hu)
@@ -117,7 +119,7 @@ class AfterSAM(nn.Module):
     ) -> Tensor:
         """embedding (T, C, h, w), skips and, if prompted, labels of the same slices -> logits (T, K+1, H/s, W/s).
 
-        They are of all class tokens, where there are more than classes: see `of_classes`."""
+        Where there are more class tokens than classes, there is one logit for each token: see `of_classes`."""
         return self.decoder(embedding, skips, labels)
 
     def _classes(self, logits: Tensor, groups: int) -> Tensor:
@@ -125,7 +127,7 @@ class AfterSAM(nn.Module):
 
 
 class SliceEncoder(nn.Module):
-    """The half of `model` before slices meet, with plain tensors at its ends, as export wants them."""
+    """The 2D half of `model`, from slices to features, with plain tensors in and out for export."""
 
     def __init__(self, model: AfterSAM) -> None:
         super().__init__()
@@ -138,7 +140,7 @@ class SliceEncoder(nn.Module):
 
 
 class GroupDecoder(nn.Module):
-    """The other half: fusion of groups, and the decoder on the slice at `centre` of each."""
+    """The other half of `model`: fusion of groups, then the decoder on the slice at `centre` of each group."""
 
     def __init__(self, model: AfterSAM, centre: int) -> None:
         super().__init__()

@@ -37,9 +37,9 @@ TRAINING_STATE = ("optimizer/", "rng/")  # prefixes of what last.safetensors hol
 
 
 def resolve_encoder(config: Config, *, pretrained: bool) -> Config:
-    """`config` with encoder "auto" decided: lora with SAM weights, full without.
+    """`config` with encoder "auto" replaced: by "lora" with SAM weights, by "full" without.
 
-    Raises ValueError for an encoder that would stay at frozen random weights."""
+    Raises ValueError where random encoder weights would stay frozen."""
     encoder = config.model.encoder
     if encoder == "auto":
         encoder = "lora" if pretrained else "full"
@@ -60,9 +60,9 @@ def build_aftersam(
 ) -> AfterSAM:
     """The model that `config` describes, for `num_classes` classes, background included.
 
-    `sam` gives SAM's weights to the encoder and the decoder; without it they are random (to be trained, or
-    loaded from a run). `say` takes one line on which of SAM's tensors were used, interpolated and left out. encoder
-    "auto" means "lora" with `sam` and "full" without."""
+    `sam` gives SAM's weights to the encoder and the decoder; without it they are random (to be trained, or loaded
+    from a run). `say` is called with one line on which of SAM's tensors were used, interpolated and left out.
+    encoder "auto" means "lora" with `sam` and "full" without."""
     lora = LoRAOptions(config.lora_rank, config.lora_alpha, config.lora_dropout)
     encoder = build_image_encoder(
         config.image_encoder, image_size=config.image_size, in_channels=3 * config.stem_slices
@@ -172,7 +172,8 @@ def _block(size: EncoderSize, index: int, grid: tuple[int, int]) -> EncoderBlock
 def check_weights(path: Path, config: ModelConfig, num_classes: int) -> None:
     """Raise ValueError unless the file `path` holds the weights of the model that `config` describes.
 
-    Its header is compared with a model without memory, so that no absurd size of either is ever allocated."""
+    The file's header is compared with a model on the meta device, so that nothing is allocated, whatever sizes they
+    name."""
     with naming(path.with_name("config.json"), "cannot be used"), torch.device("meta"):
         model = build_aftersam(config, num_classes)
     _check_shapes(path, model, tensor_shapes(path))

@@ -1,4 +1,4 @@
-"""Slices to features: SAM's ViT with its own parameter names, and a size of it that learns from scratch.
+"""Slices to features: SAM's ViT by SAM's parameter names, and small sizes of it that learn from scratch.
 
 Source: segment_anything/modeling/image_encoder.py; ViTDet, arXiv 2203.16527."""
 
@@ -45,7 +45,7 @@ class ImageEncoder(nn.Module):
     def forward(self, images: Tensor) -> SliceFeatures:
         """images (T, 3, H, W), normalised -> embedding (T, C, h, w) with h = H / patch, and skips.
 
-        Raises ValueError for another image size than the positions are for."""
+        Raises ValueError where the image size differs from that of the position table."""
         height, width = (n * self.patch for n in self.pos_embed.shape[1:3])
         if images.shape[-2:] != (height, width):
             raise ValueError(
@@ -86,7 +86,7 @@ class EncoderBlock(nn.Module):
 
 
 class EncoderAttention(SamAttention):
-    """SAM's attention with relative positions over a grid (h, w) or inside windows, its tables zero at first."""
+    """SAM's attention with relative positions over a grid (h, w) or inside windows. Their tables start at zero."""
 
     qkv_by_head = False
 
@@ -103,7 +103,7 @@ class EncoderAttention(SamAttention):
 
 
 class PatchEmbed(nn.Module):
-    """SAM's patch embedding under its names, as a product that writes tokens (T, h, w, dim) where they stay."""
+    """SAM's patch embedding by SAM's names, as one matrix product whose output (T, h, w, dim) needs no copy."""
 
     def __init__(self, patch: int, in_channels: int, dim: int) -> None:
         super().__init__()

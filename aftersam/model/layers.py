@@ -54,24 +54,24 @@ class MLP(nn.Module):
 
 
 class DenseLinear(nn.Linear):
-    """nn.Linear by the fastest product of a library."""
+    """nn.Linear computed by the fastest library product."""
 
     def forward(self, x: Tensor) -> Tensor:
         return dense_linear(x, self.weight, self.bias)
 
 
 class RowNorm(nn.LayerNorm):
-    """nn.LayerNorm in one pass over the rows on a GPU, its result in the dtype that the next product takes."""
+    """nn.LayerNorm, on a GPU in one pass over the rows. The result has the dtype of the product that follows."""
 
     def forward(self, x: Tensor) -> Tensor:
         return row_norm(x, self.weight, self.bias, eps=self.eps)
 
 
 class ConvStem(nn.Module):
-    """Convolutions at strides 1, 2 and 4, each level's features a skip for the decoder.
+    """Convolutions at strides 1, 2 and 4. The features of each stride are a skip for the decoder.
 
-    GroupNorm: statistics of one slice alone, so that a slice encoded by itself is a slice encoded in a batch.
-    Few channels at stride 1, where memory traffic and not arithmetic takes the time."""
+    GroupNorm takes the statistics of each slice by itself, so that a slice has the same features alone and in a
+    batch. Stride 1 has few channels: memory traffic takes the time there, not arithmetic."""
 
     def __init__(self, in_channels: int, *, channels: tuple[int, ...]) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class ResidualBlock(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm, its moments by many blocks of a GPU: torch's kernel takes one for each slice and group."""
+    """nn.GroupNorm with moments by many blocks of a GPU. torch's kernel has one block for each slice and group."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cuda" or not (x.dtype == torch.float32 or torch.is_autocast_enabled("cuda")):
@@ -179,7 +179,9 @@ def build_neck(dim: int, out_channels: int) -> nn.Sequential:
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Autocast off. Where it is off, or on the meta device, which has none, nothing shows in an exported graph."""
+    """A context without autocast.
+
+    It leaves no trace in an exported graph where autocast is off already, or on the meta device, which has none."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)

@@ -38,7 +38,7 @@ class LoRAQKV(LoRAUpdates, DenseLinear):
         self.add_lora(options.rank, options.alpha)
 
     def updated_weights(self) -> dict[str, Tensor]:
-        """The rows of q and of v (M, D, C), heads of 1 holding all C rows."""
+        """The rows of the weight that give q and v, each (M, D, C). M is 1 unless rows go by head."""
         q, _, v = self.weight.unflatten(0, (self.heads, 3, -1)).unbind(1)
         return {"q": q, "v": v}
 

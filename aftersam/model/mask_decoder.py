@@ -33,7 +33,7 @@ class MaskDecoder(nn.Module):
     `num_classes` is K+1, background included. `skip_channels` are the channels of the encoder's skips at strides
     1, 2, 4, ..., finest first; stages at those strides use them, those finer than `output_stride` are not needed.
     `decoder_attention` "image_to_token" leaves tokens as they are and only lets the image attend to them.
-    `prompts` "box", "point" or "points" gives every class tokens for where its label is, which `forward` then needs.
+    `prompts` "box", "point" or "points" adds prompt tokens drawn from each class's label; `forward` then needs labels.
     `token_shares` are those of `ModelConfig`; where they have more than K+1 numbers, there are as many logits, which
     `of_classes` reduces."""
 
@@ -105,9 +105,10 @@ class MaskDecoder(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """embedding (T, C, h, w), skips finest first -> logits (T, K+1, H, W).
 
-        With `coarse` also logits (T, K+1, h, w) from before any skip, each class's token times the image that attended
-        to it, for deep supervision.    Source: arXiv 1409.5185; token times pixel is MaskFormer's, arXiv 2107.06278.
-        labels (T, S, S) of the same slices are what a prompted decoder draws its prompts from; others ignore them.
+        `coarse` also returns logits (T, K+1, h, w) at the tokens' stride, before any skip, for deep supervision:
+        each class token times the image features.    Source: arXiv 1409.5185; token times pixel is MaskFormer's,
+        arXiv 2107.06278. A prompted decoder draws its prompts from labels (T, S, S) of the same slices; other
+        decoders ignore them.
         Raises ValueError where a prompted decoder gets none."""
         slices, _, height, width = embedding.shape
         tokens = self.class_tokens.weight.expand(slices, -1, -1)  # (T, K+1, C), or more: of background
@@ -154,7 +155,7 @@ class MaskDecoder(nn.Module):
 
 
 class SkipFusion(nn.Module):
-    """x + block(cat(x, skip)): the skip's detail enters beside what SAM's own stage made."""
+    """x + block(cat(x, skip)): adds the skip's detail to the output of SAM's stage."""
 
     def __init__(self, channels: int, skip_channels: int) -> None:
         super().__init__()
@@ -165,7 +166,7 @@ class SkipFusion(nn.Module):
 
 
 class ImageToTokenTransformer(nn.Module):
-    """What the paper keeps of SAM's two-way transformer: the image attends to the tokens, by SAM's names."""
+    """SAM's two-way transformer with image-to-token attention alone, as the paper says, by SAM's names."""
 
     def __init__(self, depth: int, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -192,7 +193,7 @@ class ImageToTokenTransformer(nn.Module):
 def of_classes(logits: Tensor, num_classes: int) -> Tensor:
     """Logits (..., tokens, H, W) -> (..., K+1, H, W): background's is the largest of its tokens'.
 
-    Last of all where masks are made, since a maximum is not the same before interpolation and after."""
+    Apply it after interpolation: a maximum and an interpolation do not commute."""
     if logits.shape[-3] == num_classes:
         return logits
     background, organs, further = logits.tensor_split((1, num_classes), dim=-3)
@@ -200,7 +201,7 @@ def of_classes(logits: Tensor, num_classes: int) -> Tensor:
 
 
 def share_keys(transformer: nn.Module, shares: Sequence[float]) -> None:
-    """Let the i-th token count `shares[i]` times, in place, in every attention of `transformer` to the tokens.
+    """Let token i count `shares[i]` times in every attention of `transformer` to the tokens, in place.
 
     The attention weight of token i is shares[i] · exp(score_i), normalised; tokens beyond `shares` count once."""
     for name, attention in transformer.named_modules():
@@ -221,7 +222,7 @@ def _attend(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _hypernetworks(count: int, dim: int, channels: int) -> nn.ModuleList:
-    """SAM's MLPs from a class token to its weights of the pixels' `channels`, which start small."""
+    """SAM's MLPs from a class token to the weights of its dot product with the pixels' `channels`; they start small."""
     mlp = segment_anything_modeling("mask_decoder").MLP
     made = nn.ModuleList(mlp(dim, dim, channels, 3) for _ in range(count))
     for hypernetwork in made:

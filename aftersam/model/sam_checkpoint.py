@@ -1,6 +1,6 @@
 """SAM's weights: found or downloaded, read without running their code, checked name by name, loaded.
 
-Which layouts of files are read stands in sam_layouts.py.
+sam_layouts.py says which file layouts are read.
 
 Source: github.com/facebookresearch/segment-anything, whose modules are loaded here too;
 github.com/ChaoningZhang/MobileSAM."""
@@ -79,7 +79,7 @@ def read_sam_checkpoint(path_or_name: str | Path, *, progress: bool = True) -> S
     vit_h, vit_t from a download kept in a cache.
 
     Layout and architecture are recognised from names and shapes; every tensor of SAM must be there, of its shape, and
-    no other but those that sam_layouts.py leaves out by name. Tensors become fp32; those that are stay in the file,
+    no other but those that sam_layouts.py leaves out by name. Tensors become fp32; fp32 tensors stay in the file,
     mapped into memory. The cache is $AFTERSAM_CACHE or ~/.cache/aftersam; `progress` shows a bar while downloading.
 
     Raises ValueError for a file that is missing, truncated, foreign or holds code, OSError for a failed download."""
@@ -170,8 +170,8 @@ def load_mask_decoder_state(
 
     Class tokens and hypernetworks all start as SAM's mask token 0 and its hypernetwork, with Gaussian noise of
     `noise` times each tensor's standard deviation, drawn from `seed`. SAM's other mask tokens, its IoU token and
-    head and its mask prompts have no place here. Skip fusions start silent and added stages as copies
-    of each pixel, so that the first logits are SAM's masks. Returns the names of SAM's tensors that were used.
+    head and its mask prompts have no place here. Skip fusions start at zero and added stages repeat
+    each pixel, so that the first logits are SAM's masks. Returns the names of SAM's tensors that were used.
 
     Raises ValueError that names the first tensor that is missing or of another shape."""
     generator = torch.Generator().manual_seed(seed)

@@ -99,7 +99,7 @@ def _named(pattern: str) -> Callable[[State], str | None]:
 
 
 def _pruned(state: State) -> str | None:
-    """The position table where it and the patch embedding have one width, which is none of SAM's."""
+    """The name of the position table if it and the patch embedding have one width that no SAM has; else None."""
     key, patches = "image_encoder.pos_embed", state.get("image_encoder.patch_embed.proj.weight")
     if key not in state or patches is None or state[key].dim() != 4 or patches.dim() != 4:
         return None

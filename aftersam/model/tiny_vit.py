@@ -165,8 +165,8 @@ class TinyViTBlock(nn.Module):
 
 
 class TinyViTAttention(nn.Module):
-    """Attention among the S² tokens of a window; the score of two gets a bias by how far apart their rows and
-    columns are. A fused projection whose rows go by head, (M, 3, D)."""
+    """Attention among the S² tokens of a window; each score has a bias by the distance in
+    rows and columns. A fused projection whose rows go by head, (M, 3, D)."""
 
     qkv_by_head = True
 
