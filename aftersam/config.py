@@ -17,7 +17,7 @@ Args = TypeVar("Args")
 
 
 class Range(NamedTuple):
-    """Bounds of a number, as metadata of a field's type; `open` names the end that is outside itself."""
+    """Bounds of a number, as metadata of a field's type. `open` names the bound that is excluded."""
 
     low: float
     high: float
@@ -44,7 +44,8 @@ Millimetres = Annotated[float, Range(0, 1e3, "low")]
 
 
 def checked(args: Args) -> Args:
-    """`args` itself, a dataclass, or ValueError in one sentence on the first number outside the bounds of its type."""
+    """`args`, a dataclass, itself. Raises ValueError in one sentence on the first number outside the bounds of its
+    type."""
     for name, ranges in _ranges(type(args)).items():  # type: ignore[arg-type]  # types are hashable
         value = getattr(args, name)
         if dataclasses.is_dataclass(value):
@@ -85,10 +86,11 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class EncoderSize:
-    """Geometry of an image encoder. `patch` is the token stride in pixels, `window` and
-    `global_blocks` are SAM's; `stem` says that tokens come from a convolutional stem whose
-    strides 1, 2 and 4 feed the decoder, instead of SAM's one 16×16 patch convolution. `stages`
-    are those of a TinyViT, whose last one has the other sizes."""
+    """Geometry of an image encoder.
+
+    `patch` is the token stride in pixels. `window` and `global_blocks` are SAM's. With `stem`, tokens come from a
+    convolutional stem instead of SAM's 16×16 patch convolution, and the stem's strides 1, 2 and 4 feed the decoder.
+    `stages` are those of a TinyViT; its last stage has the other sizes."""
 
     dim: int
     depth: int
@@ -145,13 +147,13 @@ class ModelConfig:
     image_size: Annotated[int, Range(1, 4096)] = 1024
     """Side in pixels of the square that the encoder sees; larger planes are tiled, smaller padded."""
     encoder: Literal["auto", "frozen", "lora", "full"] = "auto"
-    """What trains in the encoder. auto: LoRA on q and v with a SAM checkpoint, everything without."""
+    """Which weights of the encoder train. auto: LoRA on q and v with a SAM checkpoint, all weights without one."""
     lora_rank: Small = 4
     """r of every LoRA pair, A (r, in) and B (out, r)."""
     lora_alpha: Positive | None = None
     """LoRA's alpha; the update is scaled by alpha / rank. None means alpha = rank, as printed."""
     lora_dropout: Partial = 0.0
-    """Dropout on the input of the LoRA branch."""
+    """Dropout rate on the input of the LoRA branch."""
     num_heads: Small = 8
     """M, heads of a fusion block."""
     num_blocks: Small = 6
@@ -173,14 +175,14 @@ class ModelConfig:
     decoder_attention: Literal["two_way", "image_to_token"] = "two_way"
     """SAM's two-way transformer, or image-to-token attention alone (the paper's words)."""
     token_shares: tuple[Annotated[float, Range(0, 1, "low")], ...] = ()
-    """Set by --init: how much each class token counts where others attend to it, background first; empty: all 1.
-    Tokens beyond the classes are further tokens of background."""
+    """Set by --init, not by hand: weight of each class token as a key of attention, background first; empty: all 1.
+        Tokens beyond the classes are further tokens of background."""
     prompts: Literal["none", "box", "point", "points"] = "none"
     """Prompt each class from its label by a box, one click or three (the paper's Table 3); such scores are marked."""
     stem_slices: Small = 1
-    """Adjacent slices that the stem of small or tiny sees at once, the slice itself in the middle. 1: 2D, as SAM's."""
+    """Adjacent slices that are input channels of the stem of small or tiny, the slice itself in the middle. 1: 2D."""
     output_stride: Small = 4
-    """Pixels a logit: 4 is SAM's own upscaling; below it, skips from strides under the patch are used."""
+    """Pixels of the input a logit. 4 is SAM's own upscaling; 1 and 2 need skips from finer strides."""
     hu_windows: Annotated[tuple[tuple[float, float], ...], Range(-32768, 32767)] = (WIDE, SOFT_TISSUE, BONE)
     """Three HU windows (low, high) become the three input channels; a single one is repeated."""
     normalisation: Literal["sam", "unit"] = "sam"
@@ -195,17 +197,17 @@ class DataConfig:
     """Transforms of training groups. One elastic field serves all slices of a group; mirror swaps
     left and right labels and is refused where a side has no counterpart."""
     augmentation_probability: Share = 0.2
-    """Chance of each transform for a group."""
+    """Probability of each transform for a group."""
     crops: Literal["random", "prediction"] = "random"
-    """Training windows: moved at random about the body, or exactly prediction's, which stored embeddings need."""
+    """Training windows: shifted at random about the body, or exactly those of prediction, which --embeddings needs."""
     foreground_sampling: Share = 0.0
-    """Share of groups drawn about a random foreground slice and class; the paper draws uniformly."""
+    """Share of groups drawn about a random slice of a random organ; the others are drawn uniformly, as in the paper."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     epochs: Count = 550
-    """Epochs of one random group a scan; unused where max_steps or max_minutes limits the run."""
+    """Epochs of one random group a scan. Ignored where max_steps or max_minutes limits the run."""
     max_steps: Count | None = None
     """Stop after this many optimiser steps; schedules follow progress."""
     max_minutes: Positive | None = None
@@ -223,11 +225,11 @@ class TrainConfig:
     schedule: Literal["step", "poly"] = "step"
     """step: a tenth of the rate for the last 50 of 550 epochs. poly: (1 - progress)^0.9."""
     warmup: Partial = 0.0
-    """Share of the run in which the rate rises linearly from 0."""
+    """Share of the run in which the learning rate rises linearly from 0."""
     clip_norm: Weight = 0.0
     """Largest gradient norm; 0 leaves gradients alone."""
     supervision: Literal["all", "centre"] = "all"
-    """Slices of a group whose logits enter the loss; at test the centre alone is kept."""
+    """Slices of a group whose logits enter the loss. Prediction keeps the centre slice only."""
     dice: Literal["present", "all"] = "present"
     """Classes in the Dice term: those present in the group, or all."""
     ce_foreground_weight: Weight = 1.0
@@ -235,8 +237,8 @@ class TrainConfig:
     ce_hardest: Annotated[float, Range(0, 1, "low")] = 1.0
     """Top-k cross-entropy: the fraction of voxels with the highest loss that is averaged. 1 uses all voxels."""
     deep_supervision: Weight = 0.0
-    """Weight of the same loss of logits at the tokens' stride, from before any skip. Without it a model that learns
-    from scratch leaves encoder and fusion unused: its skips learn sooner."""
+    """Weight of the same loss on logits at the tokens' stride, before any skip. A model that learns from scratch needs
+        it: its skips learn sooner than its encoder and fusion, which would stay unused."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the device computes it natively, else fp32."""
     activation_checkpointing: bool = False
@@ -244,9 +246,10 @@ class TrainConfig:
     shard: bool = False
     """Spread weights, gradients and moments over the processes (FSDP): for vit_h where a GPU cannot hold them."""
     validations: Annotated[int, Range(0, 1e4)] = 10
-    """Validations spread evenly over the run; each predicts the whole validation scans. 0: the last are the best."""
+    """Validations, spread evenly over the run; each predicts the whole validation scans. 0: the final weights are kept
+    as the best."""
     checkpoint_steps: Count = 200
-    """Steps between writes of last.safetensors: what a killed run loses at most."""
+    """Steps between writes of last.safetensors. A killed run loses at most so many."""
     seed: Seed = 0
     """Every random draw is a function of (seed, epoch, case)."""
     num_workers: Index | None = None
@@ -276,8 +279,8 @@ _SMALL = Config(
         output_stride=1,
     ),
     data=DataConfig(
-        # 96 pixels then show most of a body, a token is 32 mm, and a group spans 6 cm: where an organ ends is
-        # seen further off than the next slices, which show nearly the same and whose outlines the stem sees
+        # 96 pixels then show most of a body, a token is 32 mm, and a group spans 6 cm. Distant slices show where an
+        #         # organ ends; adjacent slices look nearly the same, and the stem sees their outlines
         spacing_mm=(2.5, 4.0, 4.0),
         augmentation=("elastic", "affine", "intensity", "noise"),
         foreground_sampling=0.66,
@@ -300,7 +303,7 @@ _TINY = Config(
         _SMALL.model, image_encoder="tiny", num_slices=3, slice_stride=1, stem_slices=1
     ),
     data=dataclasses.replace(_SMALL.data, spacing_mm="median", augmentation=()),
-    # few steps: the weight starts small organs sooner
+    # with so few steps, the weight makes small organs appear sooner
     train=dataclasses.replace(
         _SMALL.train, max_steps=1500, ce_foreground_weight=5.0, ce_hardest=1.0, validations=2
     ),

@@ -27,10 +27,11 @@ def augment(
     config: DataConfig,
     label_swap: dict[int, int],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Random changes of one group: images (N, H, W) float32 HU and labels (N, H, W), every draw from `generator`.
+    """Randomly changed copy of one group: images (N, H, W) float32 HU and labels (N, H, W).
 
-    One displacement field and one set of intensity changes serve all slices: the neighbours stay neighbours.
-    Labels move with their nearest pixel. `mirror` swaps the labels that `label_swap` pairs."""
+    Every draw is from `generator`. One displacement field and one set of intensity changes serve all slices, so that
+    neighbouring slices still fit. Labels take the value of their nearest pixel. `mirror` swaps the labels that
+    `label_swap` pairs."""
     chosen = {name for name in config.augmentation if generator.random() < config.augmentation_probability}
     if chosen & {"elastic", "affine"}:
         images, labels = _deform(
@@ -50,7 +51,8 @@ def augment(
 def _deform(
     images: np.ndarray, labels: np.ndarray, generator: np.random.Generator, *, elastic: bool, affine: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Both (N, H, W) sampled along one random 2D grid: bilinear for images, nearest for labels, air from outside."""
+    """images and labels (N, H, W) sampled along one random 2D grid: bilinear, and nearest for labels. Outside is
+    air."""
     from monai.transforms import RandAffineGrid, RandDeformGrid, Resample
 
     height, width = images.shape[-2:]

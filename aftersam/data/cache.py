@@ -1,7 +1,7 @@
 """Preprocessed scans on disk, memory-mapped: made once, shared by workers and runs.
 
-A folder a scan, named after the case and a hash of the files' contents, the spacing and this file's version,
-so that a changed scan, label or setting is never mistaken for another."""
+Each scan has a folder, named after the case and a hash of the files' contents, the spacing and this file's version.
+A changed scan, label or setting therefore gets a folder of its own."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class CaseFacts:
 
 @dataclass(frozen=True)
 class CachedCase(CaseFacts):
-    """A preprocessed scan. Arrays are opened when asked for, so that an object is small and can be sent to workers."""
+    """A preprocessed scan. Arrays are opened when they are read, so that the object is small enough to send to
+    workers."""
 
     folder: Path
 
@@ -75,8 +76,8 @@ def cache_cases(
 ) -> dict[str, CachedCase]:
     """Preprocess the cases `ids` of `dataset` into `folder`, or find them there: {id: CachedCase}.
 
-    The spacing "median" is that of the cases `training`. `trusted` intensities are not judged. Raises ValueError, or
-    OSError where the folder cannot be written, naming the scan; what was finished before is kept."""
+    The spacing "median" is that of the cases `training`. `trusted` skips the check of intensities. Raises
+    ValueError, or OSError where the folder cannot be written, naming the scan; scans finished before are kept."""
     from rich.progress import track
 
     cases = {case.id: case for case in dataset.cases}
@@ -116,9 +117,10 @@ def cache_case(
     *,
     trusted: bool = False,
 ) -> CachedCase:
-    """One labelled case, preprocessed to `spacing_mm` (None: its own), from `folder` or into it.
+    """One labelled case at `spacing_mm` (None: the scan's own), read from `folder` or preprocessed into it.
 
-    `names` are the labels that may occur. Raises ValueError on bad files, no label, or an empty or foreign one."""
+    `names` are the labels that may occur. Raises ValueError on bad files, on a missing or empty label, and on a
+    label value without a name."""
     if case.label is None:
         raise ValueError(f"{case.image} has no label to train on")
     digest = hashlib.blake2b(f"{VERSION} {spacing_mm} {sorted(names)}".encode(), digest_size=10)
@@ -135,7 +137,7 @@ def cache_case(
 
 
 def check_labels(labels: Volume, names: dict[int, str]) -> list[int]:
-    """The label values that occur, without background. Raises ValueError where there are none, or foreign ones."""
+    """The label values that occur, without background. Raises ValueError where there is none, or one without a name."""
     present = [value for value in np.unique(labels.array).tolist() if value]
     foreign = [value for value in present if value not in names]
     if foreign:
@@ -160,7 +162,7 @@ def foreground_rows(labels: np.ndarray) -> np.ndarray:
 
 
 def _open(home: Path, names: Collection[int]) -> CachedCase:
-    """The scan in the folder `home`. Raises ValueError where a file of it is damaged or was cut."""
+    """The scan in the folder `home`. Raises ValueError where one of its files is damaged or cut short."""
     with naming(home):
         facts = from_dict(CaseFacts, read_json(home / "case.json"), where=str(home / "case.json"))
         case = CachedCase(**vars(facts), folder=home)

@@ -1,7 +1,8 @@
 """Whether a scan's values are Hounsfield units, judged from the values alone.
 
-Real CT has air near −1000 or, where it was cropped, fat and lung below 0; padding lies below −1100. What has none of
-these is refused, what has an odd share of them is warned of: a crop inside of the body must not be lost."""
+Real CT has air near −1000. Where air was cropped, fat and lung are still below 0. Padding lies below −1100. A scan
+without any of these is refused. A scan with an unusual share of them gives a warning only: it may be a crop inside
+the body."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ RARE = 1e-3
 
 
 def check_intensities(volume: Volume, *, trusted: bool = False, refuse: bool = True) -> None:
-    """Raise ValueError where a scan's values cannot be Hounsfield units, and warn where they hardly are.
+    """Raise ValueError where a scan's values cannot be Hounsfield units; warn where they are unlikely to be.
 
-    Neither where `trusted`; without `refuse` a warning in both cases."""
+    `trusted` skips both. `refuse` False warns in both cases."""
     array = volume.array
     if trusted or array.size < FEWEST:
         return
@@ -38,7 +39,7 @@ def check_intensities(volume: Volume, *, trusted: bool = False, refuse: bool = T
 
 
 def _impossible(values: np.ndarray) -> str | None:
-    """Why no CT has these values (V,), if none has."""
+    """Why these values (V,) cannot be from a CT, or None."""
     values = values[values > PADDING]
     if not values.size or (low := float(values.min())) <= AIR:
         return None
@@ -58,7 +59,7 @@ def _impossible(values: np.ndarray) -> str | None:
 
 
 def _odd(values: np.ndarray) -> str | None:
-    """What is odd about these values (V,) of a CT."""
+    """What is unusual about these values (V,) for a CT, or None."""
 
     def share(found: np.ndarray) -> float:
         return float(np.count_nonzero(found)) / max(1, body.size)

@@ -1,4 +1,4 @@
-"""NIfTI files opened for reading: header checked before memory is taken, transform settled, gzip's checksum read."""
+"""NIfTI files opened for reading: the header is checked before memory is taken, and gzip's checksum is verified."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _SILENT = logging.Logger("nibabel", logging.CRITICAL + 1)  # it reports each hea
 
 @contextlib.contextmanager
 def opened(path: Path, *, whole: bool = True, told: bool = True) -> Iterator[nib.Nifti1Image]:
-    """The file's image, its voxels still on disk, inside of `naming`.
+    """The file's image with its voxels still on disk; errors in the block name the file.
 
-    `whole`: the voxels are read in the block, so that a gzip file's checksum is looked at as it ends. `told`: a warning
-    says which of two transforms that disagree is used. Raises ValueError on what is no readable 3D volume."""
+    `whole` says that the block reads all voxels, so that a gzip file's checksum is verified at its end. `told` warns
+    which of two transforms is used where they disagree. Raises ValueError on anything but a readable 3D volume."""
     import nibabel as nib
 
     if not path.exists():
@@ -73,7 +73,7 @@ def check_spacing(spacing: Any, name: str) -> None:
 
 @np.errstate(all="ignore")
 def is_grid(affine: np.ndarray) -> bool:
-    """Whether affine (4, 4) is finite and its three axes point three ways."""
+    """Whether affine (4, 4) is finite and its three axes point in three directions."""
     columns = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     return bool(np.isfinite(affine).all() and abs(np.linalg.det(columns)) >= 1e-3)
 
@@ -85,12 +85,12 @@ def corners(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
 
 
 def mm_per_unit(header: nib.Nifti1Header) -> float:
-    """How many mm the unit is in which a header gives lengths."""
+    """Millimetres per unit of length of a header."""
     return MM.get(int(header["xyzt_units"]) & 7, 1.0)
 
 
 def _read_header(file: Any, path: Path) -> nib.Nifti1Header:
-    """The header at the start of `file`. nibabel mends a spacing of zero as it loads, we refuse it."""
+    """The header at the start of `file`. A spacing of zero is refused; nibabel would silently replace it."""
     import nibabel as nib
 
     size = file.read(4)
@@ -114,7 +114,7 @@ def _read_header(file: Any, path: Path) -> nib.Nifti1Header:
 
 
 def _settle_transforms(header: nib.Nifti1Header, name: str, *, told: bool) -> None:
-    """Leave a header such that `get_best_affine` gives the transform to use."""
+    """Change a header so that `get_best_affine` gives the transform to use."""
     turn = np.array([header[key] for key in QUATERNION], float)
     if 1 < (norm := float(np.linalg.norm(turn))) < 1.01:  # rounded when it was written
         for key, value in zip(QUATERNION, turn / norm, strict=True):

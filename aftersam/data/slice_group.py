@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 class SliceGroups(Dataset[dict[str, torch.Tensor | str]]):
     """One random group of each cached scan an epoch, cropped about the body and augmented.
 
-    An item is a pure function of (seed, epoch, the case's id): any process, worker or resumed run sees the
-    same. Indexed by (epoch, case), as a sampler gives them, or by the case alone within `set_epoch`'s epoch;
-    a sampler must name the epoch where persistent workers hold copies of this object.
-    `label_swap` pairs the left and right labels that the mirror augmentation exchanges. `stored` holds, by case,
-    what the encoder made of prediction's windows; items then carry it."""
+    An item is a pure function of (seed, epoch, case id), so that every process, worker and resumed run gets the
+    same. Index by (epoch, case), as a sampler does, or by the case alone within `set_epoch`'s epoch. With persistent
+    workers the sampler must name the epoch, because workers hold copies of this object. `label_swap` pairs the left
+    and right labels that the mirror augmentation exchanges. `stored` holds the encoder's features of prediction's
+    windows by case; items then contain them."""
 
     def __init__(
         self,
@@ -50,16 +50,16 @@ class SliceGroups(Dataset[dict[str, torch.Tensor | str]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch of items that are asked for by their case alone."""
+        """Set the epoch of items that are indexed by their case alone."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.cached)
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, torch.Tensor | str]:
-        """{"hu": (N, S, S) float32, "labels": (N, S, S) int64, "case": its id}, "embedding" (N, C, h, w) if stored.
+        """{"hu": (N, S, S) float32, "labels": (N, S, S) int64, "case": its id}, and "embedding" (N, C, h, w) if stored.
 
-        With `stem_slices` s above 1, "hu" is (N, s, S, S): every slice between those next to it."""
+        With `stem_slices` s above 1, "hu" is (N, s, S, S): each slice with its adjacent slices."""
         epoch, case = index if isinstance(index, tuple) else (self.epoch, index)
         scan = self.cached[case]
         generator = np.random.default_rng((self.seed, epoch, zlib.crc32(scan.id.encode())))
@@ -95,9 +95,10 @@ class SliceGroups(Dataset[dict[str, torch.Tensor | str]]):
         return {"hu": torch.from_numpy(hu), "labels": torch.from_numpy(labels), "case": scan.id, **embedding}
 
     def _centre(self, scan: CachedCase, generator: np.random.Generator) -> tuple[int, tuple[int, ...]]:
-        """The centre slice, and the pixels (top, bottom, left, right) that the window should hold, if any.
+        """The centre slice, and the pixels (top, bottom, left, right) that the window should contain, if any.
 
-        A foreground draw takes a class that the scan has, then one of its slices; the others are uniform."""
+        A foreground draw takes a random class of the scan, then one of its slices; other draws are uniform over
+        slices."""
         rows = scan.foreground
         if not len(rows) or generator.random() >= self.data.foreground_sampling:
             return int(generator.integers(scan.shape[0])), ()

@@ -1,4 +1,4 @@
-"""What the image encoder made of a scan, on disk: read by training and by prediction."""
+"""The image encoder's features of a scan on disk, read by training and by prediction."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from aftersam.errors import naming
 
 @dataclass(frozen=True)
 class StoredScan:
-    """The encoder's features of one scan. Files are opened when asked for, so that an object can be sent to workers."""
+    """The encoder's features of one scan. Files are opened when they are read, so that the object can be sent to
+    workers."""
 
     folder: Path
 
     def read(
         self, slices: Sequence[int], device: torch.device | None = None, *, window: int | None = None
     ) -> tuple[Tensor, ...]:
-        """Features of `slices` in fp32, embedding first, then skips: of all their windows side by side, or of one."""
+        """Features of `slices` in fp32, embedding first, then skips: of one window, or of all windows side by side."""
         levels = []
         for path in sorted(self.folder.glob("*.npy")):
             with naming(path):

@@ -1,4 +1,4 @@
-"""Volumes to what the model sees: body box and resampling."""
+"""Volumes to what the model takes: resampling, and the bounding box of the body."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Preprocessed(NamedTuple):
 
 
 def preprocess(volume: Volume, spacing_mm: Spacing | None) -> Preprocessed:
-    """Resample a scan to `spacing_mm` (None: its own), as int16 HU, and find the body.
+    """Resample a scan to `spacing_mm` (None: the scan's own spacing) as int16 HU, and find the body.
 
-    Raises ValueError on a scan that would become absurdly large, before memory is taken."""
+    Raises ValueError on a scan that would become too large, before memory is taken."""
     target = volume.spacing_mm if spacing_mm is None else spacing_mm
     shape = resampled_shape(volume.array.shape, volume.spacing_mm, target)
     if math.prod(shape) > max(MOST_VOXELS, 8 * volume.array.size):
@@ -51,9 +51,9 @@ def preprocess(volume: Volume, spacing_mm: Spacing | None) -> Preprocessed:
 
 
 def body_box(array: np.ndarray, *, margin: int = 2) -> Box:
-    """Bounding box in the plane of the body in array (D, H, W) HU: the largest object of each slice, joined.
+    """Bounding box of the body in the plane, for array (D, H, W) HU: the union of each slice's largest object.
 
-    An opening parts the patient from the table's shell. The whole plane where nothing is denser than air."""
+    A morphological opening separates the patient from the table. The whole plane where nothing is denser than air."""
     from scipy import ndimage
 
     depth, height, width = array.shape
@@ -76,20 +76,21 @@ def body_box(array: np.ndarray, *, margin: int = 2) -> Box:
 
 
 def body_slices(array: np.ndarray) -> tuple[int, int]:
-    """The slices (first, end excluded) of array (D, H, W) HU from the first to the last that shows a body, and one
-    more at each end; (0, 0) where none does."""
+    """(first, end) of the slices of array (D, H, W) HU that show a body, with one more slice at each end.
+
+    The end is excluded. (0, 0) where no slice shows a body."""
     step = _step(array)
     found = [d for d, plane in enumerate(array) if _solid(plane, step).any()]
     return (max(found[0] - 1, 0), min(found[-1] + 2, len(array))) if found else (0, 0)
 
 
 def _step(array: np.ndarray) -> int:
-    """How coarse a look at a plane finds the outline of a body."""
+    """Distance in pixels between samples of a plane that still finds the outline of a body."""
     return max(1, min(array.shape[1:]) // 128)
 
 
 def _solid(plane: np.ndarray, step: int) -> np.ndarray:
-    """What is denser than air in every `step`-th pixel of plane (H, W), without what is thin."""
+    """Mask of what is denser than air in every `step`-th pixel of plane (H, W), with thin structures removed."""
     from scipy import ndimage
 
     cross = ndimage.generate_binary_structure(2, 1)
@@ -131,7 +132,7 @@ def resample(
 
 
 def _triangle(size: int, new_size: int) -> Iterator[list[tuple[int, float]]]:
-    """Of each index of an axis of `new_size`: the (index, weight) pairs of the old axis that make it up."""
+    """For each index of an axis of `new_size`: the (index, weight) pairs of the old axis that are averaged."""
     ratio = size / new_size
     support = max(ratio, 1.0)
     for i in range(new_size):

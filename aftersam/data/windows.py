@@ -14,9 +14,9 @@ JITTER = 16  # a training window lies up to 1/16 of its side off the place it ha
 
 
 def slice_group(centre: int, depth: int, num_slices: int, stride: int = 1) -> np.ndarray:
-    """Indices (num_slices,) of the slices about `centre`, `stride` apart, itself at num_slices // 2.
+    """Indices (num_slices,) of the slices about `centre`, `stride` apart; `centre` is at num_slices // 2.
 
-    Beyond the ends of the `depth` slices the nearest one is repeated: feet are not next to the head.
+    Beyond the ends of the `depth` slices the nearest slice is repeated: feet are not next to the head.
     Raises ValueError on a centre outside the volume or on sizes below 1."""
     if min(depth, num_slices, stride) < 1:
         raise ValueError(f"depth {depth}, num_slices {num_slices} and stride {stride} must be 1 or more")
@@ -27,7 +27,7 @@ def slice_group(centre: int, depth: int, num_slices: int, stride: int = 1) -> np
 
 
 def adjacent(slices: Sequence[int] | np.ndarray, depth: int, count: int) -> np.ndarray:
-    """Indices (n,) of `slices` themselves, or with `count` above 1 (n, count) of each between those next to it."""
+    """Indices (n,) of `slices`; with `count` above 1 (n, count), each slice with its adjacent slices."""
     near = np.stack([slice_group(int(d), depth, count) for d in slices])
     return near[:, 0] if count == 1 else near
 
@@ -42,10 +42,11 @@ def nearest_window(windows: Sequence[tuple[int, int]], size: int, target: Sequen
 def window_start(
     length: int, start: int, stop: int, size: int, generator: np.random.Generator, target: Sequence[int] = ()
 ) -> int:
-    """First pixel of a window of `size` on an axis of `length` pixels whose body fills [start, stop).
+    """First pixel of a training window of `size` on an axis of `length` pixels whose body fills [start, stop).
 
-    A body that fits gets prediction's window, about its centre and inside the image where possible, moved by a
-    little; of a larger one any part, or a part that holds the middle of `target`, (start, stop) of an organ."""
+    A body that fits gets prediction's window, about its centre and inside the image where possible, shifted by a
+    random few pixels. A larger body gets a random part, or a part that contains the middle of `target`, the (start,
+    stop) of an organ."""
     if stop - start <= size:
         first = (start + stop - size) // 2
         first = min(max(first, 0), length - size) if length >= size else (length - size) // 2
@@ -92,7 +93,7 @@ def window_crops(
 ) -> torch.Tensor:
     """array (D, H, W) -> (slices · windows, size, size), the windows of a slice side by side.
 
-    With `stem_slices` s above 1 (slices · windows, s, size, size): each slice between those next to it."""
+    With `stem_slices` s above 1: (slices · windows, s, size, size), each slice with its adjacent slices."""
     near = adjacent(slices, len(array), stem_slices)
     crops = [
         crop(array, near.flatten(), window, size, fill).reshape(*near.shape, size, size) for window in windows

@@ -80,9 +80,9 @@ def hd95_mm(
     """The larger of the two directed 95th percentiles of surface distance, in mm.
 
     Empty masks. nnunet, which has no HD95 of its own: infinite where one is empty, NaN where both are. monai: NaN
-    where any is, so that a missed organ is left out. transunet: 0 where any is, so that a missed organ is perfect;
-    its percentile is MedPy's, of both directions pooled, and never the larger. That code leaves the spacing out and
-    prints voxels; ours stays in mm.
+    where any is, so that a missed organ is left out. transunet: 0 where any is, so that a missed organ counts as
+    perfect. transunet pools both directions as MedPy does. TransUNet's own code leaves the spacing out and reports
+    voxels; ours stays in mm.
 
     Source: monai/metrics/hausdorff_distance.py; medpy/metric/binary.py, hd95; TransUNet as for `dice`."""
     prediction, reference = _masks(prediction, reference)
@@ -105,7 +105,7 @@ def _pooled_percentile(
     percentile: float,
     **_options: object,
 ) -> float:
-    """MedPy's percentile: of the distances of both surfaces to each other, taken together."""
+    """MedPy's percentile of surface distance: both directions pooled into one set."""
     from monai.metrics.utils import get_edge_surface_distance
 
     _edges, distances, _areas = get_edge_surface_distance(
@@ -168,7 +168,7 @@ def _masks(prediction: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, n
 def _surface(
     compute: object, prediction: np.ndarray, reference: np.ndarray, spacing_mm: Spacing, **options: object
 ) -> float:
-    """One of MONAI's surface metrics on the masks' common bounding box, with a rim of background."""
+    """One of MONAI's surface metrics on the masks' common bounding box, padded by background."""
     import torch
 
     union: Any = prediction | reference

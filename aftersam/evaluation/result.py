@@ -1,4 +1,4 @@
-"""metrics.json as a page shows it: checked where it is read, since anyone may have written it."""
+"""metrics.json as the report needs it, validated when read: any program may have written it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class Result:
-    """What `aftersam.evaluate` found, without what a page does not show."""
+    """The part of metrics.json that the report shows."""
 
     mean_dsc: float | None
     mean_dsc_interval: Interval
@@ -51,7 +51,7 @@ class Result:
 
 
 def read_result(path: Path) -> Result:
-    """The result in the metrics.json `path`. Raises ValueError in one sentence on a file of anything else."""
+    """The result in the file `path`. Raises ValueError in one sentence on any other JSON."""
     stored = read_json(path)
     if not isinstance(stored, dict) or "mean_dsc" not in stored:
         raise ValueError(f"{path} was not written by aftersam.evaluate: it has no mean_dsc")
@@ -73,7 +73,7 @@ def _known(cls: type, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _each(values: Any, function: Any) -> Any:
-    """`function` of each object in `values`; what is no object stays, to be refused."""
+    """`function` applied to each object in `values`; other values are returned as they are and refused later."""
     if not isinstance(values, dict):
         return values
     return {key: function(value) if isinstance(value, dict) else value for key, value in values.items()}

@@ -39,7 +39,7 @@ def mean_over_organs(matrix: np.ndarray) -> float:
 
 
 def number(value: float) -> float | None:
-    """`value` for JSON, which has neither NaN nor infinity: None then, with a count beside it."""
+    """`value` for JSON: None where it is NaN or infinite, which JSON cannot hold."""
     return round(float(value), 6) if math.isfinite(value) else None
 
 
@@ -76,7 +76,7 @@ class AblationTable(TypedDict):
 
 
 def summarise(columns: Mapping[str, Sequence[Scores]], prompted: Mapping[str, str]) -> AblationTable:
-    """Scores of each column, one row a seed, to the table of their means, deviations and p-values."""
+    """Table of means, deviations and p-values from the scores of each column, one training a seed."""
     first = next(iter(columns.values()))[0]
     cases, organs = sorted(first), [*next(iter(first.values())), "Average"]
     values = {column: _scores(seeds, cases, organs[:-1]) for column, seeds in columns.items()}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from aftersam.model.sam_checkpoint import SamCheckpoint
     from aftersam.training.warm_start import WarmStart
 
-# what --resume may change: how long, how often and by which means, but no step itself
+# what --resume may change: limits, intervals and means, but nothing that changes a step
 MAY_CHANGE = frozenset(
     {"epochs", "max_steps", "max_minutes", "validations", "checkpoint_steps", "num_workers", "tracker",
      "activation_checkpointing", "shard"}
@@ -118,7 +118,7 @@ def make_plan(args: TrainArgs) -> Plan:
 
 
 def _check_same(run: Path, asked: Config, stored: Config) -> None:
-    """Raise ValueError where `asked` differs from what the run goes by in more than limits and means."""
+    """Raise ValueError where `asked` differs from the run's configuration in a key outside MAY_CHANGE."""
     for part in ("model", "data", "train"):
         theirs = to_dict(getattr(stored, part))
         for key, value in to_dict(getattr(asked, part)).items():
@@ -130,7 +130,7 @@ def _check_same(run: Path, asked: Config, stored: Config) -> None:
 
 
 def check_still(config: Config) -> None:
-    """Raises ValueError unless training shows the encoder the same pixels every time and leaves its weights alone."""
+    """Raise ValueError unless the encoder is frozen and sees the same pixels in every epoch."""
     data, wanted = config.data, []
     if config.model.encoder != "frozen":
         wanted.append(f"--encoder frozen (it is {config.model.encoder})")
@@ -145,8 +145,8 @@ def check_still(config: Config) -> None:
 def parse(argv: Sequence[str] | None, kind: type[Args], about: str | None) -> Args:
     """Flags to arguments of `kind`, which has `data`, `output` and the keys of a `config`.
 
-    Keys that are not given take those of --config, of the run to --resume, of the preset or of the run to --init, so
-    these are looked for first."""
+    Keys that are not given take their value from --config, from the run of --resume, from the preset or from the run
+    of --init. These flags are parsed first, because the defaults of the others depend on them."""
     given = _bases(argv)
     if given.config is not None:
         config = from_dict(Config, read_json(given.config), where=str(given.config))
@@ -175,7 +175,7 @@ def preset_name(asked: str | None, sam_checkpoint: str | None) -> str:
 
 
 def _bases(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags that other flags' defaults follow from; all others, and all mistakes, are left to the real parser."""
+    """The flags that set the defaults of other flags. Other flags and all mistakes are left to the real parser."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", "--config-file", "--config_file", type=Path, nargs="?")
     parser.add_argument("--output", "-o", type=Path, nargs="?")

@@ -32,7 +32,7 @@ def save_training(
 ) -> None:
     """Write all that an exact resume needs: weights, optimiser moments, torch's generator, `facts`.
 
-    Every process of a sharded run must ask, since the shards are gathered; one of them has `write`."""
+    With sharded weights every process must call it, because shards are gathered; the one with `write` writes."""
     tensors = whole_state(model)
     for index, moments in optimizer.state_dict()["state"].items():
         for name, value in moments.items():
@@ -62,7 +62,7 @@ def load_training(path: Path, model: nn.Module) -> dict[str, Any]:
 
 
 def load_moments(path: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Restore the optimiser's moments, each sharded as its parameter is by now.
+    """Restore the optimiser's moments, each sharded like its parameter.
 
     Raises ValueError on moments that are not of these parameters."""
     tensors, _ = read_tensors(path)
@@ -82,9 +82,9 @@ def load_moments(path: Path, optimizer: torch.optim.Optimizer) -> None:
 
 
 def trim_history(path: Path, step: int) -> None:
-    """Drop what a killed run logged after its last checkpoint, at `step`: those steps are done again.
+    """Drop the lines that a killed run logged after its last checkpoint, at `step`: those steps are done again.
 
-    Lines that are no record of ours go too, and the file becomes a new one that nothing else is linked to."""
+    Lines in another format are dropped, too. The file is replaced by a new one, so that no link to it changes."""
     if path.exists():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = [line for line in lines if _is_record(line, step)]

@@ -20,9 +20,10 @@ from aftersam.training.run import TrainResult, train
 
 
 def train_folds(args: TrainArgs) -> TrainResult:
-    """Train a run on each fold, or go on with those there are; the steps of all, and the pooled out-of-fold DSC.
+    """Train one run a fold, or resume them. Returns the steps of all runs and the pooled out-of-fold DSC.
 
-    Raises ValueError like `train`, in several processes, and where the data set is not split as the runs there are."""
+    Raises ValueError like `train`, under torchrun, and where the data set is split otherwise than the runs that
+    exist."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("--fold all trains in one process; under torchrun give one fold at a time")
     dataset, first = find_dataset(args.data), args.output / FIRST_FOLD
@@ -55,8 +56,9 @@ def train_folds(args: TrainArgs) -> TrainResult:
 
 
 def _check_begun(args: TrainArgs, dataset: Dataset, folds: list[dict[str, list[str]]]) -> None:
-    """Raise ValueError where folds that have not begun would differ from those that have in more than their scans, and
-    where the first fold would begin in a folder with other files that would be overwritten."""
+    """Raise ValueError where later folds would differ from those that have begun in more than their scans.
+
+    Also where the first fold would overwrite other files of its folder."""
     run = args.output / FIRST_FOLD
     refuse_input(args.output, [args.data, *([args.init] if args.init else [])])
     if not (run / "last.safetensors").exists():
@@ -83,7 +85,7 @@ def _check_begun(args: TrainArgs, dataset: Dataset, folds: list[dict[str, list[s
 
 
 def _predict_held_out(args: TrainArgs, dataset: Dataset, cases: list[str], run: Path) -> None:
-    """Leave the masks of the validation scans of `run`, by its best weights, among those of all folds."""
+    """Write the masks of the validation scans of `run`, by its best weights, into the folder that all folds share."""
     home = args.output / "validation" / run.name
     link_cases(dataset, cases, home)
     predict_files(

@@ -1,6 +1,6 @@
-"""The gradients of a training step through one CUDA graph: thousands of kernels, launched at once.
+"""The gradients of a training step as one CUDA graph, which launches thousands of kernels at once.
 
-Python takes longer to launch the kernels of a step than an H100 takes to compute it at 512 px."""
+Launching the kernels of a step from Python takes longer than an H100 needs to compute them at 512 px."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ Gradients = Callable[[Batches], Tensor]  # leaves .grad, and returns what the st
 
 
 class RecordedGradients:
-    """`gradients` of batches, captured at the second call and replayed from then on; results are those of `gradients`.
+    """`gradients` of batches, captured at the second call and replayed from then on. The results are the same.
 
-    `parameters` are those that train. Batches of another shape than the first ones are launched kernel by kernel, and
-    all of them where the device refuses the capture, with a warning. What `gradients` returns is valid until the next
-    call."""
+    `parameters` are those that train. Batches of another shape than the first are launched kernel by kernel. So are
+    all batches where the device refuses the capture, with a warning. A result is valid until the next call."""
 
     def __init__(
         self, gradients: Gradients, parameters: Iterable[nn.Parameter], device: torch.device
@@ -51,7 +50,7 @@ class RecordedGradients:
         return self.recording.replay(batches)
 
     def _launch(self, batches: Batches) -> Tensor:
-        """`gradients` on the stream of the capture, to which autograd binds what it sets up."""
+        """Run `gradients` on the stream of the capture: autograd binds what it sets up to the current stream."""
         current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):

@@ -28,12 +28,13 @@ def segmentation_loss(
 ) -> Loss:
     """logits (B, N, K+1, h, w), labels (B, N, H, W) integers in 0..K -> Loss.
 
-    Logits are upsampled to the labels' size; labels are never downsampled, since small organs vanish there.
-    Dice takes each group as one 3D sample and averages over its organs: those present in it, or all of
-    them (an absent organ then costs about 1 without a gradient). A group without organs has no Dice term.
-    Cross-entropy is a group's mean over voxels weighted by class, organs `ce_foreground_weight` : 1 background;
-    of the share `ce_hardest` of its voxels with the largest terms (arXiv 1605.06885; in nnU-Net the TopK loss).
-    Both are means over groups, so that a batch may be spread over processes or accumulated.
+    Logits are upsampled to the labels' size. Labels are never downsampled: small organs would vanish. Dice takes
+    each group as one 3D sample and averages over organs: those present in the group, or all of them (an absent organ
+    then costs about 1 and has no gradient). A group without organs has no Dice term. Cross-entropy is a weighted
+    mean over the voxels of a group, an organ's voxel with weight `ce_foreground_weight` and a voxel of background
+    with weight 1. With `ce_hardest` below 1 only that share of the voxels counts, those of the largest loss: top-k
+    cross-entropy (arXiv 1605.06885; nnU-Net's TopK loss). Both terms are means over groups, so that a batch may be
+    spread over processes or accumulated.
 
     Raises ValueError where the shapes do not fit."""
     if logits.dim() != 5 or labels.shape != (*logits.shape[:2], *labels.shape[-2:]):

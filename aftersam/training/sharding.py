@@ -19,7 +19,7 @@ from aftersam.model.tiny_vit import TinyViTBlock
 def shard(model: AfterSAM, device: torch.device) -> None:
     """Spread weights, gradients and moments over the processes, block by block (FSDP2), in place.
 
-    Blocks are the units since what is inside them is read by their own forward alone."""
+    A block is the unit, because only its own forward reads the weights inside it."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard  # slow to import
 
@@ -37,7 +37,7 @@ def shard(model: AfterSAM, device: torch.device) -> None:
 
 
 def whole_copy(model: AfterSAM, config: ModelConfig, num_classes: int) -> AfterSAM:
-    """A copy of a sharded model with all its weights, on the CPU; every process must ask."""
+    """A copy of a sharded model with all its weights, on the CPU. Every process must call it."""
     state = whole_state(model)
     with torch.device("meta"):
         copy = build_aftersam(config, num_classes)
@@ -46,11 +46,11 @@ def whole_copy(model: AfterSAM, config: ModelConfig, num_classes: int) -> AfterS
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state dict on the CPU; shards are gathered, for which every process must ask."""
+    """The model's state dict on the CPU. Shards are gathered, so that every process must call it."""
     return {name: whole(value) for name, value in model.state_dict().items()}
 
 
 def whole(value: Tensor) -> Tensor:
-    """A tensor on the CPU; shards are gathered, for which every process must ask."""
+    """A tensor on the CPU. Shards are gathered, so that every process must call it."""
     value = value.full_tensor() if isinstance(value, DTensor) else value
     return value.detach().cpu().contiguous()

@@ -21,7 +21,7 @@ Batch = dict[str, Any]  # what SliceGroups gives, stacked
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimiser of what trains in `model`."""
+    """An optimiser of the parameters of `model` that require gradients."""
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     return kind(
         [p for p in model.parameters() if p.requires_grad],
@@ -74,7 +74,7 @@ class Learner:
         return dict(zip(("loss", "dice", "ce"), mean, strict=True))
 
     def whole_model(self) -> AfterSAM:
-        """The model with all its weights; where they are sharded a copy, for which every process must ask."""
+        """The model with all its weights. Where they are sharded it is a copy, and every process must call this."""
         model: AfterSAM = self.accelerator.unwrap_model(self.model)
         if self.config.train.shard:
             copy = whole_copy(model, self.config.model, model.decoder.num_classes)
@@ -82,7 +82,7 @@ class Learner:
         return model
 
     def _gradients(self, batches: Sequence[Batch]) -> torch.Tensor:
-        """Leave the clipped gradients of all batches; their mean loss, Dice term and cross-entropy, (3,)."""
+        """Compute the clipped gradients of all batches. Returns their mean loss, Dice term and cross-entropy, (3,)."""
         losses = []
         for i, batch in enumerate(batches):
             waits = i + 1 < len(batches)  # processes exchange gradients once a step
@@ -101,7 +101,7 @@ class Learner:
 
 
 def _capturable(accelerator: Accelerator, config: TrainConfig) -> bool:
-    """Whether a CUDA graph can hold a step's gradients: nothing in them then waits for the host or for a process."""
+    """Whether a CUDA graph can hold the gradients of a step: nothing waits for the host or for another process."""
     return (
         accelerator.device.type == "cuda"
         and accelerator.num_processes == 1
@@ -117,7 +117,7 @@ def group_loss(
     *,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> Loss:
-    """The loss of one batch of groups, the forward inside `autocast`; deep supervision adds to its total alone."""
+    """The loss of one batch of groups, the forward inside `autocast`. Deep supervision changes its total only."""
     train, labels = config.train, batch["labels"]
     centre = (config.model.num_slices // 2,)
     query_index = centre if train.supervision == "centre" else None

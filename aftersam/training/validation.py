@@ -1,4 +1,4 @@
-"""Validation: whole scans predicted at the model's spacing, scored by Dice, and what their probabilities are worth."""
+"""Validation: whole scans predicted at the model's spacing and scored by Dice, and calibration of probabilities."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from aftersam.training.setup import Scans
 
 TEMPERATURES = 2.0 ** (torch.arange(-16, 33) / 8)  # tried: 1/4 to 16, 9 % apart
-PLAINLY_BACKGROUND = 0.99  # probability above which a voxel says nothing about the edges of organs
+PLAINLY_BACKGROUND = (
+    0.99  # probability of background above which a voxel is left out: it tells nothing about edges
+)
 BINS = 15  # of the confidence, in the expected calibration error
 
 
 class Calibration(NamedTuple):
-    """What run.json keeps of a calibration."""
+    """The temperature of a run and its calibration errors, as run.json holds them."""
 
     temperature: float
     """Logits are divided by it before they become probabilities."""
@@ -47,9 +49,10 @@ def validate_scans(
     title: str,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, float | None]:
-    """{organ: mean Dice over the validation cases, None where none has it}; draws the first case to the PNG `overlay`.
+    """{organ: mean Dice over the validation cases, None where no case has the organ}.
 
-    `stored` holds the encoder's features of some cases by their ids; `progress` is called as by `predict_volume`."""
+    Draws the first case to the PNG `overlay`. `stored` holds the encoder's features of some cases by id. `progress`
+    is called as by `predict_volume`."""
     scores: dict[str, list[float]] = {name: [] for name in scans.labels.values()}
     for i, case in enumerate(scans.validation):
         hu, truth = case.hu, case.labels
@@ -68,7 +71,7 @@ def validate_scans(
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """Mean of the values that are numbers, None without any: JSON has no NaN."""
+    """Mean of the numbers among the values; None without any, because JSON has no NaN."""
     numbers = [value for value in values if not math.isnan(value)]
     return sum(numbers) / len(numbers) if numbers else None
 
@@ -82,11 +85,12 @@ def calibrate(
     stored: Mapping[str, StoredScan],
     progress: Callable[[int], None],
 ) -> Calibration:
-    """The temperature of the lowest cross-entropy on the validation scans, every second voxel of a row and a column.
+    """The temperature with the lowest cross-entropy on the validation scans, on every second voxel of rows and columns.
 
-    It is 1 where the calibration error would grow. Voxels that the model takes for plainly background are left out.
-    `progress` is called after each slice.
-    Source: Guo et al., arXiv 1706.04599; the error compares the largest probability with how often it is right."""
+    It is 1 where the calibration error would grow. Voxels of almost certain background are left out. `progress` is
+    called after each slice.
+    Source: Guo et al., arXiv 1706.04599. The calibration error compares the largest probability with how often it is
+    right."""
     entropies = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
     # voxels, sum of confidences, right ones
     bins = torch.zeros(len(TEMPERATURES), BINS, 3, dtype=torch.float64)
