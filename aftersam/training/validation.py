@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     from aftersam.training.setup import Scans
 
 TEMPERATURES = 2.0 ** (torch.arange(-16, 33) / 8)  # tried: 1/4 to 16, 9 % apart
-PLAINLY_BACKGROUND = (
-    0.99  # probability of background above which a voxel is left out: it tells nothing about edges
-)
+PLAINLY_BACKGROUND = 0.99  # probability of background above which a voxel is left out of the calibration
 BINS = 15  # of the confidence, in the expected calibration error
 
 
