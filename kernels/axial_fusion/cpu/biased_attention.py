@@ -39,9 +39,10 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor
         traced = torch.compiler.is_compiling() or under_transform(given) or q.device.type == "meta"
         if traced or blind_queries(bias_h.detach(), bias_w.detach()).any():
             bias_h, bias_w, blind = unmasked(bias_h, bias_w)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        weights = torch.add(_bias(bias_h, bias_w), q @ k.transpose(-1, -2), alpha=scale).softmax(-1)
-        y = weights.to(v.dtype) @ v
+        heads = bias_h.shape[:2]
+        q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+        scores = torch.baddbmm(_bias(bias_h, bias_w).flatten(0, 1), q, k.transpose(1, 2), alpha=scale)
+        y = (scores.softmax(-1).to(v.dtype) @ v).unflatten(0, heads)
         return (y if blind is None else y.masked_fill(blind, 0.0)).transpose(1, 2).to(dtype)
 
 
