@@ -1,7 +1,7 @@
 """SAM's windowed attention in plain torch: the grid is cut into at most four parts of equal windows.
 
-One part holds the whole windows; the others hold those that the grid's lower and right ends cut, whose queries are the
-tokens that exist and whose keys are filled up with the bias."""
+One part holds the whole windows. The others hold the windows that the grid's lower and right edges cut: their queries
+are the tokens that exist, and their keys are padded with the bias."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .biased_attention import Attend, attend_backward
 
 
 def _sizes(size: int, window: int) -> list[int]:
-    """An axis of the grid, parted into its whole windows and the last one that the grid's end cuts."""
+    """Sizes of an axis's parts: its whole windows, and the partial window at its end."""
     whole = size - size % window
     return [part for part in (whole, size - whole) if part]
 
 
 def _parts(window: int, *grids: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Each part of the grids (B, H', W', ...), row after row of parts, as views.
+    """The parts of the grids (B, H', W', ...) as views, row by row.
 
-    Split and not sliced: a slice's gradient is a whole grid of zeros."""
+    Parts are split, not sliced: the gradient of a slice is a grid of zeros with one part filled."""
     rows, columns = (_sizes(size, window) for size in grids[0].shape[1:3])
     for bands in zip(*(t.split(rows, 1) for t in grids), strict=True):
         yield from zip(*(band.split(columns, 2) for band in bands), strict=True)
