@@ -1,6 +1,7 @@
 """Kernels run in Triton's interpreter unless there is a GPU; memory, precision and a trained run for tests that ask."""
 
 import os
+import shutil
 import sys
 
 import pytest
@@ -50,8 +51,8 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
     """A run trained for a moment: random masks, real files."""
     from aftersam.data.phantom import write_dataset
     from aftersam.train import main as train
@@ -65,4 +66,11 @@ def run(tmp_path_factory):
              "--num-blocks", "1", "--max-steps", "3", "--device", "cpu", "--precision", "fp32"]
         )  # fmt: skip
     assert code == 0
-    return root / "run"
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(trained, tmp_path_factory):
+    """The folder of a trained run, beside its scans, for one file of tests."""
+    home = tmp_path_factory.mktemp("run") / "home"
+    return shutil.copytree(trained, home) / "run"

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from axial_fusion import axial_attention, reference, select_backend
 from axial_fusion.cpu import compiled
+from axial_fusion.gpu import axial_attention as launchers
 from axial_fusion.gpu import tiles
 from axial_fusion.gpu.tiles import Key, Tile
 from axial_fusion.registry import OPS
@@ -255,9 +256,29 @@ def test_empty_tensors(shape):
     assert all((t.grad == 0).all() for t in tensors)
 
 
+@pytest.mark.gpu
 def test_more_positions_than_a_grid_axis_holds():
     q, k, v = inputs((1, 1, 1, 65_537, 1, 16), torch.float16)
     torch.testing.assert_close(axial_attention(q, k, v, backend="triton"), v)
+
+
+def test_positions_lie_on_the_grids_first_axis_which_alone_holds_them(monkeypatch):
+    grids = []
+
+    class Recorded:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **keywords: None
+
+    for name in ("axial_attention_fwd_kernel", "axial_attention_bwd_kernel"):
+        monkeypatch.setattr(launchers, name, Recorded())
+    q = torch.zeros(1, 1, 1, 1, 16, dtype=torch.float16).expand(1, 1, 70_000 * 64, 1, 16)
+    launchers.launch_forward(q, q, q, None, 0.25, False)
+    launchers.launch_backward(q, q, q, q, None, 0.25, False)
+    assert len(grids) == 2
+    for first, *rest in grids:
+        assert first > 65_535
+        assert all(size <= 65_535 for size in rest)
 
 
 def test_values_are_the_same_every_time():

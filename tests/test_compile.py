@@ -12,8 +12,16 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 ROOT = Path(__file__).parents[1]
-SHARED_MEMORY = {80: 163, 90: 227, 100: 227, 120: 99}  # KiB a block may have
+SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may have
 DTYPES = ["bfloat16", "float16", "float32"]
+ALWAYS = [
+    (80, "bfloat16"),
+    (90, "bfloat16"),
+    (90, "float16"),
+    (100, "bfloat16"),
+    (80, "float32"),
+    (90, "float32"),
+]
 SHIPPED = ("N 9, D 32", "slice")  # cases whose products must run asynchronously on sm_90
 THIN = ("row_norm", "lora")  # no product of theirs has 64 rows and columns: the older instruction serves
 NO_PRODUCT = ("row_norm_bwd_kernel", "column_sums_kernel", "lora_weight_kernel")
@@ -36,8 +44,14 @@ def builds(request):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("arch", [80, 90, 100, pytest.param(120, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [
+        pytest.param(arch, dtype, marks=() if (arch, dtype) in ALWAYS else pytest.mark.long)
+        for arch in SHARED_MEMORY
+        for dtype in DTYPES
+    ],
+)
 def test_every_kernel_builds(arch, dtype, builds):
     done = builds[arch, dtype].result()
     assert done.returncode == 0, done.stderr

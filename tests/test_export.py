@@ -142,7 +142,7 @@ assert not {{"axial_fusion", "aftersam"}} & set(sys.modules)
         assert not model.functions
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torch_compiles_the_graphs_ahead_of_time(exported, tmp_path):
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler")

@@ -76,7 +76,7 @@ def both_encoders(full_size, image_size):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("full_size", "image_size"),
-    [("vit_b", 256), pytest.param("vit_l", 320, marks=pytest.mark.long), ("vit_l", 512)],
+    [("vit_b", 256), *(pytest.param("vit_l", size, marks=pytest.mark.long) for size in (320, 512))],
     indirect=["full_size"],
 )
 @torch.inference_mode()

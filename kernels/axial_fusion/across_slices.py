@@ -21,8 +21,8 @@ class SliceGroups:
     def __init__(self, num_slices: int) -> None:
         self.num_slices = num_slices
         self.rows: tuple[int, ...] = ()  # what B·N may be in the call that runs; empty where it is not known
-        self.batch: int | None = None  # B of an input (B, N, ...), whose output is given back so
-        self.image_dims = 0  # of the model's own input, where (B, N, ...) is told by one more
+        self.batch: int | None = None  # B of an input (B, N, ...), to which the output returns
+        self.image_dims = 0  # axes of the 2D model's input; one more means (B, N, ...)
         self.handles: list[RemovableHandle] = []
         self.frozen: list[str] = []  # parameters of the host that lift froze
         self.nested: list[str] = []  # encoders of torch that made nested tensors
@@ -45,7 +45,7 @@ class AcrossSlices(AxialFusionAttention):
 
     @torch.no_grad()
     def _start_from(self, block: Block) -> bool:
-        """Take norm and projections of the host where they fit; whether q, k and v are now the host's."""
+        """Copy the host's norm and projections where their shapes fit; returns whether q, k and v were copied."""
         half, norm = self.inter, block.norm
         assert half is not None
         nn.init.zeros_(half.out.weight)
@@ -74,7 +74,7 @@ class AcrossSlices(AxialFusionAttention):
         self.inter.qkv.requires_grad_(not self.from_host)
 
     def added(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters that the host does not determine."""
+        """The parameters that are not copies of the host's."""
         for name, parameter in self.named_parameters():
             low_rank = isinstance(self.inter, LowRankHalf)
             if not (low_rank and (name == "inter.out.weight" or (self.from_host and ".qkv." in name))):

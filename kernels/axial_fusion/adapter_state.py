@@ -48,11 +48,11 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
 
 
 def peft_adapter(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """LoRA on a lifted host as PEFT keeps it: arguments of peft.LoraConfig, and the adapter's state dict.
+    """LoRA of a lifted host in PEFT's format: arguments of peft.LoraConfig, and the adapter's state dict.
 
-    A fused projection has one pair of twice the rank there, B zero in the rows of k. The axial halves are not LoRA and
-    stay with `adapter_state_dict`. Raises ValueError for nn.MultiheadAttention, whose output projection PEFT adapts
-    too."""
+    PEFT has one pair (A, B) for a fused projection: of twice the rank, B zero in the rows of k. Axial halves are not
+    LoRA and stay with `adapter_state_dict`. Raises ValueError for nn.MultiheadAttention, whose output projection PEFT
+    adapts too."""
     groups_of(model)
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoRAInPlace)}
     if not adapted:

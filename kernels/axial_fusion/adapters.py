@@ -22,7 +22,7 @@ _SEPARATE = (
     ("wq", "wk", "wv"),
     ("q", "k", "v"),
 )
-# Attentions whose fused `qkv` has the rows of q, then of k, then of v: others go head by head, as TinyViT's.
+# Attentions whose fused `qkv` has rows of q, then k, then v. Other orders exist: TinyViT's rows go head by head.
 _FUSED = frozenset({
     "axial_fusion.sam.SamAttention",
     "dinov2.layers.attention.Attention", "dinov2.layers.attention.MemEffAttention",
@@ -61,7 +61,7 @@ def type_names(module: nn.Module) -> set[str]:
 
 
 def find_projections(attention: nn.Module, *, inside: bool = True) -> dict[str, Projection] | None:
-    """The projections "q", "k" and "v" of an attention, or `inside` it; None where they are not known."""
+    """The projections "q", "k" and "v" of an attention or of a child `inside` it; None where they are not known."""
     for module in attention.modules() if inside else [attention]:
         if type(module) is nn.MultiheadAttention and module._qkv_same_embed_dim:
             return _thirds(module, 3 * module.embed_dim)
@@ -88,7 +88,7 @@ def _weight_name(module: nn.Module) -> str:
 
 
 class LoRAInPlace(LoRAUpdates):
-    """A projection of a host with LoRA: the same module under a class that derives from its own."""
+    """A host's projection with LoRA: the same module object, its class replaced by a subclass of its class."""
 
     rows: dict[str, tuple[int, int]]  # part -> its rows of the weight
     host_class: type[nn.Module]
@@ -98,13 +98,13 @@ class LoRAInPlace(LoRAUpdates):
         return tuple(self.rows)
 
     def base_weight(self) -> Tensor:
-        """W, without the update, or with it where that is merged."""
+        """W as it is stored: with the update where it is merged, else without."""
         weight = self._parameters[self.weight_name]
         assert weight is not None
         return self.through(weight) if self.merged else weight
 
     def updated_weights(self) -> dict[str, Tensor]:
-        """The rows of q and of v, or of the one that the module is."""
+        """The weight rows that have an update: q and v of a fused projection, else the module's own."""
         base = self._parameters[self.weight_name]
         assert base is not None
         return {part: base[first:last] for part, (first, last) in self.rows.items()}
@@ -147,7 +147,7 @@ class LoRAInPlaceLinear(LoRAInPlace, nn.Linear):
 
 
 class LoRAInPlaceAttention(LoRAInPlace, nn.MultiheadAttention):
-    """nn.MultiheadAttention with LoRA on q and v; its functional and its fast path read the updated weight."""
+    """nn.MultiheadAttention with LoRA on q and v. Its functional form and its fast path read the updated weight."""
 
     weight_name = "in_proj_weight"
 
@@ -180,7 +180,7 @@ def added_parameters(module: LoRAInPlace) -> dict[str, nn.Parameter]:
 
 
 def remove_lora(module: LoRAInPlace) -> None:
-    """Make the module what it was. Raises ValueError where the update is merged into the weight."""
+    """Restore the module as it was before `add_lora`. Raises ValueError where the update is merged into the weight."""
     if module.merged:
         raise ValueError(
             "unlift: LoRA is merged into the weights of the host; call unmerge() on its modules first"

@@ -1,4 +1,4 @@
-"""Where tokens enter the blocks of a 2D transformer: known types, and a rule for the rest.
+"""Finds the blocks of a 2D transformer and the argument that holds their tokens: known types, and a rule for the rest.
 
 A block is a module with a norm and exactly one attention among its children; its first argument is the tokens. What
 differs stands in the tables. Names of types are compared, so that no library is imported."""
@@ -17,7 +17,7 @@ from .adapters import Projection, find_projections, type_names
 # (B·N, P, C) or (B·N, H', W', C) · (P, B·N, C) · (B·P, N, C): the frames of one position are a row
 Layout = Literal["slices", "sequence first", "positions"]
 
-# Blocks with an attention to other tokens beside: the child that attends within a row.
+# Blocks that also attend to other tokens: the name of the child that attends within a row.
 _SELF_ATTENTION = {
     "monai.networks.blocks.transformerblock.TransformerBlock": "attn",
     "diffusers.models.attention.BasicTransformerBlock": "attn1",
@@ -40,7 +40,7 @@ class Block(NamedTuple):
     heads: int
     layout: Layout
     argument: str  # the name of its first argument, the tokens
-    norm: nn.Module | None  # in front of its attention, or behind
+    norm: nn.Module | None  # whether its norm comes before its attention or after
     projections: dict[str, Projection] | None
 
 
@@ -57,7 +57,7 @@ def find_blocks(model: nn.Module) -> dict[str, Block]:
 
 
 def takes_video(model: nn.Module) -> bool:
-    """Whether the model has parts that attend over frames: it then lays frames out by itself."""
+    """Whether the model has layers that attend over frames; such a model arranges its frames itself."""
     return any(type_names(module) & _VIDEO for module in model.modules())
 
 
@@ -111,7 +111,9 @@ def _outermost_attentions(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    """By its name, or by heads and projections of its own; a block that is named after its attention is not one."""
+    """Whether a module is an attention: by its class name, or by its heads and projections.
+
+    A block that is named after its attention is not one."""
     named = re.search(r"attention|attn", type(module).__name__, re.IGNORECASE)
     if not named and not (_heads_of(module) and find_projections(module, inside=False)):
         return False

@@ -1,4 +1,4 @@
-"""What every op does with its arguments first: it checks them, casts them for autocast, and asks who differentiates."""
+"""Argument checks that all ops share: shapes, dtypes, devices, autocast, and whether a derivative will be taken."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-PACKAGES = {  # of the backends that are packages: the function that is called
+PACKAGES = {  # backends that are packages -> the function that is called
     "flash": ("flash_attn", "flash_attn_func"),
     "xformers": ("xformers.ops", "memory_efficient_attention"),
 }
@@ -91,14 +91,14 @@ def check_alike(op: str, **tensors: Tensor) -> None:
 
 
 def number(name: str, value: object) -> float:
-    """`value` as a float. Raises ValueError for a tensor, whose gradient would be lost without a word."""
+    """`value` as a float. Raises ValueError for a tensor, whose gradient would be lost silently."""
     if isinstance(value, Tensor):
         raise ValueError(f"{name} is a tensor, but must be a number: it would get no gradient")
     return float(value)  # type: ignore[arg-type]
 
 
 def torchs_own(*tensors: Tensor) -> bool:
-    """Whether the tensors are torch's own and of no subclass."""
+    """Whether every tensor is a torch.Tensor or Parameter and not of another subclass."""
     # one by one: torch 2.11 compiles a set of their types wrongly where one is a parameter's alias
     for tensor in tensors:  # noqa: SIM110  half the time of all()
         if type(tensor) not in _TORCHS_OWN:
@@ -128,7 +128,7 @@ def under_transform(tensors: tuple[Tensor, ...]) -> bool:
 
 
 def no_derivative(*tensors: Tensor) -> bool:
-    """Whether nobody will differentiate what is computed from these tensors, by autograd or by a transform."""
+    """Whether no derivative will be taken through these tensors, by autograd or by a transform."""
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     return not wanted and not under_transform(tensors)
 
@@ -191,7 +191,7 @@ def missing_package(backend: str) -> str | None:
 
 
 def no_second_derivative(op: str) -> Callable[..., None]:
-    """A backward for a backward: without it, autograd would drop the second derivative in silence."""
+    """Backward of a backward, which raises: without it autograd would drop second derivatives silently."""
 
     def refuse(*_: object) -> None:
         raise NotImplementedError(

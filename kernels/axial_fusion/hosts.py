@@ -1,9 +1,9 @@
-"""Attention of other libraries: which classes are known, where their parts are, and what they must not have.
+"""Attentions of other libraries that can be taken over: classes, where their weights are, and what prevents it.
 
-A class is known by its module and name, as long as its forward is its own. Of a known class every parameter, buffer,
-child and attribute is looked at: it is a projection, or it cannot change the result, or it must hold the value with
-which it changes nothing. Everything else is refused by name, so that an attention of another release is refused rather
-than taken over wrong."""
+A class is known by its module and name, as long as its forward is its own. Every parameter, buffer, child and
+attribute of a known class is checked: it must be a projection, or be unable to change the result, or hold the value at
+which it has no effect. Anything else is refused by name, so that an attention of another release is refused instead of
+taken over wrongly."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ _LINEARS = {
     "torch.nn.modules.linear.NonDynamicallyQuantizableLinear",  # nn.MultiheadAttention.out_proj
 }
 
-# Attributes by what they may hold. Other sizes than these are free because the shapes of the weights are checked.
+# Attributes by the values they may hold. Sizes that are not listed may be anything: weights' shapes are checked.
 _CHANNELS = {
     "attn_dim", "embed_dim", "inner_dim", "inner_kv_dim", "query_dim", "out_dim", "kdim", "vdim", "hidden_input_size",
     "cross_attention_dim",
@@ -101,14 +101,14 @@ Part = tuple[Tensor, Tensor | None]  # weight and bias of a linear layer or a no
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _EVERY_MODULE = {*vars(nn.Module()), "_compiled_call_impl", "_is_full_backward_hook", "_is_hf_initialized"}
 
-# Keywords of hosts' calls that say what else to return or how to compute it, never what the output is.
+# Keywords of hosts' calls that choose extra results or an implementation and never change the output.
 _IGNORED = {"average_attn_weights", "num_items_in_batch", "output_hidden_states", "return_dict", "use_cache"}
 _SELF = {"key", "value", "encoder_hidden_states"}
 
 
 @dataclass(frozen=True)
 class HostCall:
-    """How a host calls its attention: its arguments in order, where its batch is, and whether it unpacks a pair."""
+    """How a host calls its attention: argument order, batch axis, and whether it expects a pair."""
 
     arguments: tuple[str, ...] = ("x", "query_index")
     batch_first: bool = True
@@ -141,20 +141,20 @@ class HostCall:
         return y if self.batch_first else y.transpose(0, 1)
 
     def returns_pair(self, alone: bool) -> bool:
-        """Whether the result is (output, None); MultiheadAttention's hosts give it a key too, never x alone."""
+        """Whether the host expects (output, None). Hosts of MultiheadAttention do, and always pass a key as well."""
         return self.pair and not (alone and "value" in self.arguments)
 
 
 @dataclass(frozen=True)
 class AttentionParts:
-    """What is taken over from an attention."""
+    """The weights and settings that are taken over from an attention."""
 
     heads: int
     qkv: Sequence[Part]  # weight and bias of one fused layer, or of q, k and v
     out: Part
     call: HostCall
     training: bool
-    training_only: str  # dropout that evaluation skips, in words; empty without
+    training_only: str  # the host's dropout, described; empty if it has none
 
 
 def attention_parts(attention: nn.Module, num_slices: int | None = None) -> AttentionParts:
@@ -250,14 +250,14 @@ def known_base(module: nn.Module, known: Any, what: str) -> type:
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Parameters, buffers, children and instance attributes, less those of every module."""
+    """Parameters, buffers, children and instance attributes, without those that every nn.Module has."""
     for table in (module._parameters, module._buffers, module._modules):
         yield from table.items()
     yield from ((name, value) for name, value in vars(module).items() if name not in _EVERY_MODULE)
 
 
 def account(module: nn.Module, known: set[str], sizes: tuple[int, int]) -> str:
-    """Look at every attribute but the `known`; gives what acts in training alone, in words.
+    """Check every attribute except the `known`; returns a description of what acts in training only.
 
     `sizes` are C and the heads. Raises ValueError naming what changes the result."""
     kind, skipped, (channels, heads) = type(module).__name__, [], sizes
@@ -338,7 +338,7 @@ def plain_linear(attention: nn.Module, name: str) -> Part:
 
 
 def head_count(attention: nn.Module) -> int:
-    """The number of heads, by whatever name it has; 0 without."""
+    """The number of heads, whatever the attribute is called; 0 if there is none."""
     return next((getattr(attention, name) for name in _HEADS if hasattr(attention, name)), 0)
 
 
@@ -352,7 +352,7 @@ def _check_hooks(kind: str, module: nn.Module) -> None:
 
 
 def check_weights(kind: str, qkv: Sequence[Part], out: Part, heads: int) -> None:
-    """Raises ValueError unless the weights are plain parameters that keep C, of one dtype and device, all there."""
+    """Raises ValueError unless all weights are there: plain parameters, C to C channels, of one dtype and device."""
     channels, first = out[0].shape[0], out[0]
     for t in (t for pair in (*qkv, out) for t in pair if t is not None):
         if type(t) is not nn.Parameter or not t.dtype.is_floating_point:
@@ -381,7 +381,7 @@ def check_weights(kind: str, qkv: Sequence[Part], out: Part, heads: int) -> None
 
 
 def _call(attention: nn.Module, base: type, num_slices: int | None) -> HostCall:
-    """How the host calls this attention, read from the forward that is known."""
+    """How the host calls this attention, by the signature of its known forward."""
     skip = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     _, *parameters = inspect.signature(base.forward).parameters.values()  # type: ignore[attr-defined]
     return HostCall(

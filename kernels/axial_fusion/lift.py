@@ -1,7 +1,7 @@
 """A 2D transformer becomes a 3D one: an axial half in front of every block that is chosen.
 
     x' = x + FC(Attn_N(LN(x)))    across the N slices at each position; FC is zero at the start
-    y  = block(x')                the host's block as it is: masks, positions, windows and scales stay its own
+    y  = block(x')                the host's block, unchanged: masks, positions, windows, scales
 
 The half is a child of its block, `block.axial`, called from a forward pre-hook.    Source: AFTer-SAM, section 3.4."""
 
@@ -25,7 +25,7 @@ _LIBRARIES = frozenset(
 
 
 class LiftedBlock(NamedTuple):
-    """What was done to one block."""
+    """One lifted block: its name, and the parameters that were added and train."""
 
     block: str
     kind: str
@@ -112,7 +112,7 @@ def set_num_slices(model: nn.Module, num_slices: int) -> None:
 
 
 def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """Forward pre-hook: the tokens, wherever they are passed, become those after the axial half."""
+    """Forward pre-hook of a block: replace its tokens by the axial half's output."""
     axial: Any = block.axial
     tokens = args[0] if args else kwargs.get(axial.argument)
     if not isinstance(tokens, Tensor):
@@ -127,7 +127,7 @@ def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Forward pre-hook: note the batch, and join (B, N, ...) to (B·N, ...)."""
+    """Forward pre-hook of the model: note the batch, and reshape (B, N, ...) to (B·N, ...)."""
     groups: Any = model.slice_groups
     groups.rows, groups.batch = (), None
     tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point())
@@ -151,7 +151,7 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _after_model(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Forward hook, also after an error: forget the batch, and part (B·N, ...) into (B, N, ...)."""
+    """Forward hook, run after errors too: forget the batch, and reshape (B·N, ...) to (B, N, ...)."""
     groups: Any = model.slice_groups
     batch, groups.rows, groups.batch = groups.batch, (), None
     if batch is None:
@@ -168,7 +168,7 @@ def _after_model(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 def _change(
     block: Block, half: AcrossSlices | None, groups: SliceGroups, lora: tuple[int, float | None]
 ) -> int:
-    """Give a block its axial half and its attention LoRA; how many parameters train that were not there."""
+    """Add the axial half to a block and LoRA to its attention; returns how many trainable parameters were added."""
     added: list[nn.Parameter] = []
     if lora[0] and block.projections is not None:
         for adapted in add_lora(block.projections, *lora):
@@ -181,7 +181,7 @@ def _change(
 
 
 def _attach(model: nn.Module, groups: SliceGroups) -> None:
-    """Give the model its groups and, unless it lays out frames itself, the hooks that know the batch."""
+    """Attach the slice groups to the model, and the hooks that note the batch unless it arranges frames itself."""
     model.slice_groups = groups  # type: ignore[assignment]
     for name, module in model.named_modules():
         if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):

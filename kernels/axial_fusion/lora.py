@@ -59,14 +59,14 @@ class LoRAUpdates(nn.Module):
         self.reset_lora()
 
     def reset_parameters(self) -> None:
-        """What the constructor makes: weights as nn.Linear's, updates that are random but zero."""
+        """Initialise as the constructor does: the weights as nn.Linear, A at random and B at zero."""
         self.merged = False
         super().reset_parameters()  # type: ignore[misc]  # nn.Linear's
         self.reset_lora()
 
     @torch.no_grad()
     def reset_lora(self) -> None:
-        """Start anew: updates that are random but zero; none yet where nn.Linear's constructor calls this."""
+        """Initialise A at random and B at zero, if they exist: nn.Linear's constructor calls this before they do."""
         self.unmerge()
         for part in self.parts if hasattr(self, "scaling") else ():
             update = self.lora(part)
@@ -74,7 +74,7 @@ class LoRAUpdates(nn.Module):
             update.b.zero_()
 
     def lora(self, part: str = "") -> LoRA:
-        """The update of a part, its parameters as they are now."""
+        """The update of a part, from its current parameters."""
         name_a, name_b = _lora_names(part)
         return LoRA(getattr(self, name_a), getattr(self, name_b), self.scaling)
 
@@ -106,7 +106,7 @@ class LoRAUpdates(nn.Module):
         self.merged = sign > 0
 
     def through(self, tensor: Tensor) -> Tensor:
-        """`tensor` of a merged module, which refuses a gradient that would have to train the update."""
+        """`tensor`, unchanged; in a merged module its backward raises where the update would have to be trained."""
         if not torch.is_grad_enabled():
             return tensor
         updates = [getattr(self, name) for name in self.lora_names()]
@@ -154,13 +154,13 @@ class LoRAUpdates(nn.Module):
 
 
 def unmerge_what_was_loaded(module: nn.Module, _: object) -> None:
-    """Hook after load_state_dict: leave the module unmerged."""
+    """Hook after load_state_dict: unmerge the module."""
     assert isinstance(module, LoRAUpdates)
     module.unmerge()
 
 
 class _Untrained(torch.autograd.Function):
-    """The identity on a tensor, whose derivative by the other inputs is refused."""
+    """The identity on a tensor; the derivative by the other inputs raises."""
 
     generate_vmap_rule = True
 
@@ -195,7 +195,7 @@ def _require_parameter(layer: nn.Module, name: str, kind: str) -> None:
 
 
 def _others_with(layer: nn.Module, name: str) -> list[str]:
-    """Classes of the other modules that hold this parameter of `layer`, without the layer it was taken over from."""
+    """Classes of other modules that share this parameter of `layer`, except the layer it was taken from."""
     if sys.getrefcount(layer._parameters[name]) <= 2:  # the layer's and this call's
         return []
     source = _TAKEN_FROM.get(layer, lambda: None)()
@@ -263,7 +263,7 @@ class LoRALinear(LoRAUpdates, nn.Linear):
     def sharing(
         cls, linear: nn.Linear, rank: int, alpha: float | None = None, dropout: float = 0.0
     ) -> LoRALinear:
-        """`from_linear` of a layer that is known to compute what nn.Linear does, whatever its class."""
+        """Like `from_linear`, for a layer of another class that is known to compute what nn.Linear does."""
         new = cls(linear.in_features, linear.out_features, rank=rank, alpha=alpha, dropout=dropout,
                   bias=linear.bias is not None, device=linear.weight.device, dtype=linear.weight.dtype)  # fmt: skip
         new.take_over(linear)
@@ -273,7 +273,7 @@ class LoRALinear(LoRAUpdates, nn.Linear):
         return new.train(linear.training)
 
     def updated_weights(self) -> dict[str, Tensor]:
-        """The layer's one weight."""
+        """The layer's only weight."""
         return {"": self.weight}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -308,7 +308,7 @@ nn.modules.module.register_module_module_registration_hook(_refuse_uncalled)
 
 
 def obstacle(layer: nn.Module) -> str | None:
-    """What may make a call of `layer` another thing than x Wᵀ + bias of its parameters, or None."""
+    """Why a call of `layer` may differ from x Wᵀ + bias of its parameters, or None."""
     kind = type(layer)
     if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
         return "is the out_proj of nn.MultiheadAttention, which reads its weight and never calls it"
@@ -323,7 +323,7 @@ def obstacle(layer: nn.Module) -> str | None:
 
 
 def runs_more(*layers: nn.Module | None) -> bool:
-    """Whether a call of one of `layers` runs more than its class's forward: hooks, or a forward that was put on it."""
+    """Whether calling one of `layers` runs more than its class's forward: hooks, or a forward set on the instance."""
     for layer in layers:
         if layer is None:
             continue

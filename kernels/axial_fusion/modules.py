@@ -33,15 +33,15 @@ class AxialFusionAttention(nn.Module):
     """Axial attention, then slice attention, on tokens (B, N, P, C) or (B, N, H', W', C).
 
     "Axial" means across the N slices at one position, not along the rows or columns of an image. `attention`
-    leaves one half out. `rank` > 0 puts LoRA on q and v of both halves; what is frozen beside it is the
-    caller's choice (`freeze_projections`). `norm` and `residual` False fit the module into a block that has its
+    leaves one half out. `rank` > 0 puts LoRA on q and v of both halves; the caller decides
+    what is frozen (`freeze_projections`). `norm` and `residual` False fit the module into a block that has its
     own.
 
     The op reads the weights of plain layers. Where one is of another class or has hooks (adapters, quantised layers,
     pruning, sharding or offloading by layer), every layer is called instead, which is right and slower."""
 
     host = HostCall()  # how the host calls this module, where it is made from a host's attention
-    training_only = ""  # dropout of the host that evaluation skips
+    training_only = ""  # the host's dropout, described; evaluation skips it
     # nn.TransformerEncoderLayer reads these of its self_attn: without a bias it calls the module, as it must.
     in_proj_bias = None
     _qkv_same_embed_dim = True
@@ -69,7 +69,7 @@ class AxialFusionAttention(nn.Module):
             raise ValueError(f"attention is {attention!r}, but must be both, axial or slice")
         self.num_heads = num_heads
         self.residual = residual
-        self.eps = 1e-6  # of the norms; set_eps sets it
+        self.eps = 1e-6  # eps of the norms; set_eps changes it
         self.dropout = dropout
         halves = {"both": (True, True), "axial": (True, False), "slice": (False, True)}[attention]
         options = {"rank": rank, "alpha": alpha, "norm": norm}
@@ -90,7 +90,7 @@ class AxialFusionAttention(nn.Module):
             x, positional = self_attention_input(host, x, others, keywords)
             query_index = positional if query_index is None else query_index
         plain = True
-        for half in self._modules.values():  # less than a generator over halves(), which each call pays for
+        for half in self._modules.values():  # cheaper than a generator over halves(), on every call
             plain = plain and (half is None or half.is_plain())
         y = (self._fused if plain else self._by_calls)(host.to_slices(x), query_index)
         y = host.from_slices(y)
@@ -126,7 +126,7 @@ class AxialFusionAttention(nn.Module):
         )
 
     def _by_calls(self, x: Tensor, query_index: Sequence[int] | None) -> Tensor:
-        """The same by calling each layer, so that its hooks run and its class computes."""
+        """The same result by calling each layer, so that hooks run and subclasses compute."""
         grid = x.shape[2:-1]
         x = x.flatten(2, 3) if len(grid) == 2 else x  # (B, N, P, C)
         every = slice(None)
@@ -143,16 +143,16 @@ class AxialFusionAttention(nn.Module):
         return x if len(grid) == 1 else x.unflatten(2, grid)
 
     def reset_parameters(self) -> None:
-        """What the constructor makes, of both halves."""
+        """Initialise both halves as the constructor does."""
         for half in self.halves():
             half.reset_parameters()
 
     def halves(self) -> list[AttentionHalf]:
-        """The halves that are there, across slices first."""
+        """The halves that the module has, across slices first."""
         return [half for half in (self.inter, self.intra) if half is not None]
 
     def freeze_projections(self) -> None:
-        """W_Q, W_K, W_V and their biases stay as they are: with `rank` > 0, the paper's LoRA equations."""
+        """Freeze W_Q, W_K, W_V and their biases. With `rank` > 0 this gives the paper's LoRA equations."""
         for half in self.halves():
             for parameter in half.qkv.parameters():
                 parameter.requires_grad_(False)
@@ -212,7 +212,7 @@ class AxialFusionAttention(nn.Module):
 
 @torch.no_grad()
 def _take_over(layer: nn.Module, parts: Sequence[Part]) -> None:
-    """Copy weights and biases, one below the other, into `layer`; a bias that is missing is 0. Frozen ones stay so."""
+    """Copy weights and biases into `layer`, stacked in rows. A missing bias becomes 0; frozen ones stay frozen."""
     layer.weight.copy_(torch.cat([weight for weight, _ in parts]))
     layer.bias.copy_(
         torch.cat([weight.new_zeros(weight.shape[0]) if b is None else b for weight, b in parts])
@@ -234,7 +234,7 @@ class AttentionHalf(LoRAUpdates):
             self.add_lora(rank, alpha)
 
     def is_plain(self) -> bool:
-        """Whether reading the weights of the layers comes to the same as calling the layers."""
+        """Whether reading the layers' weights gives the same result as calling the layers."""
         layers = self._modules.values()  # their hooks, and those of a half that is sharded by itself
         return _PLAIN.issuperset(map(type, layers)) and not runs_more(self, *layers)
 
@@ -265,7 +265,7 @@ class AttentionHalf(LoRAUpdates):
         return self.qkv
 
     def reset_parameters(self) -> None:
-        """What the constructor makes, of the layers and of LoRA."""
+        """Initialise the layers and LoRA as the constructor does."""
         self.merged = False
         for layer in (self.norm, self.qkv, self.out):
             if layer is not None:
@@ -278,7 +278,7 @@ class AttentionHalf(LoRAUpdates):
         return {"q": q, "v": v}
 
     def weights(self) -> AttentionWeights:
-        """The parameters as they are now; nothing is cached, so that optimisers and DDP see one truth."""
+        """The current parameters. Nothing is cached, so that optimisers and DDP always see them."""
         live = self.rank > 0 and not self.merged
         return AttentionWeights(
             self.through(self.qkv.weight) if self.merged else self.qkv.weight,

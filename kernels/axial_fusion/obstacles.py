@@ -21,12 +21,12 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Facts(NamedTuple):
-    """What a decision looks at: where and in which dtype an op computes, and the sizes that bound a kernel."""
+    """Facts that decide the backend: device, dtype, and the sizes that limit a kernel."""
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int = 1
-    slices: int = 1  # of queries or of keys, whichever are more
+    slices: int = 1  # slices of queries or of keys, the larger number
     queries: int = 1  # slices of them
     columns: int = 1  # of keys in a row
     channels: int = 1

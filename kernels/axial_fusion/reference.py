@@ -68,7 +68,7 @@ def axial_attention(
 
 
 def causal_parts(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Each query (B, 1, ...) with the keys and values that it sees: those that it does not see may hold anything."""
+    """Each query (B, 1, ...) with the keys and values that it sees: the others may hold inf or NaN."""
     queries, keys = q.shape[1], k.shape[1]
     ends = [max(0, i + 1 + keys - queries) for i in range(queries)]
     return [(q[:, i : i + 1], k[:, :end], v[:, :end]) for i, end in enumerate(ends)]
@@ -109,7 +109,7 @@ def slice_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = No
 def joint_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
     """Full 3D attention, every token with every token of its group: (B, N, P, M, D) -> the same.
 
-    The paper's first equation, which the two above factorise: N·P comparisons a token instead of N + P."""
+    The paper's first equation, which the two functions above factorise: N·P comparisons a token instead of N + P."""
     flat = (t.flatten(1, 2).unsqueeze(1) for t in (q, k, v))
     return slice_attention(*flat, scale=scale).view_as(q)
 
@@ -157,7 +157,7 @@ def rel_terms(
 
 
 def distances(entries: int, length: int, device: torch.device) -> Tensor:
-    """The entry of a table of 2·keys − 1 for query i and key j: (i mod keys) − j + keys − 1, as (length, keys)."""
+    """Indices (length, keys) of query i and key j in a table of 2·keys − 1: (i mod keys) − j + keys − 1."""
     keys = (entries + 1) // 2
     i = torch.arange(length, device=device) % keys
     j = torch.arange(keys, device=device)
@@ -165,7 +165,7 @@ def distances(entries: int, length: int, device: torch.device) -> Tensor:
 
 
 def unmasked(bias_h: Tensor, bias_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The bias (..., H) and (..., W) of queries with 0 for those that see no key, and which these are (..., 1).
+    """The bias (..., H) and (..., W) with 0 for queries that see no key, and a mask of these queries (..., 1).
 
     A softmax over -inf alone would be NaN, in its gradient too."""
     blind = blind_queries(bias_h, bias_w)

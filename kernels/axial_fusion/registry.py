@@ -24,7 +24,7 @@ _libraries: dict[str, Any] = vars(OPS).setdefault("_libraries", {})  # outlives 
 
 
 def library(op: str) -> torch.library.Library:
-    """What `op` and its backward are registered with, by `lib=`; what was registered for `op` before is gone."""
+    """The torch library to register `op` and its backward in (`lib=`). Earlier registrations of `op` are removed."""
     if op in _libraries:
         _libraries[op]._destroy()
     _libraries[op] = torch.library.Library(NAMESPACE, "FRAGMENT")

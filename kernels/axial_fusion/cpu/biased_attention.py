@@ -18,7 +18,7 @@ from ..dispatch import plain_on
 from ..reference import blind_queries, unmasked
 
 _SAVED = 1 << 24  # scores that autograd may keep for a backward: 64 MiB in fp32
-_KEYS = 512  # of a query, above which fp32 scores that leave the cache cost more than computing them again
+_KEYS = 512  # of a query; with more, fp32 scores are computed again faster than read
 # Scores that a block holds; half of it in a backward, which has three such tensors at a time.
 _BLOCK = 1 << 22
 
@@ -34,14 +34,15 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor
     with no_autocast(q):
         q, k, bias_h, bias_w = (_wide(t) for t in (q, k, bias_h, bias_w))
         v = v if dtype == torch.bfloat16 else _wide(v)
-        # Masks cost a training step 5 %: where values can be looked at, only queries without keys pay for them.
+        # Masks cost a training step 5 %: they are left out where values can be read and every query has a key.
         blind = None
         traced = torch.compiler.is_compiling() or under_transform(given) or q.device.type == "meta"
         if traced or blind_queries(bias_h.detach(), bias_w.detach()).any():
             bias_h, bias_w, blind = unmasked(bias_h, bias_w)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        weights = torch.add(_bias(bias_h, bias_w), q @ k.transpose(-1, -2), alpha=scale).softmax(-1)
-        y = weights.to(v.dtype) @ v
+        heads = bias_h.shape[:2]
+        q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+        scores = torch.baddbmm(_bias(bias_h, bias_w).flatten(0, 1), q, k.transpose(1, 2), alpha=scale)
+        y = (scores.softmax(-1).to(v.dtype) @ v).unflatten(0, heads)
         return (y if blind is None else y.masked_fill(blind, 0.0)).transpose(1, 2).to(dtype)
 
 
@@ -52,7 +53,7 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tenso
     for b, m, rows in _blocks(q, k.shape[2], _BLOCK):
         bias = _bias(_wide(bias_h[b, m, rows]), _wide(bias_w[b, m, rows]))
         query, key, value = q[b, rows, m].transpose(1, 2), k[b, m], v[b, m]
-        if q.device.type != "cpu":  # there it takes a bias in q's dtype alone, or misreads it
+        if q.device.type != "cpu":  # a GPU's SDPA takes only a bias of q's dtype, or misreads it
             query, key, value = _wide(query), _wide(key), _wide(value)
         with no_autocast(q):
             part = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
@@ -119,7 +120,7 @@ def _blocks(q: Tensor, keys: int, most: int) -> Iterator[tuple[slice, slice, sli
 
 
 def choose(q: Tensor, keys: int, *others: Tensor) -> Attend | None:
-    """How a CPU computes: all at once where autograd may keep that, blocks where it need not, else None: the op."""
+    """`attend_plain` where autograd may keep the scores, `attend_blocks` without gradients, else None for the op."""
     tensors = (q, *others)
     # An exported graph runs without this package.
     if under_transform(tensors) or torch.compiler.is_exporting():

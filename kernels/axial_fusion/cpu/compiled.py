@@ -1,7 +1,7 @@
 """The compiled kernels of a CPU: kernels.c, which an install builds where it finds a compiler.
 
-They run in the pool of threads that torch has, as many as torch.get_num_threads(), and are given pointers and strides:
-neither torch's headers nor a second OpenMP are needed."""
+They run on torch's own thread pool with torch.get_num_threads() threads, and take pointers and strides: building them
+needs neither torch's headers nor a second OpenMP."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # by their number in ke
 MAX_SLICES = 64  # scores of a query: four vectors
 VERSION = 1  # of what kernels.c takes
 _GROUP = 3 << 10  # elements of a position that a thread copies at a time: its heads, as many as fit the cache
-_GRAIN = 1 << 15  # multiply-adds that are worth another thread
+_GRAIN = 1 << 15  # multiply-adds from which another thread pays
 
 
 _CALL = struct.Struct("51qd")  # an Axial of kernels.c: eight views of five numbers, eleven more, scale
-_ABSENT = (0,) * 5  # the view of a tensor that a call does not have
+_ABSENT = (0,) * 5  # the view of an absent tensor
 
 
 def _path() -> Path | None:
@@ -61,7 +61,7 @@ def missing() -> str | None:
 
 @functools.cache
 def _parallel() -> int | None:
-    """The address of GOMP_parallel in the OpenMP that torch has loaded; None where it has another pool of threads."""
+    """The address of GOMP_parallel in the OpenMP that torch loaded; None where torch uses another thread pool."""
     if sys.platform != "linux":
         return None
     try:
@@ -83,7 +83,7 @@ def _view(t: Tensor) -> tuple[int, ...]:
 
 
 def _dense(t: Tensor) -> Tensor:
-    """What is read by pointer and strides: no negative that is still to be taken, and D packed."""
+    """The tensor as kernels read it: a lazy negation resolved, and D contiguous."""
     t = t.resolve_neg()
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 

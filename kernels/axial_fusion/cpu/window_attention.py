@@ -1,9 +1,11 @@
 """SAM's windowed attention in plain torch: the grid is cut into at most four parts of equal windows.
 
-One part holds the whole windows; the others hold those that the grid's lower and right ends cut, whose queries are the
-tokens that exist and whose keys are filled up with the bias."""
+One part holds the whole windows. The others hold the windows that the grid's lower and right edges cut: their queries
+are the tokens that exist, and their keys are padded with the bias."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -11,87 +13,94 @@ from torch import Tensor
 from .biased_attention import Attend, attend_backward
 
 
-def _bands(size: int, window: int) -> list[tuple[slice, int]]:
-    """An axis cut into the whole windows and the last, partial one: where each part lies and its windows' extent."""
+def _sizes(size: int, window: int) -> list[int]:
+    """Sizes of an axis's parts: its whole windows, and the partial window at its end."""
     whole = size - size % window
-    bands = [(slice(0, whole), window)] if whole else []
-    return [*bands, (slice(whole, size), size - whole)] if whole < size else bands
+    return [part for part in (whole, size - whole) if part]
 
 
-def _cut(t: Tensor, rows: slice, height: int, columns: slice, width: int) -> Tensor:
-    """The windows of one part of the grid: (B, H', W', ...) -> (B', height, width, ...)."""
-    t = t[:, rows, columns].unflatten(2, (-1, width)).unflatten(1, (-1, height))
-    return t.transpose(2, 3).flatten(0, 2)
+def _parts(window: int, *grids: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The parts of the grids (B, H', W', ...) as views, row by row.
+
+    Parts are split, not sliced: the gradient of a slice is a grid of zeros with one part filled."""
+    rows, columns = (_sizes(size, window) for size in grids[0].shape[1:3])
+    for bands in zip(*(t.split(rows, 1) for t in grids), strict=True):
+        yield from zip(*(band.split(columns, 2) for band in bands), strict=True)
 
 
-def _join(t: Tensor, batch: int, rows: slice, height: int, columns: slice, width: int) -> Tensor:
-    """The inverse of `_cut`: (B', height·width or height, width, ...) -> (B, rows, columns, ...)."""
-    t = t.unflatten(0, (batch, (rows.stop - rows.start) // height, -1))
-    return t.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+def _cut(part: Tensor, window: int) -> Tensor:
+    """The windows of a part: (B, h, w, ...) -> (B', height, width, ...)."""
+    height, width = (min(window, size) for size in part.shape[1:3])
+    return part.unflatten(2, (-1, width)).unflatten(1, (-1, height)).transpose(2, 3).flatten(0, 2)
 
 
-def _keys(windows: Tensor, qkv_bias: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """k and v (B', window², M, D) of the windows (B', h, w, 3, M, D), the bias alone where the grid ends."""
-    kv = windows[:, :, :, 1:]
-    count, height, width, _, heads, dim = kv.shape
-    pad = qkv_bias.view(3, heads, dim)[1:]
-    if width < window:
-        kv = torch.cat([kv, pad.expand(count, height, window - width, 2, heads, dim)], 2)
-    if height < window:
-        kv = torch.cat([kv, pad.expand(count, window - height, window, 2, heads, dim)], 1)
-    k, v = kv.flatten(1, 2).unbind(2)
-    return k, v
+def _join(windows: Tensor, rows: int, columns: int) -> Tensor:
+    """The inverse of `_cut`: (B', height, width, ...) -> (B, rows, columns, ...)."""
+    height, width = windows.shape[1:3]
+    grid = windows.unflatten(0, (-1, rows // height, columns // width))
+    return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def _cat(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _operands(
+    part: Tensor, rel_h: Tensor, rel_w: Tensor, qkv_bias: Tensor, window: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q (B', h·w, M, D), k and v (B', window², M, D), bias_h and bias_w (B', M, h·w, window) of a part's windows.
+
+    Where the grid ends before the window does, keys and values are the bias alone."""
+    q, *kv = _cut(part, window).unbind(3)
+    _, height, width, heads, dim = q.shape
+    for i, pad in enumerate(qkv_bias.view(3, heads, dim)[1:].unbind()):
+        if width < window:
+            kv[i] = torch.cat([kv[i], pad.expand(len(q), height, window - width, heads, dim)], 2)
+        if height < window:
+            kv[i] = torch.cat([kv[i], pad.expand(len(q), window - height, window, heads, dim)], 1)
+    bias_h, bias_w = (_cut(rel, window).flatten(1, 2).transpose(1, 2) for rel in (rel_h, rel_w))
+    k, v = (t.flatten(1, 2) for t in kv)
+    return q.flatten(1, 2), k, v, bias_h, bias_w
 
 
 def forward(
     qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor, window: int, scale: float, attend: Attend
 ) -> Tensor:
     """qkv (B, H', W', 3, M, D), not empty -> (B, H', W', M, D), contiguous, each part of the grid by `attend`."""
-    batch = qkv.shape[0]
     padded = qkv.shape[1] % window or qkv.shape[2] % window
     if not padded and qkv_bias.requires_grad and torch.is_grad_enabled():
         rel_w = rel_w + qkv_bias[:0].sum()  # a bias that no padding holds has a gradient too, of zeros
-    bands = []
-    for rows, height in _bands(qkv.shape[1], window):
-        parts = []
-        for columns, width in _bands(qkv.shape[2], window):
-            place = (rows, height, columns, width)
-            windows = _cut(qkv, *place)
-            k, v = _keys(windows, qkv_bias, window)
-            bias_h, bias_w = (_cut(rel, *place).flatten(1, 2).transpose(1, 2) for rel in (rel_h, rel_w))
-            y = attend(windows[:, :, :, 0].flatten(1, 2), k, v, bias_h, bias_w, scale)
-            parts.append(_join(y.unflatten(1, (height, width)), batch, *place))
-        bands.append(parts[0] if len(parts) == 1 else torch.cat(parts, 2))
-    return (bands[0] if len(bands) == 1 else torch.cat(bands, 1)).contiguous()
+    parts = []
+    for part, h, w in _parts(window, qkv, rel_h, rel_w):
+        rows, columns = part.shape[1:3]
+        y = attend(*_operands(part, h, w, qkv_bias, window), scale)
+        parts.append(_join(y.unflatten(1, (min(window, rows), -1)), rows, columns))
+    across = len(_sizes(qkv.shape[2], window))
+    return _cat([_cat(parts[i : i + across], 2) for i in range(0, len(parts), across)], 1).contiguous()
 
 
 def backward(
     grad: Tensor, qkv: Tensor, qkv_bias: Tensor, rel_h: Tensor, rel_w: Tensor, y: Tensor, window: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the four inputs, contiguous, block by block."""
-    batch = qkv.shape[0]
-    dqkv, drel_h, drel_w = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (qkv, rel_h, rel_w))
+    found = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (qkv, rel_h, rel_w)]
     wide = torch.promote_types(qkv.dtype, torch.float32)
     dpad = torch.zeros((2, *qkv.shape[4:]), dtype=wide, device=qkv.device)
-    for rows, height in _bands(qkv.shape[1], window):
-        for columns, width in _bands(qkv.shape[2], window):
-            place = (rows, height, columns, width)
-            windows = _cut(qkv, *place)
-            k, v = _keys(windows, qkv_bias, window)
-            bias_h, bias_w = (_cut(rel, *place).flatten(1, 2).transpose(1, 2) for rel in (rel_h, rel_w))
-            q = windows[:, :, :, 0].flatten(1, 2)
-            dy, part = (_cut(t, *place).flatten(1, 2) for t in (grad, y))
-            dq, dk, dv, dh, dw = attend_backward(dy, q, k, v, bias_h, bias_w, part, scale)
-            dkv = torch.stack([dk, dv], 2).unflatten(1, (window, window))  # (B', window, window, 2, M, D)
-            real = dkv[:, :height, :width]
-            dpad += dkv[:, height:].sum((0, 1, 2), dtype=wide) + dkv[:, :height, width:].sum(
-                (0, 1, 2), dtype=wide
-            )
-            dq = dq.unflatten(1, (height, width)).unsqueeze(3)
-            dqkv[:, rows, columns] = _join(torch.cat([dq, real], 3), batch, *place)
-            for whole, table in ((drel_h, dh), (drel_w, dw)):
-                whole[:, rows, columns] = _join(
-                    table.transpose(1, 2).unflatten(1, (height, width)), batch, *place
-                )
+    for dy, part, h, w, out, *places in _parts(window, grad, qkv, rel_h, rel_w, y, *found):
+        rows, columns = part.shape[1:3]
+        height, width = min(window, rows), min(window, columns)
+        operands = _operands(part, h, w, qkv_bias, window)
+        dy, out = (_cut(t, window).flatten(1, 2) for t in (dy, out))
+        dq, dk, dv, dh, dw = attend_backward(dy, *operands, out, scale)
+        dkv = torch.stack([dk, dv], 2).unflatten(1, (window, window))  # (B', window, window, 2, M, D)
+        real = dkv[:, :height, :width]
+        dpad += dkv[:, height:].sum((0, 1, 2), dtype=wide) + dkv[:, :height, width:].sum(
+            (0, 1, 2), dtype=wide
+        )
+        dq = dq.unflatten(1, (height, width)).unsqueeze(3)
+        tables = (t.transpose(1, 2).unflatten(1, (height, width)) for t in (dh, dw))
+        for place, windows in zip(places, (torch.cat([dq, real], 3), *tables), strict=True):
+            place.copy_(_join(windows, rows, columns))
+    dqkv, drel_h, drel_w = found
     dbias = torch.cat([torch.zeros_like(dpad[:1]), dpad]).flatten().to(qkv_bias.dtype)
     return dqkv, dbias, drel_h, drel_w
