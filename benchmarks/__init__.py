@@ -1,8 +1,10 @@
-"""Speed and accuracy, measured. speed/ has one file a subject, accuracy/ the table of systems, results/ what was found.
+"""Speed and accuracy, measured.
 
-harness.py checks and times a subject's providers by clock.py on the machine that machine.py describes, __main__.py
-runs every subject, targets.py holds a result to the aims, compare.py holds two results against each other, figure.py
-writes the measured pages of docs/explanation and README's table, first_contact.py is for new hardware."""
+speed/ has one file a subject, accuracy/ the table of systems, results/ the raw JSON. harness.py checks and times a
+subject's providers; gate.py compares them with fp64, clock.py times them, machine.py describes the machine.
+__main__.py runs every subject, targets.py compares a result with the aims, compare.py compares two results.
+figure.py writes the measured pages of docs/explanation and README's table with tables.py. first_contact.py is for
+new hardware."""
 
 import importlib.util
 import sys

@@ -135,7 +135,7 @@ def queued_times(calls: Sequence[Call], *, budget_s: float) -> list[float]:
 
 
 def _worth(calls: Sequence[Call]) -> Sequence[Call]:
-    """The calls, or the first alone where a call is so long that it evicts its own inputs from the cache."""
+    """The calls, or the first one alone where a call is so long that it evicts its own inputs from the cache."""
     return calls[:1] if _events(calls[0], budget_s=0.0, calls=1)[-1] > OWN_MS else calls
 
 

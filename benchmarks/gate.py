@@ -1,7 +1,7 @@
-"""What is timed is right: output and gradients of every provider of a case against an fp64 reference.
+"""Correctness before timing: output and gradients of every provider of a case against an fp64 reference.
 
-Compared are the relative L2 error, and the worst element, which the L2 error of a large tensor hides. A provider is
-run on the inputs as they are and on the same values in a strided layout. A NaN anywhere is wrong."""
+Two errors are compared: the relative L2 error, and that of the worst element, which the L2 error of a large tensor
+hides. A provider is run on the inputs as they are, and on the same values in a strided layout. Any NaN is wrong."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Gate:
     def _outputs(
         self, call: Callable[..., Tensor], inputs: Sequence[Tensor], *, forward_only: bool = False
     ) -> list[Tensor | None]:
-        """The output, then the gradient of every input that wants one; None where it has no influence."""
+        """The output, then the gradient of every input that requires one; None for an input without influence."""
         wanted = [] if forward_only else [t for t in inputs if t.requires_grad]
         with torch.set_grad_enabled(bool(wanted)):
             y = call(*inputs)
@@ -110,9 +110,9 @@ class Gate:
 
 
 def _relative_errors(found: Tensor | None, expected: Tensor | None) -> tuple[float, float]:
-    """|found − expected| / |expected| in L2, and the worst element's, relative to it plus the root mean square.
+    """|found − expected| / |expected| in L2, and that of the worst element, relative to it plus the root mean square.
 
-    Where nothing has an influence, an absent gradient is a zero one."""
+    Where an input has no influence, a missing gradient equals one of zeros."""
     if expected is None:
         return (0.0, 0.0) if found is None or not found.any() else (math.inf, math.inf)
     if found is None or found.shape != expected.shape:

@@ -80,7 +80,8 @@ def measure(
 def runners(
     call: Callable[..., Tensor], sets: Sequence[Sequence[Tensor]], *, forward_only: bool = False
 ) -> dict[str, list[clock.Call]]:
-    """For each input set, forward without a graph, and forward with backward to every input that wants a gradient."""
+    """For each input set, a forward without a graph, and a forward with backward to every input that requires a
+    gradient."""
 
     def forward(inputs: Sequence[Tensor]) -> object:
         with torch.no_grad():
@@ -108,7 +109,7 @@ def _failure(error: BaseException) -> dict[str, str]:
 
 
 def _release() -> None:
-    """Give back what a failed call held: later cases would pay for an allocator that has nothing left."""
+    """Free the memory that a failed call held, so that the allocator has some left for later cases."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -140,7 +141,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def ceilings(dtype: torch.dtype) -> dict[str, float]:
-    """What this device reaches: bytes a second of a large copy, FLOPs a second of a large square product."""
+    """Bytes a second of a large copy and FLOPs a second of a large square product on this device."""
     device = default_device()
     size, side = (2**31, 8192) if device.type == "cuda" else (2**27, 2048)
     source = torch.ones(size // 4, dtype=torch.int32, device=device)

@@ -1,4 +1,4 @@
-"""Pages of which the part between two markers is generated."""
+"""Pages with a generated part between two markers."""
 
 from __future__ import annotations
 

@@ -213,10 +213,10 @@ def result(
 
 
 def bounds_of(counted: Mapping[str, Any], arch: int) -> dict[tuple[str, str, str], float]:
-    """(subject, name, forward or forward_backward) -> ms that no run of these kernels can be faster than.
+    """{(subject, name, forward or forward_backward): ms}, which no run of these kernels can beat.
 
-    Of several kernels on-chip bounds add up. Bytes are those of the case, each once in a forward and once in a
-    backward: what one kernel leaves in the L2 cache costs the next one none."""
+    On-chip bounds of several kernels add up. Bytes are those of the case, each read or written once in a forward and
+    once in a backward: a later kernel may find them in the L2 cache."""
     machine = counted["machines"][str(arch)]
     found: dict[tuple[str, str, str], float] = {}
     grouped: dict[tuple[str, str], list[Mapping[str, Any]]] = {}

@@ -42,7 +42,7 @@ def ours_and_best(
     against: str | None = None,
     **facts: Any,
 ) -> list[tuple[Record, Record]]:
-    """The record of ours and of its best rival (or of the provider `against`), at every case that has both."""
+    """Our record and that of its best rival (or of the provider `against`), for every case that has both."""
     pairs = []
     chosen = [
         r for r in records

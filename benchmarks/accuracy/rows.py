@@ -109,7 +109,7 @@ def _score(masks: Path, labels: Path, home: Path, row: dict[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON gives it back: paths are strings, tuples lists."""
+    """`value` as it is after a round trip through JSON: paths are strings, tuples lists."""
     return json.loads(json.dumps(value, default=str))
 
 
