@@ -234,7 +234,7 @@ def check(args: CheckArgs) -> CheckResult:
     console.print(
         f"{len(usable)} of {len(reports)} scans usable; preset {args.preset} needs about "
         f"{need.cache_gb:.2g} GB of cache and {need.memory_gb:.2g} GB of memory; its {need.steps:.0f} steps "
-        f"of {need.step_tflop:.2g} TFLOP take {time_needed}",
+        f"of {need.step_tflop:.2g} TFLOP take {time_needed} (train --max-minutes sets a limit)",
         soft_wrap=True,
     )
     rate = None
@@ -243,8 +243,9 @@ def check(args: CheckArgs) -> CheckResult:
         rate = slices_per_second(dataset, usable[:4], config, device=device, trusted=trusted)  # four tell
         wanted = ""
         if seconds is not None:
-            wanted = f", the model takes {config.model.num_slices * config.train.batch_size / seconds:.3g}"
-        text = f"{workers(config.train, device)} workers load {rate:.3g} slices a second{wanted}"
+            wanted = f"; training takes {config.model.num_slices * config.train.batch_size / seconds:.3g}"
+        count = workers(config.train, device)
+        text = f"loading gives {rate:.3g} slices a second with {count} worker processes{wanted}"
         console.print(text, soft_wrap=True)
     return CheckResult(tuple(reports), need, seconds, rate)
 

@@ -17,7 +17,10 @@ def test_check_reports_each_case_and_what_is_wrong(tmp_path, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "2 of 2 scans usable" in said
     loaded, wanted = map(
-        float, re.search(r"0 workers load (\S+) slices a second, the model takes (\S+)", said).groups()
+        float,
+        re.search(
+            r"loading gives (\S+) slices a second with 0 worker processes; training takes (\S+)", said
+        ).groups(),
     )
     assert loaded > 0
     assert wanted > 0
