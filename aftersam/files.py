@@ -24,7 +24,7 @@ from aftersam.errors import naming
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # there is none on Windows
 
 if TYPE_CHECKING:
     from torch import Tensor

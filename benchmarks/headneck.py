@@ -130,7 +130,7 @@ def headneck(args: HeadneckArgs) -> dict[str, Any]:
     )
     metrics = score_folder(masks, truth / "labels")
     ship(args, dataset, metrics)
-    return metrics  # type: ignore[return-value]
+    return metrics  # type: ignore[return-value]  # a TypedDict
 
 
 def configured(args: HeadneckArgs) -> Config:

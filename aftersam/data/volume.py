@@ -287,6 +287,7 @@ def _canonical(array: np.ndarray, image: nib.spatialimages.SpatialImage, name: s
         image = nib.Nifti1Image.from_image(image)
     if image.affine is None or not np.isfinite(image.affine).all():
         raise ValueError(f"{name} has an affine with NaN or infinite entries")
+    # nibabel's header has no type
     affine = np.diag([*[mm_per_unit(image.header)] * 3, 1.0]) @ image.affine  # type: ignore[arg-type]
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     check_spacing(spacing, name)

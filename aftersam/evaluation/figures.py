@@ -279,7 +279,7 @@ def png_bytes(figure: Figure, dpi: int = 120) -> bytes:
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
-        text.set_parse_math(False)  # type: ignore[attr-defined]  # a Text
+        text.set_parse_math(False)  # a Text
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands in its place

@@ -95,7 +95,7 @@ def naive_logits(
                 _near(hu, group, config)[None],
                 query_index=decoded if kept_alone else None,
                 labels=None if prompts is None else prompts[None],
-            )[0]  # type: ignore[index]  # a tensor, as no coarse logits are asked for
+            )[0]  # a tensor, as no coarse logits are asked for
         else:
             logits = _from_features(model, [each[d] for d in group], decoded, prompts)
         for position, of_slice in zip(decoded, logits, strict=True):

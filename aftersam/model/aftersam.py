@@ -109,7 +109,8 @@ class AfterSAM(nn.Module):
     def fuse(self, embedding: Tensor, *, query_index: Sequence[int] | None = None) -> Tensor:
         """embedding (B, N, C, h, w) -> (B, N or Nq, C, h, w)."""
         if self.fusion is not None:
-            return self.fusion(embedding, query_index=query_index)
+            fused: Tensor = self.fusion(embedding, query_index=query_index)
+            return fused
         if query_index is None:
             return embedding
         return embedding[:, torch.as_tensor(query_index, device=embedding.device)]
@@ -120,7 +121,8 @@ class AfterSAM(nn.Module):
         """embedding (T, C, h, w), skips and, if prompted, labels of the same slices -> logits (T, K+1, H/s, W/s).
 
         Where there are more class tokens than classes, there is one logit for each token: see `of_classes`."""
-        return self.decoder(embedding, skips, labels)
+        logits: Tensor = self.decoder(embedding, skips, labels)
+        return logits
 
     def _classes(self, logits: Tensor, groups: int) -> Tensor:
         return of_classes(logits, self.decoder.num_classes).unflatten(0, (groups, -1))

@@ -94,7 +94,7 @@ class _ConvNorm(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.c(x))  # type: ignore[no-any-return]
+        return self.bn(self.c(x))
 
 
 class _PatchEmbed(nn.Module):
@@ -107,7 +107,7 @@ class _PatchEmbed(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.seq(x)  # type: ignore[no-any-return]
+        return self.seq(x)
 
 
 class _MBConv(nn.Module):
@@ -133,7 +133,7 @@ class _PatchMerging(nn.Module):
         self.conv3 = _ConvNorm(out_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv3(F.gelu(self.conv2(F.gelu(self.conv1(x)))))  # type: ignore[no-any-return]
+        return self.conv3(F.gelu(self.conv2(F.gelu(self.conv1(x)))))
 
 
 class TinyViTBlock(nn.Module):
@@ -187,7 +187,7 @@ class TinyViTAttention(nn.Module):
         index = (apart[:, None, :, None] * self.window + apart[None, :, None, :]).flatten(2).flatten(0, 1)
         bias = self.attention_biases[:, index].to(q.dtype)  # (M, S², S²)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (G, M, S², D)
-        return self.proj(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class _MLP(nn.Module):
@@ -198,4 +198,4 @@ class _MLP(nn.Module):
         self.fc2 = DenseLinear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(self.norm(x))))  # type: ignore[no-any-return]
+        return self.fc2(F.gelu(self.fc1(self.norm(x))))

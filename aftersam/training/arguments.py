@@ -91,7 +91,7 @@ def make_plan(args: TrainArgs) -> Plan:
     start = read_start(args.init) if args.init else None
     model = dataclasses.replace(args.config.model, token_shares=stored.model.token_shares if stored else ())
     if sam is not None:
-        model = dataclasses.replace(model, image_encoder=sam.name)  # type: ignore[arg-type]
+        model = dataclasses.replace(model, image_encoder=sam.name)  # type: ignore[arg-type]  # a name out of ENCODERS
     if start is not None and model.encoder == "auto":
         model = dataclasses.replace(model, encoder=start.config.model.encoder)
     config = dataclasses.replace(args.config, model=model)
@@ -108,7 +108,7 @@ def make_plan(args: TrainArgs) -> Plan:
         (args.sam_checkpoint, sam, resumed.sam_sha256),
         (args.init, start, resumed.init_sha256),
     ):
-        if given is not None and given.sha256 != began:  # type: ignore[attr-defined]
+        if given is not None and given.sha256 != began:
             raise ValueError(f"{flag} is not what the run in {args.output} began with; leave it out")
     if args.fold not in (None, resumed.fold):
         raise ValueError(
@@ -162,9 +162,10 @@ def parse(argv: Sequence[str] | None, kind: type[Args], about: str | None) -> Ar
     if given.max_steps or given.max_minutes or given.epochs:  # one limit given replaces a preset's others
         cleared = dataclasses.replace(config.train, max_steps=None, max_minutes=None)
         config = dataclasses.replace(config, train=cleared)
+    # as `parse` asks of a kind
     default = kind(data=tyro.MISSING, output=tyro.MISSING, config=config)  # type: ignore[call-arg]
     args = tyro.cli(kind, args=argv, default=default, description=about, config=(tyro.conf.OmitArgPrefixes,))
-    if args.config.model.token_shares != config.model.token_shares:  # type: ignore[attr-defined]
+    if args.config.model.token_shares != config.model.token_shares:  # type: ignore[attr-defined]  # as above
         raise ValueError("--token-shares follow from the organs of --init and of the data; leave it out")
     return args
 

@@ -103,7 +103,7 @@ def group_loader(
     )
     return torch.utils.data.DataLoader(
         groups,
-        batch_sampler=order,  # type: ignore[arg-type]  # an iterator serves: it is begun once
+        batch_sampler=order,  # an iterator serves: it is begun once
         num_workers=workers(config, device),
         persistent_workers=workers(config, device) > 0,
         pin_memory=device == "cuda",

@@ -46,7 +46,7 @@ GPU_FULL = [*GPU_SHAPES, Shape("DINOv2", 9, 224), Shape("SAM", 9, 1024)]
 def dinov2(image_size: int) -> nn.Module:
     from transformers import Dinov2Config, Dinov2Model
 
-    return Dinov2Model(Dinov2Config(image_size=image_size, layerscale_value=0.5))  # type: ignore[no-any-return]
+    return Dinov2Model(Dinov2Config(image_size=image_size, layerscale_value=0.5))
 
 
 def sam(image_size: int) -> nn.Module:
@@ -125,7 +125,7 @@ def over_all_tokens(plain: nn.Module, slices: int) -> nn.Module:
 
 def call(model: nn.Module, images: Tensor) -> Tensor:
     y = model(images)
-    return y if isinstance(y, Tensor) else y.last_hidden_state  # type: ignore[no-any-return]
+    return y if isinstance(y, Tensor) else y.last_hidden_state
 
 
 def flops(model: nn.Module, shape: Shape) -> int:

@@ -89,7 +89,7 @@ class RivalAttention(nn.Module):
         rel_h = torch.einsum("thwmd,hkd->tmkhw", q, rows).flatten(3)
         rel_w = torch.einsum("thwmd,wkd->tmhwk", q, columns).flatten(2, 3)
         y = self.attend(*qkv.flatten(1, 2).unbind(2), rel_h, rel_w)  # (T, P, M, D)
-        return self.original.proj(y.unflatten(1, (height, width)).flatten(-2))  # type: ignore[no-any-return]
+        return self.original.proj(y.unflatten(1, (height, width)).flatten(-2))
 
 
 @cache
@@ -144,7 +144,7 @@ def providers(
 
     def run(name: str, compiled: bool, images: Tensor) -> Tensor:
         y = encoder(name, shape, device, dtype, compiled)(images)
-        return y if isinstance(y, Tensor) else y.embedding  # type: ignore[no-any-return]
+        return y if isinstance(y, Tensor) else y.embedding
 
     found = {}
     for name in (*RIVALS, ACCELERATED, OURS):

@@ -105,7 +105,7 @@ def peft_layer(
     names = ("base_layer.weight", "base_layer.bias", "lora_A.default.weight", "lora_B.default.weight")
 
     def call(x: Tensor, *parameters: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))  # type: ignore[no-any-return]
+        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
 
     return call, ""
 

@@ -88,7 +88,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tenso
 
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     y: Any = flex_attention(q, k, v, score_mod=biased)
-    return y.transpose(1, 2)  # type: ignore[no-any-return]
+    return y.transpose(1, 2)
 
 
 def vllm(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:

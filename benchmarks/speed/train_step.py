@@ -53,7 +53,7 @@ VIT_B = ModelConfig(encoder="lora", output_stride=2)
 CPU_SHAPES = [("small, 128 px", SMALL)]
 CPU_FULL = [("ViT-B, 256 px", dataclasses.replace(VIT_B, image_size=256, num_slices=3, num_blocks=2))]
 GPU_SHAPES = [
-    (f"ViT-B {encoder}, {px} px", dataclasses.replace(VIT_B, image_size=px, encoder=encoder))  # type: ignore[arg-type]
+    (f"ViT-B {encoder}, {px} px", dataclasses.replace(VIT_B, image_size=px, encoder=encoder))
     for encoder in ("frozen", "lora")
     for px in (1024, 512)
 ]
@@ -103,7 +103,7 @@ class _Attention(nn.Module):
             x = torch.cat([checkpoint(self._attention, part, use_reentrant=False) for part in parts])
         else:
             x = self._attention(x)
-        return theirs.window_unpartition(x, self.window, padded, grid) if self.window else x  # type: ignore[no-any-return]
+        return theirs.window_unpartition(x, self.window, padded, grid) if self.window else x
 
     def _attention(self, x: Tensor) -> Tensor:
         theirs = segment_anything_modeling("image_encoder")
@@ -115,7 +115,7 @@ class _Attention(nn.Module):
             zeros, q.flatten(0, 1), self.rel_pos_h, self.rel_pos_w, (height, width), (height, width)
         )
         x = self.attend(q, k, v, bias.view(count, self.num_heads, *bias.shape[1:]).to(q.dtype))
-        return self.proj(x.transpose(1, 2).reshape(count, height, width, channels))  # type: ignore[no-any-return]
+        return self.proj(x.transpose(1, 2).reshape(count, height, width, channels))
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -131,9 +131,10 @@ def composed(
 ) -> AfterSAM:
     """`model` with its encoder's attention and its blocks' attention computed by `attend` and `fuse`; same weights."""
     model = copy.deepcopy(model)
-    for block in model.encoder.blocks:  # type: ignore[union-attr]
-        block.attn = _Attention(block.attn, attend, frugal=frugal)  # type: ignore[arg-type]
-    for block in model.fusion.blocks:  # type: ignore[union-attr]
+    for block in model.encoder.blocks:  # type: ignore[union-attr]  # a ModuleList
+        block.attn = _Attention(block.attn, attend, frugal=frugal)
+    for block in model.fusion.blocks:  # type: ignore[union-attr]  # a ModuleList
+        # modules out of a ModuleList
         block.attention = transformer.OtherAttention(block.attention, fuse)  # type: ignore[arg-type]
     return model
 
@@ -185,6 +186,7 @@ def case(
         form = composed(model, attend, fuse).to(device)
         call, checked = (step(form, labels, kind) for kind in (dtype, torch.float32))
         role = "other" if provider == "naive 3D" else "rival"
+        # modules out of a ModuleList
         found[provider] = Provider(None if missing else call, reference, 0, missing, role, checked)  # type: ignore[arg-type]
     if compiled:
         torch.compiler.reset()

@@ -55,10 +55,11 @@ class OtherAttention(nn.Module):
         self.attend = attend
 
     def forward(self, x: Tensor, query_index: None = None) -> Tensor:
-        return self.attend(x, self)  # type: ignore[arg-type]
+        return self.attend(x, self)  # type: ignore[arg-type]  # modules out of a ModuleList
 
 
 def _weights(attention: AxialFusionAttention) -> list[Tensor]:
+    # both halves are there
     return [t for half in (attention.inter, attention.intra) for t in half.weights()[:6]]  # type: ignore[union-attr, misc]
 
 
@@ -77,7 +78,7 @@ def equations(x: Tensor, attention: AxialFusionAttention) -> Tensor:
 def remade(x: Tensor, attention: AxialFusionAttention) -> Tensor:
     """The equations with their scores recomputed in the backward: in fp64 those of six blocks would not fit."""
     weights = _weights(attention)  # as they are now, not as a functional call leaves them behind
-    return checkpoint(_equations, attention.num_heads, x, *weights, use_reentrant=False)  # type: ignore[no-any-return]
+    return checkpoint(_equations, attention.num_heads, x, *weights, use_reentrant=False)
 
 
 def _equations(heads: int, x: Tensor, *w: Tensor) -> Tensor:
@@ -99,6 +100,7 @@ def with_attention(model: AxialFusionTransformer, attend: Attention) -> AxialFus
     """A copy of `model` whose blocks compute their attention by `attend`."""
     model = copy.deepcopy(model)
     for block in model.blocks:
+        # modules out of a ModuleList
         block.attention = OtherAttention(block.attention, attend)  # type: ignore[arg-type]
     return model
 
@@ -109,7 +111,7 @@ def form(model: AxialFusionTransformer, attend: Attention | None) -> Callable[..
     names = [name for name, _ in model.named_parameters()]
 
     def call(x: Tensor, *parameters: Tensor) -> Tensor:
-        return torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), (x,))  # type: ignore[no-any-return]
+        return torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), (x,))
 
     return call
 

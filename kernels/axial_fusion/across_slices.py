@@ -80,7 +80,7 @@ class AcrossSlices(AxialFusionAttention):
             if not (low_rank and (name == "inter.out.weight" or (self.from_host and ".qkv." in name))):
                 yield name, parameter
 
-    def forward(self, tokens: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, tokens: Tensor) -> Tensor:  # type: ignore[override]  # narrower than nn.Module's
         n = self.groups.num_slices
         x = tokens if self.layout == "slices" else tokens.transpose(0, 1)  # (B·N, P, C) or (B·N, H', W', C)
         self._check(x, n)

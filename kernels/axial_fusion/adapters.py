@@ -47,6 +47,7 @@ class Projection(NamedTuple):
 
     @property
     def weight(self) -> Tensor:
+        # never None here
         return self.module._parameters[_weight_name(self.module)][self.first : self.last]  # type: ignore[index]
 
     @property
@@ -94,7 +95,7 @@ class LoRAInPlace(LoRAUpdates):
     host_class: type[nn.Module]
 
     @property
-    def parts(self) -> tuple[str, ...]:  # type: ignore[override]
+    def parts(self) -> tuple[str, ...]:  # type: ignore[override]  # a property in the place of an attribute
         return tuple(self.rows)
 
     def base_weight(self) -> Tensor:
@@ -134,7 +135,7 @@ class LoRAInPlaceLinear(LoRAInPlace, nn.Linear):
     """nn.Linear with LoRA on some of its rows; B = 0 gives the layer's own output to the bit."""
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:  # type: ignore[override]  # a property in the place of an attribute
         return self.updated_weight()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,7 +153,7 @@ class LoRAInPlaceAttention(LoRAInPlace, nn.MultiheadAttention):
     weight_name = "in_proj_weight"
 
     @property
-    def in_proj_weight(self) -> Tensor:  # type: ignore[override]
+    def in_proj_weight(self) -> Tensor:  # type: ignore[override]  # a property in the place of an attribute
         return self.updated_weight()
 
 
@@ -176,7 +177,7 @@ def add_lora(projections: dict[str, Projection], rank: int, alpha: float | None)
 
 def added_parameters(module: LoRAInPlace) -> dict[str, nn.Parameter]:
     """A and B of the module, by name."""
-    return {name: module._parameters[name] for name in module.lora_names()}  # type: ignore[misc]
+    return {name: module._parameters[name] for name in module.lora_names()}  # type: ignore[misc]  # never None here
 
 
 def remove_lora(module: LoRAInPlace) -> None:
@@ -193,4 +194,4 @@ def remove_lora(module: LoRAInPlace) -> None:
     host_class = module.host_class
     del module.rows, module.scaling, module.host_class
     module.__dict__.pop("merged", None)
-    module.__class__ = host_class  # type: ignore[assignment]
+    module.__class__ = host_class  # type: ignore[assignment]  # the class that it had

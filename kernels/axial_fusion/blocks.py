@@ -93,7 +93,7 @@ def _walk(module: nn.Module, name: str, layout: Layout) -> Iterator[tuple[str, B
 def _attention_of(module: nn.Module) -> nn.Module | None:
     """The attention within a row of a block; None for a module that is not one."""
     for known in type_names(module) & _SELF_ATTENTION.keys():
-        return getattr(module, _SELF_ATTENTION[known])  # type: ignore[no-any-return]
+        return getattr(module, _SELF_ATTENTION[known])
     if _first_norm(module) is None or "Pool" in type(module).__name__:
         return None
     inside = list(_outermost_attentions(module))

@@ -94,7 +94,7 @@ def number(name: str, value: object) -> float:
     """`value` as a float. Raises ValueError for a tensor, whose gradient would be lost silently."""
     if isinstance(value, Tensor):
         raise ValueError(f"{name} is a tensor, but must be a number: it would get no gradient")
-    return float(value)  # type: ignore[arg-type]
+    return float(value)  # type: ignore[arg-type]  # float raises where it is no number
 
 
 def torchs_own(*tensors: Tensor) -> bool:
@@ -168,7 +168,7 @@ def constant_when_traced(function: F) -> F:
     """torch.compiler.assume_constant_result, for what torch.compile cannot trace: imports and queries of a device.
 
     That decorator imports torch's compiler, which takes a second and fails where triton is broken."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what torch.compile reads
     return function
 
 

@@ -101,7 +101,7 @@ def unlift(model: nn.Module) -> None:
     for name in groups.frozen:
         model.get_parameter(name).requires_grad_(True)
     for name in groups.nested:
-        model.get_submodule(name).use_nested_tensor = True  # type: ignore[assignment]
+        model.get_submodule(name).use_nested_tensor = True  # type: ignore[assignment]  # an attribute, not a module
     del model.slice_groups
 
 
@@ -182,7 +182,7 @@ def _change(
 
 def _attach(model: nn.Module, groups: SliceGroups) -> None:
     """Attach the slice groups to the model, and the hooks that note the batch unless it arranges frames itself."""
-    model.slice_groups = groups  # type: ignore[assignment]
+    model.slice_groups = groups  # type: ignore[assignment]  # an attribute, not a module
     for name, module in model.named_modules():
         if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
             groups.nested.append(name)

@@ -55,7 +55,7 @@ class LoRAUpdates(nn.Module):
             name_a, name_b = _lora_names(part)
             self.register_parameter(name_a, nn.Parameter(weight.new_empty((rank, weight.shape[-1]))))
             self.register_parameter(name_b, nn.Parameter(weight.new_empty((weight.shape[:-1].numel(), rank))))
-        self.register_load_state_dict_post_hook(unmerge_what_was_loaded)
+        self.register_load_state_dict_post_hook(unmerge_what_was_loaded)  # type: ignore[no-untyped-call]  # torch's
         self.reset_lora()
 
     def reset_parameters(self) -> None:
@@ -111,7 +111,7 @@ class LoRAUpdates(nn.Module):
             return tensor
         updates = [getattr(self, name) for name in self.lora_names()]
         trained = any(t.requires_grad for t in updates)
-        return _Untrained.apply(tensor, *updates) if trained else tensor  # type: ignore[no-any-return]
+        return _Untrained.apply(tensor, *updates) if trained else tensor  # type: ignore[no-untyped-call]  # torch's
 
     def lora_state_dict(self) -> dict[str, Tensor]:
         """The adapter alone, {"lora_alpha": ..., "lora_a": ..., "lora_b": ...}; load it back with strict=False."""

@@ -258,7 +258,7 @@ class AttentionHalf(LoRAUpdates):
 
     def project(self, o: Tensor) -> Tensor:
         """The output projection, by calling it."""
-        return self.out(o)  # type: ignore[no-any-return]
+        return self.out(o)  # type: ignore[no-any-return]  # a module's call is Any
 
     def base(self) -> nn.Module:
         """The fused projection."""

@@ -204,8 +204,10 @@ def window_attention(
     bias = bias_h.unsqueeze(-1) + bias_w.unsqueeze(-2)  # (B, rows, columns, q, M, window, window)
     scores = scale * torch.einsum("brcqmd,brckmd->brcqmk", q, k) + bias.flatten(-2)
     y = torch.einsum("brcqmk,brckmd->brcqmd", scores.softmax(-1).masked_fill(blind, 0.0), v)
-    y = y.unflatten(3, (window, window)).transpose(2, 3).flatten(1, 2).flatten(2, 3)  # (B, Hp, Wp, M, D)
-    return y[:, :height, :width].to(dtype)
+    grid: Tensor = (
+        y.unflatten(3, (window, window)).transpose(2, 3).flatten(1, 2).flatten(2, 3)
+    )  # (B, Hp, Wp, M, D)
+    return grid[:, :height, :width].to(dtype)
 
 
 def lora_linear(
@@ -287,7 +289,7 @@ def axial_fusion_attention(
             )
             for weight, bias, lora in zip(weights, biases, (w.lora_q, None, w.lora_v), strict=True)
         )
-        return tuple(t.unflatten(-1, (num_heads, -1)) for t in (q, k, v))  # type: ignore[return-value]
+        return tuple(t.unflatten(-1, (num_heads, -1)) for t in (q, k, v))
 
     index = slice(None) if query_index is None else list(query_index)
     if inter is not None:

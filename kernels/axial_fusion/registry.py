@@ -12,7 +12,7 @@ import torch
 try:
     from torch.utils.flop_counter import register_flop_formula
 except Exception:  # torch's counter imports triton, which may be broken
-
+    # stands in for torch's
     def register_flop_formula(targets: Any, get_raw: Any = False) -> Any:  # type: ignore[misc]
         return lambda formula: formula
 
@@ -28,4 +28,4 @@ def library(op: str) -> torch.library.Library:
     if op in _libraries:
         _libraries[op]._destroy()
     _libraries[op] = torch.library.Library(NAMESPACE, "FRAGMENT")
-    return _libraries[op]  # type: ignore[no-any-return]
+    return _libraries[op]

@@ -80,13 +80,14 @@ class SamAttention(nn.Module):
             q, k, v = qkv.flatten(1, 2).unbind(2)  # (T, P, M, D)
             x = rel_pos_attention(q, k, v, rel_h, rel_w, grid=(height, width))
             x = x.unflatten(1, (height, width))
-        return self.proj(x.flatten(-2))
+        y: Tensor = self.proj(x.flatten(-2))
+        return y
 
 
 class _PairAttention(SamAttention):
     """`SamAttention` as transformers calls it and unpacks its result."""
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # narrower than nn.Module's
         self, hidden_states: Tensor, output_attentions: bool | None = None
     ) -> tuple[Tensor, None]:
         if output_attentions:

@@ -150,9 +150,9 @@ def _cycles(
     flops: Counter[str] = Counter()
     for times, lines in parts:
         for kind, number in sass.tensor_flops(lines).items():
-            flops[kind] += warps * times * number  # type: ignore[assignment]
+            flops[kind] += warps * times * number
     if "tcgen05.mma" in made.ptx:
-        flops["half"] += _tcgen05(made.ptx, turns)  # type: ignore[assignment]
+        flops["half"] += _tcgen05(made.ptx, turns)  # type: ignore[assignment]  # a float by now
     peak = {"half": machine.half_flops, "tf32": machine.tf32_flops, "fp64": machine.fp64_flops}
     exp = total(lambda lines: sum(sass.kind_of(t) in ("exp", "other MUFU") for t in lines))
     bytes_per_cycle = machine.bytes_per_s / machine.multiprocessors / machine.clock_hz

@@ -57,7 +57,7 @@ class Build(NamedTuple):
 def target(arch: int) -> Iterator[None]:
     """Launchers choose their tiles as they would on sm_`arch`."""
     kept = tiles.arch
-    tiles.arch = lambda device: arch  # type: ignore[assignment]
+    tiles.arch = lambda device: arch  # type: ignore[assignment]  # in this process alone
     try:
         yield
     finally:

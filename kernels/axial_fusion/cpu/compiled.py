@@ -75,7 +75,7 @@ def _parallel() -> int | None:
 def _level() -> int:
     library = _library()
     assert not isinstance(library, str)
-    return library.axial_level()  # type: ignore[no-any-return]
+    return library.axial_level()
 
 
 def _view(t: Tensor) -> tuple[int, ...]:
