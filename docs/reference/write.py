@@ -16,13 +16,13 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+import tyro
+
+from aftersam.__main__ import COMMANDS
+from aftersam.config import PRESETS, Config, DataConfig, ModelConfig, Range, TrainConfig
+from aftersam.evaluation.tables import markdown_table
+
 HERE = Path(__file__).parent
-sys.path += [str(HERE.parents[1] / "tests")]
-
-from aftersam.__main__ import COMMANDS  # noqa: E402
-from aftersam.config import PRESETS, Config, DataConfig, ModelConfig, Range, TrainConfig  # noqa: E402
-from aftersam.evaluation.tables import markdown_table  # noqa: E402
-
 FLAGS = """# Flags and configuration keys
 
 Written by `make reference` from the dataclasses; `aftersam COMMAND --help` says the same.
@@ -59,7 +59,8 @@ def flags_of(kind: type) -> Iterator[Flag]:
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(hint := hints[field.name]):
             continue
-        names = [*_aliases(hint), f"--{field.name.replace('_', '-')}"]
+        positional = tyro.conf.Positional[int].__metadata__[0] in getattr(hint, "__metadata__", ())
+        names = [field.name.upper()] if positional else [*_aliases(hint), f"--{field.name.replace('_', '-')}"]
         factory = field.default_factory
         default = factory() if factory is not dataclasses.MISSING else field.default
         yield Flag(
@@ -167,6 +168,7 @@ def flags_page() -> str:
 
 
 def errors_page() -> str:
+    sys.path.append(str(HERE.parents[1] / "tests"))
     from test_sentences import TABLE
 
     sections = [ERRORS]
