@@ -125,7 +125,8 @@ class AfterSAM(nn.Module):
         return logits
 
     def _classes(self, logits: Tensor, groups: int) -> Tensor:
-        return of_classes(logits, self.decoder.num_classes).unflatten(0, (groups, -1))
+        by_group: Tensor = of_classes(logits, self.decoder.num_classes).unflatten(0, (groups, -1))
+        return by_group
 
 
 class SliceEncoder(nn.Module):

@@ -136,7 +136,7 @@ def _trainer(job: Job) -> Any:
     limits, sided = job.config().train, _tells_sides(job.dataset.labels)
     limited = job.limits.max_minutes is not None or job.limits.max_steps is not None
 
-    class Budgeted(nnUNetTrainer):  # type: ignore[misc]  # a class without types
+    class Budgeted(nnUNetTrainer):
         def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> Any:
             rotation, dummy_2d, size, axes = (
                 super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
