@@ -100,7 +100,7 @@ def group_by_group(
 
 
 def loop(hu: Tensor, shape: Shape) -> Tensor:
-    """hu (D, S, S) -> logits (D, K+1, S, S)."""
+    """The re-encoding loop: hu (D, S, S) -> logits (D, K+1, S, S), every slice encoded again in each group."""
     model, _ = models(shape, hu.device)
     with torch.autocast(hu.device.type, dtype=hu.dtype, enabled=hu.dtype != torch.float32):
         return group_by_group(hu, model, configuration(shape), kept_alone=True)

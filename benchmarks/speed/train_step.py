@@ -157,7 +157,8 @@ def step(model: AfterSAM, labels: Tensor, dtype: torch.dtype) -> Callable[[Tenso
 def case(
     name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype, compiled: bool = False
 ) -> Case:
-    """One group, all its slices supervised; weights random, none of them zero, so that every gradient counts."""
+    """One training step on one slice group. Every slice is supervised; weights are random and none is zero, so that
+    every gradient counts."""
     torch.manual_seed(0)
     config = dataclasses.replace(config, fusion_init="xavier")
     model = build_aftersam(config, CLASSES).train()
