@@ -49,13 +49,15 @@ def scans_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if is_nifti(path) and not path.name.startswith("."))
 
 
-def case_name(path: Path) -> str:
-    """File name without the ending of NIfTI or DICOM."""
-    ending = next((e for e in (*NIFTI, DICOM) if path.name.lower().endswith(e)), "")
-    return path.name[: len(path.name) - len(ending)]
+def case_name(path: Path | str) -> str:
+    """File name, of a path or a URL, without the ending of NIfTI or DICOM."""
+    name = path.rpartition("/")[2] if isinstance(path, str) else path.name
+    lower = name.lower()
+    ending = next((e for e in (*NIFTI, DICOM) if lower.endswith(e)), "")
+    return name[: len(name) - len(ending)]
 
 
-def case_id(path: Path) -> str:
+def case_id(path: Path | str) -> str:
     """File name without its ending and nnU-Net's channel number: what the mask of a scan is called."""
     return case_name(path).removesuffix("_0000")
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from aftersam.errors import naming, sentence
 from aftersam.files import (
@@ -143,8 +143,8 @@ def _check_masks(entries: Sequence[Entry], store: Store) -> None:
 
 def inside(name: str) -> str:
     """`name`, of a case or a mask. Raises ValueError where it is no name inside a folder."""
-    parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts or is_url(name) or not name.isprintable():
+    odd = {"", ".", ".."}.intersection(name.split("/")) or is_url(name) or not name.isprintable()
+    if odd:
         raise ValueError(f"{name!r} cannot name a mask; a name below --output such as site/a is needed")
     return name
 
@@ -154,12 +154,11 @@ def mask_name(case: str) -> str:
     return f"{inside(case)}.nii.gz"
 
 
-def _case_of(image: str, base: str) -> str:
+def case_of(image: str, base: str = "") -> str:
     """The case id of an image: its path below `base`, or its whole path, without ending; stable in a growing list."""
     inside = image[len(base) :] if base and image.startswith(base) else image.partition("://")[2] or image
-    path = PurePosixPath(inside.lstrip("/"))
-    parts = [part for part in path.parts[:-1] if part not in ("..", ".")]
-    return "/".join([*parts, case_id(path)])  # type: ignore[arg-type]  # a name is all it takes
+    parts = [part for part in inside.split("/")[:-1] if part not in ("", ".", "..")]
+    return "/".join([*parts, case_id(inside)])
 
 
 def _listed(source: str | Path) -> tuple[tuple[str, ...], list[Entry]]:
@@ -184,7 +183,7 @@ def _listed(source: str | Path) -> tuple[tuple[str, ...], list[Entry]]:
         image = row[at] if is_url(row[at]) or row[at].startswith("/") else os.path.normpath(base + row[at])
         if not isinstance(source, Path) and not is_url(row[at]):
             image = base + row[at]
-        case = row[case_at] if case_at is not None and row[case_at] else _case_of(image, base)
+        case = row[case_at] if case_at is not None and row[case_at] else case_of(image, base)
         mask = inside(row[mask_at]) if mask_at is not None and row[mask_at] else mask_name(case)
         if not mask.lower().endswith(NIFTI):
             raise ValueError(f"{source} has the mask {mask}, but a mask is written as .nii.gz or .nii")
@@ -201,14 +200,15 @@ def _rows(source: str | Path) -> tuple[list[str], Iterable[Sequence[str]]]:
     with naming(source, "is no list of scans"):
         if suffix == ".parquet":
             try:
+                import pyarrow
                 from pyarrow import parquet
             except ImportError:
                 raise ValueError(
                     f"{source}: reading Parquet needs pyarrow: pip install 'aftersam[cohort]'"
                 ) from None
-            table = parquet.read_table(io.BytesIO(data))
-            columns = [["" if v is None else str(v) for v in column.to_pylist()] for column in table.columns]
-            return list(table.column_names), list(zip(*columns, strict=True))
+            pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # what it frees, the model gets
+            table = parquet.ParquetFile(io.BytesIO(data))
+            return list(table.schema_arrow.names), _texts(table.iter_batches(4096, use_threads=False))
         text = data.decode("utf-8-sig")
         if suffix == ".txt":
             return ["image"], [(line.strip(),) for line in text.splitlines() if line.strip()]
@@ -217,29 +217,36 @@ def _rows(source: str | Path) -> tuple[list[str], Iterable[Sequence[str]]]:
         return header, rows
 
 
+def _texts(batches: Iterable[Any]) -> Iterator[tuple[str, ...]]:
+    """The rows of Arrow's batches, every value as text."""
+    for batch in batches:
+        columns = [["" if v is None else str(v) for v in column.to_pylist()] for column in batch.columns]
+        yield from zip(*columns, strict=True)
+
+
 def _at_url(url: str, *, recursive: bool) -> tuple[list[Entry], bool]:
     """The scans at a URL, and whether it is a file: NIfTI files, and every folder of DICOM files as one scan."""
-    fs, path, names = files_at(url, recursive=recursive)
+    path, names = files_at(url, recursive=recursive)
     if names == [""]:
-        case = case_id(PurePosixPath(path))  # type: ignore[arg-type]
+        case = case_id(path)
         return [Entry(case, url, mask_name(case))], True
     nifti = [name for name in names if name.lower().endswith(NIFTI)]
     images = [*nifti, *sorted({name.rpartition("/")[0] for name in names if name.lower().endswith(SLICES)})]
     entries = []
     for name in images:
-        case = _case_of(name, "") if name in nifti else name or case_id(PurePosixPath(path))  # type: ignore[arg-type]
-        entries.append(Entry(case or "scan", _joined(fs, url, path, name), mask_name(case or "scan")))
+        case = case_of(name, "") if name in nifti else name or case_id(path)
+        entries.append(Entry(case or "scan", _joined(url, name), mask_name(case or "scan")))
     return entries, False
 
 
 SLICES = (".dcm", ".dicom", ".ima")
 
 
-def _joined(fs: object, url: str, path: str, name: str) -> str:
-    """The URL of `name` in the folder `path` of `url`, which a chain of URLs names first."""
+def _joined(url: str, name: str) -> str:
+    """The URL of `name` in the folder `url`, of which a chain of URLs names the folder first."""
     first, separator, rest = url.partition("::")
-    protocol = first.partition("://")[0]
-    return f"{protocol}://{'/'.join(filter(None, [path, name]))}{separator}{rest}"
+    protocol, _, folder = first.partition("://")
+    return f"{protocol}://{folder.rstrip('/')}{'/' if folder and name else ''}{name}{separator}{rest}"
 
 
 def _tree(root: Path, output: str | Path) -> tuple[list[Entry], list[tuple[Entry, str]]]:
@@ -251,7 +258,7 @@ def _tree(root: Path, output: str | Path) -> tuple[list[Entry], list[tuple[Entry
         prefix = "" if below == "." else below + "/"
         names = [name for name in files if name.lower().endswith(NIFTI)]
         for name in names:
-            case = _case_of(prefix + name, "")
+            case = case_of(prefix + name, "")
             entries.append(Entry(case, os.path.join(home, name), mask_name(case)))
         if any(_maybe_dicom(home, name) for name in files if name not in names):
             found, others = _series(Path(home), prefix.rstrip("/") or root.absolute().name)

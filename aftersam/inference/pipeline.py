@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aftersam.config import checked
 from aftersam.errors import (
@@ -35,7 +35,7 @@ from aftersam.inference.manifest import FOLDER, ManifestArgs, code_of, manifest
 from aftersam.inference.outputs import Job, write_outputs
 from aftersam.inference.processes import POLL_SECONDS, part_of_this_process, sharing_processes
 from aftersam.inference.storage import names_in, pack
-from aftersam.inference.work import Work, working
+from aftersam.inference.work import Work, row_of, rows_of, working
 from aftersam.model.run_folder import find_runs
 
 if TYPE_CHECKING:
@@ -85,11 +85,12 @@ def predict_files(args: PredictArgs) -> Predicted:
     report = Report(plain_console(stderr=True), cohort.many)
     processes = sharing_processes()
     entries = own_entries(args, cohort, report)
-    if entries or cohort.skipped:
+    if entries:
         with working(args, cohort) as work:
+            if len(args.model) > 1:  # shows which folds are not there yet
+                tell(report.console, f"mean of {len(args.model)} runs: {', '.join(map(str, args.model))}")
             predict_entries(work, entries, report)
-    if cohort.archive is not None:
-        _pack(cohort)
+    finish_output(args, cohort)
     if args.review and (folder := cohort.store.local) and folder.is_dir():  # the last process has all masks
         from aftersam.evaluation.review import write_review
 
@@ -112,6 +113,8 @@ def own_entries(args: PredictArgs, cohort: Cohort, report: Report) -> list[Entry
         cohort.skipped[:] = [pair for pair in cohort.skipped if part.has(pair[0].case)]
         said = f"part {part.index} of {part.count} ({part.source}): {len(entries)} of {len(cohort.entries)} scans"
         tell(report.console, said)
+    for entry, why in cohort.skipped:
+        report.tell(f"{entry.image}: series {entry.series} is left out: {why}")
     if cohort.store.local is not None:
         for home in {os.path.dirname(os.path.join(cohort.store.base, entry.mask)) for entry in entries}:
             remove_leftovers(Path(home))
@@ -124,8 +127,12 @@ def own_entries(args: PredictArgs, cohort: Cohort, report: Report) -> list[Entry
     return report.keep_finished(entries, names, cohort)
 
 
-def _pack(cohort: Cohort) -> None:
-    """Pack the folder of masks into the archive, and remove it."""
+def finish_output(args: PredictArgs, cohort: Cohort) -> None:
+    """Note what is no CT in the manifest, and pack the masks where an archive is asked for."""
+    rows = rows_of(args, cohort) if cohort.skipped else None
+    if rows is not None:
+        for entry, why in cohort.skipped:
+            rows.add(row_of(cohort, entry, "skipped", reason=why))
     archive, folder = cohort.archive, cohort.store.local
     if archive is None or folder is None or not folder.is_dir():
         return
@@ -139,11 +146,6 @@ def predict_entries(work: Work, entries: Sequence[Entry], report: Report, *, pat
     """Segment the scans `entries`; `patient` waits for what living processes have in hand as well."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    if len(work.args.model) > 1:  # shows which folds are not there yet
-        tell(report.console, f"mean of {len(work.args.model)} runs: {', '.join(map(str, work.args.model))}")
-    for entry, why in work.cohort.skipped:
-        tell(report.console, f"{entry.image}: series {entry.series} is left out: {why}")
-        report.note(work, work.row(entry, "skipped", reason=why))
     bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -151,7 +153,7 @@ def predict_entries(work: Work, entries: Sequence[Entry], report: Report, *, pat
         TimeRemainingColumn(),
         console=report.console,
         transient=True,
-        disable=not report.console.is_terminal,
+        disable=report.quiet or not report.console.is_terminal,
     )
     with bar:
         _Line(work, report, bar, patient, deque((entry, 1) for entry in entries)).run()
@@ -263,7 +265,7 @@ class _Line:
         (attempt, job, future), self.writing = self.writing, None
         with self._problems(attempt):
             for line in future.result().splitlines():
-                tell(self.report.console, line)
+                self.report.tell(line)
             self.report.written.append(self.work.cohort.store.path(job.entry.mask))
 
     @contextlib.contextmanager
@@ -285,9 +287,9 @@ class _Line:
             if number == 1 and not isinstance(error, MemoryError):
                 self.queue.append((entry, 2))
                 return
-            self.report.problems.append(said)
-            tell(self.report.console, f"aftersam.predict: {said}")
-            self.report.note(self.work, self.work.row(entry, "failed", reason=said))
+            self.report.problem(said, entry)
+            if self.work.rows is not None:
+                self.work.rows.add(row_of(self.work.cohort, entry, "failed", reason=said, **self.work.made))
 
 
 def _code(stop: KeyboardInterrupt | Terminated) -> int:
@@ -302,8 +304,9 @@ class Report:
     many: bool
     written: list[Path | str] = field(default_factory=list)
     kept: list[Path | str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)  # mask -> why there is none
     elsewhere: int = 0
+    quiet: bool = False
 
     def keep_finished(self, entries: Sequence[Entry], names: set[str], cohort: Cohort) -> list[Entry]:
         """The scans without a mask; the number of the others is told."""
@@ -316,14 +319,25 @@ class Report:
             tell(self.console, text)
         return [entry for entry in entries if entry.mask not in names]
 
-    def note(self, work: Work, row: dict[str, Any]) -> None:
-        """Add a row to the manifest, where there is one."""
-        if work.rows is not None:
-            work.rows.add(row)
+    def tell(self, text: str) -> None:
+        """Say a line, unless this is one of many that only return rows."""
+        if not self.quiet:
+            tell(self.console, text)
+
+    def problem(self, said: str, entry: Entry) -> None:
+        """A scan has no mask, for the reason `said`."""
+        self.problems[entry.mask] = said
+        self.tell(f"aftersam.predict: {said}")
+
+    def outcome(self, mask: Path | str, entry: Entry) -> tuple[str, str]:
+        """(status, reason) of a scan that was asked for."""
+        if entry.mask in self.problems:
+            return "failed", self.problems[entry.mask]
+        return ("done" if mask in self.written else "kept"), ""
 
     def result(self) -> Predicted:
         """What the caller gets; scans that other processes have in hand are told of."""
         if self.elsewhere:
             scans = "1 scan is" if self.elsewhere == 1 else f"{self.elsewhere} scans are"
             tell(self.console, f"{scans} in the hands of other processes")
-        return Predicted(tuple(self.written), tuple(self.kept), tuple(self.problems), self.elsewhere)
+        return Predicted(tuple(self.written), tuple(self.kept), tuple(self.problems.values()), self.elsewhere)

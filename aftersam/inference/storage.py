@@ -58,8 +58,8 @@ class reaching(contextlib.AbstractContextManager[None]):
         naming(self.url, "cannot be reached").__exit__(kind, error, trace)
 
 
-def files_at(url: str, *, recursive: bool) -> tuple[Any, str, list[str]]:
-    """The file system of `url`, the path in it, and the names of the files below it, sorted; [""] for a file itself.
+def files_at(url: str, *, recursive: bool) -> tuple[str, list[str]]:
+    """The path of `url` in its file system, and the names of the files below it, sorted; [""] for a file itself.
 
     Without `recursive` only those of the folder itself. Raises ValueError where there is nothing."""
     fs, path = open_url(url)
@@ -68,7 +68,7 @@ def files_at(url: str, *, recursive: bool) -> tuple[Any, str, list[str]]:
     names = sorted(name[len(path) :].strip("/") for name in found)
     if not names:
         raise ValueError(f"{url} does not exist, or is an empty folder")
-    return fs, path, [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+    return path, [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
 
 
 def fetched(url: str, folder: Path) -> Path:

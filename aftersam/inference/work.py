@@ -76,7 +76,6 @@ class Work:
         return not self.args.overwrite and self.cohort.store.exists(entry.mask)
 
     def _read(self, entry: Entry) -> Job:
-        from aftersam import __version__
         from aftersam.data.intensities import check_intensities
         from aftersam.data.volume import read_image, read_labels
         from aftersam.inference.timings import Timings
@@ -84,7 +83,7 @@ class Work:
         began = time.monotonic()
         timings = Timings(self.segmenter.device if self.args.timings else None)
         needs = self.segmenter.config.model.prompts
-        prompts, facts = None, {"model": self.model.result(), "version": __version__}
+        prompts, facts = None, dict(self.made)
         with self._home(entry) as home:
             with timings.stage("read"):
                 scan = fetched(entry.image, home / "in") if is_url(entry.image) else Path(entry.image)
@@ -152,15 +151,12 @@ class Work:
         if store.local is None:
             store.put(temporary, entry.mask)
 
-    def row(self, entry: Entry, status: str, **facts: Any) -> dict[str, Any]:
-        """A row of the manifest."""
+    @property
+    def made(self) -> dict[str, str]:
+        """What makes the masks."""
         from aftersam import __version__
 
-        carried = dict(zip(self.cohort.columns, entry.extra, strict=True))
-        series = {"series": entry.series} if entry.series else {}
-        known = {"case_id": entry.case, "image": entry.image, **series, "mask": entry.mask}
-        made = {"model": self.model.result(), "version": __version__}
-        return {**carried, **known, "status": status, **facts, **made}
+        return {"model": self.model.result(), "version": __version__}
 
     def _row(self, job: Job, found: Prediction, voxels: Mapping[int, int]) -> dict[str, Any]:
         import numpy as np
@@ -174,7 +170,8 @@ class Work:
             expected = round(float(np.nanmean(found.expected_dsc)), 4)
         stages = {name: round(value, 4) for name, value in job.prepared.scan.timings.seconds.items()}
         total = round(time.monotonic() - job.began, 4)
-        return self.row(
+        return row_of(
+            self.cohort,
             job.entry,
             "done",
             seconds={"total": total, **stages},
@@ -183,6 +180,7 @@ class Work:
             confidence=confidence,
             expected_dsc=expected,
             sha256=job.checksum,
+            **self.made,
         )
 
     def compute(self, job: Job, progress: Callable[[int], None]) -> Prediction:
@@ -227,6 +225,20 @@ class Work:
             yield array
 
 
+def row_of(cohort: Cohort, entry: Entry, status: str, **facts: Any) -> dict[str, Any]:
+    """A row of the manifest: what was carried along, the scan, and what became of it."""
+    carried = dict(zip(cohort.columns, entry.extra, strict=True))
+    series = {"series": entry.series} if entry.series else {}
+    known = {"case_id": entry.case, "image": entry.image, **series, "mask": entry.mask}
+    return {**carried, **known, "status": status, **facts}
+
+
+def rows_of(args: PredictArgs, cohort: Cohort) -> Rows | None:
+    """The manifest of this process, where one is wanted."""
+    wanted = args.manifest == "on" or (args.manifest == "auto" and cohort.listed)
+    return Rows(cohort.store) if wanted else None
+
+
 @contextlib.contextmanager
 def working(args: PredictArgs, cohort: Cohort) -> Iterator[Work]:
     """The model of the run and the options that `args` ask for; claims are given back at the end."""
@@ -241,12 +253,21 @@ def working(args: PredictArgs, cohort: Cohort) -> Iterator[Work]:
     names = kept_labels(args.labels, segmenter.labels)
     options, embeddings = _options(args, segmenter), _embeddings(args, segmenter)
     claims = Claims(cohort.store) if cohort.many else None
-    rows = (
-        Rows(cohort.store) if args.manifest == "on" or (args.manifest == "auto" and cohort.listed) else None
-    )
+    rows = rows_of(args, cohort)
     with workplace(Path(tempfile.gettempdir())) as temporary:
         try:
-            yield Work(args, cohort, segmenter, options, embeddings, names, claims, rows, model, temporary)
+            yield Work(
+                args,
+                cohort,
+                segmenter,
+                options,
+                embeddings,
+                names,
+                claims,
+                rows,
+                model,
+                temporary,
+            )
         finally:
             if claims is not None:
                 claims.release_all()
