@@ -83,7 +83,7 @@ def _of_mask(mask: Path) -> dict[str, Any]:
     stored = read_json(path) if path.is_file() else {}
     named = stored.get("labels", {}) if isinstance(stored, dict) else {}
     names = {value: name for name, value in named.items() if isinstance(value, int)}
-    counts = np.bincount(volume.array.ravel())
+    counts = np.bincount(volume.array.ravel(), minlength=max(names, default=0) + 1)
     ml = float(np.prod(volume.spacing_mm)) / 1000
     return {
         "kind": "mask",

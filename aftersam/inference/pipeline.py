@@ -102,7 +102,11 @@ def predict_files(args: PredictArgs) -> Predicted:
 def own_entries(args: PredictArgs, cohort: Cohort, report: Report) -> list[Entry]:
     """The scans of this process's part that have no mask yet."""
     if not cohort.many:
-        remove_leftovers(Path(cohort.store.base, cohort.entries[0].mask).parent)
+        mask = cohort.entries[0].mask
+        if not args.overwrite and cohort.store.exists(mask):
+            raise ValueError(f"{cohort.store.path(mask)} exists; --overwrite replaces it")
+        if cohort.store.local is not None:
+            remove_leftovers((cohort.store.local / mask).parent)
         return cohort.entries
     part = part_of_this_process(args.num_parts, args.part_id, os.environ)
     entries = cohort.entries

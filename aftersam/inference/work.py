@@ -132,8 +132,9 @@ class Work:
 
     def said(self, error: BaseException, entry: Entry) -> str:
         """The sentence of an error over a scan, with its URL in place of the copy that was read."""
-        url, copy = entry.image.rpartition("/")[0], re.escape(str(self.temporary)) + r"/\w+/in"
-        return re.sub(copy, lambda _: url, sentence(error))
+        name = entry.image.partition("::")[0].rpartition("/")[2]
+        copy = re.escape(str(self.temporary)) + r"/\w+/in/" + re.escape(name)
+        return re.sub(copy, lambda _: entry.image, sentence(error))
 
     def finish(self, job: Job, found: Prediction, voxels: dict[int, int], temporary: Path) -> None:
         """Before the mask gets its name: note the scan as done, and send its files where they go to a URL.
