@@ -5,7 +5,6 @@
 Prints one JSON line: trials, kills, scans, rows. Raises AssertionError where a mask differs from an undisturbed
 process's, where a scan was computed after it was finished, or where the manifest has another number of rows."""
 
-import itertools
 import json
 import os
 import random
@@ -45,6 +44,12 @@ def _note(what, mask):
 
 def events(log):
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def wait_for(log, count):
+    """Return when there were `count` events."""
+    while len(events(log)) < count:
+        time.sleep(0.02)
 
 
 def child(command, log):
@@ -107,16 +112,16 @@ def processes(count, scans, home, run):
 
     options = ["-m", str(run), "--device", "cpu", "--no-preview", "--manifest", "on"]
     whole = home / "whole"
-    began = time.monotonic()
     assert ended(child(["-i", str(scans), "-o", str(whole), *options], home / "whole.log")) == 0
-    seconds, expected = time.monotonic() - began, masks(whole)
+    expected = masks(whole)
     draw, kills, computed, rows = random.Random(0), 0, [], 0
     for trial in range(count):
         output, log = home / str(trial), home / f"{trial}.log"
         command = ["-i", str(scans), "-o", str(output), *options]
         living = [child(command, log) for _ in range(4)]
-        for moment in sorted(draw.uniform(0.1, 0.8) * seconds for _ in range(2)):
-            time.sleep(moment / 2)
+        for moment in sorted(draw.randint(1, max(1, len(expected) * 3 // 2)) for _ in range(2)):
+            wait_for(log, moment)
+            time.sleep(draw.uniform(0, 0.2))
             victim = living.pop(draw.randrange(len(living)))
             os.kill(victim, signal.SIGKILL)
             kills += ended(victim) == -signal.SIGKILL
@@ -152,8 +157,7 @@ def ray(count, scans, home, run):
         moment, killed = draw.randint(1, max(1, len(expected) * 3 // 4)), []
 
         def kill(log=log, moment=moment, killed=killed):
-            for _ in itertools.takewhile(lambda _: len(events(log)) < moment, itertools.count()):
-                time.sleep(0.02)
+            wait_for(log, moment)
             killed.append(events(log)[-1][3])
             os.kill(killed[0], signal.SIGKILL)
 
