@@ -1,4 +1,4 @@
-"""The examples of docs/cohorts.md, run as they stand: bash with a scheduler's variables, a local Ray, a mapped function."""
+"""The examples of docs/cohorts.md, run as they stand: a scheduler's variables, a local Ray, a mapped function."""
 
 import json
 import os
@@ -113,7 +113,8 @@ def test_the_batch_array(shared, monkeypatch):
 
 
 def test_the_ray_pipeline(shared):
-    code = example("Ray", "python").replace("/shared", str(shared))
+    code = "import ray\nray.init(num_cpus=4, include_dashboard=False)\n"  # reading and writing need some beside actors
+    code += example("Ray", "python").replace("/shared", str(shared))
     done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert_done(shared / "masks")

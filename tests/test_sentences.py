@@ -131,6 +131,22 @@ TABLE = [
     Row("no memory", "predict", ONE,
         "HOME/scan.nii.gz: memory ran out; a --batch-size below 8 needs less (DefaultCPUAllocator: *)", a_scan, 2,
         no_memory),
+    Row("half a part", "predict", ALL + " --part-id 1", "--part-id is 1, but --num-parts is not given", two_scans),
+    Row("no such part", "predict", ALL + " --num-parts 2 --part-id 2", "--part-id says part 2 of 2, but *", two_scans),
+    Row("no column", "predict", ALL.replace("scans", "list.csv"),
+        "HOME/list.csv has the columns a, b, but the column image is needed", text("list.csv", "a,b\n1,2\n")),
+    Row("two of one case", "predict", ALL.replace("scans", "list.txt"),
+        "HOME/a.nii and HOME/a.nii.gz are both the case 'a' and would give the same mask; rename one, or give each a "
+        "case_id of its own in a .csv", text("list.txt", "a.nii\na.nii.gz\n")),
+    Row("no protocol", "predict", ALL.replace("HOME/scans", "what://a/b"),
+        "what://a/b cannot be reached: Protocol not known: what"),
+    Row("archive in parts", "predict", ALL.replace("HOME/masks", "HOME/m.zip") + " --num-parts 2 --part-id 0",
+        "--output HOME/m.zip is packed by one process; parts need a folder or a URL", two_scans),
+    Row("one scan on Ray", "predict", ONE + " --engine ray",
+        "--engine ray is for several scans, but HOME/scan.nii.gz is one scan", a_scan),
+    Row("no rows", "inference.manifest", "HOME",
+        "HOME has no rows of a prediction in manifest/; predict --manifest on leaves them"),
+    Row("no model", "inference.info", "HOME/x", "HOME/x is neither a training run, nor a mask, nor one of headneck"),
     Row("no encoder", "encode", "--data HOME --output HOME/e",
         "give a run (-m) or SAM weights (--sam-checkpoint), one of the two"),
     Row("truncated, encode", "encode", "--data HOME/scans --output HOME/e -m RUN --device cpu",
@@ -174,11 +190,10 @@ def test_an_error_is_its_sentence(run, tmp_path, capsys, monkeypatch, row):
         return text.replace("HOME", str(tmp_path)).replace("RUN", str(run))
 
     assert import_module(f"aftersam.{row.command}").main(list(map(real, row.argv.split()))) == row.code
-    said = [
-        line for line in capsys.readouterr().err.splitlines() if line.startswith(f"aftersam.{row.command}: ")
-    ]
+    name = f"aftersam.{row.command.rpartition('.')[2]}: "
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(name)]
     assert said
-    assert matches(said[-1].removeprefix(f"aftersam.{row.command}: "), real(row.says)), said
+    assert matches(said[-1].removeprefix(name), real(row.says)), said
     monkeypatch.undo()
     assert {path: path.read_bytes() for path in before} == before
     assert not [path for path in tmp_path.rglob(".*")]
