@@ -87,7 +87,7 @@ def predict_on_ray(args: PredictArgs) -> Predicted:
     """`predict_files` by the actors of a Ray cluster, which read the scans and write the masks themselves.
 
     Raises ValueError where Ray is not installed, and as `predict_files` does."""
-    args = dataclasses.replace(checked(args), model=tuple(map(_everywhere, args.model)))
+    args = dataclasses.replace(checked(args), model=tuple(Path(_everywhere(run)) for run in args.model))
     cohort = cohort_of(dataclasses.replace(args, model=tuple(find_runs(args.model))))
     if not cohort.many:
         raise ValueError(f"--engine ray is for several scans, but {args.input} is one scan")
