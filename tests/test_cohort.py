@@ -277,7 +277,12 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("ending", ["txt", "csv", "parquet"])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    "ending", [pytest.param("txt", marks=LONG), pytest.param("csv", marks=LONG), "parquet"]
+)
 def test_a_list_of_a_hundred_thousand_starts_at_once_and_takes_little_memory(tmp_path, ending):
     """In processor seconds, imports and model included, and MiB at most before the first scan is read."""
     scan(tmp_path / "a.nii.gz", (24, 20, 3))

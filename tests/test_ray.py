@@ -54,6 +54,7 @@ print(json.dumps(sorted(rows, key=lambda row: row["age"])))
 """
 
 
+@pytest.mark.long
 def test_a_pipeline_of_the_users_own_gets_rows(run, scans, tmp_path):
     (scans / "1.nii.gz").write_bytes(b"no scan")
     masks = tmp_path / "masks"
