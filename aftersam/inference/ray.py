@@ -29,6 +29,7 @@ OURS = ("case_id", "image", "mask", "series")
 LARGEST_BLOCK = (
     50  # scans that Ray hands to an actor at once, which overlap and are looked at again if it dies
 )
+RETRIES = 3  # of a block whose actor dies; Ray's default has no end where a scan kills it each time
 INSTALL = "pip install 'aftersam[ray]'"
 
 
@@ -129,6 +130,8 @@ def _predict(ray: Any, args: PredictArgs, cohort: Cohort, entries: list[Entry], 
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=args.workers),
         num_gpus=args.gpus_per_worker,
+        max_restarts=-1,
+        max_task_retries=RETRIES,
     )
     missing = {entry.mask: entry for entry in entries}
     for row in scans.iter_rows():
