@@ -55,6 +55,12 @@ setup(
             "pylibjpeg-openjpeg>=2.3",  # JPEG 2000 and HTJ2K
             "python-gdcm>=3.0.24",  # JPEG and JPEG-LS; refuses a truncated stream, which pylibjpeg-libjpeg fills up
         ],
+        "cohort": [
+            "fsspec>=2024.10",  # which has an atomic create; gcsfs and adlfs open gs:// and az:// beside it
+            "pyarrow>=17",
+            "s3fs>=2024.10",
+        ],
+        "ray": ["ray[data]>=2.51"],
         "export": ["onnxscript>=0.5"],  # torch writes ONNX through it
         "accuracy": ["einops>=0.7"],  # MONAI's Swin UNETR, in the accuracy table alone
         "nnunet": ["nnunetv2>=2.6"],
@@ -66,11 +72,14 @@ setup(
         ],
         "test": [
             "einops>=0.7",  # Swin UNETR's row of the accuracy table
+            "fsspec>=2024.10",
             "highdicom>=0.26",  # DICOM segmentations are read back
             "hypothesis>=6.100",
+            "moto[server]>=5",  # an S3 of this machine
             "onnxruntime>=1.23",  # what export writes is run by it and compared with torch
             "onnxscript>=0.5",
             "peft>=0.17",  # adapters that come from it and go back are tested against it
+            "pyarrow>=17",
             "pydicom>=3",
             "pylibjpeg>=2.0",
             "pylibjpeg-openjpeg>=2.3",
@@ -78,6 +87,8 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",  # one worker a core
             "python-gdcm>=3.0.24",  # compressed slices, with the two of pylibjpeg
+            "ray[data]>=2.51",
+            "s3fs>=2024.10",
             "setuptools>=77",
         ],
         "dev": ["mypy>=1.15", "ruff>=0.12"],

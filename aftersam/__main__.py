@@ -22,6 +22,8 @@ COMMANDS = {
     "encode": Command(
         "aftersam.encode", "store what the image encoder makes of scans, for train and predict"
     ),
+    "manifest": Command("aftersam.inference.manifest", "merge the tables that predict leaves of a cohort"),
+    "info": Command("aftersam.inference.info", "say what a model or a mask is"),
     "export": Command("aftersam.export", "write a trained model for torch.export and ONNX runtimes"),
     "evaluate": Command("aftersam.evaluate", "score masks against reference masks"),
     "report": Command("aftersam.report", "write one HTML page of curves, scores and overlays"),

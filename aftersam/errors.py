@@ -27,6 +27,7 @@ LONGEST = 800  # characters of a sentence
 _BY_A_FILE = (*SAID, EOFError, OverflowError, RecursionError, struct.error, tokenize.TokenError, zlib.error)
 _LIBRARIES = frozenset(
     {"highdicom", "matplotlib", "nibabel", "PIL", "pydicom", "pylibjpeg", "safetensors", "SimpleITK"}
+    | {"adlfs", "aiobotocore", "aiohttp", "botocore", "_csv", "fsspec", "gcsfs", "pyarrow", "s3fs", "zipfile"}
 )
 
 

@@ -49,13 +49,15 @@ def scans_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if is_nifti(path) and not path.name.startswith("."))
 
 
-def case_name(path: Path) -> str:
-    """File name without the ending of NIfTI or DICOM."""
-    ending = next((e for e in (*NIFTI, DICOM) if path.name.lower().endswith(e)), "")
-    return path.name[: len(path.name) - len(ending)]
+def case_name(path: Path | str) -> str:
+    """File name, of a path or a URL, without the ending of NIfTI or DICOM."""
+    name = path.rpartition("/")[2] if isinstance(path, str) else path.name
+    lower = name.lower()
+    ending = next((e for e in (*NIFTI, DICOM) if lower.endswith(e)), "")
+    return name[: len(name) - len(ending)]
 
 
-def case_id(path: Path) -> str:
+def case_id(path: Path | str) -> str:
     """File name without its ending and nnU-Net's channel number: what the mask of a scan is called."""
     return case_name(path).removesuffix("_0000")
 
@@ -86,28 +88,37 @@ def masks_of(scans: Sequence[Path], folder: Path) -> list[tuple[Path, Path]]:
     Raises ValueError where two scans would give one mask, or a mask would replace a scan."""
     by_case(scans)
     pairs = [(scan, folder / f"{case_id(scan)}.nii.gz") for scan in scans]
-    inputs = {key: scan for scan in scans for key in _identities(scan)}
-    for _, mask in pairs:
-        if same := next((inputs[key] for key in _identities(mask) if key in inputs), None):
-            raise _is_input(mask, same)
+    refuse_inputs((mask for _, mask in pairs), scans)
     return pairs
-
-
-def _identities(path: Path) -> list[Any]:
-    """What two names of one file have in common: the path behind links, and the file itself where there is one."""
-    keys: list[Any] = [os.path.realpath(path)]  # resolve() fails on a link to itself
-    with contextlib.suppress(OSError):
-        found = path.stat()
-        keys.append((found.st_dev, found.st_ino))
-    return keys
 
 
 def refuse_input(output: Path, inputs: Iterable[Path]) -> None:
     """Raise ValueError where `output` is one of the inputs, under this name or through a link."""
-    own = _identities(output)
+    own = _identity(output)
     for path in inputs:
-        if any(key in own for key in _identities(path)):
+        if _identity(path) == own:
             raise _is_input(output, path)
+
+
+def refuse_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Raise ValueError where one of the outputs is one of the inputs, under this name or through a link."""
+    known = {_identity(path): path for path in inputs}
+    missing = any(isinstance(key, str) for key in known)
+    for output in outputs:
+        if (missing or os.path.exists(output)) and (same := known.get(_identity(output))):
+            raise _is_input(output, same)
+
+
+def _identity(path: Path) -> tuple[int, int] | str:
+    """What all names of a file have in common; of one that is not there, the path behind links."""
+    with contextlib.suppress(OSError):
+        found = os.stat(path)
+        return found.st_dev, found.st_ino
+    real = os.path.realpath(path)  # resolve() fails on a link to itself
+    with contextlib.suppress(OSError):
+        found = os.stat(real)
+        return found.st_dev, found.st_ino
+    return real
 
 
 def _is_input(output: Path, path: Path) -> ValueError:
@@ -117,7 +128,7 @@ def _is_input(output: Path, path: Path) -> ValueError:
 @contextlib.contextmanager
 def unfinished(path: Path) -> Iterator[Path]:
     """A temporary file of the same name to write, moved to `path` on success and removed on failure."""
-    with _workplace(path.parent) as place:
+    with workplace(path.parent) as place:
         temporary = place / path.name
         yield temporary
         _to_disk(temporary)
@@ -141,7 +152,7 @@ def renamed_folder(home: Path) -> Iterator[Path]:
     Raises OSError that names `home` where it cannot be written."""
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
-        with _workplace(home.parent) as place:
+        with workplace(home.parent) as place:
             temporary = place / home.name
             temporary.mkdir()
             yield temporary
@@ -181,7 +192,7 @@ def remove_leftovers(folder: Path) -> None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 marked = os.read(lock, 64)
                 ours = (
-                    marked == _machine() if marked else len(os.listdir(place)) == 1
+                    marked == machine() if marked else len(os.listdir(place)) == 1
                 )  # killed before it could lock
                 if ours or time.time() - os.fstat(lock).st_mtime > A_DAY:
                     shutil.rmtree(place)
@@ -252,7 +263,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _workplace(folder: Path) -> Iterator[Path]:
+def workplace(folder: Path) -> Iterator[Path]:
     """A temporary folder in `folder`, whose name no other process has, locked until it is removed at the end.
 
     What killed processes left in `folder` is removed before this process first writes there."""
@@ -282,14 +293,14 @@ def _locked_place(folder: Path) -> tuple[Path, int]:
                 OSError
             ):  # a file system without locks: nothing is written into the lock
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                os.write(lock, _machine())
+                os.write(lock, machine())
         if os.fstat(lock).st_nlink:
             return place, lock
         os.close(lock)
 
 
 @functools.cache
-def _machine() -> bytes:
+def machine() -> bytes:
     """What processes that see each other's locks have in common: the kernel's id since it started."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()

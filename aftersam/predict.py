@@ -1,6 +1,7 @@
 """Segment CT volumes.    python -m aftersam.predict -i scan.nii.gz -o mask.nii.gz -m RUN
 
-Any NIfTI grid in, the mask on the very same grid and affine out; a folder in, a folder of masks out."""
+Any NIfTI grid in, the mask on the very same grid and affine out; a folder, a list or a URL of scans in, masks out.
+Exit codes: 0 done, 1 done with failures, 2 refused, 3 nothing done, 143 stopped by SIGTERM (docs/how-to/cohorts.md)."""
 
 from __future__ import annotations
 
@@ -15,7 +16,12 @@ from aftersam.inference.pipeline import PredictArgs, predict_files
 
 def main(argv: Sequence[str] | None = None) -> int:
     def command() -> int:
-        return 1 if predict_files(tyro.cli(PredictArgs, args=argv, description=__doc__)).problems else 0
+        args = tyro.cli(PredictArgs, args=argv, description=__doc__)
+        if args.engine == "ray":
+            from aftersam.inference.ray import predict_on_ray
+
+            return predict_on_ray(args).code
+        return predict_files(args).code
 
     return run_command("predict", command)
 

@@ -201,7 +201,7 @@ def test_no_command_imports_a_command():
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_a_command_takes_one_arguments_object_and_returns_a_typed_result(name):
-    home, called = f"{name}.py", name
+    home, called = f"{COMMANDS[name].module.partition('.')[2].replace('.', '/')}.py", name
     if name == "predict":  # demo and ablate predict too, and no command imports another
         home, called = "inference/pipeline.py", "predict_files"
     tree = ast.parse((ROOT / "aftersam" / home).read_text(encoding="utf-8"))

@@ -24,11 +24,10 @@ def test_an_error_is_its_sentence(run, tmp_path, capsys, monkeypatch, row):
         return text.replace("HOME", str(tmp_path)).replace("RUN", str(run))
 
     assert import_module(f"aftersam.{row.command}").main(list(map(real, row.argv.split()))) == row.code
-    said = [
-        line for line in capsys.readouterr().err.splitlines() if line.startswith(f"aftersam.{row.command}: ")
-    ]
+    name = f"aftersam.{row.command.rpartition('.')[2]}: "
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(name)]
     assert said
-    assert matches(said[-1].removeprefix(f"aftersam.{row.command}: "), real(row.says)), said
+    assert matches(said[-1].removeprefix(name), real(row.says)), said
     monkeypatch.undo()
     assert {path: path.read_bytes() for path in before} == before
     assert not [path for path in tmp_path.rglob(".*")]

@@ -59,7 +59,6 @@ def test_many_disturbed_predictions_of_a_folder_end_well(run, scans, mode, count
 def test_no_process_ends_before_all_are_done():
     store, gone, said = HashStore(), [], []
     processes = [Processes(rank, 3, store) for rank in range(3)]
-    assert [one.share("abcdefg") for one in processes] == [["a", "d", "g"], ["b", "e"], ["c", "f"]]
 
     def work(one, failed):
         one.wait_for_the_others(failed, said.append)

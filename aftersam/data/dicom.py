@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,14 +36,14 @@ class Series(NamedTuple):
     left_out: dict[str, str]  # why other files of the folder are no slices, or copies of one, by name
 
 
-def read_series(folder: Path) -> nib.Nifti1Image:
+def read_series(folder: Path, series: str | None = None) -> nib.Nifti1Image:
     """The CT series in `folder` in HU, slices sorted along their normal, with its affine in RAS mm.
 
     int16 where every slice scales to integers, else float32. What is left out is told in a warning. Raises ValueError
     as `find_series` does, and on a slice whose pixels are truncated or damaged."""
     import nibabel as nib
 
-    slices, affine, left_out = find_series(folder)
+    slices, affine, left_out = find_series(folder, series)
     if left_out:
         some = ", ".join(f"{name} ({why})" for name, why in list(left_out.items())[:5])
         more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
@@ -64,17 +65,33 @@ def read_series(folder: Path) -> nib.Nifti1Image:
     return image
 
 
-def find_series(folder: Path) -> Series:
-    """The CT series in `folder`; its pixels are still on disk.
+def series_in(folder: Path) -> dict[str, str | None]:
+    """What each DICOM series in `folder` is instead of a CT series, by SeriesInstanceUID; None for a CT series.
+
+    Raises ValueError on a file that is damaged, and where pydicom is not installed."""
+    found: dict[str, str | None] = {}
+    for path, header in _dicom_files(folder):
+        if header is None:
+            continue
+        with naming(path):
+            uid = text_of(path, header, "SeriesInstanceUID")
+            why = why_no_slice(path, header)
+        found[uid] = why and found.get(uid, why)
+    return found
+
+
+def find_series(folder: Path, wanted: str | None = None) -> Series:
+    """The CT series in `folder`, or the one `wanted` of several; its pixels are still on disk.
 
     Source: DICOM PS3.3 C.7.6.2.1.1. Raises ValueError where there is no CT series or more than one, where a file
     is damaged, lacks an attribute or is compressed in a way that no installed decoder reads, where slices are missing
     or differ in size or direction, and where pydicom is not installed."""
-    headers, left_out = _headers(folder)
+    headers, left_out = _headers(folder, wanted)
     series = {text_of(path, header, "SeriesInstanceUID") for path, header in headers}
     if len(series) > 1:
         raise ValueError(
-            f"{folder} holds slices of {len(series)} DICOM series; put each into a folder of its own"
+            f"{folder} holds slices of {len(series)} DICOM series; put each into a folder of its own, or give "
+            "the folder with --recursive"
         )
     slices = [one for path, header in headers for one in slices_of(path, header)]
     _check_alike(slices)
@@ -85,18 +102,24 @@ def find_series(folder: Path) -> Series:
     return Series(slices, affine, left_out | copies)
 
 
-def _headers(folder: Path) -> tuple[list[tuple[Path, Any]], dict[str, str]]:
-    """Every CT image in `folder` with its header, and why the other files are left out, by name."""
+def _dicom_files(folder: Path) -> Iterator[tuple[Path, Any]]:
+    """Every file in `folder` with its header, None for one that is not DICOM."""
     try:
         import pydicom  # noqa: F401
     except ImportError:
         raise ValueError(f"{folder} is a folder; reading DICOM needs pydicom: {INSTALL}") from None
-
-    found, foreign, left_out = [], [], dict[str, str]()
     for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
-        header = read_file(path, pixels=False)
+        yield path, read_file(path, pixels=False)
+
+
+def _headers(folder: Path, wanted: str | None = None) -> tuple[list[tuple[Path, Any]], dict[str, str]]:
+    """Every CT image in `folder` with its header, and why the other files are left out, by name."""
+    found, foreign, left_out = [], [], dict[str, str]()
+    for path, header in _dicom_files(folder):
         if header is None:
             foreign.append(path)
+            continue
+        if wanted is not None and header.get("SeriesInstanceUID") != wanted:
             continue
         with naming(path):
             why = why_no_slice(path, header)

@@ -61,8 +61,10 @@ def label_dtype(largest: int) -> type[np.uint8] | type[np.int16]:
     return np.uint8 if largest < 256 else np.int16
 
 
-def read_image(path: Path | str) -> Volume:
+def read_image(path: Path | str, *, series: str | None = None) -> Volume:
     """Read a NIfTI file, or a folder that holds one DICOM series, as Hounsfield units in int16 or float32.
+
+    `series` is the SeriesInstanceUID of one of several series in the folder.
 
     NaN and infinite voxels become air, counted in a warning. Raises ValueError on a file that is missing,
     truncated or not NIfTI, on 2D or true 4D data, and on a spacing or an affine that is no grid."""
@@ -71,7 +73,7 @@ def read_image(path: Path | str) -> Volume:
         from aftersam.data.dicom import read_series
 
         with naming(path):
-            return from_nifti(read_series(path), name=str(path))
+            return from_nifti(read_series(path, series), name=str(path))
     with opened(path) as image:
         return from_nifti(image, name=str(path))
 

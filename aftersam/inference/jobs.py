@@ -21,7 +21,7 @@ from aftersam.files import (
 
 OTHER_FILES = (
     *OTHER_IMAGES,
-    *(".gz", ".h5", ".hdr", ".jp2", ".jpg", ".json", ".npy", ".npz", ".png", ".stl", ".tif", ".tiff", ".zip"),
+    *(".gz", ".h5", ".hdr", ".jp2", ".jpg", ".json", ".npy", ".npz", ".png", ".stl", ".tif", ".tiff"),
 )
 
 
@@ -39,7 +39,7 @@ def jobs_of(
     if scans:
         if output.name.lower().endswith((*NIFTI, DICOM)) or output.is_file():
             raise ValueError(f"{source} is a folder of {len(scans)} scans, so --output must be a folder")
-        _refuse_format(output)
+        refuse_format(output)
         named = sorted(p for p in source.iterdir() if not p.name.startswith("."))
         if others := [p for p in named if p.name.lower().endswith(OTHER_IMAGES)]:
             warnings.warn(
@@ -51,7 +51,7 @@ def jobs_of(
     if mask.suffix == DICOM and not source.is_dir():
         raise ValueError(f"{mask} would be a DICOM segmentation, but {source} is no folder of a DICOM series")
     if not is_nifti(mask) and mask.suffix != DICOM:
-        _refuse_format(mask)
+        refuse_format(mask)
         mask = mask / f"{case_id(source)}.nii.gz"
     refuse_input(mask, [source, *also_read])
     if source.is_dir() and (mask.suffix != DICOM or mask.exists()):
@@ -61,7 +61,7 @@ def jobs_of(
     return [(source, mask)], False
 
 
-def _refuse_format(folder: Path) -> None:
+def refuse_format(folder: Path) -> None:
     """Raise ValueError where the new folder `folder` has a name that asks for a file of a format we do not write."""
     if not folder.is_dir() and folder.name.lower().endswith(OTHER_FILES):
         raise ValueError(
@@ -70,10 +70,12 @@ def _refuse_format(folder: Path) -> None:
         )
 
 
-def prompt_file(labels: Path, scan: Path) -> Path:
-    """The label of `scan`: `labels` itself, or the file with the scan's name in that folder."""
+def prompt_file(labels: Path, scan: Path, case: str = "") -> Path:
+    """The label of `scan`: `labels` itself, or the file with the name of the case or of the scan in that folder."""
     if not labels.is_dir():
         return labels
+    if case and (same := labels / f"{case}.nii.gz").exists():
+        return same
     found = by_case(scans_in(labels)).get(case_id(scan))
     if found is None:
         raise ValueError(f"{labels} has no label {case_id(scan)}.nii.gz to draw the prompts of {scan} from")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,8 @@ from aftersam.inference.jobs import beside
 if TYPE_CHECKING:
     import numpy as np
 
-    from aftersam.inference.pipeline import PredictArgs
+    from aftersam.inference.arguments import PredictArgs
+    from aftersam.inference.cohort import Entry
     from aftersam.inference.segmenter import Prepared
     from aftersam.inference.sliding import Prediction
 
@@ -28,6 +30,11 @@ class Job:
     prepared: Prepared
     facts: dict[str, str]  # for the JSON beside the mask
     began: float
+    entry: Entry
+    checksum: str | None  # SHA-256 of the scan, where a manifest is wanted
+    shown: str  # where the mask goes, for people
+    finishing: Callable[[dict[int, int], Path], None] = lambda voxels, temporary: None
+    """Called with the voxels of each label and the mask's temporary file when all else is written."""
 
 
 def write_outputs(args: PredictArgs, names: dict[int, str], job: Job, found: Prediction) -> str:
@@ -39,33 +46,34 @@ def write_outputs(args: PredictArgs, names: dict[int, str], job: Job, found: Pre
     mask.parent.mkdir(parents=True, exist_ok=True)
     with renamed(mask) as temporary:
         with timings.stage("write"):
-            present = _keep(labels, names)
+            voxels = _keep(labels, names)
             _write_mask(
                 names, job, found, temporary
             )  # the largest file first: where it fails, nothing is new
             _write_extras(args, names, job, found)
         if args.timings:
             write_json(beside(mask, ".timings.json"), timings.summary())
-    organs = ", ".join(name for value, name in sorted(names.items()) if value in present) or "nothing"
-    line = (
-        f"{printable(mask)}: {organs}; {volume.array.shape[0]} slices in {time.monotonic() - job.began:.1f} s"
-    )
+        job.finishing(voxels, temporary)
+    organs = ", ".join(name for value, name in sorted(names.items()) if value in voxels) or "nothing"
+    line = f"{printable(job.shown)}: {organs}; {volume.array.shape[0]} slices in {time.monotonic() - job.began:.1f} s"
     return f"{line}\n{timings.line()}" if args.timings else line
 
 
-def _keep(labels: np.ndarray, names: dict[int, str]) -> set[int]:
-    """Make background, in place, of labels (D, H, W) that `names` does not have; the values that are left.
+def _keep(labels: np.ndarray, names: dict[int, str]) -> dict[int, int]:
+    """Make background, in place, of labels (D, H, W) that `names` does not have; the voxels of each that is left.
 
     Plane by plane, since a temporary array of the scan's size would be most of the memory."""
     import numpy as np
 
-    present: set[int] = set()
+    voxels: dict[int, int] = {}
     for plane in labels:
-        values = set(np.flatnonzero(np.bincount(plane.ravel())).tolist()) - {0}
+        counts = np.bincount(plane.ravel())
+        values = set(np.flatnonzero(counts).tolist()) - {0}
         if foreign := values - names.keys():
             plane[np.isin(plane, list(foreign))] = 0
-        present |= values & names.keys()
-    return present
+        for value in values & names.keys():
+            voxels[value] = voxels.get(value, 0) + int(counts[value])
+    return voxels
 
 
 def _write_extras(args: PredictArgs, names: dict[int, str], job: Job, found: Prediction) -> None:

@@ -1,333 +1,347 @@
-"""Scans on disk to masks on disk: while one scan is computed, the next is read and the last is written."""
+"""Scans on disk or at URLs to masks: while one scan is computed, the next is read and the last is written."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
+import os
+import shutil
+import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
-import tyro
-
-from aftersam.config import Count, Small, checked
-from aftersam.errors import SAID, naming, out_of_memory, plain_console, printable, sentence, tell
-from aftersam.files import DICOM, remove_leftovers
-from aftersam.inference.jobs import beside, jobs_of, kept_labels, prompt_file
+from aftersam.config import checked
+from aftersam.errors import (
+    SAID,
+    Terminated,
+    plain_console,
+    printable,
+    sentence,
+    signals_noted,
+    tell,
+)
+from aftersam.files import remove_leftovers
+from aftersam.inference.arguments import PredictArgs
+from aftersam.inference.background import Background, leave_behind
+from aftersam.inference.claims import TakenOver, remove_old_leases
+from aftersam.inference.cohort import Cohort, Entry, cohort_of
+from aftersam.inference.manifest import FOLDER, ManifestArgs, code_of, manifest
 from aftersam.inference.outputs import Job, write_outputs
-from aftersam.inference.processes import sharing_processes
+from aftersam.inference.processes import POLL_SECONDS, part_of_this_process, sharing_processes
+from aftersam.inference.storage import names_in, pack
+from aftersam.inference.work import Work, row_of, rows_of, working
 from aftersam.model.run_folder import find_runs
 
 if TYPE_CHECKING:
-    import numpy as np
     from rich.console import Console
+    from rich.progress import Progress
 
-    from aftersam.inference.feature_cache import Embeddings
-    from aftersam.inference.inputs import PredictOptions
-    from aftersam.inference.segmenter import Segmenter
     from aftersam.inference.sliding import Prediction
 
-
-@dataclass(frozen=True)
-class PredictArgs:
-    input: Annotated[Path, tyro.conf.arg(aliases=["-i"])]
-    """A NIfTI file, a folder of them, or a folder that holds one DICOM series."""
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """The mask's file name (.nii.gz, .nii, or .dcm for a DICOM series), or a folder for a folder of scans."""
-    model: Annotated[tuple[Path, ...], tyro.conf.arg(aliases=["-m"])] = ()
-    """Folder of a training run, or the name of a model that comes along. Several, or a folder of folds: the mean of
-    their probabilities, at the cost of each."""
-    checkpoint: Literal["best", "last"] = "best"
-    """Weights with the best validation DSC, or the final ones."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:1."""
-    prompt_labels: Path | None = None
-    """For a model with prompts: the label file, or a folder of them by case, that prompts are drawn from."""
-    labels: str | None = None
-    """Comma-separated organs to keep; the others become background."""
-    trust_intensities: bool = False
-    """Take scans as they are whose values do not look like Hounsfield units: no warning, no refusal."""
-    overwrite: bool = False
-    """Replace masks that exist; a folder's finished masks are kept otherwise."""
-    preview: bool = True
-    """Leave a PNG of the mask over the scan beside each mask."""
-    batch_size: Count = 8
-    """Slices and groups computed at once; less needs less memory."""
-    keep: Small = 1
-    """Middle slices kept of each group: K needs about 1/K of the fusion, with less context on one side."""
-    overlap: Literal["none", "average"] = "none"
-    """average: average the logits of all groups that contain a slice; each of them decodes it."""
-    tta: Literal["none", "mirror"] = "none"
-    """mirror: the mean with the scan's mirror image, left and right labels swapped; twice the work."""
-    parts: Literal["main", "all"] = "main"
-    """main: drop small disconnected parts, below a fifth of the largest, of organs that are one piece in every training
-    label. all: keep them."""
-    roi: Literal["scan", "body"] = "scan"
-    """body: slices of air before and after the body are background without being computed."""
-    embeddings: Path | None = None
-    """Folder for what the encoder makes of each slice: found there, or written for the next prediction."""
-    compile: bool = False
-    """Compile the model first, which takes a minute and pays back over many scans."""
-    graph: bool = True
-    """Replay each step as a CUDA graph on a GPU. --no-graph launches kernels one by one, which takes less memory."""
-    save_probabilities: bool = False
-    """Leave CASE.probabilities.npy beside each mask: float16 (classes, background first, x, y, z)."""
-    confidence: bool = False
-    """Leave CASE.confidence.nii.gz beside each mask: 1 where all groups that contain a slice agree, 0 where
-    none does. Each of them decodes the slice; the mask stays the same."""
-    statistics: bool = False
-    """Leave each organ's volume in ml and mean HU as CASE.statistics.json beside each mask."""
-    review: bool = False
-    """List a folder's scans in review.csv of --output by the DSC that their probabilities let expect, lowest first."""
-    timings: bool = False
-    """Print each stage's seconds, slices a second and peak memory, and leave them as JSON beside each mask."""
+GRACE_SECONDS = 5.0  # for the mask that is being written when a signal comes
 
 
 @dataclass(frozen=True)
 class Predicted:
     """What became of the scans that were asked for."""
 
-    written: tuple[Path, ...]
+    written: tuple[Path | str, ...]
     """Masks of this prediction."""
-    kept: tuple[Path, ...]
-    """Masks that existed before; their scans were not predicted again."""
+    kept: tuple[Path | str, ...]
+    """Masks that existed before, or that another process made; their scans were not predicted again."""
     problems: tuple[str, ...]
-    """Why a scan of a folder has no mask, one line a scan."""
+    """Why a scan of several has no mask, one line a scan."""
+    elsewhere: int = 0
+    """Scans that other processes have in hand."""
+
+    @property
+    def code(self) -> int:
+        """The exit code: 0 where no scan failed, 1 where some have a mask, 3 where none has."""
+        return code_of(len(self.written) + len(self.kept) + self.elsewhere, len(self.problems))
 
 
 def predict_files(args: PredictArgs) -> Predicted:
-    """Segment every scan that `args` name; a scan of a folder that fails is reported and the others are done.
+    """Segment every scan that `args` name; of several scans one that fails is tried again, then reported.
 
-    While one scan is computed the next is read and the last is written, so three are in memory at most. Under
-    torchrun each process takes its share of a folder, on a GPU of its own with the device "auto".
+    While one scan is computed the next is read and the last is written, so three are in memory at most. Processes that
+    run beside this one do their part of the scans, or those that no other has claimed. Under torchrun each has a GPU of
+    its own with the device "auto".
     Raises ValueError where nothing can be done: no scans, a bad run, an output that exists."""
     from aftersam.device import find_device
 
     find_device(checked(args).device)  # before anything is read
     args = dataclasses.replace(args, model=tuple(find_runs(args.model)))
-    prompts = [] if args.prompt_labels is None else [args.prompt_labels]
-    jobs, folder = jobs_of(
-        args.input, args.output, also_read=[*args.model, *prompts], overwrite=args.overwrite
-    )
-    if args.review and not folder:
+    cohort = cohort_of(args)
+    if args.review and not cohort.many:
         raise ValueError(f"--review lists the scans of a folder, but {args.input} is one scan")
-    report = _Report(plain_console(stderr=True), folder)
+    if args.review and (cohort.archive or not cohort.store.local):
+        raise ValueError(f"--review lists the masks of a folder on disk, but --output is {args.output}")
+    report = Report(plain_console(stderr=True), cohort.many)
     processes = sharing_processes()
-    jobs = processes.share(jobs)
-    for home in {mask.parent for _, mask in jobs}:
-        remove_leftovers(home)
-    if not args.overwrite:
-        jobs = report.keep_finished(jobs, args.output)
-    if jobs:
-        _predict(args, jobs, report)
-    if args.review and args.output.is_dir():  # the last process to come here has all masks
+    entries = own_entries(args, cohort, report)
+    if entries:
+        with working(args, cohort) as work:
+            if len(args.model) > 1:  # shows which folds are not there yet
+                tell(report.console, f"mean of {len(args.model)} runs: {', '.join(map(str, args.model))}")
+            predict_entries(work, entries, report)
+    finish_output(args, cohort)
+    if args.review and (folder := cohort.store.local) and folder.is_dir():  # the last process has all masks
         from aftersam.evaluation.review import write_review
 
-        tell(report.console, write_review(args.output))
+        tell(report.console, write_review(folder))
     processes.wait_for_the_others(len(report.problems), functools.partial(tell, report.console))
-    return Predicted(tuple(report.written), tuple(report.kept), tuple(report.problems))
+    return report.result()
 
 
-def _predict(args: PredictArgs, jobs: Sequence[tuple[Path, Path]], report: _Report) -> None:
-    """Segment the scans of `jobs`, (scan, mask) pairs."""
+def own_entries(args: PredictArgs, cohort: Cohort, report: Report) -> list[Entry]:
+    """The scans of this process's part that have no mask yet."""
+    if not cohort.many:
+        mask = cohort.entries[0].mask
+        if not args.overwrite and cohort.store.exists(mask):
+            raise ValueError(f"{cohort.store.path(mask)} exists; --overwrite replaces it")
+        if cohort.store.local is not None:
+            remove_leftovers((cohort.store.local / mask).parent)
+        return cohort.entries
+    part = part_of_this_process(args.num_parts, args.part_id, os.environ)
+    entries = cohort.entries
+    if part.count > 1:
+        if cohort.archive is not None:
+            raise ValueError(f"--output {args.output} is packed by one process; parts need a folder or a URL")
+        entries = [entry for entry in entries if part.has(entry.case)]
+        cohort.skipped[:] = [pair for pair in cohort.skipped if part.has(pair[0].case)]
+        said = f"part {part.index} of {part.count} ({part.source}): {len(entries)} of {len(cohort.entries)} scans"
+        tell(report.console, said)
+    for entry, why in cohort.skipped:
+        report.tell(f"{entry.image}: series {entry.series} is left out: {why}")
+    if cohort.store.local is not None:
+        for home in {os.path.dirname(os.path.join(cohort.store.base, entry.mask)) for entry in entries}:
+            remove_leftovers(Path(home))
+    if args.overwrite:
+        return entries
+    names = cohort.store.names()
+    remove_old_leases(cohort.store, names)
+    if cohort.archive is not None:
+        names |= names_in(cohort.archive)
+    return report.keep_finished(entries, names, cohort)
+
+
+def finish_output(args: PredictArgs, cohort: Cohort) -> None:
+    """Note what is no CT in the manifest, and pack the masks where an archive is asked for."""
+    rows = rows_of(args, cohort) if cohort.skipped else None
+    if rows is not None:
+        for entry, why in cohort.skipped:
+            rows.add(row_of(cohort, entry, "skipped", reason=why))
+    archive, folder = cohort.archive, cohort.store.local
+    if archive is None or folder is None or not folder.is_dir():
+        return
+    if (folder / FOLDER).is_dir():
+        manifest(ManifestArgs(folder))
+    pack(folder, archive)
+    shutil.rmtree(folder)
+
+
+def predict_entries(work: Work, entries: Sequence[Entry], report: Report, *, patient: bool = False) -> None:
+    """Segment the scans `entries`; `patient` waits for what living processes have in hand as well."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    work = _work(args)
-    if len(args.model) > 1:  # shows which folds are not there yet
-        tell(report.console, f"mean of {len(args.model)} runs: {', '.join(map(str, args.model))}")
-    name = TextColumn("{task.description}", markup=False)
-    with (
-        Progress(
-            name,
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=report.console,
-            transient=True,
-            disable=not report.console.is_terminal,
-        ) as bar,
-        ThreadPoolExecutor(1) as reader,
-        ThreadPoolExecutor(1) as writer,
-    ):
-        upcoming = [reader.submit(work.read, *pair) for pair in jobs[:1]]
-        writing: list[tuple[Path, Future[str]]] = []
-        for index, (scan, mask) in enumerate(jobs):
-            reading = upcoming.pop()
-            upcoming = [reader.submit(work.read, *later) for later in jobs[index + 1 : index + 2]]
-            if mask.exists() and not args.overwrite:  # by now, from another process
-                report.kept.append(mask)
-                continue
-            with report.problems_of_one_scan():
-                job = reading.result()
-                task = bar.add_task(printable(scan.name), total=job.prepared.volume.array.shape[0])
-                try:
-                    found = work.compute(job, functools.partial(bar.advance, task))
-                finally:
-                    bar.remove_task(task)
-                report.collect(writing)
-                writing = [(mask, writer.submit(write_outputs, args, work.names, job, found))]
-        report.collect(writing)
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=report.console,
+        transient=True,
+        disable=report.quiet or not report.console.is_terminal,
+    )
+    with bar:
+        _Line(work, report, bar, patient, deque((entry, 1) for entry in entries)).run()
 
 
-@dataclass(frozen=True)
-class _Report:
+Attempt = tuple[Entry, int]  # a scan, and how often it is tried with this time
+
+
+@dataclass
+class _Line:
+    """Scans on their way through reading, computing and writing, one in each at most."""
+
+    work: Work
+    report: Report
+    bar: Progress
+    patient: bool
+    queue: deque[Attempt]
+    reader: Background = field(default_factory=Background)
+    writer: Background = field(default_factory=Background)
+    others: list[Entry] = field(default_factory=list)  # that other processes have in hand
+    reading: tuple[Attempt, Future[Job | None]] | None = None
+    writing: tuple[Attempt, Job, Future[str]] | None = None
+
+    def run(self) -> None:
+        """Segment all scans. Where a signal ends it, the mask that is being written is finished."""
+        try:
+            while self._more():
+                self._next()
+        except (KeyboardInterrupt, Terminated) as stop:
+            with signals_noted():
+                if self.writing is not None:
+                    wait([self.writing[2]], GRACE_SECONDS)
+                    leave_behind(self.writing[2], _code(stop))
+                    if self.writing[2].done():
+                        self._collect()
+                leave_behind(self.reading and self.reading[1], _code(stop))
+            raise
+        finally:
+            self.report.elsewhere += len(self.others)
+            self.reader.close()
+            self.writer.close()
+
+    def _more(self) -> bool:
+        """Whether a scan is left, after waiting for those that only time can tell of."""
+        if self.reading is None and not self.queue:
+            self._collect()  # which may have failed
+        while self.reading is None and not self.queue and self.others:
+            waiting = [e for e in self.others if self.patient or not self._in_good_hands(e)]
+            if not waiting:
+                break
+            self.others = [e for e in self.others if e not in waiting]
+            self.queue.extend((entry, 1) for entry in waiting)
+            time.sleep(POLL_SECONDS)
+        return self.reading is not None or bool(self.queue)
+
+    def _in_good_hands(self, entry: Entry) -> bool:
+        return self.work.claims is not None and self.work.claims.alive(entry.mask)
+
+    def _read_ahead(self) -> None:
+        if self.queue:
+            attempt = self.queue.popleft()
+            self.reading = attempt, self.reader.submit(self.work.read, attempt[0])
+
+    def _next(self) -> None:
+        """Compute the scan that was read, while the next is read; hand it to be written."""
+        if self.reading is None:
+            self._read_ahead()
+        assert self.reading is not None
+        attempt, future = self.reading
+        wait([future])
+        self.reading = None
+        self._read_ahead()
+        with self._problems(attempt):
+            job = future.result()
+            if job is None:
+                if self.work.finished(attempt[0]):
+                    self.report.kept.append(self.work.cohort.store.path(attempt[0].mask))
+                else:
+                    self.others.append(attempt[0])
+                return
+            try:
+                found = self._compute(job)
+                self._collect()
+            except BaseException:
+                self.work.close(job)
+                raise
+            self.writing = attempt, job, self.writer.submit(self._write, job, found)
+
+    def _compute(self, job: Job) -> Prediction:
+        task = self.bar.add_task(printable(job.scan.name), total=job.prepared.volume.array.shape[0])
+        try:
+            return self.work.compute(job, functools.partial(self.bar.advance, task))
+        finally:
+            self.bar.remove_task(task)
+
+    def _write(self, job: Job, found: Prediction) -> str:
+        finishing = functools.partial(self.work.finish, job, found)
+        try:
+            return write_outputs(
+                self.work.args, self.work.names, dataclasses.replace(job, finishing=finishing), found
+            )
+        finally:
+            self.work.close(job)
+
+    def _collect(self) -> None:
+        """Wait for the mask that is being written, and tell of it."""
+        if self.writing is None:
+            return
+        (attempt, job, future), self.writing = self.writing, None
+        with self._problems(attempt):
+            for line in future.result().splitlines():
+                self.report.tell(line)
+            self.report.written.append(self.work.cohort.store.path(job.entry.mask))
+
+    @contextlib.contextmanager
+    def _problems(self, attempt: Attempt) -> Iterator[None]:
+        """A scan of several that fails is tried once more at the end, then costs a line, not the others.
+
+        One that the memory does not suffice for is not tried again."""
+        entry, number = attempt
+        try:
+            yield
+        except TakenOver:
+            self.others.append(entry)
+        except SAID as error:
+            said = self.work.said(error, entry)
+            if not self.report.many:
+                if said == sentence(error):
+                    raise
+                raise ValueError(said) from error
+            if number == 1 and not isinstance(error, MemoryError):
+                self.queue.append((entry, 2))
+                return
+            self.report.problem(said, entry)
+            if self.work.rows is not None:
+                self.work.rows.add(row_of(self.work.cohort, entry, "failed", reason=said, **self.work.made))
+
+
+def _code(stop: KeyboardInterrupt | Terminated) -> int:
+    return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+
+
+@dataclass
+class Report:
     """What the user is told, and what the caller gets."""
 
     console: Console
-    folder: bool
-    written: list[Path] = field(default_factory=list)
-    kept: list[Path] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    many: bool
+    written: list[Path | str] = field(default_factory=list)
+    kept: list[Path | str] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)  # mask -> why there is none
+    elsewhere: int = 0
+    quiet: bool = False
 
-    def keep_finished(self, jobs: Sequence[tuple[Path, Path]], output: Path) -> list[tuple[Path, Path]]:
-        """The jobs without a mask; the number of the others is told."""
-        self.kept.extend(mask for _, mask in jobs if mask.exists())
+    def keep_finished(self, entries: Sequence[Entry], names: set[str], cohort: Cohort) -> list[Entry]:
+        """The scans without a mask; the number of the others is told."""
+        self.kept.extend(cohort.store.path(entry.mask) for entry in entries if entry.mask in names)
         if self.kept:
-            text = f"{output}: {len(self.kept)} of {len(jobs)} masks exist and are kept; --overwrite replaces them"
+            text = (
+                f"{cohort.archive or cohort.store.root}: {len(self.kept)} of {len(entries)} masks exist and are kept; "
+                "--overwrite replaces them"
+            )
             tell(self.console, text)
-        finished = set(self.kept)
-        return [job for job in jobs if job[1] not in finished]
+        return [entry for entry in entries if entry.mask not in names]
 
-    @contextlib.contextmanager
-    def problems_of_one_scan(self) -> Iterator[None]:
-        """One bad scan of a folder costs a line, not the others."""
-        try:
-            yield
-        except SAID as error:
-            if not self.folder:
-                raise
-            self.problems.append(sentence(error))
-            tell(self.console, f"aftersam.predict: {sentence(error)}")
+    def tell(self, text: str) -> None:
+        """Say a line, unless this is one of many that only return rows."""
+        if not self.quiet:
+            tell(self.console, text)
 
-    def collect(self, writing: list[tuple[Path, Future[str]]]) -> None:
-        """Wait for masks to be written and tell of each."""
-        with self.problems_of_one_scan():
-            while writing:
-                mask, future = writing.pop()
-                for line in future.result().splitlines():
-                    tell(self.console, line)
-                self.written.append(mask)
+    def problem(self, said: str, entry: Entry) -> None:
+        """A scan has no mask, for the reason `said`."""
+        self.problems[entry.mask] = said
+        self.tell(f"aftersam.predict: {said}")
 
+    def outcome(self, mask: Path | str, entry: Entry) -> tuple[str, str]:
+        """(status, reason) of a scan that was asked for."""
+        if entry.mask in self.problems:
+            return "failed", self.problems[entry.mask]
+        return ("done" if mask in self.written else "kept"), ""
 
-@dataclass(frozen=True)
-class _Work:
-    """What is done to each scan before it is written: read and compute, each in a thread of its own."""
-
-    args: PredictArgs
-    segmenter: Segmenter
-    options: PredictOptions
-    embeddings: tuple[Embeddings, ...]  # of each model, or none
-    names: dict[int, str]  # labels that masks keep
-
-    def read(self, scan: Path, mask: Path) -> Job:
-        """Read one scan, and its prompts, and bring them to the model's spacing."""
-        from aftersam.data.intensities import check_intensities
-        from aftersam.data.volume import read_image, read_labels
-        from aftersam.inference.timings import Timings
-
-        began = time.monotonic()
-        timings = Timings(self.segmenter.device if self.args.timings else None)
-        needs = self.segmenter.config.model.prompts
-        prompts, facts = None, dict[str, str]()
-        with naming(scan):
-            with timings.stage("read"):
-                volume = read_image(scan)
-                check_intensities(volume, trusted=self.args.trust_intensities)
-                if mask.suffix == DICOM:  # what cannot be written is known before it is computed
-                    from aftersam.data.dicom_segmentation import check_segmentation
-
-                    check_segmentation(scan, self.names)
-                if self.args.prompt_labels is not None and needs != "none":
-                    prompts = read_labels(prompt_file(self.args.prompt_labels, scan), like=volume)
-                    facts = {"prompted": needs}  # who scores this mask must know
-            prepared = self.segmenter.prepare(volume, prompt_labels=prompts, timings=timings)
-        return Job(scan, mask, prepared, facts, began)
-
-    def compute(self, job: Job, progress: Callable[[int], None]) -> Prediction:
-        """Segment one scan. Raises MemoryError where the memory does not suffice."""
-        prepared, batch = job.prepared, self.args.batch_size
-        try:
-            if self.embeddings:
-                scans = zip((prepared.scan, *prepared.more), self.embeddings, strict=True)
-                with prepared.scan.timings.stage("encode"):
-                    scan, *more = (
-                        dataclasses.replace(scan, stored=store.of(scan.hu, scan.box, batch_size=batch))
-                        for scan, store in scans
-                    )
-                prepared = prepared._replace(scan=scan, more=tuple(more))
-            with self._probabilities(job) as probabilities:
-                return self.segmenter.segment(
-                    prepared,
-                    options=self.options,
-                    main_parts=self.args.parts == "main",
-                    probabilities=probabilities,
-                    progress=progress,
-                )
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            detail = (str(error) or "no more is known").splitlines()[0]
-            raise MemoryError(
-                f"{job.scan}: memory ran out; a --batch-size below {batch} needs less ({detail})"
-            ) from None
-
-    @contextlib.contextmanager
-    def _probabilities(self, job: Job) -> Iterator[np.ndarray | None]:
-        """The file that the scan's probabilities go to as they come, if they are wanted."""
-        if not self.args.save_probabilities:
-            yield None
-            return
-        from aftersam.data.volume import open_probabilities
-
-        job.mask.parent.mkdir(parents=True, exist_ok=True)
-        path = beside(job.mask, ".probabilities.npy")
-        with open_probabilities(path, job.prepared.volume, len(self.segmenter.labels) + 1) as array:
-            yield array
-
-
-def _work(args: PredictArgs) -> _Work:
-    """The model of the run and the options that `args` ask for."""
-    from aftersam.inference.segmenter import load
-
-    segmenter = load(
-        args.model, checkpoint=args.checkpoint, device=args.device, compiled=args.compile, graphs=args.graph
-    )
-    names = kept_labels(args.labels, segmenter.labels)
-    return _Work(args, segmenter, _options(args, segmenter), _embeddings(args, segmenter), names)
-
-
-def _options(args: PredictArgs, segmenter: Segmenter) -> PredictOptions:
-    """The options in `args`. Raises ValueError on a keep that no group has, or an organ of one side alone."""
-    from aftersam.data.dataset import mirror_pairs
-    from aftersam.inference.inputs import PredictOptions
-
-    options = PredictOptions(
-        keep=args.keep,
-        average=args.overlap == "average",
-        body=args.roi == "body",
-        confidence=args.confidence,
-        expected_dsc=args.review,
-        batch_size=args.batch_size,
-    )
-    for run in (segmenter, *segmenter.folds):
-        options.check(run.config.model.num_slices)
-    if args.tta == "mirror":
-        options = dataclasses.replace(options, label_swap=mirror_pairs(segmenter.labels))
-    return options
-
-
-def _embeddings(args: PredictArgs, segmenter: Segmenter) -> tuple[Embeddings, ...]:
-    if args.embeddings is None:
-        return ()
-    from aftersam.inference.feature_cache import Embeddings
-
-    return tuple(
-        Embeddings(
-            args.embeddings, run.model, image_size=run.config.model.image_size, precision=run.precision
-        )
-        for run in (segmenter, *segmenter.folds)
-    )
+    def result(self) -> Predicted:
+        """What the caller gets; scans that other processes have in hand are told of."""
+        if self.elsewhere:
+            scans = "1 scan is" if self.elsewhere == 1 else f"{self.elsewhere} scans are"
+            tell(self.console, f"{scans} in the hands of other processes")
+        return Predicted(tuple(self.written), tuple(self.kept), tuple(self.problems.values()), self.elsewhere)

@@ -1,20 +1,102 @@
-"""Processes that share a folder of scans: torchrun starts them, and each takes every n-th scan."""
+"""Processes that share a cohort: each does its part of the scans, and those that torchrun started end together."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
+
+from aftersam.files import normal_form
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-Job = TypeVar("Job")
 PATIENCE = timedelta(days=1)  # for the slowest process to start
 POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the parts that the scans are split into."""
+
+    index: int
+    count: int
+    source: str = "--part-id"
+    """What said so."""
+
+    def has(self, case: str) -> bool:
+        """Whether the case is in this part: by a hash of its id alone, so that it stays there as the list grows."""
+        digest = hashlib.sha256(normal_form(case).encode(errors="surrogateescape")).digest()
+        return int.from_bytes(digest[:8], "big") % self.count == self.index
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """The environment variables in which a scheduler numbers the tasks of an array."""
+
+    index: str
+    count: str | None
+    first: str = ""
+
+
+SCHEDULERS = (
+    Scheduler("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
+    Scheduler("AWS_BATCH_JOB_ARRAY_INDEX", "AWS_BATCH_JOB_ARRAY_SIZE"),
+    Scheduler("JOB_COMPLETION_INDEX", None),
+)
+
+
+def part_of_this_process(num_parts: int | None, part_id: int | None, env: Mapping[str, str]) -> Part:
+    """The part that the flags, or else the scheduler's variables in `env`, give to this process.
+
+    torchrun's processes split it further. Raises ValueError where one number is missing, and on a part that the number
+    of parts does not have."""
+    part = _given_part(num_parts, part_id, env)
+    rank, world = _number(env, "RANK", 0), _number(env, "WORLD_SIZE", 1)
+    if world > 1:
+        source = "RANK" if part.count == 1 else f"{part.source} and RANK"
+        part = Part(part.index * world + rank, part.count * world, source)
+    if part.index >= part.count:
+        raise ValueError(
+            f"{part.source} says part {part.index} of {part.count}, but parts are numbered from 0 to {part.count - 1}; "
+            "give --num-parts and --part-id"
+        )
+    return part
+
+
+def _given_part(num_parts: int | None, part_id: int | None, env: Mapping[str, str]) -> Part:
+    if part_id is not None:
+        if num_parts is None:
+            raise ValueError(f"--part-id is {part_id}, but --num-parts is not given")
+        return Part(part_id, num_parts)
+    if num_parts == 1:
+        return Part(0, 1)
+    scheduler = next((s for s in SCHEDULERS if s.index in env), None)
+    if scheduler is None:
+        if num_parts is None:
+            return Part(0, 1)
+        known = ", ".join(s.index for s in SCHEDULERS)
+        raise ValueError(f"--num-parts is {num_parts}, but neither --part-id nor one of {known} is given")
+    if num_parts is None and scheduler.count is None:
+        raise ValueError(
+            f"{scheduler.index} is {env[scheduler.index]}, but --num-parts is not given; it is the job's number of "
+            "completions, or 1 for all scans"
+        )
+    index = _number(env, scheduler.index, 0) - _number(env, scheduler.first, 0)
+    count = num_parts if num_parts is not None else _number(env, scheduler.count or "", 1)
+    return Part(index, count, scheduler.index)
+
+
+def _number(env: Mapping[str, str], name: str, default: int) -> int:
+    """The number in an environment variable, `default` where it is not set. Raises ValueError on another value."""
+    text = env.get(name, str(default))
+    if not text.isdecimal():
+        raise ValueError(f"the environment variable {name} is {text!r}, but a number from 0 up is needed")
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -25,12 +107,8 @@ class Processes:
     count: int
     store: Store | None
 
-    def share(self, jobs: Sequence[Job]) -> list[Job]:
-        """Every `count`-th of the jobs, this process's own."""
-        return list(jobs[self.rank :: self.count])
-
     def wait_for_the_others(self, failed: int, say: Callable[[str], None]) -> None:
-        """Return when all processes have done their share, `failed` scans of this one's without success.
+        """Return when all processes have done their part, `failed` scans of this one's without success.
 
         torchrun kills all processes as soon as one ends with an error, so none may end while another computes."""
         if self.store is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,20 @@ def find_runs(names: Sequence[Path | str]) -> list[Path]:
     for run in map(find_run, names):
         found += _runs_in(run) or [run]
     return found
+
+
+def model_id(runs: Sequence[Path], checkpoint: str) -> str:
+    """SHA-256 of the weights and the configuration of the runs: the same for the same masks, in any place."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for run in runs:
+        for name in ("config.json", "run.json", f"{checkpoint}.safetensors"):
+            with naming(run / name), (run / name).open("rb") as file:
+                digest.update(f"{name}\0{os.fstat(file.fileno()).st_size}\0".encode())
+                while chunk := file.read(2**20):
+                    digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _runs_in(folder: Path) -> list[Path]:

@@ -171,10 +171,13 @@ def errors_page() -> str:
     sys.path.append(str(HERE.parents[1] / "tests"))
     from test_sentences import TABLE
 
+    def command_of(row: Any) -> str:
+        name: str = row.command.rpartition(".")[2]
+        return name
+
     sections = [ERRORS]
-    for command, rows in groupby(
-        sorted(TABLE, key=lambda row: list(COMMANDS).index(row.command)), lambda r: r.command
-    ):
+    rows_in_order = sorted(TABLE, key=lambda row: list(COMMANDS).index(command_of(row)))
+    for command, rows in groupby(rows_in_order, command_of):
         sections.append(f"## aftersam {command}")
         sections += [
             f"**{row.id[0].upper()}{row.id[1:]}**, exit code {row.code}\n\n"

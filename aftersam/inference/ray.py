@@ -1,0 +1,177 @@
+"""A cohort on Ray: actors that hold the model, to which Ray Data hands the scans. Needs the extra `ray`.
+
+Retries, actors that die and back-pressure are Ray's; claims and masks that exist keep a scan from being done twice."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aftersam.config import checked
+from aftersam.errors import plain_console, tell
+from aftersam.inference.arguments import PredictArgs
+from aftersam.inference.cohort import Cohort, Entry, case_of, cohort_of, mask_name
+from aftersam.inference.pipeline import Predicted, Report, finish_output, own_entries, predict_entries
+from aftersam.inference.storage import Store, is_url, plain
+from aftersam.inference.work import working
+from aftersam.model.run_folder import find_runs
+
+if TYPE_CHECKING:
+    import numpy as np
+
+OURS = ("case_id", "image", "mask", "series")
+LARGEST_BLOCK = (
+    50  # scans that Ray hands to an actor at once, which overlap and are looked at again if it dies
+)
+RETRIES = 3  # of a block whose actor dies; Ray's default has no end where a scan kills it each time
+INSTALL = "pip install 'aftersam[ray]'"
+
+
+class SegmentScans:
+    """Segments batches of scans, for `ray.data.Dataset.map_batches`; each actor loads the model once.
+
+        scans = ray.data.read_csv("scans.csv")      # the column image; case_id, mask, series if you like
+        rows = scans.map_batches(
+            SegmentScans, fn_constructor_kwargs={"output": "s3://bucket/masks", "model": "headneck"},
+            batch_size=16, compute=ray.data.ActorPoolStrategy(size=4), num_gpus=1,
+        )
+
+    `options` are the fields of `aftersam.inference.arguments.PredictArgs`."""
+
+    def __init__(
+        self, output: str | Path, model: str | Path | tuple[str | Path, ...], **options: Any
+    ) -> None:
+        models = (model,) if isinstance(model, (str, Path)) else tuple(model)
+        runs = tuple(find_runs(models))
+        args = checked(PredictArgs(input="", output=output, model=runs, **options))
+        cohort = Cohort([], Store(plain(output)), many=True, listed=True)
+        self._open = contextlib.ExitStack()  # for as long as the actor lives
+        self._work = self._open.enter_context(working(args, cohort))
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        """The batch with case_id, image, mask, status (done, kept or failed) and reason of each scan."""
+        columns = tuple(name for name in batch if name not in OURS)
+        texts = {name: ["" if v is None else str(v) for v in values] for name, values in batch.items()}
+        entries = [
+            _entry({name: values[i] for name, values in texts.items()}, columns)
+            for i in range(len(texts["image"]))
+        ]
+        work = dataclasses.replace(
+            self._work, cohort=dataclasses.replace(self._work.cohort, entries=entries, columns=columns)
+        )
+        report = Report(plain_console(stderr=True), many=True, quiet=True)
+        predict_entries(work, entries, report, patient=True)
+        outcome = [report.outcome(work.cohort.store.path(entry.mask), entry) for entry in entries]
+        own = {
+            "case_id": [entry.case for entry in entries],
+            "image": [entry.image for entry in entries],
+            "mask": [entry.mask for entry in entries],
+            "status": [status for status, _ in outcome],
+            "reason": [reason for _, reason in outcome],
+        }
+        return {**{name: list(batch[name]) for name in columns}, **own}
+
+
+def _entry(row: dict[str, str], columns: tuple[str, ...]) -> Entry:
+    case = row.get("case_id") or case_of(row["image"])
+    extra = tuple(row[name] for name in columns)
+    return Entry(case, row["image"], row.get("mask") or mask_name(case), row.get("series") or None, extra)
+
+
+def predict_on_ray(args: PredictArgs) -> Predicted:
+    """`predict_files` by the actors of a Ray cluster, which read the scans and write the masks themselves.
+
+    Raises ValueError where Ray is not installed, and as `predict_files` does."""
+    args = dataclasses.replace(checked(args), model=tuple(Path(_everywhere(run)) for run in args.model))
+    cohort = cohort_of(dataclasses.replace(args, model=tuple(find_runs(args.model))))
+    if not cohort.many:
+        raise ValueError(f"--engine ray is for several scans, but {args.input} is one scan")
+    if args.review:
+        raise ValueError("--review needs --engine local")
+    report = Report(plain_console(stderr=True), many=True)
+    entries = own_entries(args, cohort, report)
+    if entries:
+        with _cluster(args.address) as ray:
+            _predict(ray, args, cohort, entries, report)
+    finish_output(args, cohort)
+    return report.result()
+
+
+def _predict(ray: Any, args: PredictArgs, cohort: Cohort, entries: list[Entry], report: Report) -> None:
+    """Segment the scans in actors, and note what became of each as the rows come back."""
+    options = {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
+    for name in ("input", "output", "model", "engine", "manifest", "num_parts", "part_id"):
+        options.pop(name)
+    manifest = "off" if args.manifest == "off" or (args.manifest == "auto" and not cohort.listed) else "on"
+    root = cohort.store.root
+    output = str(root.absolute()) if isinstance(root, Path) else root
+    arguments = {**options, "output": output, "model": args.model, "manifest": manifest}
+    blocks = max(-(-len(entries) // LARGEST_BLOCK), min(len(entries), 4 * args.workers))
+    carried = [dict(zip(cohort.columns, entry.extra, strict=True)) for entry in entries]
+    items = [
+        {
+            **more,
+            "case_id": e.case,
+            "image": str(_everywhere(e.image)),
+            "mask": e.mask,
+            "series": e.series or "",
+        }
+        for e, more in zip(entries, carried, strict=True)
+    ]
+    scans = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
+        SegmentScans,
+        fn_constructor_kwargs=arguments,
+        batch_size=None,
+        compute=ray.data.ActorPoolStrategy(size=args.workers),
+        num_gpus=args.gpus_per_worker,
+        max_restarts=-1,
+        max_task_retries=RETRIES,
+    )
+    missing = {entry.mask: entry for entry in entries}
+    for row in scans.iter_rows():
+        del missing[row["mask"]]
+        path = cohort.store.path(row["mask"])
+        if row["status"] == "failed":
+            report.problem(row["reason"], Entry(row["case_id"], row["image"], row["mask"]))
+            continue
+        (report.written if row["status"] == "done" else report.kept).append(path)
+        tell(report.console, f"{path}: {row['status']}")
+    for entry in missing.values():
+        report.problem(f"{entry.image}: Ray gave no result; its actor died again and again", entry)
+
+
+def _everywhere(path: Path | str) -> Path | str:
+    """A path that means the same file in every process; a URL or the name of a model as it is."""
+    return path if is_url(path) or not Path(path).exists() else Path(path).absolute()
+
+
+@contextlib.contextmanager
+def _cluster(address: str | None) -> Iterator[Any]:
+    """Ray with a cluster to work on: the one that this process is connected to, `address`, or this machine alone."""
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ValueError(f"--engine ray needs Ray, which cannot be imported ({error}): {INSTALL}") from None
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.max_errored_blocks = -1  # a scan that kills its actor each time costs its block, not the others
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    if ray.is_initialized():
+        yield ray
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    local = {} if address else {"include_dashboard": False}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray has its own
+        yield ray
+    finally:
+        ray.shutdown()
