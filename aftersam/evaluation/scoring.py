@@ -13,7 +13,7 @@ import numpy as np
 
 from aftersam.config import Millimetres, checked
 from aftersam.data.volume import Volume, read_labels
-from aftersam.errors import SAID, naming, plain_console, printable, sentence, tell
+from aftersam.errors import SAID, naming, one_line, plain_console, sentence, tell
 from aftersam.evaluation.metrics import Convention, OrganScore, score_organ
 from aftersam.evaluation.statistics import (
     bootstrap_interval,
@@ -271,7 +271,7 @@ def table(metrics: Metrics) -> Table:
     nsd_key = f"nsd_{metrics['nsd_tolerance_mm']:g}mm"
     mark = f", prompted by a {metrics['prompted']} from each label" if metrics["prompted"] else ""
     grid = Table(
-        title=Text(printable(f"{metrics['num_cases']} cases{mark}")),
+        title=Text(one_line(f"{metrics['num_cases']} cases{mark}")),
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
@@ -282,7 +282,7 @@ def table(metrics: Metrics) -> Table:
         grid.add_column(heading, justify="right", no_wrap=True)
     for organ, row in metrics["organs"].items():
         grid.add_row(
-            Text(printable(organ)), shown(row["dsc"]), span(row["dsc_interval"]), shown(row["hd95_mm"], 1),
+            Text(one_line(organ)), shown(row["dsc"]), span(row["dsc_interval"]), shown(row["hd95_mm"], 1),
             str(row["missed"]), shown(row[nsd_key]), shown(row["ice"]), str(row["gaps"]),
         )  # fmt: skip
     grid.add_section()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aftersam.errors import printable
+from aftersam.errors import one_line
 from aftersam.files import CONFIDENCE, DICOM, renamed, write_json
 from aftersam.inference.jobs import beside
 
@@ -48,7 +48,7 @@ def write_outputs(args: PredictArgs, names: dict[int, str], job: Job, found: Pre
             write_json(beside(mask, ".timings.json"), timings.summary())
     organs = ", ".join(name for value, name in sorted(names.items()) if value in present) or "nothing"
     line = (
-        f"{printable(mask)}: {organs}; {volume.array.shape[0]} slices in {time.monotonic() - job.began:.1f} s"
+        f"{one_line(mask)}: {organs}; {volume.array.shape[0]} slices in {time.monotonic() - job.began:.1f} s"
     )
     return f"{line}\n{timings.line()}" if args.timings else line
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from aftersam.config import Count, Small, checked
-from aftersam.errors import SAID, naming, out_of_memory, plain_console, printable, sentence, tell
+from aftersam.errors import SAID, naming, one_line, out_of_memory, plain_console, sentence, tell
 from aftersam.files import DICOM, remove_leftovers
 from aftersam.inference.jobs import beside, jobs_of, kept_labels, prompt_file
 from aftersam.inference.outputs import Job, write_outputs
@@ -163,7 +163,7 @@ def _predict(args: PredictArgs, jobs: Sequence[tuple[Path, Path]], report: _Repo
                 continue
             with report.problems_of_one_scan():
                 job = reading.result()
-                task = bar.add_task(printable(scan.name), total=job.prepared.volume.array.shape[0])
+                task = bar.add_task(one_line(scan.name), total=job.prepared.volume.array.shape[0])
                 try:
                     found = work.compute(job, functools.partial(bar.advance, task))
                 finally:
