@@ -158,12 +158,16 @@ def renamed_folder(home: Path) -> Iterator[Path]:
 
 
 def reserve(path: Path) -> None:
-    """Take the whole size of a file with holes from the disk now. Raises OSError where the disk is too full.
+    """Take the disk space of a file with holes now. Raises OSError where the disk is too full.
 
     A memory map that is written onto a full disk would kill the process without a word."""
-    if hasattr(os, "posix_fallocate"):
-        with path.open("rb+") as file:
+    with path.open("rb+") as file:
+        if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+            return
+        while block := file.read(2**20):  # macOS and Windows: zeros written into a hole take space as well
+            file.seek(-len(block), os.SEEK_CUR)
+            file.write(block)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -19,6 +19,7 @@ from aftersam.files import (
     remove_leftovers,
     renamed,
     renamed_folder,
+    reserve,
     scans_in,
     write_json,
     write_text,
@@ -133,6 +134,24 @@ def test_a_leftover_that_is_a_link_leads_nowhere(tmp_path):
     (folder / ".aftersam-0123456789ac" / ".lock").symlink_to(outside / "made")
     remove_leftovers(folder)
     assert [p.name for p in outside.iterdir()] == ["kept"]
+
+
+@pytest.mark.parametrize("system", ["posix_fallocate", "none"])
+def test_a_reserved_file_has_its_disk_space_and_its_content(tmp_path, monkeypatch, system):
+    if system == "none":  # macOS, Windows
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    elif not hasattr(os, "posix_fallocate"):
+        pytest.skip("this system has no posix_fallocate")
+    path, size = tmp_path / "a.npy", 3 * 2**20 + 12345
+    with path.open("wb") as file:
+        file.write(b"header")
+        file.seek(size - 1)
+        file.write(b"!")
+    before = path.read_bytes()
+    assert path.stat().st_blocks * 512 < size
+    reserve(path)
+    assert path.stat().st_blocks * 512 >= size
+    assert path.read_bytes() == before
 
 
 def test_a_long_name_has_room(tmp_path):
