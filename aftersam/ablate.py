@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,8 +125,11 @@ def _rows(args: AblateArgs, rows: Sequence[tuple[str, Mapping[str, Any], int]]) 
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), _share_cores, (args.jobs,)) as pool:
         try:
             return [future.result() for future in [pool.submit(_row, args, *row) for row in rows]]
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)  # rows that have not begun
+            if not isinstance(error, Exception):  # SIGINT or SIGTERM, maybe sent to this process alone
+                for process in active_children():
+                    process.terminate()
             raise
 
 
