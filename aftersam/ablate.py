@@ -24,7 +24,7 @@ from aftersam.config import Config, Count, Index, Positive, Seed, Small, checked
 from aftersam.errors import plain_console, run_command
 from aftersam.evaluation.statistics import AblationTable, Scores, summarise
 from aftersam.evaluation.tables import markdown_table
-from aftersam.files import read_json, refuse_input, write_json, write_text
+from aftersam.files import check_place, read_json, refuse_input, write_json, write_text
 
 TABLES: dict[str, dict[str, dict[str, Any]]] = {  # columns in the paper's order; the last is what others are held to
     "3": {
@@ -87,6 +87,7 @@ def ablate(args: AblateArgs) -> dict[str, AblationTable]:
     from aftersam.evaluation.figures import ablation_figure
 
     checked(args)
+    check_place(args.output, folder=True)
     refuse_input(args.output, [args.data])
     find_device(args.device)
     if "small" in args.table and args.preset != "small":

@@ -56,11 +56,12 @@ def export(args: ExportArgs) -> Path:
 
     Raises ValueError on a bad run, a model with prompts, a folder that exists or a package that is not there, OSError
     where it cannot be written."""
-    from aftersam.files import renamed_folder
+    from aftersam.files import check_place, renamed_folder
     from aftersam.inference.segmenter import load_run
 
     if args.output.exists():
         raise ValueError(f"{args.output} exists already; choose another --output")
+    check_place(args.output, folder=True)
     if args.format in ("onnx", "both") and find_spec("onnxscript") is None:
         raise ValueError(
             "ONNX needs the package onnxscript (pip install 'aftersam[export]'), or --format torch"

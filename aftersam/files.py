@@ -114,6 +114,23 @@ def _is_input(output: Path, path: Path) -> ValueError:
     return ValueError(f"the output {output} is the input {path}; choose another name for the output")
 
 
+def check_place(output: Path, *, folder: bool = False) -> None:
+    """Raise ValueError where the file or folder `output` could not be written, OSError where its name is too long.
+
+    It is a device, say, which a rename would replace, or lies in what is no folder or is read-only."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        output.stat()
+        if not (output.is_dir() if folder else output.is_file()):
+            wanted = "folder" if folder else "file"
+            raise ValueError(f"the output {output} exists, but is not a {wanted}; choose another name")
+    places = [*([output] if folder else []), *output.absolute().parents]
+    place = next(path for path in places if os.path.lexists(path))
+    if not place.is_dir():
+        raise ValueError(f"{output} cannot be written, since {place} is not a folder")
+    if not os.access(place, os.W_OK):
+        raise ValueError(f"{output} cannot be written, since {place} is read-only")
+
+
 @contextlib.contextmanager
 def unfinished(path: Path) -> Iterator[Path]:
     """A temporary file of the same name to write, moved to `path` on success and removed on failure."""

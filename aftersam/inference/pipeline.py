@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,7 @@ import tyro
 
 from aftersam.config import Count, Small, checked
 from aftersam.errors import SAID, naming, one_line, out_of_memory, plain_console, sentence, tell
-from aftersam.files import DICOM, remove_leftovers
+from aftersam.files import DICOM, check_place, remove_leftovers
 from aftersam.inference.jobs import beside, jobs_of, kept_labels, prompt_file
 from aftersam.inference.outputs import Job, write_outputs
 from aftersam.inference.processes import sharing_processes
@@ -123,6 +124,7 @@ def predict_files(args: PredictArgs) -> Predicted:
     if not args.overwrite:
         jobs = report.keep_finished(jobs, args.output)
     if jobs:
+        check_place(args.output if folder else jobs[0][1], folder=folder)
         _predict(args, jobs, report)
     if args.review and args.output.is_dir():  # the last process to come here has all masks
         from aftersam.evaluation.review import write_review
@@ -158,7 +160,7 @@ def _predict(args: PredictArgs, jobs: Sequence[tuple[Path, Path]], report: _Repo
         for index, (scan, mask) in enumerate(jobs):
             reading = upcoming.pop()
             upcoming = [reader.submit(work.read, *later) for later in jobs[index + 1 : index + 2]]
-            if mask.exists() and not args.overwrite:  # by now, from another process
+            if os.path.exists(mask) and not args.overwrite:  # by now, from another process
                 report.kept.append(mask)
                 continue
             with report.problems_of_one_scan():
@@ -185,7 +187,7 @@ class _Report:
 
     def keep_finished(self, jobs: Sequence[tuple[Path, Path]], output: Path) -> list[tuple[Path, Path]]:
         """The jobs without a mask; the number of the others is told."""
-        self.kept.extend(mask for _, mask in jobs if mask.exists())
+        self.kept.extend(mask for _, mask in jobs if os.path.exists(mask))  # False for a name too long
         if self.kept:
             text = f"{output}: {len(self.kept)} of {len(jobs)} masks exist and are kept; --overwrite replaces them"
             tell(self.console, text)
@@ -234,6 +236,7 @@ class _Work:
         needs = self.segmenter.config.model.prompts
         prompts, facts = None, dict[str, str]()
         with naming(scan):
+            check_place(mask)
             with timings.stage("read"):
                 volume = read_image(scan)
                 check_intensities(volume, trusted=self.args.trust_intensities)
