@@ -94,6 +94,16 @@ def test_a_table_on_phantoms_is_resumed_row_by_row(tmp_path, capsys):
     assert main([*asked, "--jobs", "2"]) == 0
     assert kept.stat().st_mtime_ns == before
     assert json.loads((tmp_path / "out" / "tables.json").read_text())["4"] == table
+    path = tmp_path / "out" / "base-seed-1" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    for changed, says in (
+        ([], f"{path} was not written"),
+        ({**metrics, "cases": {}}, f"{path.parent} was scored on 0"),
+    ):
+        path.write_text(json.dumps(changed))
+        capsys.readouterr()
+        assert main(asked) == 2
+        assert capsys.readouterr().err.startswith(f"aftersam.ablate: {says}")
 
 
 @pytest.mark.slow
