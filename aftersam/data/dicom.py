@@ -93,8 +93,8 @@ def _headers(folder: Path) -> tuple[list[tuple[Path, Any]], dict[str, str]]:
         raise ValueError(f"{folder} is a folder; reading DICOM needs pydicom: {INSTALL}") from None
 
     found, foreign, left_out = [], [], dict[str, str]()
-    for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
-        header = read_file(path, pixels=False)
+    for path in sorted(p for p in folder.iterdir() if not (p.is_dir() or p.name.startswith("."))):
+        header = read_file(path, pixels=False) if path.is_file() else None  # a link to nothing, a pipe
         if header is None:
             foreign.append(path)
             continue
