@@ -12,6 +12,7 @@ which predict takes like any other."""
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import sys
 import warnings
@@ -98,7 +99,9 @@ def _write_graphs(folder: Path, segmenter: Segmenter, format: str) -> None:
 
     for name, part in parts(segmenter).items():
         if format != "onnx":
-            torch.export.save(part.program, folder / f"{name}.pt2")
+            file = io.BytesIO()  # where a disk is full, torch's own writer ends the process
+            torch.export.save(part.program, file)
+            (folder / f"{name}.pt2").write_bytes(file.getbuffer())
         if format != "torch":
             onnx: Any = torch.onnx.export(
                 part.program, input_names=part.inputs, output_names=part.outputs, verbose=False

@@ -327,7 +327,7 @@ def _to_disk(file: Path) -> None:
 
 
 def _not_written(path: Path, error: OSError) -> OSError:
-    """The sentence of a failure to write `path`; `error` itself where it is a sentence, about another file maybe."""
+    """The sentence of a failure to write `path`; that of `error` where it is one, about another file maybe."""
     if error.errno is None:
-        return error
+        return OSError(re.sub(rf"{_TEMPORARY.pattern}[/\\\\]", "", str(error)))  # a file in `renamed_folder`
     return OSError(f"{path} could not be written: {error.strerror or error}")
