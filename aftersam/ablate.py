@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,9 +22,10 @@ import tyro
 
 from aftersam.config import Config, Count, Index, Positive, Seed, Small, checked, preset
 from aftersam.errors import plain_console, run_command
+from aftersam.evaluation.result import read_result
 from aftersam.evaluation.statistics import AblationTable, Scores, summarise
 from aftersam.evaluation.tables import markdown_table
-from aftersam.files import read_json, refuse_input, write_json, write_text
+from aftersam.files import check_place, refuse_input, write_json, write_text
 
 TABLES: dict[str, dict[str, dict[str, Any]]] = {  # columns in the paper's order; the last is what others are held to
     "3": {
@@ -87,6 +88,7 @@ def ablate(args: AblateArgs) -> dict[str, AblationTable]:
     from aftersam.evaluation.figures import ablation_figure
 
     checked(args)
+    check_place(args.output, folder=True)
     refuse_input(args.output, [args.data])
     find_device(args.device)
     if "small" in args.table and args.preset != "small":
@@ -95,6 +97,7 @@ def ablate(args: AblateArgs) -> dict[str, AblationTable]:
     variants = {_name(change): change for table in args.table for change in TABLES[table].values()}
     rows = [(name, change, seed) for name, change in variants.items() for seed in args.seeds]
     scores = dict(zip([(name, seed) for name, _, seed in rows], _rows(args, rows), strict=True))
+    _check_cases(args.output, scores)
     result: dict[str, AblationTable] = {}
     for table in args.table:
         columns = {
@@ -114,6 +117,21 @@ def ablate(args: AblateArgs) -> dict[str, AblationTable]:
     return result
 
 
+def _check_cases(output: Path, scores: Mapping[tuple[str, int], Scores]) -> None:
+    """Raise ValueError unless all rows were scored on the same cases."""
+    (first, known), *others = ((_home(output, *row), found.keys()) for row, found in scores.items())
+    for home, cases in others:
+        if cases != known:
+            raise ValueError(
+                f"{home} was scored on {len(cases)} cases and {first} on other {len(known)}; delete the one of the "
+                "older data, and its row is trained again"
+            )
+
+
+def _home(output: Path, name: str, seed: int) -> Path:
+    return output / f"{name}-seed-{seed}"
+
+
 def _name(change: Mapping[str, Any]) -> str:
     return "-".join(f"{k}-{v}" for k, v in change.items()) or "base"
 
@@ -125,8 +143,11 @@ def _rows(args: AblateArgs, rows: Sequence[tuple[str, Mapping[str, Any], int]]) 
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), _share_cores, (args.jobs,)) as pool:
         try:
             return [future.result() for future in [pool.submit(_row, args, *row) for row in rows]]
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)  # rows that have not begun
+            if not isinstance(error, Exception):  # SIGINT or SIGTERM, maybe sent to this process alone
+                for process in active_children():
+                    process.terminate()
             raise
 
 
@@ -144,7 +165,7 @@ def _row(args: AblateArgs, name: str, change: Mapping[str, Any], seed: int) -> S
     from aftersam.training.arguments import TrainArgs
     from aftersam.training.run import train
 
-    home = args.output / f"{name}-seed-{seed}"
+    home = _home(args.output, name, seed)
     if not (home / "metrics.json").exists():
         print(f"{name}, seed {seed}")
         # what an interrupted run left would be resumed with another budget
@@ -168,8 +189,8 @@ def _row(args: AblateArgs, name: str, change: Mapping[str, Any], seed: int) -> S
             )
         )  # fmt: skip
         write_json(home / "metrics.json", score_folder(home / "masks", labels, quiet=True))
-    found: Scores = read_json(home / "metrics.json")["cases"]
-    return found
+    cases = read_result(home / "metrics.json").cases
+    return {case: {organ: {"dsc": score.dsc} for organ, score in row.items()} for case, row in cases.items()}
 
 
 def row_config(args: AblateArgs, change: Mapping[str, Any], seed: int) -> Config:

@@ -4,6 +4,7 @@ What was found, each scan's grid, HU range and labels, what is wrong, and what a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import tempfile
@@ -188,7 +189,7 @@ def slices_per_second(
     from aftersam.data.cache import cache_cases
     from aftersam.data.dataset import mirror_pairs
     from aftersam.data.slice_group import SliceGroups
-    from aftersam.training.schedule import group_loader, workers
+    from aftersam.training.schedule import group_batches, workers
 
     with tempfile.TemporaryDirectory() as folder:
         cached = cache_cases(dataset, ids, config.data, Path(folder), training=ids, trusted=trusted)
@@ -196,12 +197,15 @@ def slices_per_second(
         groups = SliceGroups(
             list(cached.values()), model=config.model, data=config.data, seed=0, label_swap=pairs
         )
-        loader = iter(group_loader(groups, config.train, rank=0, world=1, start=0, device=device))
-        for _ in islice(loader, 1 + 2 * workers(config.train, device)):  # what workers have made ready by now
-            pass
-        began, count = time.perf_counter(), 0
-        while (spent := time.perf_counter() - began) < seconds or not count:
-            count += next(loader)["hu"].shape[:2].numel()
+        loader = group_batches(groups, config.train, rank=0, world=1, start=0, device=device)
+        with contextlib.closing(loader):
+            for _ in islice(
+                loader, 1 + 2 * workers(config.train, device)
+            ):  # what workers have made ready by now
+                pass
+            began, count = time.perf_counter(), 0
+            while (spent := time.perf_counter() - began) < seconds or not count:
+                count += next(loader)["hu"].shape[:2].numel()
     return count / spent
 
 

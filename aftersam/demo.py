@@ -18,7 +18,7 @@ import tyro
 
 from aftersam.config import Count, Positive, Seed, checked, preset
 from aftersam.errors import plain_console, run_command
-from aftersam.files import write_json
+from aftersam.files import check_place, write_json
 
 if TYPE_CHECKING:
     from aftersam.evaluation.scoring import Metrics
@@ -90,6 +90,7 @@ def demo(args: DemoArgs) -> Metrics:
 
     find_device(args.device)  # minutes before training asks
     out, began = checked(args).output, time.monotonic()
+    check_place(out, folder=True)
     if (out / "run").exists():
         raise ValueError(f"{out} holds a demo already; delete it or choose another --output")
     config = preset("tiny")

@@ -15,7 +15,7 @@ import tyro
 
 from aftersam.config import Config, checked
 from aftersam.errors import SAID, naming, plain_console, run_command, sentence, tell
-from aftersam.files import by_case, refuse_input, scans_in
+from aftersam.files import by_case, check_place, refuse_input, scans_in
 from aftersam.training.arguments import ConfigFile, parse
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def encode(args: EncodeArgs) -> EncodeResult:
     from aftersam.data.volume import read_image
 
     checked(args)
+    check_place(args.output, folder=True)
     refuse_input(args.output, [args.data, *([args.model] if args.model else [])])
     if (args.model is None) == (args.sam_checkpoint is None):
         raise ValueError("give a run (-m) or SAM weights (--sam-checkpoint), one of the two")

@@ -128,7 +128,7 @@ def signals_noted() -> Iterator[list[int]]:
 
 
 def sentence(error: BaseException) -> str:
-    """What `error` says, in one line without control characters and without the rest of a value that fills pages."""
+    """What `error` says, in one line of at most `LONGEST` characters."""
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     elif isinstance(error, MemoryError) and not str(error):
@@ -137,7 +137,7 @@ def sentence(error: BaseException) -> str:
         text = str(error) or type(error).__name__
     if "Original Traceback" in text:  # of a worker process, as torch hands it on
         text = text.rstrip().rsplit("\n", 1)[-1].partition(": ")[2]
-    return one_line(text)
+    return _short_line(text)
 
 
 def plain_console(*, stderr: bool = False) -> Console:
@@ -148,19 +148,16 @@ def plain_console(*, stderr: bool = False) -> Console:
 
 
 def one_line(text: object) -> str:
-    """`text` with its white space and control characters as single spaces, cut where it is very long."""
-    line = " ".join(printable(text).split())
-    return line if len(line) <= LONGEST else f"{line[:LONGEST]} …"
+    """`text` without line breaks and control characters: each run of them, with the space around it, is one space.
 
-
-def printable(text: object) -> str:
-    """`text` in one line without control characters: a name out of a file must not steer a terminal."""
-    return "".join(c if c.isprintable() else " " for c in str(text)).strip()
+    A name out of a file could steer the terminal otherwise."""
+    parts = "".join(c if c.isprintable() else "\n" for c in str(text)).split("\n")
+    return " ".join(part.strip() for part in parts if part.strip())
 
 
 def tell(console: Console, text: object) -> None:
-    """Print `text` as one line; a name in it is no markup."""
-    console.print(printable(text), soft_wrap=True, markup=False, highlight=False)
+    """Print `text` as one line on a console of `plain_console`."""
+    console.print(one_line(text), soft_wrap=True)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -173,7 +170,7 @@ def out_of_memory(error: BaseException) -> bool:
 @contextlib.contextmanager
 def _warning_in_a_line(name: str) -> Iterator[None]:
     before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"aftersam.{name}: {one_line(message)}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"aftersam.{name}: {_short_line(message)}\n"
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from")  # matplotlib's, of names in pictures
@@ -205,6 +202,11 @@ def _in_a_library(error: BaseException) -> bool:
         modules.append(trace.tb_frame.f_globals.get("__name__", ""))
         trace = trace.tb_next
     return any(module.partition(".")[0] in _LIBRARIES for module in modules)
+
+
+def _short_line(text: object) -> str:
+    line = one_line(text)
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]} …"
 
 
 def _first_line(error: BaseException) -> str:

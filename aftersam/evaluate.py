@@ -16,7 +16,7 @@ import tyro
 from aftersam.config import Millimetres
 from aftersam.errors import plain_console, run_command
 from aftersam.evaluation.metrics import Convention
-from aftersam.files import case_name, refuse_input, write_json
+from aftersam.files import case_name, check_place, refuse_input, write_json
 
 if TYPE_CHECKING:
     from aftersam.evaluation.scoring import Metrics
@@ -47,6 +47,7 @@ def evaluate(args: EvaluateArgs) -> Metrics:
     Raises ValueError where nothing can be scored, OSError where the scores cannot be written."""
     from aftersam.evaluation.scoring import ScoringOptions, score_folder, table
 
+    check_place(args.output)
     refuse_input(args.output, _read(args))
     options = ScoringOptions(args.nsd_tolerance_mm, args.convention, args.label_names)
     metrics = score_folder(args.predictions, args.labels, options, against=args.against)

@@ -12,6 +12,7 @@ which predict takes like any other."""
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import sys
 import warnings
@@ -56,11 +57,12 @@ def export(args: ExportArgs) -> Path:
 
     Raises ValueError on a bad run, a model with prompts, a folder that exists or a package that is not there, OSError
     where it cannot be written."""
-    from aftersam.files import renamed_folder
+    from aftersam.files import check_place, renamed_folder
     from aftersam.inference.segmenter import load_run
 
     if args.output.exists():
         raise ValueError(f"{args.output} exists already; choose another --output")
+    check_place(args.output, folder=True)
     if args.format in ("onnx", "both") and find_spec("onnxscript") is None:
         raise ValueError(
             "ONNX needs the package onnxscript (pip install 'aftersam[export]'), or --format torch"
@@ -97,7 +99,9 @@ def _write_graphs(folder: Path, segmenter: Segmenter, format: str) -> None:
 
     for name, part in parts(segmenter).items():
         if format != "onnx":
-            torch.export.save(part.program, folder / f"{name}.pt2")
+            file = io.BytesIO()  # where a disk is full, torch's own writer ends the process
+            torch.export.save(part.program, file)
+            (folder / f"{name}.pt2").write_bytes(file.getbuffer())
         if format != "torch":
             onnx: Any = torch.onnx.export(
                 part.program, input_names=part.inputs, output_names=part.outputs, verbose=False

@@ -125,6 +125,23 @@ def _is_input(output: Path, path: Path) -> ValueError:
     return ValueError(f"the output {output} is the input {path}; choose another name for the output")
 
 
+def check_place(output: Path, *, folder: bool = False) -> None:
+    """Raise ValueError where the file or folder `output` could not be written, OSError where its name is too long.
+
+    It is a device, say, which a rename would replace, or lies in what is no folder or is read-only."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        output.stat()
+        if not (output.is_dir() if folder else output.is_file()):
+            wanted = "folder" if folder else "file"
+            raise ValueError(f"the output {output} exists, but is not a {wanted}; choose another name")
+    places = [*([output] if folder else []), *output.absolute().parents]
+    place = next(path for path in places if os.path.lexists(path))
+    if not place.is_dir():
+        raise ValueError(f"{output} cannot be written, since {place} is not a folder")
+    if not os.access(place, os.W_OK):
+        raise ValueError(f"{output} cannot be written, since {place} is read-only")
+
+
 @contextlib.contextmanager
 def unfinished(path: Path) -> Iterator[Path]:
     """A temporary file of the same name to write, moved to `path` on success and removed on failure."""
@@ -169,12 +186,16 @@ def renamed_folder(home: Path) -> Iterator[Path]:
 
 
 def reserve(path: Path) -> None:
-    """Take the whole size of a file with holes from the disk now. Raises OSError where the disk is too full.
+    """Take the disk space of a file with holes now. Raises OSError where the disk is too full.
 
     A memory map that is written onto a full disk would kill the process without a word."""
-    if hasattr(os, "posix_fallocate"):
-        with path.open("rb+") as file:
+    with path.open("rb+") as file:
+        if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+            return
+        while block := file.read(2**20):  # macOS and Windows: zeros written into a hole take space as well
+            file.seek(-len(block), os.SEEK_CUR)
+            file.write(block)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -317,7 +338,7 @@ def _to_disk(file: Path) -> None:
 
 
 def _not_written(path: Path, error: OSError) -> OSError:
-    """The sentence of a failure to write `path`; `error` itself where it is a sentence, about another file maybe."""
+    """The sentence of a failure to write `path`; that of `error` where it is one, about another file maybe."""
     if error.errno is None:
-        return error
+        return OSError(re.sub(rf"{_TEMPORARY.pattern}[/\\\\]", "", str(error)))  # a file in `renamed_folder`
     return OSError(f"{path} could not be written: {error.strerror or error}")

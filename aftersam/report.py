@@ -14,7 +14,7 @@ import tyro
 
 from aftersam.errors import run_command
 from aftersam.evaluation.page import write_report
-from aftersam.files import refuse_input
+from aftersam.files import check_place, refuse_input
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,16 @@ class ReportArgs:
 
 def report(args: ReportArgs) -> Path:
     """Write the page that `args` ask for and return its path. Raises ValueError on bad files."""
-    run = (
-        [] if args.run is None else [args.run / name for name in ("config.json", "run.json", "history.jsonl")]
-    )
-    refuse_input(args.output, [args.metrics, *run])
+    folders = {name: getattr(args, name) for name in ("run", "images", "predictions", "labels")}
+    given = {name: folder for name, folder in folders.items() if folder is not None}
+    for name, folder in given.items():
+        if not folder.is_dir():
+            raise ValueError(f"--{name} {folder} is not a folder")
+    if ("images" in given or "labels" in given) and len(given.keys() - {"run"}) < 3:
+        raise ValueError("cases are drawn from --images, --predictions and --labels; give all three")
+    check_place(args.output)
+    read = [path for folder in given.values() for path in folder.iterdir() if path.suffix != ".html"]
+    refuse_input(args.output, [args.metrics, *read])
     return write_report(
         args.output,
         args.metrics,

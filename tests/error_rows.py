@@ -82,6 +82,11 @@ def masks_and_others(home):
     save_mask(home / "others" / "a.nii.gz", organs())
 
 
+def metrics_and_masks(home):
+    scored_folders(home)
+    (home / "metrics.json").touch()
+
+
 def text(name, content):
     return lambda home: (home / name).write_text(content)
 
@@ -192,6 +197,8 @@ FULL = "could not be written: No space left on device"
 READING = [
     Row("no input", "predict", ONE, "HOME/scan.nii.gz does not exist"),
     Row("mask exists", "predict", ONE, "HOME/mask.nii.gz exists; --overwrite replaces it", a_scan_and_its_mask),
+    Row("mask into a file", "predict", ONE.replace("mask.nii.gz", "scan.nii.gz/mask.nii.gz"),
+        "HOME/scan.nii.gz/mask.nii.gz cannot be written, since HOME/scan.nii.gz is not a folder", a_scan),
     Row("folder into a file", "predict", ALL.replace("masks", "masks.nii.gz"),
         "HOME/scans is a folder of 2 scans, so --output must be a folder", two_scans),
     Row("output is input", "predict", ONE.replace("mask.nii.gz", "scan.nii.gz") + " --overwrite",
@@ -317,15 +324,26 @@ READING = [
     Row("tolerance", "evaluate", SCORE + " --nsd-tolerance-mm 0",
         "nsd_tolerance_mm is 0.0, but must be above 0 and at most 1000", masks),
     Row("label names", "evaluate", SCORE + " --label-names HOME/names.json",
-        'HOME/names.json has no readable map of label names under "labels"', masks),
+        "HOME/names.json does not exist", masks),
     Row("a case without a mask", "evaluate", SCORE + " --against HOME/others",
         "HOME/others has no mask for the case c", masks_and_others, 1),
+    Row("scores into a folder", "evaluate", SCORE.replace("metrics.json", "masks"),
+        "the output HOME/masks exists, but is not a file; choose another name", masks),
     Row("foreign label", "evaluate", SCORE,
         "HOME/masks/a.nii.gz has the label 7, but the label names are 1 liver, 2 spleen",
         masks_of_a_label_without_a_name, 1),
     Row("nothing scored", "evaluate", SCORE,
         "no case of HOME/set/labelsTr could be scored with the masks in HOME/masks", masks_on_another_grid),
     Row("disk full, metrics", "evaluate", SCORE, f"HOME/metrics.json {FULL}", masks, 2, full_disk("os.fsync")),
+    Row("page over a mask", "report", PAGE.replace("report.html", "masks/a.nii.gz --predictions HOME/masks"),
+        "the output HOME/masks/a.nii.gz is the input HOME/masks/a.nii.gz; choose another name for the output",
+        metrics_and_masks),
+    Row("page into a file", "report", PAGE.replace("report.html", "metrics.json/report.html"),
+        "HOME/metrics.json/report.html cannot be written, since HOME/metrics.json is not a folder",
+        metrics_and_masks),
+    Row("no run", "report", PAGE + " --run HOME/run", "--run HOME/run is not a folder"),
+    Row("labels without scans", "report", PAGE + " --labels HOME/set/labelsTr --predictions HOME/masks",
+        "cases are drawn from --images, --predictions and --labels; give all three", masks),
     Row("no metrics", "report", PAGE, "HOME/metrics.json does not exist"),
     Row("no JSON", "report", PAGE, "HOME/metrics.json is not valid JSON: *", text("metrics.json", "{")),
     Row("other JSON", "report", PAGE, "HOME/metrics.json was not written by aftersam.evaluate: it has no mean_dsc",

@@ -3,6 +3,11 @@
 import dataclasses
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -89,3 +94,41 @@ def test_a_table_on_phantoms_is_resumed_row_by_row(tmp_path, capsys):
     assert main([*asked, "--jobs", "2"]) == 0
     assert kept.stat().st_mtime_ns == before
     assert json.loads((tmp_path / "out" / "tables.json").read_text())["4"] == table
+    path = tmp_path / "out" / "base-seed-1" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    for changed, says in (
+        ([], f"{path} was not written"),
+        ({**metrics, "cases": {}}, f"{path.parent} was scored on 0"),
+    ):
+        path.write_text(json.dumps(changed))
+        capsys.readouterr()
+        assert main(asked) == 2
+        assert capsys.readouterr().err.startswith(f"aftersam.ablate: {says}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads Linux's list of child processes")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_rows_that_are_trained_at_once_end_with_the_command(tmp_path, number):
+    write_dataset(tmp_path / "scans", cases=3, seed=0)
+    asked = ["--data", str(tmp_path / "scans"), "--output", str(tmp_path / "out"), "--table", "4", "--preset", "tiny",
+             "--max-steps", "100000", "--seeds", "0", "--device", "cpu", "--jobs", "2"]  # fmt: skip
+    command = [sys.executable, "-m", "aftersam.ablate", *asked]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 300
+    while len([p for p in (tmp_path / "out").glob("*/run/history.jsonl") if p.stat().st_size]) < 2:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    rows = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(number)
+    said = process.communicate(timeout=240)[1]
+    assert process.returncode == 128 + number
+    assert len(said.splitlines()) == 1, said
+    assert len(rows) >= 2
+    while any(Path("/proc", pid).exists() for pid in rows):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)

@@ -32,6 +32,18 @@ def test_check_reports_each_case_and_what_is_wrong(tmp_path, capsys):
     assert main([str(tmp_path / "none")]) == 2
 
 
+def test_a_bad_label_of_a_set_that_names_no_organs_costs_its_case_alone(tmp_path, capsys):
+    nnunet(tmp_path)
+    (tmp_path / "dataset.json").unlink()
+    for old, new in (("imagesTr", "images"), ("labelsTr", "labels")):
+        (tmp_path / old).rename(tmp_path / new)
+    (tmp_path / "labels" / "b.nii.gz").write_bytes(b"no scan")
+    assert main([str(tmp_path)]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "b.nii.gz is truncated or damaged" in out
+    assert "1 of 2 scans usable" in out
+
+
 def test_loading_is_measured_with_nothing_to_wait_for(tmp_path, monkeypatch):
     """A loader that sleeps 50 ms a group gives its 5 slices at less than 100 a second, and workers give more."""
     nnunet(tmp_path)

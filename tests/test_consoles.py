@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.table import Table
 
 from aftersam.check import main as check
-from aftersam.errors import plain_console, printable
+from aftersam.errors import one_line, plain_console
 from aftersam.predict import main as predict
 from toy_scans import scan, write_scans
 
@@ -55,9 +55,7 @@ def test_scans_of_any_name_are_segmented_and_told_of_in_a_line_each(run, scans, 
     assert {p.name for p in (tmp_path / "c[/b]").glob("*.nii.gz")} == {f"{name}.nii.gz" for name in NAMES}
     lines = capsys.readouterr().err.splitlines()
     for name in NAMES:
-        assert any(line.startswith(printable(tmp_path / "c[/b]" / f"{name}.nii.gz: ")) for line in lines), (
-            name
-        )
+        assert any(line.startswith(one_line(tmp_path / "c[/b]" / f"{name}.nii.gz: ")) for line in lines), name
     assert len(lines) == len(NAMES)
 
 

@@ -130,7 +130,8 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(copied, key, value):
     [
         ("spacing_mm", -1), ("spacing_mm", [1, 1, -1]), ("spacing_mm", [1, 1]), ("spacing_mm", [1e-9, 1, 1]),
         ("spacing_mm", [float("nan"), 1, 1]), ("labels", {"300": "x"}), ("labels", {}), ("labels", ["x"]),
-        ("labels", {"1": 3}), ("labels", {"-1": "x"}), ("one_piece", [7]), ("one_piece", 3), ("fold", "x"),
+        ("labels", {"1": 3}), ("labels", {"-1": "x"}), ("labels", {"1": "x", "2": "x"}),
+        ("one_piece", [7]), ("one_piece", 3), ("fold", "x"),
     ],
     ids=str,
 )  # fmt: skip

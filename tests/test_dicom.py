@@ -1,5 +1,6 @@
 """DICOM series as scanners, archives and anonymisers leave them: read right, or refused by file and attribute."""
 
+import os
 import pickle
 
 import numpy as np
@@ -121,6 +122,17 @@ def test_a_damaged_file_anywhere_in_the_series_is_named(tmp_path, files, name, s
     with pytest.raises(ValueError, match=paths[place].name) as caught:
         read_series(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("nowhere"), os.mkfifo], ids=["link", "pipe"])
+def test_what_is_named_like_a_slice_and_no_file_is_named(tmp_path, files, make):
+    folder = save_series(tmp_path / "ct", files)
+    make(folder / "99.dcm")
+    with pytest.raises(ValueError, match=r"ct/99\.dcm is truncated or damaged: it is named like a slice"):
+        read_series(folder)
+    (folder / "99.dcm").rename(folder / "notes")
+    with pytest.warns(UserWarning, match=r"left out .* notes \(not DICOM\)"):
+        assert len(read(folder)) == len(files)
 
 
 @pytest.mark.parametrize("spoil", [SPOILT["empty"], SPOILT["noise"], SPOILT["cut in the meta header"]])

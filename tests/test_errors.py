@@ -7,8 +7,19 @@ import sys
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from aftersam.errors import naming, run_command, sentence, signals_noted, stopped
+from aftersam.errors import LONGEST, naming, one_line, run_command, sentence, signals_noted, stopped
+
+
+@given(st.text())
+def test_one_line_drops_line_breaks_and_control_characters_alone(text):
+    said = one_line(text)
+    assert said.isprintable()
+    assert said.replace(" ", "") == "".join(c for c in text if c.isprintable() and c != " ")
+    assert said == text.strip() or not text.strip().isprintable()
+    assert len(sentence(ValueError(text * 50))) <= LONGEST + len(" …")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Exported graphs: equal to eager at any batch, of ops that every torch and ONNX runtime has, whole or not there."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from aftersam.model.build import build_aftersam
 from aftersam.training.checkpoint import save_weights
 
 LABELS = {1: "heart", 2: "aorta"}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
 
 
 def write_run(folder, **changes):
@@ -172,6 +174,23 @@ def test_weights_alone_are_the_run_in_half_precision(run, tmp_path):
     hu = 300 * torch.randn(1, 3, 40, 40)
     ours, theirs = (aftersam.load(folder, device="cpu").model(hu) for folder in (handed, run))
     assert (ours - theirs).norm() < 2e-3 * theirs.norm()
+
+
+@pytest.mark.parametrize("format", ["torch", "onnx", "weights"])
+def test_a_file_that_cannot_be_written_is_one_sentence_and_leaves_nothing(run, tmp_path, format):
+    code = f"""
+import resource, sys
+from aftersam.export import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+sys.exit(main(["-m", "{run}", "-o", "{tmp_path}/out", "--format", "{format}"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=ENV)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"aftersam.export: {tmp_path}/out")
+    assert "could not be written: " in line
+    assert ".aftersam-" not in line
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,14 @@ import pytest
 from aftersam.files import (
     by_case,
     case_id,
+    check_place,
     masks_of,
     read_json,
     refuse_input,
     remove_leftovers,
     renamed,
     renamed_folder,
+    reserve,
     scans_in,
     write_json,
     write_text,
@@ -135,6 +137,24 @@ def test_a_leftover_that_is_a_link_leads_nowhere(tmp_path):
     assert [p.name for p in outside.iterdir()] == ["kept"]
 
 
+@pytest.mark.parametrize("system", ["posix_fallocate", "none"])
+def test_a_reserved_file_has_its_disk_space_and_its_content(tmp_path, monkeypatch, system):
+    if system == "none":  # macOS, Windows
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    elif not hasattr(os, "posix_fallocate"):
+        pytest.skip("this system has no posix_fallocate")
+    path, size = tmp_path / "a.npy", 3 * 2**20 + 12345
+    with path.open("wb") as file:
+        file.write(b"header")
+        file.seek(size - 1)
+        file.write(b"!")
+    before = path.read_bytes()
+    assert path.stat().st_blocks * 512 < size
+    reserve(path)
+    assert path.stat().st_blocks * 512 >= size
+    assert path.read_bytes() == before
+
+
 def test_a_long_name_has_room(tmp_path):
     path = tmp_path / ("n" * 248 + ".json")
     write_json(path, {})
@@ -192,6 +212,39 @@ def test_an_output_that_is_an_input_is_refused_by_any_name(tmp_path):
     refuse_input(tmp_path / "new.nii.gz", [scan])
     with pytest.raises(ValueError, match="is the input"):
         masks_of([tmp_path / "b_0000.nii.gz", scan], tmp_path)
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_place_that_nothing_can_be_written_to_is_refused_and_no_other(tmp_path, folder):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in (
+        "new",
+        "new/new",
+        "folder/new",
+        "folder" if folder else "file",
+        *([] if folder else ["link"]),
+    ):
+        check_place(tmp_path / name, folder=folder)
+    for name in ("file" if folder else "folder", "pipe"):
+        with pytest.raises(ValueError, match=f"{name} exists, but is not a {'folder' if folder else 'file'}"):
+            check_place(tmp_path / name, folder=folder)
+    for name in ("file/new", "file/new/new", "pipe/new"):
+        with pytest.raises(
+            ValueError, match=f"cannot be written, since {tmp_path / name[:4]} is not a folder"
+        ):
+            check_place(tmp_path / name, folder=folder)
+    with pytest.raises(OSError, match="too long"):
+        check_place(tmp_path / ("n" * 300), folder=folder)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_place_is_refused(tmp_path):
+    tmp_path.chmod(0o555)
+    with pytest.raises(ValueError, match=f"since {tmp_path} is read-only"):
+        check_place(tmp_path / "new" / "new")
 
 
 def test_naming_the_masks_of_a_folder_asks_for_each_file_once(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from aftersam.errors import printable
+from aftersam.errors import one_line
 from aftersam.evaluate import main as evaluate
 from aftersam.evaluation.figures import _richness, box_figure, curves_figure, overlay_figure, png_bytes
 from aftersam.evaluation.scoring import score_folder
@@ -56,7 +56,7 @@ def test_predict_shows_names_as_they_are(nasty_run, tmp_path, capsys, name):
     err = capsys.readouterr().err
     said = " ".join(err.split())
     for shown in (f"bad {name}.nii.gz", f"{tmp_path / 'masks' / name}.nii.gz:"):
-        assert " ".join(printable(shown).split()) in said
+        assert one_line(shown) in said
     assert "\x1b[31m" not in err
     assert (tmp_path / "masks" / f"{name}.png").stat().st_size > 5000
 
@@ -76,7 +76,7 @@ def test_evaluate_and_report_show_names_as_they_are(tmp_path, capsys, monkeypatc
         command = ["-p", str(masks), "-l", str(labels), "-o", str(tmp_path / "metrics.json")]
         assert evaluate(command) == 1
         out = capsys.readouterr().out
-        assert all(printable(name) in out for name in names), out
+        assert all(one_line(name) in out for name in names), out
         assert "\x1b[31m" not in out
         folders = ["--images", str(tmp_path / "images"), "--predictions", str(masks), "--labels", str(labels)]
         page = tmp_path / "report.html"

@@ -85,6 +85,18 @@ def test_a_qform_stands_in_for_an_sform_that_is_no_grid(tmp_path, broken):
     np.testing.assert_allclose(mask.affine, AFFINE, atol=1e-4)
 
 
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("row", ["srow_x", "srow_y", "srow_z"])
+def test_an_affine_of_no_numbers_is_refused_as_that(tmp_path, row, broken):
+    for entry in range(4):
+        nib.save(image(), tmp_path / "a.nii")
+        values = nib.load(tmp_path / "a.nii").header[row].copy()
+        values[entry] = broken
+        edited(tmp_path / "a.nii", qform_code=0, **{row: values})
+        with pytest.raises(ValueError, match=r"a\.nii has an affine with NaN or infinite entries$"):
+            read_image(tmp_path / "a.nii")
+
+
 def test_a_file_without_transforms_is_told_of(tmp_path):
     nib.save(image(), tmp_path / "a.nii")
     with pytest.warns(UserWarning, match="neither sform nor qform"):

@@ -6,6 +6,7 @@ import sys
 
 import nibabel as nib
 import numpy as np
+import pytest
 import torch
 from rich.progress import Progress
 
@@ -66,6 +67,22 @@ def test_one_truncated_scan_of_five_costs_one_line(run, tmp_path, capsys):
     assert np.array_equal(
         np.asarray(nib.load(alone).dataobj), np.asarray(nib.load(masks / "d.nii.gz").dataobj)
     )
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_scan_whose_mask_would_have_too_long_a_name_costs_itself_alone(run, tmp_path, capsys, again):
+    scans, masks = tmp_path / "scans", tmp_path / "masks"
+    scans.mkdir()
+    if again:  # the name is too long once its folder is there
+        masks.mkdir()
+    for name in ("a.nii.gz", "m" * 251 + ".nii", "z.nii.gz"):
+        scan(scans / name)
+    assert main(["-i", str(scans), "-o", str(masks), "-m", str(run), "--device", "cpu", "--no-preview"]) == 1
+    assert {p.name for p in masks.iterdir()} == {"a.json", "a.nii.gz", "z.json", "z.nii.gz"}
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("aftersam.predict: ")]
+    assert len(errors) == 1
+    assert "m.nii" in errors[0]
+    assert errors[0].endswith("File name too long")
 
 
 def test_a_killed_run_is_finished_by_the_next(run, tmp_path):

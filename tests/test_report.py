@@ -32,5 +32,5 @@ def test_the_report_is_one_page_with_pictures(folders, tmp_path, capsys):
     assert "href=" not in text
     assert "spleen" in text
     (tmp_path / "metrics.json").write_text("{}")
-    assert main(arguments) == 2
+    assert main(arguments[:4]) == 2
     assert "mean_dsc" in capsys.readouterr().err

@@ -1,11 +1,20 @@
 """Learning rates, progress, and the order of groups over processes."""
 
 import dataclasses
+import multiprocessing
+import time
 
 import pytest
 
 from aftersam.config import TrainConfig, preset
-from aftersam.training.schedule import Progress, batches, learning_rate, steps_in_epoch, workers
+from aftersam.training.schedule import (
+    Progress,
+    batches,
+    group_batches,
+    learning_rate,
+    steps_in_epoch,
+    workers,
+)
 
 
 def test_schedules():
@@ -45,3 +54,30 @@ def test_groups_for_a_gpu_are_loaded_beside_the_training_unless_told_otherwise()
     for count in (0, 3):
         told = dataclasses.replace(config, num_workers=count)
         assert workers(told, "cuda") == workers(told, "cpu") == count
+
+
+class SlowFromTheThird:
+    """Groups of which a process loads the first two at once."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        self.asked += 1
+        time.sleep(3600 * (self.asked > 2))
+        return {"case": str(index)}
+
+
+@pytest.mark.timeout(300)
+def test_closing_the_batches_ends_the_processes_that_load_busy_ones_too():
+    config = dataclasses.replace(TrainConfig(), num_workers=2, batch_size=1)
+    others = multiprocessing.active_children()
+    source = group_batches(SlowFromTheThird(), config, rank=0, world=1, start=0)
+    assert len(next(source)["case"]) == 1
+    processes = [child for child in multiprocessing.active_children() if child not in others]
+    assert len(processes) == 2
+    source.close()
+    assert [process.is_alive() for process in processes] == [False, False]

@@ -83,6 +83,27 @@ def test_a_folder_does_not_differ_from_itself(folders):
     assert paired["mean"]["dsc_difference"] == 0
 
 
+@pytest.mark.parametrize(
+    "labels",
+    [
+        '{"0": "background", "1": "liver", "2": "liver"}', '{"liver": 1, "spleen": 1}', '{"liver": 1e999, "spleen": 2}',
+        '{"liver": NaN}', '{"liver": 1.7, "spleen": 2}', '{"liver": true, "spleen": 2}', '{"liver": [1, 2]}',
+        '{"1": null}', "[1, 2]", "7",
+    ],
+)  # fmt: skip
+def test_names_that_cannot_be_right_are_refused_where_asked_for_and_unused_otherwise(
+    folders, tmp_path, labels
+):
+    masks, references = folders
+    path = references.parent / "dataset.json"
+    path.write_text(f'{{"labels": {labels}}}')
+    with pytest.raises(ValueError, match=r"dataset\.json"):
+        score_folder(masks, references, ScoringOptions(label_names=path), quiet=True)
+    for other in masks.glob("*.json"):
+        other.unlink()
+    assert list(score_folder(masks, references, quiet=True)["organs"]) == ["label 1", "label 2"]
+
+
 def test_a_label_outside_the_map_is_a_problem(folders):
     masks, labels = folders
     save_mask(masks / "a.nii.gz", np.where(organs() == 1, 7, organs()))

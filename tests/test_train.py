@@ -132,6 +132,24 @@ def test_a_terminal_that_signals_workers_too_gets_one_line_and_a_checkpoint(phan
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads Linux's list of child processes")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_process_that_loads_outlives_its_training(phantoms, tmp_path, number):
+    loading = []
+
+    def alone(pid, number):
+        loading.extend(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        os.kill(pid, number)
+
+    stopped_after(phantoms, tmp_path / "run", number, "--max-steps", "500", "--num-workers", "2", whom=alone)
+    assert len(loading) >= 2
+    deadline = time.monotonic() + 120
+    while any(Path("/proc", pid).exists() for pid in loading):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
 def test_one_of_two_processes_that_is_stopped_stops_both_at_the_same_step(phantoms, tmp_path):
     def second(pid, number):
         ranks = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from aftersam.data.volume import read_grid, read_labels
+from aftersam.errors import SAID
 from aftersam.files import NIFTI, OTHER_IMAGES, by_case, case_id, normal_form, read_json, scans_in, write_json
 
 FOLDS = 5
@@ -159,16 +160,16 @@ def _check_channels(description: dict[str, Any], where: Path) -> None:
         raise ValueError(f"{where} has the channel {channels[0]!r}; CT in Hounsfield units is needed")
 
 
-def _label_names(description: dict[str, Any], where: Path) -> dict[int, str]:
-    """Value to name, whichever way round `labels` is written, background left out."""
-    stored = description.get("labels")
+def label_names(description: Any, where: Path) -> dict[int, str]:
+    """Value to name of the `labels` in a JSON file, whichever way round they are written, background left out.
+
+    Raises ValueError where a value is no integer, or a value or a name stands twice."""
+    stored = description.get("labels") if isinstance(description, dict) else None
     if not isinstance(stored, dict):
         raise ValueError(f"{where} needs labels: an object of names and values")
     names: dict[int, str] = {}
     for key, entry in stored.items():
         value, name = (key, entry) if _is_value(key) else (entry, key)
-        if name == "ignore":
-            raise ValueError(f"{where} has an ignore label, which is not supported")
         if not _is_value(value):
             raise ValueError(f"{where} gives the label {key!r} the value {entry!r}; one integer is needed")
         if not isinstance(name, str) or not name.strip():
@@ -179,11 +180,19 @@ def _label_names(description: dict[str, Any], where: Path) -> dict[int, str]:
             raise ValueError(f"{where} has the label {name!r} twice; every label needs its own name")
         names[int(value)] = name
     names.pop(0, None)
+    return dict(sorted(names.items()))
+
+
+def _class_names(description: dict[str, Any], where: Path) -> dict[int, str]:
+    """The `label_names` of a data set, which number its classes."""
+    names = label_names(description, where)
+    if "ignore" in names.values():
+        raise ValueError(f"{where} has an ignore label, which is not supported")
     if not names:
         raise ValueError(f"{where} has no label besides background")
     if sorted(names) != list(range(1, len(names) + 1)):
         raise ValueError(f"{where} has the label values {sorted(names)}; they must be 1 to {len(names)}")
-    return dict(sorted(names.items()))
+    return names
 
 
 def _is_value(value: object) -> bool:
@@ -192,17 +201,19 @@ def _is_value(value: object) -> bool:
 
 
 def _nnunet(root: Path, description: dict[str, Any]) -> Dataset:
-    names = _label_names(description, root / "dataset.json")
+    names = _class_names(description, root / "dataset.json")
     return _paired(root, "nnU-Net raw", root / "imagesTr", root / "labelsTr", names)
 
 
 def _plain(root: Path, description: dict[str, Any]) -> Dataset:
     labels = root / "labels"
     if "labels" in description:
-        names = _label_names(description, root / "dataset.json")
+        names = _class_names(description, root / "dataset.json")
     else:
-        maps = scans_in(labels) if labels.is_dir() else ()
-        highest = max((int(read_labels(path).array.max()) for path in maps), default=0)
+        highest = 0
+        for path in scans_in(labels) if labels.is_dir() else ():
+            with contextlib.suppress(*SAID):  # where the case is read, its label is refused
+                highest = max(highest, int(read_labels(path).array.max()))
         names = {value: f"label_{value}" for value in range(1, highest + 1)}
         if not names:
             raise ValueError(f"{root} has neither a dataset.json with labels nor label maps in {labels}")
@@ -259,7 +270,7 @@ def _listed(root: Path, description: dict[str, Any]) -> Dataset:
         "Medical Segmentation Decathlon",
         root,
         tuple(sorted(cases, key=lambda case: case.id)),
-        _label_names(description, where),
+        _class_names(description, where),
     )
 
 

@@ -108,8 +108,8 @@ def _dicom_files(folder: Path) -> Iterator[tuple[Path, Any]]:
         import pydicom  # noqa: F401
     except ImportError:
         raise ValueError(f"{folder} is a folder; reading DICOM needs pydicom: {INSTALL}") from None
-    for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
-        yield path, read_file(path, pixels=False)
+    for path in sorted(p for p in folder.iterdir() if not (p.is_dir() or p.name.startswith("."))):
+        yield path, read_file(path, pixels=False) if path.is_file() else None  # a link to nothing, a pipe
 
 
 def _headers(folder: Path, wanted: str | None = None) -> tuple[list[tuple[Path, Any]], dict[str, str]]:

@@ -46,7 +46,10 @@ def opened(path: Path, *, whole: bool = True, told: bool = True) -> Iterator[nib
             kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
             voxels = nib.arrayproxy.ArrayProxy(file, header)
             header["vox_offset"] = header.single_vox_offset  # of what is written with this header
-            image = kind(voxels, header.get_best_affine(), header)
+            affine = header.get_best_affine()
+            if not np.isfinite(affine).all():
+                raise ValueError(f"{path} has an affine with NaN or infinite entries")
+            image = kind(voxels, affine, header)
         yield image
         if whole and path.name.lower().endswith(".gz"):
             while file.read(1 << 20):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from aftersam.errors import naming, printable
+from aftersam.errors import naming, one_line
 from aftersam.files import renamed
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ def _occupied(image: np.ndarray, axis: int) -> slice:
 
 def _name(text: str) -> str:
     """A name out of a file as a picture shows it: one line of 60 characters, and none that matplotlib leaves out."""
-    text = printable(text)
+    text = one_line(text)
     text = text if len(text) <= 60 else f"{text[:59]}…"
     return f" {text}" if text.startswith("_") else text or "–"
 

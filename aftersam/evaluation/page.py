@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from aftersam.errors import SAID, printable, sentence
+from aftersam.errors import SAID, one_line, sentence
 from aftersam.evaluation.result import Result, read_result
 from aftersam.evaluation.review import HEADINGS, reviewed
 from aftersam.evaluation.statistics import mean_of, shown, span
@@ -158,7 +158,7 @@ def _facts(result: Result, run: Path | None) -> str:
 
 def _text(value: object) -> str:
     """`value` as text of the page: no name out of a file is markup."""
-    return html.escape(printable(value))
+    return html.escape(one_line(value))
 
 
 def _picture(figure: Figure, alt: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aftersam.config import from_dict
-from aftersam.errors import SAID, printable
+from aftersam.errors import SAID, one_line
 from aftersam.evaluation.statistics import mean_of
 from aftersam.files import case_name, read_json, scans_in, write_text
 
@@ -71,7 +71,7 @@ def write_review(masks: Path) -> str:
     text, found = io.StringIO(), reviewed(masks)
     writer = csv.writer(text, lineterminator="\n")
     for row in [HEADINGS, *(one.cells for one in found)]:
-        cells = [printable(cell) for cell in row]
+        cells = [one_line(cell) for cell in row]
         writer.writerow([f"'{cell}" if cell.startswith(("=", "+", "-", "@")) else cell for cell in cells])
     write_text(masks / "review.csv", text.getvalue())
     total = len(_beside_masks(masks))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 
 from aftersam.config import Millimetres, checked
+from aftersam.data.dataset import label_names
 from aftersam.data.volume import Volume, read_labels
-from aftersam.errors import SAID, naming, plain_console, printable, sentence, tell
+from aftersam.errors import SAID, naming, one_line, plain_console, sentence, tell
 from aftersam.evaluation.metrics import Convention, OrganScore, score_organ
 from aftersam.evaluation.statistics import (
     bootstrap_interval,
@@ -126,27 +128,15 @@ def _advise(console: Console, spacings: Sequence[float], tolerance_mm: float) ->
 def label_names_near(explicit: Path | None, *folders: Path) -> dict[int, str]:
     """Label names from `explicit`, or from a dataset.json or a mask's JSON in or above the folders; {} if none.
 
-    Both forms are read: nnU-Net's {"name": value} and the Decathlon's {"value": "name"}."""
-    candidates = [explicit] if explicit is not None else []
-    if explicit is None:
-        for folder in folders:
-            candidates += [folder / "dataset.json", folder.parent / "dataset.json"]
-        candidates += [path for folder in folders for path in sorted(folder.glob("*.json"))]
+    Both forms are read: nnU-Net's {"name": value} and the Decathlon's {"value": "name"}. Raises ValueError where
+    `explicit` has neither."""
+    if explicit is not None:
+        return label_names(read_json(explicit), explicit)
+    candidates = [home / "dataset.json" for folder in folders for home in (folder, folder.parent)]
+    candidates += [path for folder in folders for path in sorted(folder.glob("*.json"))]
     for path in candidates:
-        if explicit is None and not path.is_file():
-            continue
-        try:
-            labels = read_json(path)["labels"]
-            pairs = (
-                {int(k): str(v) for k, v in labels.items()}
-                if _values_first(labels)
-                else {int(v): k for k, v in labels.items()}
-            )
-        except (OSError, KeyError, TypeError, ValueError, AttributeError):
-            if explicit is not None:
-                raise ValueError(f'{path} has no readable map of label names under "labels"') from None
-            continue
-        return {value: name for value, name in sorted(pairs.items()) if value}
+        with contextlib.suppress(*SAID):
+            return label_names(read_json(path), path)
     return {}
 
 
@@ -160,10 +150,6 @@ def prompted(masks: Path) -> str | None:
         if found:
             return str(found)
     return None
-
-
-def _values_first(labels: Mapping[str, Any]) -> bool:
-    return all(str(key).isdigit() for key in labels)
 
 
 def _score_case(mask: Path, truth: Volume, names: Mapping[int, str], options: ScoringOptions) -> Scores:
@@ -271,7 +257,7 @@ def table(metrics: Metrics) -> Table:
     nsd_key = f"nsd_{metrics['nsd_tolerance_mm']:g}mm"
     mark = f", prompted by a {metrics['prompted']} from each label" if metrics["prompted"] else ""
     grid = Table(
-        title=Text(printable(f"{metrics['num_cases']} cases{mark}")),
+        title=Text(one_line(f"{metrics['num_cases']} cases{mark}")),
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
@@ -282,7 +268,7 @@ def table(metrics: Metrics) -> Table:
         grid.add_column(heading, justify="right", no_wrap=True)
     for organ, row in metrics["organs"].items():
         grid.add_row(
-            Text(printable(organ)), shown(row["dsc"]), span(row["dsc_interval"]), shown(row["hd95_mm"], 1),
+            Text(one_line(organ)), shown(row["dsc"]), span(row["dsc_interval"]), shown(row["hd95_mm"], 1),
             str(row["missed"]), shown(row[nsd_key]), shown(row["ice"]), str(row["gaps"]),
         )  # fmt: skip
     grid.add_section()

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from aftersam.errors import one_line, plain_console, printable, run_command, tell
+from aftersam.errors import one_line, plain_console, run_command, tell
 from aftersam.inference.storage import Store, plain
 
 FOLDER = "manifest"
@@ -153,7 +153,7 @@ def _csv(table: Mapping[str, list[Any]]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for row in [list(table), *zip(*table.values(), strict=True)]:
-        cells = [printable(cell) if isinstance(cell, str) else cell for cell in row]
+        cells = [one_line(cell) if isinstance(cell, str) else cell for cell in row]
         writer.writerow(
             [f"'{c}" if isinstance(c, str) and c.startswith(("=", "+", "-", "@")) else c for c in cells]
         )

@@ -17,16 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aftersam.config import checked
-from aftersam.errors import (
-    SAID,
-    Terminated,
-    plain_console,
-    printable,
-    sentence,
-    signals_noted,
-    tell,
-)
-from aftersam.files import remove_leftovers
+from aftersam.errors import SAID, Terminated, one_line, plain_console, sentence, signals_noted, tell
+from aftersam.files import check_place, remove_leftovers
 from aftersam.inference.arguments import PredictArgs
 from aftersam.inference.background import Background, leave_behind
 from aftersam.inference.claims import TakenOver, remove_old_leases
@@ -86,6 +78,9 @@ def predict_files(args: PredictArgs) -> Predicted:
     processes = sharing_processes()
     entries = own_entries(args, cohort, report)
     if entries:
+        if cohort.store.local is not None:
+            where = cohort.store.local
+            check_place(where if cohort.many else where / entries[0].mask, folder=cohort.many)
         with working(args, cohort) as work:
             if len(args.model) > 1:  # shows which folds are not there yet
                 tell(report.console, f"mean of {len(args.model)} runs: {', '.join(map(str, args.model))}")
@@ -247,7 +242,7 @@ class _Line:
             self.writing = attempt, job, self.writer.submit(self._write, job, found)
 
     def _compute(self, job: Job) -> Prediction:
-        task = self.bar.add_task(printable(job.scan.name), total=job.prepared.volume.array.shape[0])
+        task = self.bar.add_task(one_line(job.scan.name), total=job.prepared.volume.array.shape[0])
         try:
             return self.work.compute(job, functools.partial(self.bar.advance, task))
         finally:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aftersam.errors import naming, out_of_memory, sentence
-from aftersam.files import DICOM, workplace
+from aftersam.files import DICOM, check_place, workplace
 from aftersam.inference.arguments import PredictArgs
 from aftersam.inference.background import Background
 from aftersam.inference.claims import Claims, TakenOver
@@ -58,6 +58,9 @@ class Work:
         """Claim one scan, read it and its prompts, and bring them to the model's spacing.
 
         None where another process has the scan, or has finished it."""
+        if self.cohort.store.local is not None:
+            with naming(entry.image):
+                check_place(self.cohort.store.local / entry.mask)
         if self.claims is None:
             return self._read(entry)
         if self.finished(entry) or not self.claims.take(entry.mask):

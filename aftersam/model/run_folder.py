@@ -128,6 +128,8 @@ def read_run(run: Path) -> tuple[Config, RunFacts]:
         raise ValueError(
             f"{path} has the labels {list(facts.labels)[:9]}, but they must be 1 to their number"
         )
+    if len(set(facts.labels.values())) < len(values):
+        raise ValueError(f"{path} has one label name twice; every label needs its own name")
     if not {str(value) for value in facts.one_piece} <= facts.labels.keys():
         raise ValueError(f"{path} has one_piece {facts.one_piece[:9]}, of which some are no labels")
     with naming(path, "cannot be used"):

@@ -8,7 +8,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -26,7 +26,7 @@ from aftersam.model.aftersam import AfterSAM
 from aftersam.model.build import build_aftersam, load_weights
 from aftersam.training.arguments import Plan, TrainArgs, make_plan
 from aftersam.training.checkpoint import load_moments, save_training, save_weights, trim_history
-from aftersam.training.schedule import Progress, group_loader, learning_rate, steps_in_epoch
+from aftersam.training.schedule import Progress, group_batches, learning_rate, steps_in_epoch
 from aftersam.training.setup import (
     Processes,
     Scans,
@@ -165,19 +165,20 @@ class Run:
     def _steps(self, history: FileIO, bar: rich.progress.Progress) -> None:
         """Steps, validations and checkpoints until the run's limit, or until `self.stop`."""
         every = self.config.train.checkpoint_steps
-        task, source = bar.add_task("training", total=1.0), self._batches()
+        task = bar.add_task("training", total=1.0)
         self.began = time.monotonic() - self.progress.seconds
         if self._validation_is_due():  # a signal had ended it
             self._validate(history)
-        while not self.stop and (fraction := self._fraction()) < 1:
-            record = self._advance(source, learning_rate(self.config.train, fraction))
-            self._note(history, record)
-            text = f"step {self.progress.step}, loss {record['loss']:.3f}"
-            bar.update(task, completed=self._fraction(), description=text)
-            if self._validation_is_due():
-                self._validate(history)
-            if self.progress.step % every == 0 and not self.stop:
-                self._checkpoint()
+        with contextlib.closing(self._batches()) as source:
+            while not self.stop and (fraction := self._fraction()) < 1:
+                record = self._advance(source, learning_rate(self.config.train, fraction))
+                self._note(history, record)
+                text = f"step {self.progress.step}, loss {record['loss']:.3f}"
+                bar.update(task, completed=self._fraction(), description=text)
+                if self._validation_is_due():
+                    self._validate(history)
+                if self.progress.step % every == 0 and not self.stop:
+                    self._checkpoint()
 
     def _agree(self) -> None:
         """Set the run's clock, and the signal to stop at: the latest and the highest among the processes."""
@@ -188,17 +189,15 @@ class Run:
             torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX)
             self.progress.seconds, self.stop = float(said[0]), int(said[1])
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch, None, None]:
         """Endless batches for this process from the step that the run stands at."""
-        return iter(
-            group_loader(
-                self.scans.groups,
-                self.config.train,
-                rank=self.processes.rank,
-                world=self.processes.world,
-                start=self.progress.step,
-                device=self.processes.device.type,
-            )
+        return group_batches(
+            self.scans.groups,
+            self.config.train,
+            rank=self.processes.rank,
+            world=self.processes.world,
+            start=self.progress.step,
+            device=self.processes.device.type,
         )
 
     def _bar(self) -> rich.progress.Progress:

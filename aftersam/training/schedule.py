@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aftersam.config import TrainConfig
 
 if TYPE_CHECKING:
-    from torch.utils.data import DataLoader
-
     from aftersam.data.slice_group import SliceGroups
 
 GPU_WORKERS = 4  # a group of 9 slices at 1024 px takes a processor about as long as its step takes an H100
@@ -84,12 +82,13 @@ def workers(config: TrainConfig, device: str) -> int:
     return GPU_WORKERS if device == "cuda" else 0
 
 
-def group_loader(
+def group_batches(
     groups: SliceGroups, config: TrainConfig, *, rank: int, world: int, start: int, device: str = "cpu"
-) -> DataLoader[Any]:
+) -> Generator[dict[str, Any], None, None]:
     """Endless batches of `groups` for process `rank` of `world`, from optimiser step `start` on.
 
-    For a `device` of type cuda they lie where the GPU copies from without the processor."""
+    For a `device` of type cuda they lie where the GPU copies from without the processor. Closing the generator ends
+    the processes that load."""
     import torch
 
     order = batches(
@@ -101,7 +100,7 @@ def group_loader(
         start=start,
         accumulate=config.accumulate,
     )
-    return torch.utils.data.DataLoader(
+    loader = torch.utils.data.DataLoader(
         groups,
         batch_sampler=order,  # an iterator serves: it is begun once
         num_workers=workers(config, device),
@@ -110,6 +109,15 @@ def group_loader(
         worker_init_fn=_leave_signals,
         generator=torch.Generator(),  # its draws would shift the model's after a resume
     )
+    source: Any = iter(loader)
+    processes = getattr(source, "_workers", [])  # none where this process loads
+    for process in processes:
+        process.terminate = process.kill  # torch's last means, 5 s after it has asked: SIGTERM is ignored
+    try:
+        yield from source
+    finally:
+        if processes:
+            source._shutdown_workers()  # now, not when the last traceback that holds `source` is gone
 
 
 def _leave_signals(worker: int) -> None:

@@ -20,7 +20,7 @@ from aftersam.data.dataset import Dataset, find_dataset, mirror_pairs, split
 from aftersam.data.slice_group import SliceGroups
 from aftersam.data.stored_features import StoredScan
 from aftersam.device import DTYPES, find_device, precision_for
-from aftersam.files import write_json
+from aftersam.files import check_place, write_json
 from aftersam.inference.feature_cache import Embeddings
 from aftersam.inference.postprocess import one_piece
 from aftersam.model.aftersam import AfterSAM
@@ -90,6 +90,7 @@ class Scans:
 
 def own_folder(run: Path) -> None:
     """Make the folder `run`. Raises ValueError where training would write through what stands there already."""
+    check_place(run, folder=True)
     run.mkdir(parents=True, exist_ok=True)
     for entry in run.iterdir():
         if entry.is_symlink() or not (entry.is_file() or entry.is_dir() or not entry.exists()):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aftersam.config import Config, ModelConfig, to_dict
-from aftersam.errors import printable
+from aftersam.errors import one_line
 from aftersam.evaluation.tables import markdown_table
 from aftersam.files import normal_form, read_tensors
 from aftersam.model.aftersam import AfterSAM
@@ -176,7 +176,7 @@ def table(start: WarmStart, config: ModelConfig, labels: dict[int, str], spacing
             "weights as they are",
         ],
     ]
-    cells = [[printable(cell) for cell in row] for row in rows]
+    cells = [[one_line(cell) for cell in row] for row in rows]
     return f"weights of {start.weights}\n{markdown_table(cells, left=range(4))}"
 
 
