@@ -2,7 +2,8 @@
 
 harness.py checks and times a subject's providers by clock.py on the machine that machine.py describes, __main__.py
 runs every subject, targets.py holds a result to the aims, compare.py holds two results against each other, figure.py
-writes the pages of docs/ and the README's tables, first_contact.py is for new hardware."""
+writes the pages of docs/ and the README's tables, first_contact.py runs all of it on new hardware, line by line
+(journal.py), with contact_tests.py for pytest and contact_summary.py for what the lines say."""
 
 import importlib.util
 import sys

@@ -365,19 +365,21 @@ def accuracy_sections(results: Path, docs: Path) -> list[str]:
     return sections
 
 
-def main() -> int:
+def main(root: Path | None = None) -> int:
+    """Draw and write below `root`, the repository's by default; 2 where there is no result or no place for a table."""
+    root, results = root or ROOT, root / "benchmarks" / "results" if root else RESULTS
     try:
         sections, page = [], [PERFORMANCE]
-        for result in newest():
-            image = ROOT / "docs" / f"bench-{slug(result['environment']['device'])}.png"
+        for result in newest(results):
+            image = root / "docs" / f"bench-{slug(result['environment']['device'])}.png"
             page += page_sections(result, image)
             sections += [f"**{caption(result)}**", short_table(result)]
-        write_text(ROOT / "docs" / "performance.md", "\n\n".join(page) + "\n")
+        write_text(root / "docs" / "performance.md", "\n\n".join(page) + "\n")
         sections.append("[Every case, target and picture](docs/performance.md).")
-        write_sections(ROOT / "README.md", sections)
-        accuracy = accuracy_sections(RESULTS / "accuracy", ROOT / "docs")
+        write_sections(root / "README.md", sections)
+        accuracy = accuracy_sections(results / "accuracy", root / "docs")
         if accuracy:
-            write_sections(ROOT / "README.md", accuracy, "accuracy")
+            write_sections(root / "README.md", accuracy, "accuracy")
     except ValueError as error:
         print(f"benchmarks.figure: {error}", file=sys.stderr)
         return 2

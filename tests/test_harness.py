@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench_cases import CEILING, SQUARE, square
-from benchmarks import harness
+from benchmarks import harness, journal
 from benchmarks.__main__ import main as bench_main
 from benchmarks.harness import Provider, measure
 
@@ -174,8 +174,12 @@ def test_a_run_that_was_stopped_goes_on_from_its_lines_and_can_be_collected(tmp_
 
     lines = tmp_path / "lines.jsonl"
     first = harness.run(cases(), dtype=torch.float32, budget_s=0.01, lines=lines)
-    head, *records = lines.read_text().splitlines()
-    lines.write_text("\n".join([head, records[0]]) + "\n")  # as a run that was killed after its first case
+    written = lines.read_text().splitlines(keepends=True)
+    first_record = next(i for i, text in enumerate(written) if '"status"' in text)
+    lines.write_text(
+        "".join(written[: first_record + 1]) + '{"sub'
+    )  # killed after its first case, in a write
+    journal.mend(lines)
     before = len(calls)
     again = harness.run(cases(), dtype=torch.float32, budget_s=0.01, lines=lines)
     assert [r["name"] for r in again["records"]] == ["a", "b"]

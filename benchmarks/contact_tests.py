@@ -1,0 +1,78 @@
+"""A plugin of pytest for first contact: each test's name before it runs and its outcome after it, as lines.
+
+    pytest -p benchmarks.contact_tests --lines FILE --share 2/8 --seconds 60 tests/...
+
+Tests whose outcome the file holds are not run again. `--share i/n` takes every n-th test, and no test begins once
+`--seconds` of this process are over; how many were not begun is a line too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import journal
+
+MOST = 300  # characters of an error
+
+
+class Lines:
+    """Writes what becomes of each test."""
+
+    def __init__(self, path: Path, share: str, seconds: float) -> None:
+        self.path, self.seconds = path, seconds
+        self.index, self.count = (int(part) for part in share.split("/"))
+        self.left = 0
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        known = {entry["test"] for entry in journal.read(self.path) if "test" in entry}
+        mine = items[self.index :: self.count]
+        chosen = [item for item in mine if item.nodeid not in known]
+        chosen.sort(key=lambda item: not item.get_closest_marker("gpu"))  # capture, compile, 2³¹ elements
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        if journal.process_seconds() > self.seconds:
+            self.left += 1
+            return True  # as if it had been run
+        journal.begin(self.path, {"test": item.nodeid})
+        self.found: dict[str, Any] = {"test": item.nodeid, "outcome": "passed", "seconds": 0.0}
+        return None
+
+    def pytest_runtest_logfinish(self) -> None:
+        journal.end(self.path, self.found)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.found["seconds"] = round(self.found["seconds"] + report.duration, 2)
+        if report.failed or (report.skipped and self.found["outcome"] == "passed"):
+            self.found["outcome"] = report.outcome
+            self.found["error"] = _reason(report)
+
+    def pytest_sessionfinish(self) -> None:
+        if self.left:
+            reason = f"{self.left} tests were not begun in {self.seconds:.0f} s"
+            journal.append(self.path, {"skipped": {"subject": "tests", "from": "", "reason": reason}})
+
+
+def _reason(report: pytest.TestReport) -> str:
+    crash = getattr(report.longrepr, "reprcrash", None)
+    if isinstance(report.longrepr, tuple):  # of a skipped test: file, line, reason
+        return str(report.longrepr[2])[:MOST]
+    return " ".join((crash.message if crash else report.longreprtext).split())[:MOST]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--lines", type=Path, required=True)
+    parser.addoption("--share", default="0/1")
+    parser.addoption("--seconds", type=float, default=1e9)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--lines")
+    journal.watch_compilations(path)
+    config.pluginmanager.register(
+        Lines(path, config.getoption("--share"), config.getoption("--seconds")), "first-contact-lines"
+    )
