@@ -49,6 +49,8 @@ class Stage(NamedTuple):
     """Of the seconds that are left, among the stages that are left."""
     unit_s: float = 25.0
     """A unit of work that takes longer is given up."""
+    least_s: float = 12.0
+    """With fewer seconds, nothing would be known at its end."""
     good: tuple[int, ...] = (0,)
     """Exit codes of a process that did what it should."""
     missing: str = ""
@@ -82,7 +84,7 @@ def stages(lines: Path) -> list[Stage]:
     check = [python, "-m", "axial_fusion.self_check"]
     sanitizer, ncu = shutil.which("compute-sanitizer"), shutil.which("ncu")
     return [
-        Stage("machine", bench("machine"), 20),
+        Stage("machine", bench("machine"), 20, least_s=30),
         Stage("tests", tests, 75, good=(0, 1, 5)),
         Stage("ours", bench("quick", *kernels, "--groups", "ours"), 55),
         Stage("rivals", bench("quick", *kernels, "--groups", "eager"), 75),
@@ -248,7 +250,7 @@ def all_stages(chosen: Sequence[Stage], folder: Path, end: float) -> None:
             status, why = "out of time", "no seconds were left for it"
         else:
             weights = [other.weight for other in left[i:] if not other.missing]
-            until = began + (end - began) * stage.weight / sum(weights)
+            until = min(end, began + max(stage.least_s, (end - began) * stage.weight / sum(weights)))
             print(f"{stage.name}: at most {until - began:.0f} s", flush=True)
             status, why = run(stage, folder, until)
         seconds = round(time.time() - began, 1)
