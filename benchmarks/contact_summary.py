@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from axial_fusion import tuned
+from axial_fusion.dispatch import BACKENDS
 from benchmarks import figure, harness, journal
 from benchmarks.targets import line as target_line
 from benchmarks.targets import targets
 
+OPS_OF = {"axial": "axial_attention", "slice": "slice_attention", "rel_pos": "rel_pos_attention",
+          "window": "window_attention", "lora": "lora_linear", "axial half": "row_norm"}  # fmt: skip
+HOST_BINDS = 1.2  # times the GPU's time, above which a call waits for Python
 MOST = 9500  # characters of a summary
 Entries = Sequence[Mapping[str, Any]]
 
@@ -31,7 +39,7 @@ def result_of(lines: Path) -> dict[str, Any]:
         "tests": {outcome: sum(t["outcome"] == outcome for t in tests.values())
                   for outcome in ("passed", "failed", "skipped")},
         "failed_tests": [t for t in tests.values() if t["outcome"] == "failed"],
-        "tiles": [entry for entry in entries if "tile" in entry],
+        "tiles": [entry for entry in entries if "ms" in entry and "refused" in entry],
     }  # fmt: skip
     return {**result, "targets": targets(result)}
 
@@ -80,7 +88,8 @@ def summary(entries: Entries) -> str:
         for name, s in stages.items()
     ]
     parts += [
-        f"{e['tile']}: {e['why'] or '{:.1f} us'.format(1e3 * e['ms'])} ({e['key']})"
+        f"{e['op']}, N {e['slices']}, D {e['head_dim']}, tile {e['tile']}: "
+        + (e["refused"] or f"{1e3 * e['ms']:.1f} us")
         for e in entries
         if "tile" in e
     ]
@@ -102,11 +111,55 @@ def _timed(record: Mapping[str, Any], ceiling: Mapping[str, float]) -> str:
     share = harness.share(record, ceiling)
     text = f"{record['subject']}, {record['name']}, {record['provider']}: {forward:.4g} ms"
     text += f", with backward {step['median']:.4g} ms" if step else ""
-    return text + (f", {share:.0%}" if share is not None else "")
+    text += f", {share:.0%}" if share is not None else ""
+    call = record["ms"].get("forward_call")
+    if call and call["median"] > HOST_BINDS * forward:
+        text += f"; the host binds: {call['median']:.4g} ms a call"
+    return text
 
 
 def collect(lines: Path, root: Path) -> int:
-    """Write the result, then figures and tables of all results, below `root`, and name what was written."""
-    result = result_of(lines)
+    """Write the result, tiles and backends, then figures and tables of all results, below `root`; name the files."""
+    try:
+        result = result_of(lines)
+    except ValueError as error:
+        print(f"benchmarks.first_contact: {error}", file=sys.stderr)
+        return 2
     print(harness.write(result, root / "benchmarks" / "results"))
+    if result["environment"]["kind"] == "gpu":
+        place = root / "kernels" / "axial_fusion" / "measured"
+        print(tuned.write(*measurement(result), place))
     return figure.main(root)
+
+
+def measurement(result: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What axial_fusion ships of a result: its facts; the fastest tiles and backends, and the ops that are right."""
+    where, records = result["environment"], [r for r in result["records"] if "ms" in r]
+    triton, dtype = str(where["triton"]), result["dtype"]
+    facts = {"device": where["device"], "arch": where["arch"], "by": "first contact of AFTer-SAM's benchmarks",
+             "date": where["date"][:10], "commit": where["commit"], "triton": triton}  # fmt: skip
+    tiles: dict[str, dict[str, Any]] = {}
+    for entry in result["tiles"]:
+        key = json.dumps({k: v for k, v in entry.items() if k not in ("tile", "ms", "refused")})
+        if entry["ms"] is not None and entry["ms"] < tiles.get(key, {"ms": math.inf})["ms"]:
+            tiles[key] = entry
+    backends: dict[int, tuple[float, str]] = {}  # at the case that takes longest
+    for record in records:
+        if record["subject"] == "slice" and record["provider"] in BACKENDS["slice_attention"]:
+            longest = max(r["positions"] for r in records if r["subject"] == "slice")
+            found = (
+                record["ms"].get("forward_backward", record["ms"]["forward"])["median"],
+                record["provider"],
+            )
+            if record["positions"] == longest:
+                dim = record["head_dim"]
+                backends[dim] = min(found, backends.get(dim, found))
+    ours = {OPS_OF[r["subject"]] for r in records if r["role"] == "ours" and r["subject"] in OPS_OF}
+    failed = " ".join(test["test"] for test in result["failed_tests"])
+    return facts, {
+        "tiles": [{k: v for k, v in e.items() if k not in ("ms", "refused")} for e in tiles.values()],
+        "backends": [{"op": "slice_attention", "dtype": dtype, "head_dim": dim, "backend": name}
+                     for dim, (_, name) in sorted(backends.items())],
+        "right": [{"op": op, "dtype": dtype, "triton": ".".join(triton.split(".")[:2])}
+                  for op in sorted(ours) if f"test_{op}.py" not in failed],
+    }  # fmt: skip

@@ -56,7 +56,7 @@ def work(folder, *names, processes=2, unit_s=1.0):
     lines = folder / LINES
     commands = [[sys.executable, "-S", "-c", WORKER, str(lines), str(i), str(processes), "{seconds}", *names]
                 for i in range(processes)]  # fmt: skip
-    return Stage("work", commands, 1.0, unit_s)
+    return Stage("work", commands, 1.0, unit_s, least_s=1.0)
 
 
 def outcomes(folder):
@@ -209,7 +209,7 @@ def invented_records():
         *_beside("axial half", "library", channels=256),
         *_beside("lora", "frozen", "PEFT form", **lora),
     ]
-    records += [r for d in (32, 64) for r in _beside("slice", "sdpa_cudnn", head_dim=d)]
+    records += [r for d in (32, 64) for r in _beside("slice", "sdpa_cudnn", head_dim=d, positions=4096)]
     records += [*_beside("rel_pos", "SDPA, bias"), *_beside("window", "SDPA, bias")]
     for side in (1024, 512, 256):
         records += _beside("encoder", "SDPA, bias, compiled", ours=20.0, image_size=side, model="vit_b", items=8,
@@ -231,13 +231,26 @@ def test_lines_become_a_result_with_a_verdict_of_every_target_figures_and_tables
     )
     where = {"device": "Invented GPU", "kind": "gpu", "cpu": "c", "torch": "2", "triton": "3", "commit": "c",
              "dirty": False, "date": "2026-01-01T00:00:00", "driver": "1", "cuda": "13", "cudnn": 9,
-             "python": "3.12"}  # fmt: skip
+             "python": "3.12", "arch": 130}  # fmt: skip
     ceilings = CEILING | {"copy_bytes_per_s": 3e12, "matmul_bfloat16_flops_per_s": 7e14, "launch_s": 4e-6}
     head = {"environment": where, "dtype": "bfloat16", "timing": "graph", "ceilings": ceilings}
     journal.append(lines, {"head": head}, *invented_records())
     journal.append(
-        lines, {"test": "t::wrong[D 32]", "outcome": "failed", "seconds": 1, "error": "1 / 63 elements"}
+        lines,
+        {
+            "test": "test_row_norm.py::wrong[D 32]",
+            "outcome": "failed",
+            "seconds": 1,
+            "error": "1 / 63 elements",
+        },
     )
+    sizes = {"op": "axial_attention", "dtype": "bfloat16", "slices": 9, "head_dim": 32}
+    for tile, ms, refused in (
+        ([16, 4, 1, 8], 0.04, None),
+        ([32, 2, 1, 1], 0.05, None),
+        ([64, 4, 1, 1], None, "wrong"),
+    ):
+        journal.append(lines, {**sizes, "tile": tile, "ms": ms, "refused": refused})
     assert first_contact.main(["--collect", str(tmp_path), "--root", str(root)]) == 0
     (written,) = (root / "benchmarks" / "results").glob("invented-gpu-2026-01-01*.json")
     result = json.loads(written.read_text())
@@ -249,6 +262,14 @@ def test_lines_become_a_result_with_a_verdict_of_every_target_figures_and_tables
         assert target["target"]
     assert sum(bool(t["rival"]) for t in gpus) >= 15
     assert result["failed_tests"][0]["error"] == "1 / 63 elements"
+    (shipped,) = (root / "kernels" / "axial_fusion" / "measured").glob("*.json")
+    measured = json.loads(shipped.read_text())
+    assert measured["tiles"] == [{**sizes, "tile": [16, 4, 1, 8]}]
+    assert {b["backend"] for b in measured["backends"]} == {"sdpa_cudnn"}
+    assert {r["op"] for r in measured["right"]} == {
+        "axial_attention", "slice_attention", "rel_pos_attention", "window_attention", "lora_linear"
+    }  # fmt: skip
+    assert (measured["arch"], measured["commit"], measured["date"]) == (130, "c", "2026-01-01")
     assert "Invented GPU" in (root / "README.md").read_text()
     assert list((root / "docs").glob("*roofline.png"))
     text = contact_summary.summary(journal.read(lines))

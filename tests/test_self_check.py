@@ -117,7 +117,7 @@ def test_the_check_can_be_turned_off_and_a_shipped_measurement_makes_it_needless
     monkeypatch.setenv(trust.SWITCH, "1")
     monkeypatch.setattr(trust, "_KNOWN", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(trust, "_triton", lambda: "3.6.1")
+    monkeypatch.setattr(trust, "triton_version", lambda: "3.6.1")
     half = FACTS._replace(dtype=torch.bfloat16)
     assert dispatch._fastest_kernel("axial_attention", half).backend == "triton"
     assert not trust.covered("axial_attention", GPU, torch.float16)

@@ -53,7 +53,7 @@ def _found(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, str |
         return {op: None}
     if covered(op, device, dtype):
         return {op: None}
-    where = f"{torch.cuda.get_device_name(device)}, Triton {_triton()}, torch {torch.__version__}"
+    where = f"{torch.cuda.get_device_name(device)}, Triton {triton_version()}, torch {torch.__version__}"
     path = tuned.folder() / "self-check" / f"{_digest(where, dtype)}.json"
     try:
         found: dict[str, str | None] = json.loads(path.read_text(encoding="utf-8"))["ops"]
@@ -80,11 +80,11 @@ def _found(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, str |
 def covered(op: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a shipped measurement found the kernels of `op` right on this architecture with this Triton."""
     major, minor = torch.cuda.get_device_capability(device)
-    entry = {"op": op, "dtype": dtype_name(dtype), "triton": ".".join(_triton().split(".")[:2])}
+    entry = {"op": op, "dtype": dtype_name(dtype), "triton": ".".join(triton_version().split(".")[:2])}
     return any(m["arch"] == 10 * major + minor and entry in m.get("right", ()) for m in tuned.measurements())
 
 
-def _triton() -> str:
+def triton_version() -> str:
     import triton
 
     return str(triton.__version__)
