@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from axial_fusion import tuned
-from axial_fusion.dispatch import BACKENDS
 from benchmarks import figure, harness, journal
 from benchmarks.targets import line as target_line
 from benchmarks.targets import targets
@@ -127,6 +125,8 @@ def collect(lines: Path, root: Path) -> int:
         return 2
     print(harness.write(result, root / "benchmarks" / "results"))
     if result["environment"]["kind"] == "gpu":
+        from axial_fusion import tuned  # which a measuring process alone needs on its path
+
         place = root / "kernels" / "axial_fusion" / "measured"
         print(tuned.write(*measurement(result), place))
     return figure.main(root)
@@ -134,6 +134,8 @@ def collect(lines: Path, root: Path) -> int:
 
 def measurement(result: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What axial_fusion ships of a result: its facts; the fastest tiles and backends, and the ops that are right."""
+    from axial_fusion.dispatch import BACKENDS
+
     where, records = result["environment"], [r for r in result["records"] if "ms" in r]
     triton, dtype = str(where["triton"]), result["dtype"]
     facts = {"device": where["device"], "arch": where["arch"], "by": "first contact of AFTer-SAM's benchmarks",

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -149,14 +150,14 @@ def _environment(folder: Path) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        "TRITON_CACHE_DIR": str(_cache(folder)),
+        "TRITON_CACHE_DIR": str(_cache()),
     }
     return {"OMP_NUM_THREADS": "8"} | os.environ | fixed
 
 
-def _cache(folder: Path) -> Path:
-    """Where kernels are compiled to: beside the folder of the run, whose files travel and are few."""
-    return Path(os.environ.get("TRITON_CACHE_DIR") or f"{folder.absolute()}.triton")
+def _cache() -> Path:
+    """Where kernels are compiled to. Triton keeps absolute paths in it, so an archive fits where this is the same."""
+    return Path(os.environ.get("TRITON_CACHE_DIR") or Path(tempfile.gettempdir()) / "first-contact-triton")
 
 
 def run(stage: Stage, folder: Path, until: float) -> tuple[str, str]:
@@ -260,7 +261,7 @@ def all_stages(chosen: Sequence[Stage], folder: Path, end: float) -> None:
 
 def pack(folder: Path) -> None:
     """Compiled kernels into one archive, as many as fit, the newest first; the log without its beginning if long."""
-    log, cache, size = folder / LOG, _cache(folder), 0
+    log, cache, size = folder / LOG, _cache(), 0
     if log.exists() and log.stat().st_size > MOST_BYTES:
         log.write_bytes(log.read_bytes()[-MOST_BYTES:])
     kept = [p for p in cache.rglob("*") if p.suffix in (".cubin", ".json", ".so")] if cache.is_dir() else []
@@ -274,6 +275,12 @@ def pack(folder: Path) -> None:
             archive.add(path, path.relative_to(cache))
 
 
+def unpack(archive: Path) -> None:
+    """Kernels that an earlier run compiled. Triton takes those whose source, versions and target are the same."""
+    with tarfile.open(archive) as packed:
+        packed.extractall(_cache(), filter="data")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages, or collect their lines. The exit code is 1 where something of ours is wrong."""
     began = time.time() - (journal.process_seconds() if argv is None else 0.0)
@@ -284,6 +291,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     where.add_argument("--collect", type=Path, metavar="DIR", help="folder of a run to write the result of")
     parser.add_argument(
         "--budget", type=float, default=420.0, help="seconds in all, from this command's start"
+    )
+    parser.add_argument(
+        "--cache", type=Path, metavar="FILE", help=f"{CACHE} of an earlier run, to compile less"
     )
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="stages to run, by name")
     parser.add_argument(
@@ -307,6 +317,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"there is no stage {unknown.pop()!r}; there are {', '.join(s.name for s in chosen)}")
     if args.only:
         chosen = [stage for stage in chosen if stage.name in args.only]
+    if args.cache:
+        unpack(args.cache)
     all_stages(chosen, folder, began + args.budget - LAST_S)
     pack(folder)
     text = contact_summary.summary(journal.read(lines))
