@@ -21,13 +21,13 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import contact_summary, journal
+from benchmarks import contact_summary, harness, journal
 from benchmarks.machine import ROOT
 
 LINES, LOG, SUMMARY, CACHE = "lines.jsonl", "log.txt", "summary.txt", "cache.tar.gz"
@@ -39,13 +39,15 @@ MOST_BYTES = 15 * 2**20  # of a file that is brought back
 TESTS = [f"tests/test_{name}.py" for name in (
     "axial_attention", "rel_pos_attention", "slice_attention", "lora_linear", "row_norm", "rel_terms", "lora_qkv",
     "graphs")]  # fmt: skip
+KERNEL_SUBJECTS = ["axial", "axial_half", "lora", "rel_pos", "window"]
+KERNELS = "axial_attention|row_norm|lora|rel_pos"  # in the names of their kernels
 WHEEL_FOLDER = "CONTACT_WHEELS"  # names a folder of pure Python wheels, for packages that the machine lacks
 
 
 class Stage(NamedTuple):
     name: str
-    commands: list[list[str]]
-    """Run side by side; `{seconds}` becomes what each has."""
+    commands: list[list[str]] | Callable[[], list[list[str]]]
+    """Run side by side, or what gives them when the stage begins; `{seconds}` becomes what each has."""
     weight: float
     """Of the seconds that are left, among the stages that are left."""
     unit_s: float = 25.0
@@ -65,12 +67,12 @@ def stages(lines: Path) -> list[Stage]:
     python = sys.executable
     processes = max(2, min(12, (os.cpu_count() or 2) - 2))
 
-    def bench(what: str, *options: str) -> list[list[str]]:
-        case_s = "0.4" if gpu else "0.2"
-        return [[python, "-m", "benchmarks", what, *options, "--budget", "{seconds}", "--case", case_s,
+    def bench(subjects: Sequence[str], *groups: str) -> list[list[str]]:
+        what = ["quick", "--subjects", *subjects, "--groups", *groups] if subjects else ["machine"]
+        return [[python, "-m", "benchmarks", *what, "--budget", "{seconds}", "--case", "0.4" if gpu else "0.2",
                  "--lines", str(lines)]]  # fmt: skip
 
-    kernels = ["--subjects", "axial", "axial_half", "lora", "rel_pos", "window"]
+    kernels = KERNEL_SUBJECTS
     tests = [
         [python, "-m", "pytest", "-q", "-p", "benchmarks.contact_tests", "-p", "no:cacheprovider", "-o",
          "filterwarnings=", "-o", "timeout=0", "--lines", str(lines), "--share", f"{i}/{processes}",
@@ -85,23 +87,40 @@ def stages(lines: Path) -> list[Stage]:
     check = [python, "-m", "axial_fusion.self_check"]
     sanitizer, ncu = shutil.which("compute-sanitizer"), shutil.which("ncu")
     return [
-        Stage("machine", bench("machine"), 20, least_s=30),
+        Stage("machine", bench([]), 20, least_s=30),
         Stage("tests", tests, 75, good=(0, 1, 5)),
-        Stage("ours", bench("quick", *kernels, "--groups", "ours"), 55),
-        Stage("rivals", bench("quick", *kernels, "--groups", "eager"), 75),
-        *[Stage(f"tiles {i}", [command], 10, missing=no_gpu) for i, command in enumerate(tune, 1)],
-        Stage("slice attention", bench("slice", "--groups", "ours", "eager"), 25),
+        Stage("ours", bench(kernels, "ours"), 55),
+        Stage("rivals", bench(kernels, "eager"), 75),
+        *[Stage(f"tiles {i}", [command], 14, missing=no_gpu) for i, command in enumerate(tune, 1)],
+        Stage("slice attention", bench(["slice"], "ours", "eager"), 25),
         *[
-            Stage(name, bench(name, "--groups", "ours", "eager"), weight, 40)
+            Stage(name, bench([name], "ours", "eager"), weight, 40)
             for name, weight in (("encoder", 30), ("transformer", 30), ("predict", 30), ("train_step", 25))
         ],
-        Stage("compiled", bench("quick", "--subjects", "axial", "axial_half", "lora", "slice", "rel_pos", "window",
-              "encoder", "transformer", "--groups", "compiled"), 60, 60, missing=no_gpu),
-        Stage("counters", [[str(ncu), "--set", "basic", "-k", "regex:axial|rel_pos|slice", *check]], 20,
-              missing=no_gpu or ("" if ncu else "ncu is not installed")),
-        Stage("sanitizer", [[str(sanitizer), "--error-exitcode", "1", *check]], 25,
+        Stage("compiled", bench([*kernels, "slice", "encoder", "transformer"], "compiled"), 60, 60, missing=no_gpu),
+        Stage("counters", lambda: [
+            [str(ncu), "--launch-count", "4", "-k", f"regex:{KERNELS}", python, "-m", "benchmarks", "quick",
+             "--subjects", subject, "--groups", "ours", "--case", "0", "--lines", os.devnull]
+            for subject in furthest(lines)
+        ], 25, missing=no_gpu or ("" if ncu else "ncu is not installed")),
+        Stage("sanitizer", [["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", str(sanitizer), *check]], 25,
               missing=no_gpu or ("" if sanitizer else "compute-sanitizer is not installed")),
     ]  # fmt: skip
+
+
+def furthest(lines: Path) -> list[str]:
+    """The three subjects whose kernels reach the least part of this machine's copy or matmul."""
+    head, records = harness.read(lines)
+    shares: dict[str, float] = {}
+    for record in records:
+        if (
+            record["role"] == "ours"
+            and "ms" in record
+            and (name := record["subject"].replace(" ", "_")) in KERNEL_SUBJECTS
+        ):
+            share = harness.share(record, head["ceilings"]) or 1.0
+            shares[name] = min(share, shares.get(name, share))
+    return sorted(shares, key=lambda name: shares[name])[:3]
 
 
 class Watched:
@@ -166,7 +185,8 @@ def run(stage: Stage, folder: Path, until: float) -> tuple[str, str]:
     A unit that hangs or crashes gets a line that says so, and its process is started again without it."""
     lines = folder / LINES
     tail = _tail(lines, lines.stat().st_size)
-    running = [Watched(command, until, folder) for command in stage.commands]
+    commands = stage.commands() if callable(stage.commands) else stage.commands
+    running = [Watched(command, until, folder) for command in commands]
     status, why = "ok", ""
     while running:
         time.sleep(0.05)

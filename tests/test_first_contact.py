@@ -278,96 +278,6 @@ def test_lines_become_a_result_with_a_verdict_of_every_target_figures_and_tables
     assert len(contact_summary.summary(journal.read(lines) + invented_records() * 9)) < 10_000
 
 
-BREAKS = {
-    "wrong": "y = launch(q, *rest); y.view(-1)[:1] += 1; return y",
-    "raises": "raise RuntimeError('no kernel image is available')",
-    "hangs": "time.sleep(30); return launch(q, *rest)",
-}
-SITE = """
-import importlib.machinery, sys, time
-ABSENT = {"monai", "nibabel", "segment_anything", "tyro", "accelerate"}
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ABSENT:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        if name != "axial_fusion.ops.axial_attention" or not BROKEN:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
-        run = spec.loader.exec_module
-        def exec_module(module):
-            run(module)
-            for backend in ("triton", "cpu"):
-                def broken(q, *rest, launch=module._FORWARD[backend]):
-                    BROKEN_BODY
-                module._FORWARD[backend] = broken
-        spec.loader.exec_module = exec_module
-        return spec
-sys.meta_path.insert(0, Finder())
-"""
-
-
-def rehearse(folder, *options, broken=""):
-    """First contact on this CPU without the packages that its machine lacks, axial attention `broken`."""
-    site = folder / "site"
-    site.mkdir(exist_ok=True)
-    body = SITE.replace("BROKEN_BODY", BREAKS.get(broken, "pass")).replace("BROKEN", repr(broken))
-    (site / "sitecustomize.py").write_text(body)
-    environment = os.environ | {"PYTHONPATH": f"{site}{os.pathsep}{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    command = [sys.executable, "-m", "benchmarks.first_contact", *options]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("broken", BREAKS)
-def test_a_broken_kernel_is_named_skipped_and_stops_nothing(tmp_path, broken):
-    folder = tmp_path / "run"
-    process = rehearse(
-        tmp_path, "--out", str(folder), "--budget", "150", "--only", "tests", "ours", broken=broken
-    )
-    said, _ = process.communicate()
-    assert process.returncode == 1
-    entries = journal.read(folder / LINES)
-    failed = [t for t in outcomes(folder).values() if t["outcome"] == "failed"]
-    records = {(r["subject"], r["name"]): r for r in entries if r.get("provider") == "axial_attention"}
-    message = {"wrong": "", "raises": "no kernel image", "hangs": "gave no result in 25 s"}[broken]
-    assert any("test_axial_attention" in t["test"] and message in t["error"] for t in failed)
-    assert all(r["status"] != "ok" and "ms" not in r for r in records.values())
-    assert any(message in r.get("reason", "") for r in records.values())
-    assert any(
-        r["status"] == "ok" for r in entries if r.get("role") == "ours" and r.get("subject") != "axial"
-    )
-    assert any(t["outcome"] == "passed" for t in outcomes(folder).values())
-    assert said.index("WRONG") < said.index("stage tests")
-
-
-@pytest.mark.long
-def test_the_rehearsal_runs_or_skips_every_stage_within_its_budget_and_survives_kills(tmp_path):
-    folder, draw, seen = tmp_path / "run", random.Random(1), 0
-    for i in range(4):
-        process = rehearse(tmp_path, "--resume" if i else "--out", str(folder), "--budget", "240")
-        time.sleep(draw.uniform(20, 40))
-        process.kill()
-        process.wait()
-        now = sum("status" in e or "test" in e for e in journal.read(folder / LINES))
-        assert now >= seen
-        seen = now
-    began = time.time()
-    said, _ = rehearse(tmp_path, "--resume", str(folder), "--budget", "240").communicate()
-    assert time.time() - began < 245
-    entries = journal.read(folder / LINES)
-    assert {e["stage"] for e in entries if "stage" in e} == {
-        s.name for s in first_contact.stages(folder / LINES)
-    }
-    assert all(e["why"] or e["status"] == "ok" for e in entries if "stage" in e)
-    tests = Counter(e["test"] for e in entries if "test" in e)
-    ours = Counter(
-        json.dumps([e["subject"], e["name"]]) for e in entries if e.get("provider") == "slice_attention"
-    )
-    assert set(tests.values()) == {1}
-    assert set(ours.values()) <= {1, 2}  # again beside rivals
-    assert len(said) < 12_000
-
-
 def test_compiled_kernels_travel_with_the_run_and_into_the_next(tmp_path, monkeypatch):
     """Binaries and what describes them, the newest first, to the place that they came from."""
     place, run = tmp_path / "cache", tmp_path / "run"
@@ -385,3 +295,24 @@ def test_compiled_kernels_travel_with_the_run_and_into_the_next(tmp_path, monkey
     shutil.rmtree(place)
     first_contact.unpack(run / first_contact.CACHE)
     assert {p.name for p in place.rglob("*.*")} == {"new.cubin", "new.json"}
+
+
+def test_every_stage_can_run_on_a_gpu_and_counts_what_is_furthest_from_the_ceilings(tmp_path, monkeypatch):
+    monkeypatch.setattr(first_contact.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(first_contact.shutil, "which", lambda name: name)
+    lines = tmp_path / LINES
+    head = {"environment": {}, "dtype": "bfloat16", "ceilings": CEILING}
+    slow = [_invented(name, "ours", "ours", ms=ms, bytes=10**7)
+            for name, ms in (("axial", 2), ("axial half", 8), ("lora", 3), ("window", 5), ("slice", 99))]  # fmt: skip
+    journal.append(lines, {"head": head}, *slow)
+    stages = {stage.name: stage for stage in first_contact.stages(lines)}
+    assert not any(stage.missing for stage in stages.values())
+    assert list(stages)[:4] == ["machine", "tests", "ours", "rivals"]
+    counted = [command[command.index("--subjects") + 1] for command in stages["counters"].commands()]
+    assert counted == ["axial_half", "window", "lora"]
+    names = [
+        command[2] for stage in stages.values() if not callable(stage.commands) for command in stage.commands
+    ]
+    assert {"benchmarks", "pytest", "axial_fusion.tune"} <= set(names)
+    for file in first_contact.TESTS:
+        assert (ROOT / file).exists()
