@@ -7,6 +7,7 @@ Tests whose outcome the file holds are not run again. `--share i/n` takes every 
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,16 @@ class Lines:
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         known = {entry["test"] for entry in journal.read(self.path) if "test" in entry}
-        mine = items[self.index :: self.count]
+        turn: Counter[Path] = (
+            Counter()
+        )  # of a file: every kernel is tested early, what one breaks takes no other's time
+        order = {}
+        for item in items:
+            # those that need a GPU first: capture, compile, more than 2³¹ elements
+            order[item.nodeid] = not item.get_closest_marker("gpu"), turn[item.path]
+            turn[item.path] += 1
+        mine = sorted(items, key=lambda item: order[item.nodeid])[self.index :: self.count]
         chosen = [item for item in mine if item.nodeid not in known]
-        chosen.sort(key=lambda item: not item.get_closest_marker("gpu"))  # capture, compile, 2³¹ elements
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
 

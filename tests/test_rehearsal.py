@@ -65,7 +65,7 @@ def rehearse(folder, *options, broken=""):
 def test_a_broken_kernel_is_named_skipped_and_stops_nothing(tmp_path, broken):
     folder = tmp_path / "run"
     process = rehearse(
-        tmp_path, "--out", str(folder), "--budget", "150", "--only", "tests", "ours", broken=broken
+        tmp_path, "--out", str(folder), "--budget", "180", "--only", "tests", "ours", broken=broken
     )
     said, _ = process.communicate()
     assert process.returncode == 1
