@@ -71,7 +71,7 @@ def summary(entries: Entries) -> str:
         where, ceiling = head["environment"], head["ceilings"]
         parts.append(
             f"{where['device']}, torch {where['torch']}, Triton {where['triton']}, commit {where['commit']}: copy "
-            f"{ceiling['copy_bytes_per_s'] / 1e9:.0f} GB/s, matmul {ceiling['matmul_flops_per_s'] / 1e12:.1f} TFLOP/s, "
+            f"{ceiling['copy_bytes_per_s'] / 1e9:.0f} GB/s, matmul {ceiling['matmul_flops_per_s'] / 1e12:.3g} TFLOP/s, "
             f"{1e6 * ceiling['launch_s']:.1f} us a call"
         )
     parts += [f"WRONG ({len(bad)}):" if bad else "nothing of ours is wrong", *bad[:20]]

@@ -34,6 +34,7 @@ LINES, LOG, SUMMARY, CACHE = "lines.jsonl", "log.txt", "summary.txt", "cache.tar
 LAST_S = 4.0  # of the budget, for the summary and the archive
 STATUS = {"missing": "skipped", "failed": "failed", "out of memory": "failed"}  # of a stage by its subject's
 LOST_CODE = 3  # of a process whose GPU context is lost: it goes on in a new one
+LEAST_S = 12.0  # of a stage
 SLACK_S = 1.5  # a process is asked to end so long before it is made to
 MOST_BYTES = 15 * 2**20  # of a file that is brought back
 TESTS = [f"tests/test_{name}.py" for name in (
@@ -52,7 +53,7 @@ class Stage(NamedTuple):
     """Of the seconds that are left, among the stages that are left."""
     unit_s: float = 25.0
     """A unit of work that takes longer is given up."""
-    least_s: float = 12.0
+    least_s: float = LEAST_S
     """With fewer seconds, nothing would be known at its end."""
     good: tuple[int, ...] = (0,)
     """Exit codes of a process that did what it should."""
@@ -259,24 +260,33 @@ def _tail(path: Path, position: int) -> Iterator[list[journal.Entry]]:
 
 
 def all_stages(chosen: Sequence[Stage], folder: Path, end: float) -> None:
-    """Run the stages that `folder` does not know as done, the last until `end`; each leaves a line."""
-    lines = folder / LINES
-    done = {e["stage"] for e in journal.read(lines) if e.get("stage") and e["status"] in ("ok", "failed")}
-    left = [stage for stage in chosen if stage.name not in done]
-    for i, stage in enumerate(left):
-        began = time.time()
-        if stage.missing:
-            status, why = "skipped", stage.missing
-        elif end - began < 3 * SLACK_S:
-            status, why = "out of time", "no seconds were left for it"
-        else:
-            weights = [other.weight for other in left[i:] if not other.missing]
-            until = min(end, began + max(stage.least_s, (end - began) * stage.weight / sum(weights)))
-            print(f"{stage.name}: at most {until - began:.0f} s", flush=True)
-            status, why = run(stage, folder, until)
-        seconds = round(time.time() - began, 1)
-        journal.append(lines, {"stage": stage.name, "status": status, "why": why, "seconds": seconds})
-        print(f"{stage.name}: {status} after {seconds:.0f} s{why and f': {why}'}", flush=True)
+    """Run the stages that `folder` does not know as done, each once and then, while seconds are left, what is left."""
+    ended, again = ["ok", "failed"], False
+    while True:
+        done = {e["stage"] for e in journal.read(folder / LINES) if "stage" in e and e["status"] in ended}
+        left = [stage for stage in chosen if stage.name not in done]
+        if not left or (again and end - time.time() < 2 * LEAST_S):
+            return
+        for i, stage in enumerate(left):
+            _one(stage, left[i:], folder, end)
+        ended, again = [*ended, "skipped"], True
+
+
+def _one(stage: Stage, left: Sequence[Stage], folder: Path, end: float) -> None:
+    """Run a stage for its share of the seconds among the stages that are `left`; it leaves a line."""
+    began = time.time()
+    if stage.missing:
+        status, why = "skipped", stage.missing
+    elif end - began < 3 * SLACK_S:
+        status, why = "out of time", "no seconds were left for it"
+    else:
+        share = stage.weight / sum(other.weight for other in left if not other.missing)
+        until = min(end, began + max(stage.least_s, (end - began) * share))
+        print(f"{stage.name}: at most {until - began:.0f} s", flush=True)
+        status, why = run(stage, folder, until)
+    seconds = round(time.time() - began, 1)
+    journal.append(folder / LINES, {"stage": stage.name, "status": status, "why": why, "seconds": seconds})
+    print(f"{stage.name}: {status} after {seconds:.0f} s{why and f': {why}'}", flush=True)
 
 
 def pack(folder: Path) -> None:

@@ -316,3 +316,16 @@ def test_every_stage_can_run_on_a_gpu_and_counts_what_is_furthest_from_the_ceili
     assert {"benchmarks", "pytest", "axial_fusion.tune"} <= set(names)
     for file in first_contact.TESTS:
         assert (ROOT / file).exists()
+
+
+def test_seconds_that_stages_leave_go_to_those_that_had_too_few(tmp_path, monkeypatch):
+    monkeypatch.setattr(first_contact, "LEAST_S", 1.0)
+    (tmp_path / LINES).touch()
+    long = work(tmp_path, *[f"unit {i}" for i in range(120)], processes=1)._replace(name="long", weight=0.2)
+    absent = Stage("counters", [["ncu"]], 1.0, missing="ncu is not installed")
+    first_contact.all_stages([long, absent, work(tmp_path, "short")], tmp_path, time.time() + 12)
+    runs = [(e["stage"], e["status"]) for e in journal.read(tmp_path / LINES) if "stage" in e]
+    assert runs[:3] == [("long", "out of time"), ("counters", "skipped"), ("work", "ok")]
+    assert runs[-1] == ("long", "ok")
+    assert set(Counter(e["test"] for e in journal.read(tmp_path / LINES) if "test" in e).values()) == {1}
+    assert [name for name, _ in runs].count("counters") == 1
