@@ -233,8 +233,8 @@ def _lost(watched: Watched, unit_s: float, ended: bool) -> str:
 def _given_up(unit: dict[str, Any], why: str) -> dict[str, Any]:
     """The line of a unit that gave none itself."""
     if "test" in unit:
-        return {**unit, "outcome": "failed", "error": why}
-    return {**unit, "status": "failed", "reason": why}
+        return {**unit, "outcome": "failed", "error": why, "lost": True}
+    return {**unit, "status": "failed", "reason": why, "lost": True}
 
 
 def _last_said(folder: Path) -> str:

@@ -263,7 +263,7 @@ def read(lines: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return head, list(records.values())
 
 
-RESULTS_OF = ("role", "status", "flops", "error", "ms", "clock", "peak_bytes", "reason")
+RESULTS_OF = ("role", "status", "flops", "error", "ms", "clock", "peak_bytes", "reason", "lost")
 
 
 def place(record: Mapping[str, Any]) -> str:
@@ -279,11 +279,16 @@ def _left(
 ) -> dict[str, Provider]:
     """The providers of `groups` that are not `known` at this case; ours again where it is right, beside rivals.
 
-    None where the timing of this case did not end before."""
+    None where the timing of this case did not end before. A provider that hung or crashed its process at a case is not
+    called at other cases of the subject."""
+    lost = {r["provider"] for r in known if r.get("lost") and r["subject"] == case["subject"]}
     status = {r["provider"]: r["status"] for r in known if all(r.get(k) == v for k, v in case.items())}
     if TIMING in status:
         return {}
-    left = [name for name, p in providers.items() if group(name, p) in groups and name not in status]
+    left = [
+        name for name, p in providers.items()
+        if group(name, p) in groups and name not in status and name not in lost
+    ]  # fmt: skip
     if any(providers[name].call is not None for name in left):
         left += [name for name, p in providers.items() if p.role == "ours" and status.get(name) == "ok"]
     return {name: providers[name] for name in left}
