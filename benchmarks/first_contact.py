@@ -171,6 +171,7 @@ def _environment(folder: Path) -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "TRITON_CACHE_DIR": str(_cache()),
+        "AXIAL_FUSION_SELF_CHECK": "0",  # kernels are tested here, and are to run whatever is found
     }
     return {"OMP_NUM_THREADS": "8"} | os.environ | fixed
 
