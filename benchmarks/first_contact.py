@@ -21,6 +21,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,7 +139,7 @@ class Watched:
         command = [part.replace("{seconds}", f"{seconds:.1f}") for part in self.command]
         with (self.folder / LOG).open("ab") as log:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=_environment(self.folder), stdout=log, stderr=subprocess.STDOUT,
+                command, cwd=ROOT, env=_environment(), stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True, preexec_fn=_die_with_parent,
             )  # fmt: skip
 
@@ -161,10 +162,9 @@ def _die_with_parent() -> None:
         _LIBC.prctl(1, signal.SIGKILL)
 
 
-def _environment(folder: Path) -> dict[str, str]:
-    wheels = sorted(Path(os.environ.get(WHEEL_FOLDER) or folder).glob("*.whl"))
+def _environment() -> dict[str, str]:
     known = os.environ.get("PYTHONPATH")
-    paths = [str(ROOT), str(ROOT / "kernels"), *([known] if known else []), *map(str, wheels)]
+    paths = [str(ROOT), str(ROOT / "kernels"), *([known] if known else []), str(_site())]
     fixed = {
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",
@@ -174,6 +174,11 @@ def _environment(folder: Path) -> dict[str, str]:
         "AXIAL_FUSION_SELF_CHECK": "0",  # kernels are tested here, and are to run whatever is found
     }
     return {"OMP_NUM_THREADS": "8"} | os.environ | fixed
+
+
+def _site() -> Path:
+    """Where wheels that came along lie unpacked."""
+    return Path(tempfile.gettempdir()) / "first-contact-site"
 
 
 def _cache() -> Path:
@@ -348,6 +353,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"there is no stage {unknown.pop()!r}; there are {', '.join(s.name for s in chosen)}")
     if args.only:
         chosen = [stage for stage in chosen if stage.name in args.only]
+    for wheel in Path(os.environ[WHEEL_FOLDER]).glob("*.whl") if WHEEL_FOLDER in os.environ else ():
+        with zipfile.ZipFile(wheel) as packed:
+            packed.extractall(_site())
     if args.cache:
         unpack(args.cache)
     all_stages(chosen, folder, began + args.budget - LAST_S)
