@@ -90,7 +90,7 @@ def test_the_rehearsal_runs_or_skips_every_stage_within_its_budget_and_survives_
         process = rehearse(tmp_path, "--resume" if i else "--out", str(folder), "--budget", "240")
         time.sleep(draw.uniform(20, 40))
         process.kill()
-        process.wait()
+        process.communicate()
         now = sum("status" in e or "test" in e for e in journal.read(folder / LINES))
         assert now >= seen
         seen = now
