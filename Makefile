@@ -10,6 +10,7 @@ SHELL := /bin/bash
 DEMO ?= demo-run
 TESTS ?=
 BENCH ?= quick
+OUT ?= first-contact
 KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,axial_attention row_norm lora_linear lora_qkv rel_pos_attention rel_terms slice_attention compile))
 
 ifdef PYTHON
@@ -45,8 +46,8 @@ bench: $(READY) ## time every op against its rivals, into benchmarks/results/; B
 bench-compare: $(READY) ## ratio of two results, A=old.json B=new.json, and whether it exceeds the spread
 	$(PY) -m benchmarks.compare $(A) $(B)
 
-first-contact: $(READY) ## new hardware: sanitizer, GPU tests, tile sweep, quick benchmark; ten minutes, logs kept
-	$(PY) -m benchmarks.first_contact
+first-contact: $(READY) ## new hardware: tests, times, tiles and targets in seven minutes, each line kept in OUT
+	$(PY) -m benchmarks.first_contact --out $(OUT)
 
 figure: $(READY) ## rewrite the measured pages of docs/explanation and README's table from the newest results
 	$(PY) -m benchmarks.figure

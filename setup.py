@@ -19,7 +19,7 @@ setup(
     package_dir={"axial_fusion": "kernels/axial_fusion"},
     package_data={
         "aftersam": ["py.typed", "weights/*/*", "weights/*/*/*"],
-        "axial_fusion": ["py.typed", "VERSION"],
+        "axial_fusion": ["py.typed", "VERSION", "measured/*.json"],
     },
     ext_modules=[  # left out where there is no compiler
         Extension(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from aftersam.errors import naming
 
 try:
-    import fcntl
+    import fcntl as fcntl  # claims take it from here
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]  # there is none on Windows
 

@@ -3,8 +3,8 @@
 speed/ has one file a subject, accuracy/ the table of systems, results/ the raw JSON. harness.py checks and times a
 subject's providers; gate.py compares them with fp64, clock.py times them, machine.py describes the machine.
 __main__.py runs every subject, targets.py compares a result with the aims, compare.py compares two results.
-figure.py writes the measured pages of docs/explanation and README's table with tables.py. first_contact.py is for
-new hardware."""
+figure.py writes the measured pages of docs/explanation and README's table with tables.py. first_contact.py runs all of
+it on new hardware, line by line (journal.py); contact_tests.py plugs into pytest, contact_summary.py sums up."""
 
 import importlib.util
 import sys

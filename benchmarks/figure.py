@@ -19,7 +19,6 @@ from benchmarks.page import write_sections
 from benchmarks.tables import Result, caption, of_subject, readme_sections, rivals_table, table, targets_table
 from benchmarks.targets import targets
 
-DOCS = ROOT / "docs" / "explanation"
 PERFORMANCE = """# Performance, as measured
 
 `make bench` measures the machine it runs on. `make figure` writes this page from the newest result of each device in
@@ -236,15 +235,17 @@ def accuracy_page(results: Path, docs: Path) -> list[str]:
     return page
 
 
-def main() -> int:
+def main(root: Path | None = None) -> int:
+    """Draw and write below `root`, the repository's by default; 2 where there is no result or no place for a table."""
+    root, results = root or ROOT, root / "benchmarks" / "results" if root else RESULTS
     try:
-        results, page = newest(), [PERFORMANCE]
-        for result in results:
-            page += page_sections(result, DOCS / f"bench-{slug(result['environment']['device'])}.png")
-        write_text(DOCS / "performance.md", "\n\n".join(page) + "\n")
-        write_sections(ROOT / "README.md", readme_sections(results))
-        if accuracy := accuracy_page(RESULTS / "accuracy", DOCS):
-            write_text(DOCS / "accuracy.md", "\n\n".join(accuracy) + "\n")
+        found, page, docs = newest(results), [PERFORMANCE], root / "docs" / "explanation"
+        for result in found:
+            page += page_sections(result, docs / f"bench-{slug(result['environment']['device'])}.png")
+        write_text(docs / "performance.md", "\n\n".join(page) + "\n")
+        write_sections(root / "README.md", readme_sections(found))
+        if accuracy := accuracy_page(results / "accuracy", docs):
+            write_text(docs / "accuracy.md", "\n\n".join(accuracy) + "\n")
     except ValueError as error:
         print(f"benchmarks.figure: {error}", file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,34 @@ import torch
 from torch import Tensor
 
 from aftersam.files import write_text
-from benchmarks import clock
+from benchmarks import clock, journal
 from benchmarks.gate import LOST, Gate, Provider
 from benchmarks.machine import RESULTS, default_device, default_dtype, environment, slug
 
+TIMING = "(timing)"  # in the place of a provider: what is called while all of a case are timed in turns
+COMPILED = ("compiled", "flex")  # in the names of providers that torch.compile makes
+GROUPS = ("ours", "eager", "compiled")
+
+
+def group(name: str, provider: Provider) -> str:
+    """Which of GROUPS a provider is measured with."""
+    if provider.role == "ours":
+        return "ours"
+    return "compiled" if any(word in name.lower() for word in COMPILED) else "eager"
+
 
 def measure(
-    case: Mapping[str, Any], inputs: Sequence[Tensor], providers: Mapping[str, Provider], *, budget_s: float
+    case: Mapping[str, Any],
+    inputs: Sequence[Tensor],
+    providers: Mapping[str, Provider],
+    *,
+    budget_s: float,
+    lines: Path | None = None,
 ) -> list[dict[str, Any]]:
     """One record for each provider: its errors, and its times and memory where the errors allow.
 
     The backward goes to the `inputs` that require a gradient; without any the forward alone is measured. `budget_s`
-    bounds the seconds of timing of the whole case."""
+    bounds the seconds of timing of the whole case. `lines` is told of each provider before it is called."""
     gate = Gate(inputs)
     records: list[dict[str, Any]] = []
     right: dict[str, dict[str, list[clock.Call]]] = {}
@@ -47,6 +63,7 @@ def measure(
         if provider.call is None:
             record |= {"status": "missing", "reason": provider.missing}
             continue
+        journal.begin(lines, record)
         try:
             record |= gate.check(provider)
             if record["status"] == "ok":
@@ -59,6 +76,7 @@ def measure(
                 return records
         if record["status"] == "out of memory":
             _release()
+    journal.begin(lines, {**case, "provider": TIMING, "role": "other", "flops": 0})
     for kind in ("forward", "forward_backward"):
         calls = {name: of[kind] for name, of in right.items() if kind in of}
         times = clock.times(
@@ -105,7 +123,9 @@ def _failure(error: BaseException) -> dict[str, str]:
     out_of_memory = isinstance(
         error, (torch.OutOfMemoryError, MemoryError)
     ) or "can't allocate memory" in str(error)
-    return {"status": "out of memory" if out_of_memory else "failed", "reason": text}
+    missing = isinstance(error, ModuleNotFoundError)
+    status = "out of memory" if out_of_memory else "missing" if missing else "failed"
+    return {"status": status, "reason": text}
 
 
 def _release() -> None:
@@ -156,9 +176,19 @@ def ceilings(dtype: torch.dtype) -> dict[str, float]:
     }
     times = {name: statistics.median(of) for name, (of, _) in clock.times(calls, budget_s=1.5).items()}
     copy = min(times["copy"], times["copy by a kernel"])  # the driver's own copy is not always the faster one
-    return {"copy_bytes_per_s": 2e3 * size / copy} | {
+    return {"copy_bytes_per_s": 2e3 * size / copy, "launch_s": _launch_s(device)} | {
         f"{name}_flops_per_s": 2e3 * side**3 / times[name] for name in ("matmul", "matmul_bfloat16")
     }
+
+
+def _launch_s(device: torch.device) -> float:
+    """Seconds of the host for a call of torch on one element, without waiting for it."""
+    one = torch.zeros(1, device=device)
+    for count in (100, 900):  # the first ones warm up; a GPU's queue holds more than these
+        began = time.perf_counter()
+        for _ in range(count):
+            one.neg_()
+    return (time.perf_counter() - began) / count
 
 
 Case = tuple[Mapping[str, Any], Sequence[Tensor], Mapping[str, Provider]]
@@ -177,22 +207,24 @@ def run(
     budget_s: float,
     total_s: float = math.inf,
     lines: Path | None = None,
+    groups: Collection[str] = GROUPS,
 ) -> dict[str, Any]:
     """The result of all cases as JSON values: environment, ceilings, records, and what was skipped.
 
     Each case is timed for `budget_s` seconds. Several subjects are given as a mapping and share `total_s` seconds,
     checks and references included: each gets an equal part of the seconds that are left, and begins no further case
     once they are spent. Cases that were not begun are listed under `skipped`. Each record is appended to the file
-    `lines` once it is measured, and cases that the file holds are not measured again."""
+    `lines` once it is measured, and what the file holds is not measured again, but ours beside rivals that are not in
+    it. `groups`: which of GROUPS to measure."""
     end = time.perf_counter() + total_s
-    head, known = read(lines) if lines and lines.exists() else ({}, [])
+    head, known = read(lines) if lines else ({}, [])
     if not head:
         name, where = str(dtype).removeprefix("torch."), environment()
         head = {
             "environment": where, "dtype": name, "timing": clock.METHOD[where["kind"]], "ceilings": ceilings(dtype),
         }  # fmt: skip
         if lines is not None:
-            lines.write_text(json.dumps({"head": head}) + "\n")
+            journal.end(lines, {"head": head})
     ceiling, where, name = head["ceilings"], head["environment"], head["dtype"]
     copy, matmul = ceiling["copy_bytes_per_s"], ceiling["matmul_flops_per_s"]
     print(f"{where['device']}, {name}: copy {copy / 1e9:.1f} GB/s, matmul {matmul / 1e12:.2f} TFLOP/s")
@@ -208,22 +240,59 @@ def run(
                     reason = f"its {until - now:.0f} s were spent after {done} cases"
                     skipped.append({"subject": subject, "from": case["name"] or "curve", "reason": reason})
                     break
-                if any(all(r.get(key) == value for key, value in case.items()) for r in known):
-                    continue
-                records += _measured(case, inputs, providers, ceiling, budget_s, lines)
+                chosen = _left(case, providers, known, groups)
+                if chosen:
+                    records += _measured(case, inputs, chosen, ceiling, budget_s, lines)
         except Exception as error:  # the other subjects are measured all the same
-            if len(subjects) == 1:
+            if len(subjects) == 1 and lines is None:
                 raise
             skipped.append({"subject": subject, "from": "", **_failure(error)})
     for line_of in skipped:
+        if lines is not None:
+            journal.append(lines, {"skipped": line_of})
         print(f"{line_of['subject']}: not measured from {line_of['from'] or 'here'} on: {line_of['reason']}")
     return {**head, "records": records, "skipped": skipped}
 
 
 def read(lines: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The file `lines` of a run: its head with machine and ceilings, and its records."""
-    head, *records = (json.loads(text) for text in lines.read_text().splitlines())
-    return head["head"], records
+    """The file `lines` of a run: its head with machine and ceilings, and its records, the last of each provider.
+
+    Both are empty where the file holds none."""
+    entries = journal.read(lines)
+    head: dict[str, Any] = next((entry["head"] for entry in entries if "head" in entry), {})
+    records = {place(entry): entry for entry in entries if "subject" in entry and "provider" in entry}
+    return head, list(records.values())
+
+
+RESULTS_OF = ("role", "status", "flops", "error", "ms", "clock", "peak_bytes", "reason", "lost")
+
+
+def place(record: Mapping[str, Any]) -> str:
+    """The case and the provider of a record, without what was found."""
+    return json.dumps({key: value for key, value in record.items() if key not in RESULTS_OF}, default=str)
+
+
+def _left(
+    case: Mapping[str, Any],
+    providers: Mapping[str, Provider],
+    known: Sequence[Mapping[str, Any]],
+    groups: Collection[str],
+) -> dict[str, Provider]:
+    """The providers of `groups` that are not `known` at this case; ours again where it is right, beside rivals.
+
+    None where the timing of this case did not end before. A provider that hung or crashed its process at a case is not
+    called at other cases of the subject."""
+    lost = {r["provider"] for r in known if r.get("lost") and r["subject"] == case["subject"]}
+    status = {r["provider"]: r["status"] for r in known if all(r.get(k) == v for k, v in case.items())}
+    if TIMING in status:
+        return {}
+    left = [
+        name for name, p in providers.items()
+        if group(name, p) in groups and name not in status and name not in lost
+    ]  # fmt: skip
+    if any(providers[name].call is not None for name in left):
+        left += [name for name, p in providers.items() if p.role == "ours" and status.get(name) == "ok"]
+    return {name: providers[name] for name in left}
 
 
 def _measured(
@@ -238,12 +307,10 @@ def _measured(
     hidden = ("subject", "name", "bytes", "bytes_backward", "items", "unit")
     sizes = ", ".join(f"{k} {v}" for k, v in case.items() if k not in hidden)
     print(f"{case['subject']}, {case['name'] or 'curve'}: {sizes}")
-    records = measure(case, inputs, providers, budget_s=budget_s)
+    records = measure(case, inputs, providers, budget_s=budget_s, lines=lines)
     for record in records:
         print(line(record, ceiling), flush=True)
-    if lines is not None:
-        with lines.open("a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+    journal.end(lines, *records)
     if any(LOST in record.get("reason", "") for record in records):
         print("CUDA gave this process up; the same command with --lines goes on after this case", flush=True)
         raise SystemExit(3)

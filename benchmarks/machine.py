@@ -48,11 +48,13 @@ def environment() -> dict[str, Any]:
     except ImportError:
         triton_version = None
     gpu = torch.cuda.is_available()
+    capability = torch.cuda.get_device_capability() if gpu else (0, 0)
     return {
         "device": torch.cuda.get_device_name()
         if gpu
         else f"{cpu_model()}, {torch.get_num_threads()} threads",
         "kind": "gpu" if gpu else "cpu",
+        "arch": 10 * capability[0] + capability[1],
         "cpu": cpu_model(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         if gpu

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from benchmarks.harness import RESULTS_OF
+
 Record = Mapping[str, Any]
 H200 = {"copy": 4.3e12, "matmul": 788e12}  # bytes and FLOPs a second, as measured on one
 
@@ -58,8 +60,7 @@ def ours_and_best(
 
 def _place(record: Record) -> list[tuple[str, Any]]:
     """The facts of a record that identify its case."""
-    results = ("provider", "role", "status", "flops", "error", "ms", "clock", "peak_bytes", "reason")
-    return [(k, v) for k, v in record.items() if k not in results]
+    return [(k, v) for k, v in record.items() if k not in ("provider", *RESULTS_OF)]
 
 
 def gain(subject: str, kind: str = "forward", against: str | None = None, **facts: Any) -> Value:

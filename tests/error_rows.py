@@ -229,7 +229,8 @@ READING = [
         "HOME/scan.nii.gz is not in Hounsfield units: its values lie between 0 and 255, as if they were "
         "scaled; convert it, or use --trust-intensities", an_mr),
     Row("two series", "predict", SERIES,
-        "HOME/series holds slices of 2 DICOM series; put each into a folder of its own, or give the folder with --recursive", two_series),
+        "HOME/series holds slices of 2 DICOM series; put each into a folder of its own, or give the folder with "
+        "--recursive", two_series),
     Row("a missing slice", "predict", SERIES,
         "HOME/series has a missing or misplaced slice: 1.dcm and 2.dcm lie 8 mm apart, the others 4 mm", a_gap),
     Row("MR slices", "predict", SERIES,

@@ -11,6 +11,7 @@ import torch
 from aftersam.config import preset
 from aftersam.inference import graphs
 from aftersam.inference.graphs import Replayed, capture_steps
+from aftersam.inference.segmenter import load
 from aftersam.model.build import build_aftersam
 
 
@@ -130,6 +131,13 @@ def test_on_a_cpu_the_steps_are_the_models_own():
     capture_steps(model)
     for _ in range(3):
         assert torch.equal(model(hu), expected)
+
+
+def test_a_loaded_model_replays_its_steps_unless_told_otherwise():
+    for replayed, options in ((True, {}), (False, {"graphs": False})):
+        model = load("headneck", device="cpu", **options).model
+        steps = model.encode, model.fuse, model.decode
+        assert [isinstance(step, Replayed) for step in steps] == 3 * [replayed]
 
 
 @pytest.mark.gpu

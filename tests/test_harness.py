@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench_cases import CEILING, SQUARE, square
-from benchmarks import harness
+from benchmarks import harness, journal
 from benchmarks.__main__ import main as bench_main
 from benchmarks.harness import Provider, measure
 
@@ -174,8 +174,12 @@ def test_a_run_that_was_stopped_goes_on_from_its_lines_and_can_be_collected(tmp_
 
     lines = tmp_path / "lines.jsonl"
     first = harness.run(cases(), dtype=torch.float32, budget_s=0.01, lines=lines)
-    head, *records = lines.read_text().splitlines()
-    lines.write_text("\n".join([head, records[0]]) + "\n")  # as a run that was killed after its first case
+    written = lines.read_text().splitlines(keepends=True)
+    first_record = next(i for i, text in enumerate(written) if '"status"' in text)
+    lines.write_text(
+        "".join(written[: first_record + 1]) + '{"sub'
+    )  # killed after its first case, in a write
+    journal.mend(lines)
     before = len(calls)
     again = harness.run(cases(), dtype=torch.float32, budget_s=0.01, lines=lines)
     assert [r["name"] for r in again["records"]] == ["a", "b"]
@@ -188,3 +192,57 @@ def test_a_run_that_was_stopped_goes_on_from_its_lines_and_can_be_collected(tmp_
     written = json.loads(Path(capsys.readouterr().out.split()[-1]).read_text())
     assert written["records"] == again["records"]
     assert {t["number"] for t in written["targets"]} == {f"T{i}" for i in range(1, 11)}
+
+
+def test_what_hung_at_one_case_is_not_called_at_the_next_and_rivals_bring_ours_along(tmp_path):
+    calls = []
+
+    def named(name, role):
+        def call(x):
+            calls.append(name)
+            return x * x
+
+        return Provider(call, square, 8, role=role)
+
+    def cases():
+        for name in ("a", "b"):
+            providers = {
+                n: named(n, "ours" if n == "ours" else "rival")
+                for n in ("hung", "rival", "ours", "it, compiled")
+            }
+            yield {**SQUARE, "name": name}, [torch.ones(8)], providers
+
+    def run(*groups):
+        calls.clear()
+        found = harness.run(cases(), dtype=torch.float32, budget_s=0.01, lines=lines, groups=groups)
+        return set(calls), [(r["name"], r["provider"]) for r in found["records"]]
+
+    lines = tmp_path / "lines.jsonl"
+    lost = {
+        **SQUARE,
+        "name": "a",
+        "provider": "hung",
+        "role": "rival",
+        "flops": 8,
+        "status": "failed",
+        "lost": True,
+    }
+    journal.append(lines, lost)
+    assert run("ours")[0] == {"ours"}
+    assert run("eager")[0] == {"ours", "rival"}
+    called, records = run("eager")
+    assert called == set()
+    assert sorted(records) == [("a", "hung"), ("a", "ours"), ("a", "rival"), ("b", "ours"), ("b", "rival")]
+    assert run("compiled")[0] == {"ours", "it, compiled"}
+    journal.append(
+        lines,
+        {
+            **SQUARE,
+            "name": "a",
+            "provider": harness.TIMING,
+            "role": "other",
+            "status": "failed",
+            "lost": True,
+        },
+    )
+    assert run("ours", "eager", "compiled")[0] == set()

@@ -58,9 +58,10 @@ KERNELS = {f"axial_fusion/cpu/_kernels{EXTENSION_SUFFIXES[0]}"} if shutil.which(
 
 
 def files(*packages: Path) -> set[str]:
-    """What a wheel of these packages must hold: modules, py.typed, models that come along, axial_fusion's version."""
+    """What a wheel of these packages must hold: modules, py.typed, what comes along, axial_fusion's version."""
     found = {p for package in packages for p in package.rglob("*.py")}
     found |= {p for package in packages for p in (package / "weights").rglob("*") if p.is_file()}
+    found |= {p for package in packages for p in (package / "measured").glob("*.json")}
     found |= {package / "py.typed" for package in packages} | {ROOT / "kernels" / "axial_fusion" / "VERSION"}
     bases = {package: package.parent for package in packages}
     return {

@@ -6,7 +6,7 @@ model is not compiled again for each image size. A backend that is named and can
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from .checks import (
 )
 from .obstacles import HALF, Facts, cpu_obstacle, obstacle_to, triton_obstacle
 from .reference import AttentionWeights
+from .trust import failure
+from .tuned import measurements, source
 
 Op = Literal[
     "axial_attention",
@@ -59,11 +61,18 @@ class SliceKey(NamedTuple):
     head_dim: int
 
 
-# slice_attention's, as axial_fusion.tune prints it. H100, bf16: 1.09 (D 64) to 1.41 times (D 32) as fast as cuDNN.
-FASTEST: dict[SliceKey, str] = {
-    SliceKey((9, 0), torch.bfloat16, 32): "triton",
-    SliceKey((9, 0), torch.bfloat16, 64): "triton",
-}
+def _measured(value: Callable[[dict[str, Any], dict[str, Any]], str]) -> dict[SliceKey, str]:
+    """What `value` says of each measured backend of slice_attention, by its key."""
+    return {
+        SliceKey(divmod(m["arch"], 10), getattr(torch, e["dtype"]), e["head_dim"]): value(m, e)
+        for m in measurements() for e in m.get("backends", ())
+    }  # fmt: skip
+
+
+FASTEST = _measured(
+    lambda m, e: e["backend"]
+)  # of slice_attention; H100, bf16: 1.09 to 1.41 times as fast as cuDNN
+SOURCES = _measured(lambda m, e: source(m))
 
 
 class Choice(NamedTuple):
@@ -263,7 +272,7 @@ def _fastest_kernel(op: str, facts: Facts) -> Choice:
             return FEW_PRODUCTS
         obstacle = cpu_obstacle(facts)
         return Choice("torch", obstacle) if obstacle else COMPILED
-    obstacle = triton_obstacle(op, facts)
+    obstacle = _unfit(op, facts)
     if obstacle:
         return Choice("torch", obstacle)
     if op == "row_norm":
@@ -273,13 +282,27 @@ def _fastest_kernel(op: str, facts: Facts) -> Choice:
     return Choice("triton", "no score leaves the chip")
 
 
+def _unfit(op: str, facts: Facts) -> str | None:
+    """Why `auto` does not take the Triton kernels of `op`: they cannot run, or failed their check on this GPU."""
+    obstacle = triton_obstacle(op, facts)
+    if obstacle is None and (wrong := failure(op, facts.device, facts.dtype)):
+        return f"its kernels failed their check on this GPU: {wrong}"
+    return obstacle
+
+
 def _fastest_slices(facts: Facts, positions: int, tensors: Callable[[], tuple[Tensor, ...]]) -> Choice:
     """Of slice_attention among `positions`; `tensors` gives those that q, k and v are made of."""
     key = SliceKey(_capability(facts.device), facts.dtype, facts.head_dim)
     measured = FASTEST.get(key)
-    if measured and not obstacle_to("slice_attention", measured, facts):
-        device = "sm_{}{}".format(*key.capability)
-        return Choice(measured, f"measured fastest on {device} for {dtype_name(key.dtype)}, D {key.head_dim}")
+    if measured:
+        unfit = _unfit("slice_attention", facts) if measured == "triton" else None
+        if not (unfit or obstacle_to("slice_attention", measured, facts)):
+            by = f" ({SOURCES[key]})" if key in SOURCES else ""
+            device = "sm_{}{}".format(*key.capability)
+            what = f"measured fastest on {device} for {dtype_name(key.dtype)}, D {key.head_dim}"
+            return Choice(measured, what + by)
+        if unfit and "failed their check" in unfit:
+            return Choice("sdpa", unfit)
     most = FEW_POSITIONS.get(facts.dtype, 0)
     if facts.device.type == "cpu" and positions <= most and not no_derivative(*tensors()):
         return Choice("torch", f"a gradient of at most {most} positions on a CPU: plain products are faster")
@@ -291,22 +314,26 @@ def _fastest_linear(device: torch.device, dtype: torch.dtype, rank: int) -> Choi
     if device.type == "cuda":
         if not rank:
             return Choice("augmented", "the library's product; a bias gradient is one pass over the rows")
-        if triton_obstacle("lora_linear", Facts(device, dtype, rank=rank)) is None:
+        unfit = _unfit("lora_linear", Facts(device, dtype, rank=rank))
+        if unfit is None:
             return Choice(
                 "triton", "x is read and joined with its update in one pass: 265 us on an H100, not 316"
             )
-        return Choice("augmented", "one product of K + r writes y once")
+        return Choice("augmented", f"one product of K + r writes y once; not Triton: {unfit}")
     if rank and dtype in HALF:
         return Choice("augmented", "one product rounds y once; a small update added to it after is lost")
     return NOTHING_TO_FUSE
 
 
 def _fastest_qkv(facts: Facts) -> Choice:
-    if facts.device.type == "cuda" and triton_obstacle("lora_qkv", facts) is None:
+    if facts.device.type != "cuda":
+        return Choice("augmented", "the library's one product of K + 2r")
+    unfit = _unfit("lora_qkv", facts)
+    if unfit is None:
         return Choice(
             "triton", "a row is normalised in one pass: 62 us on an H100, without LoRA 87 us by torch"
         )
-    return Choice("augmented", "the library's one product of K + 2r")
+    return Choice("augmented", f"the library's one product of K + 2r; not Triton: {unfit}")
 
 
 def slice_key(q: Tensor) -> SliceKey:
@@ -340,7 +367,7 @@ def _named(op: str, backend: str, tensors: tuple[Tensor, ...]) -> Choice:
 def sums_by_triton(x: Tensor) -> bool:
     """Whether a kernel sums the rows of x (T, C) up."""
     facts = Facts(x.device, x.dtype, channels=x.shape[-1])
-    return x.device.type == "cuda" and x.numel() > 0 and triton_obstacle("row_norm", facts) is None
+    return x.device.type == "cuda" and x.numel() > 0 and _unfit("row_norm", facts) is None
 
 
 def plain_on(*tensors: Tensor) -> bool:

@@ -1,8 +1,9 @@
 """Measure tile sizes on this GPU.    python -m axial_fusion.tune axial_attention --slices 9 --head-dim 32
 
 Of slice_attention it measures the backends. Every candidate is first held against the reference in fp64, forward and
-gradients; a wrong one is named and never timed. Prints the entry for `gpu.tiles.MEASURED`, of slice_attention for
-`dispatch.FASTEST`; nothing is changed. In Triton's interpreter times mean nothing.
+gradients; a wrong one is named and never timed. Of an axial op the kernel alone is timed, and of tiles that give the
+same kernel one. The fastest is kept in this machine's cache folder (tuned.py) and preferred to what ships. In Triton's
+interpreter times mean nothing.
 
     python -m axial_fusion.tune axial_attention --static --arch 90    candidates by counted instructions, without a GPU
     python -m axial_fusion.tune axial_attention --best 4              measure the four that count least"""
@@ -10,20 +11,27 @@ gradients; a wrong one is named and never timed. Prints the entry for `gpu.tiles
 from __future__ import annotations
 
 import argparse
+import json
+import math
+import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
 from itertools import chain, product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, tuned
+from .checks import dtype_name
 from .dispatch import BACKENDS, FASTEST, SliceKey, slice_key
-from .gpu.tiles import MEASURED, Key, Tile, arch
+from .gpu.tiles import MEASURED, Key, Tile, arch, packed
 from .ops.axial_attention import axial_attention
 from .ops.slice_attention import slice_attention
+from .trust import triton_version
 
 OPS = ("axial_attention", "axial_attention_backward", "slice_attention")
 TOLERANCE = {
@@ -67,11 +75,13 @@ def tune(
     *,
     tiles: Iterable[Tile | str] | None = None,
     timer: Callable[[Callable[[], object]], float] | None = None,
+    told: Callable[[Key | SliceKey, Measured], None] = lambda key, result: None,
+    until: float = math.inf,
 ) -> tuple[Key | SliceKey, list[Measured]]:
     """The key of `op` at these sizes, and every candidate, the fastest first and the refused ones last.
 
-    `timer` gives a function's time in milliseconds; triton.testing.do_bench on a GPU. Raises ValueError for an
-    unknown op."""
+    `timer` gives a function's time in milliseconds; that of a CUDA graph on a GPU. `told` hears of each candidate once
+    it is known, and none is begun after time.monotonic() `until`. Raises ValueError for an unknown op."""
     if op not in OPS:
         raise ValueError(f"op is {op!r}; there are {', '.join(OPS)}")
     small = _Problem(op, sizes._replace(positions=min(sizes.positions, 19)))
@@ -83,21 +93,36 @@ def tune(
         key, table = slice_key(small.inputs[0]), FASTEST
     exact = small.exact()
     measure = timer or _timer(sizes.device)
-    results = []
+    results: list[Measured] = []
     kept = table.get(key)
     try:
-        for tile in candidates(op) if tiles is None else tiles:
-            if isinstance(tile, Tile) and tile.rows < sizes.slices:
-                continue
+        for tile in _distinct(candidates(op) if tiles is None else tiles, sizes):
+            if time.monotonic() > until:
+                break
             table[key] = tile
             small.backend = large.backend = tile if isinstance(tile, str) else "triton"
-            refused = _wrong(small, exact, TOLERANCE[sizes.dtype])
-            results.append(Measured(tile, None if refused else measure(large.run), refused))
+            refused, ms = _wrong(small, exact, TOLERANCE[sizes.dtype]), None
+            if refused is None:
+                ms = measure(large.run if op == "slice_attention" else large.launch)
+            results.append(Measured(tile, ms, refused))
+            told(key, results[-1])
     finally:
         table.pop(key, None)
         if kept is not None:
             table[key] = kept
     return key, sorted(results, key=lambda r: (r.milliseconds is None, r.milliseconds or 0.0))
+
+
+def _distinct(tiles: Iterable[Tile | str], sizes: Sizes) -> Iterator[Tile | str]:
+    """The candidates that hold the slices, one of those that give the same kernel."""
+    seen = []
+    for tile in tiles:
+        if isinstance(tile, Tile):
+            constants = packed(tile, sizes.slices, sizes.slices, sizes.heads)
+            if tile.rows < sizes.slices or constants in seen:
+                continue
+            seen.append(constants)
+        yield tile
 
 
 class Counted(NamedTuple):
@@ -124,9 +149,8 @@ def rank(op: str, sizes: Sizes, arch: int, *, tiles: Iterable[Tile] | None = Non
     key = Key(op, arch, sizes.dtype, sizes.slices, sizes.head_dim)
     kept, results = MEASURED.get(key), []
     try:
-        for tile in candidates(op) if tiles is None else tiles:
-            if not isinstance(tile, Tile) or tile.rows < sizes.slices:
-                continue
+        for tile in _distinct(candidates(op) if tiles is None else tiles, sizes):
+            assert isinstance(tile, Tile)
             MEASURED[key] = tile
             with build.target(arch):
                 *_, launch = build.recorded(problem.launch)
@@ -203,7 +227,15 @@ def _timer(device: str) -> Callable[[Callable[[], object]], float]:
     if device.startswith("cuda"):
         from triton.testing import do_bench
 
-        return lambda run: do_bench(run, warmup=10, rep=50, return_mode="median")
+        def in_a_graph(run: Callable[[], object]) -> float:
+            """Without Python's share, which would hide differences between short kernels."""
+            run()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run()
+            return float(do_bench(graph.replay, warmup=10, rep=40, return_mode="median"))
+
+        return in_a_graph
 
     def once(run: Callable[[], object]) -> float:
         began = time.perf_counter()
@@ -213,7 +245,31 @@ def _timer(device: str) -> Callable[[Callable[[], object]], float]:
     return once
 
 
-def main(argv: list[str] | None = None) -> int:
+def entry(key: Key | SliceKey, result: Measured) -> dict[str, Any]:
+    """A candidate as JSON values: `tile` or `backend`, what it is for, its `ms`, or why it was refused."""
+    choice = {"backend": result.tile} if isinstance(result.tile, str) else {"tile": list(result.tile)}
+    found = key._asdict() | {"op": getattr(key, "op", "slice_attention"), "dtype": dtype_name(key.dtype)}
+    where = {name: found[name] for name in ("op", "dtype", "slices", "head_dim") if name in found}
+    return where | choice | {"ms": result.milliseconds, "refused": result.refused}
+
+
+def keep(entries: Iterable[dict[str, Any]]) -> Path:
+    """Write the fastest candidates to this machine's cache folder; the file."""
+    major, minor = torch.cuda.get_device_capability()
+    version = (Path(__file__).parent / "VERSION").read_text().strip()
+    facts = {
+        "device": torch.cuda.get_device_name(), "arch": 10 * major + minor, "by": "axial_fusion.tune on this machine",
+        "date": datetime.now(UTC).date().isoformat(), "triton": triton_version(),
+        "commit": os.environ.get("BENCH_COMMIT") or f"of version {version}",
+    }  # fmt: skip
+    plain = [{k: v for k, v in e.items() if k not in ("ms", "refused")} for e in entries]
+    kinds = {
+        kind: [e for e in plain if one in e] for kind, one in (("tiles", "tile"), ("backends", "backend"))
+    }
+    return tuned.write(facts, kinds, tuned.folder() / "measured")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="axial_fusion.tune", description=__doc__)
     parser.add_argument("op", choices=OPS)
     parser.add_argument("--slices", type=int, default=9)
@@ -224,8 +280,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--static", action="store_true", help="rank tiles by counts and stop; needs no GPU")
     parser.add_argument("--arch", type=int, help="count for sm_ARCH; this GPU's, or 90 without one")
     parser.add_argument("--best", type=int, help="measure only so many tiles, those that count least")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no candidate after so many")
+    parser.add_argument(
+        "--lines", type=Path, help="append each candidate to this file as JSON, and keep nothing"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    began, parser = time.monotonic(), _parser()
     args = vars(parser.parse_args(argv))
     static, asked, best = args.pop("static"), args.pop("arch"), args.pop("best")
+    seconds, lines = args.pop("seconds"), args.pop("lines")
     op, sizes = args.pop("op"), Sizes(**args | {"dtype": getattr(torch, args["dtype"])})
     gpu = torch.cuda.is_available()
     if (static or best) and op not in OPS[:2]:
@@ -242,11 +308,16 @@ def main(argv: list[str] | None = None) -> int:
         tiles = [counted.tile for counted in found if not counted.refused][:best]
     if static:
         return 0
-    key, results = tune(op, sizes, tiles=tiles)
-    for result in results:
-        print(f"{result.refused or f'{result.milliseconds:.4f} ms':>30}  {result.tile}")
-    if results and results[0].milliseconds is not None:
-        print(f"{key}: {results[0].tile!r},")
+
+    def told(key: Key | SliceKey, result: Measured) -> None:
+        print(f"{result.refused or f'{result.milliseconds:.4f} ms':>30}  {result.tile}", flush=True)
+        if lines:
+            with lines.open("a") as file:
+                file.write(json.dumps(entry(key, result)) + "\n")
+
+    key, results = tune(op, sizes, tiles=tiles, told=told, until=began + seconds)
+    if results and results[0].milliseconds is not None and not lines:
+        print(f"{results[0].tile!r} is kept in {keep([entry(key, results[0])])}")
     return 0
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import jit, last_axis_contiguous, load, octaves, on, pointers, store, tl
+from .common import aligned, jit, last_axis_contiguous, load, octaves, on, pointers, started, store, tl
 from .tiles import Tile, choose, packed, split
 
 
@@ -256,20 +256,20 @@ def launch_forward(
     q, k, v = last_axis_contiguous(q, k, v)
     lengths = None if lengths is None else lengths.contiguous()
     sizes, slices = q.shape, k.shape[1]
-    y = torch.empty(sizes, dtype=q.dtype, device=q.device)
+    y = torch.empty_like(q, memory_format=torch.contiguous_format)
     if y.numel() == 0:
         return y
     if slices == 0:
         return y.zero_()
     tile = choose("axial_attention", q, max(sizes[1], slices), sizes[4])
     programs, count, constants = _config(tile, sizes, slices)
+    strides = q.stride(), k.stride(), v.stride()
+    key = None
+    if lengths is None and aligned(q, k, v, y):
+        key = "forward", tile, causal, q.dtype, q.device, sizes, slices, strides
+    args = q, k, v, lengths, y, scale, (sizes[2], sizes[3], count), *strides
     with on(q.device):
-        axial_attention_fwd_kernel[(programs,)](
-            q, k, v, lengths, y,
-            scale, (sizes[2], sizes[3], count),
-            q.stride(), k.stride(), v.stride(),
-            CAUSAL=causal, **constants,
-        )  # fmt: skip
+        started(axial_attention_fwd_kernel, programs, args, {"CAUSAL": causal, **constants}, key)
     return y
 
 
@@ -280,16 +280,16 @@ def launch_backward(
     grad, q, k, v = last_axis_contiguous(grad, q, k, v)
     lengths = None if lengths is None else lengths.contiguous()
     sizes, slices = q.shape, k.shape[1]
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     tile = choose("axial_attention_backward", q, max(sizes[1], slices), sizes[4])
     programs, count, constants = _config(tile, sizes, slices)
+    strides = grad.stride(), q.stride(), k.stride(), v.stride()
+    key = None
+    if lengths is None and aligned(grad, q, k, v, dq, dk, dv):
+        key = "backward", tile, causal, q.dtype, q.device, sizes, slices, strides
+    args = grad, q, k, v, lengths, dq, dk, dv, scale, (sizes[2], sizes[3], count), *strides
     with on(q.device):
-        axial_attention_bwd_kernel[(programs,)](
-            grad, q, k, v, lengths, dq, dk, dv,
-            scale, (sizes[2], sizes[3], count),
-            grad.stride(), q.stride(), k.stride(), v.stride(),
-            CAUSAL=causal, **constants,
-        )  # fmt: skip
+        started(axial_attention_bwd_kernel, programs, args, {"CAUSAL": causal, **constants}, key)
     return dq, dk, dv

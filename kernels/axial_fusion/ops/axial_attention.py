@@ -6,6 +6,7 @@ alone."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -82,10 +83,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *options, backend = ctx.options
     given = (grad, *ctx.saved_tensors, *options)
-    if backend == "cpu" and (torch.is_grad_enabled() or under_transform((grad,))):
+    alone = not torch.is_grad_enabled() and not under_transform((grad,))
+    if backend == "cpu" and not alone:
         grads = plain.backward(*given)  # can be differentiated again, and batched
-    elif backend == "cpu" and _eager(grad):
-        grads = compiled.backward(*given)
+    elif alone and backend != "torch" and _eager(grad):
+        grads = _BACKWARD[backend](*given)
     else:
         grads = OPS.axial_attention_backward(*given, backend)
     return (*grads, None, None, None, None)
@@ -97,14 +99,14 @@ def _eager(*tensors: Tensor) -> bool:
     return not traced and torchs_own(*tensors)
 
 
-class _Compiled(torch.autograd.Function):
-    """The compiled kernels without the registered op, whose calls forward and backward take 100 us longer."""
+class _Direct(torch.autograd.Function):
+    """The kernels without the registered op, whose calls forward and backward take 100 us longer."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         ctx.save_for_backward(*inputs[:4])
         ctx.options = inputs[4:]
-        return compiled.forward(*inputs[:-1])
+        return _FORWARD[inputs[-1]](*inputs[:-1])
 
     backward = staticmethod(_backward)
 
@@ -144,16 +146,51 @@ def axial_attention(
     keys 0 .. i + N − Nq. `lengths` (B,) integers: group b has keys 0 .. lengths[b] − 1. A query that sees no key
     gives 0. Any strides are read as they are where D is contiguous; the result is contiguous, in q's dtype or
     autocast's. Softmax in fp32. Raises ValueError on a shape, dtype, device or backend mismatch."""
-    check_shapes("axial_attention", {"q": (q, _QUERIES), "k": (k, _KEYS), "v": (v, _KEYS)})
-    q, k, v = autocast(q, k, v)
-    check_alike("axial_attention", q=q, k=k, v=v)
+    key = _key(q, k, v, backend) if lengths is None else None
+    chosen = None if key is None else _CHOSEN.get(key)
+    if chosen is None:
+        check_shapes("axial_attention", {"q": (q, _QUERIES), "k": (k, _KEYS), "v": (v, _KEYS)})
+        q, k, v = autocast(q, k, v)
+        check_alike("axial_attention", q=q, k=k, v=v)
     scale = softmax_scale("axial_attention", scale, q.shape[-1])
     if not isinstance(causal, (bool, int)):
         raise ValueError(f"axial_attention: causal must be True or False, found {type(causal).__name__}")
     if lengths is not None:
         _check_lengths(lengths, q)
-    chosen = select_backend("axial_attention", q, k, v, backend=backend).backend
+    if chosen is None:
+        chosen = select_backend("axial_attention", q, k, v, backend=backend).backend
+        if key is not None:
+            if len(_CHOSEN) >= _MOST_CHOSEN:
+                _CHOSEN.clear()
+            _CHOSEN[key] = chosen
+    elif chosen != "torch":
+        return _direct(q, k, v, lengths, scale, bool(causal), chosen)
     return run(q, k, v, lengths, scale, bool(causal), chosen)
+
+
+_CHOSEN: dict[Hashable, str] = {}  # the backend of calls whose arguments are right
+_MOST_CHOSEN = 4096
+
+
+def _key(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Hashable:
+    """All that checks and choice depend on; None where that is more: tracing, autocast, a transform, a subclass."""
+    if not _eager(q, k, v) or torch._C._get_tracing_state() is not None or not isinstance(backend, str):
+        return None
+    if q.is_nested or k.is_nested or v.is_nested or under_transform((q, k, v)):
+        return None
+    devices = q.device, k.device, v.device
+    if devices[0].type not in ("cuda", "cpu") or torch.is_autocast_enabled(devices[0].type):
+        return None
+    return backend, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, devices
+
+
+def _direct(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool, backend: str
+) -> Tensor:
+    """`run` on a kernel of ours, where nothing looks on."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Direct.apply(q, k, v, lengths, scale, causal, backend)
+    return _FORWARD[backend](q, k, v, lengths, scale, causal)
 
 
 def _check_lengths(lengths: Tensor, q: Tensor) -> None:
@@ -173,6 +210,6 @@ def run(
     """`axial_attention` of arguments that are checked and cast, on a backend that is decided."""
     if backend == "torch" and plain_on(q, k, v):
         return plain.forward(q, k, v, lengths, scale, causal)
-    if backend == "cpu" and _eager(q, k, v):
-        return _Compiled.apply(q, k, v, lengths, scale, causal, backend)
+    if backend != "torch" and _eager(q, k, v) and not under_transform((q, k, v)):
+        return _direct(q, k, v, lengths, scale, causal, backend)
     return OPS.axial_attention(q, k, v, lengths, scale, causal, backend)
