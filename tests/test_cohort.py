@@ -269,7 +269,9 @@ from aftersam.predict import main
 
 def first(self, entry):
     used = resource.getrusage(resource.RUSAGE_SELF)
-    print(json.dumps([used.ru_utime + used.ru_stime, used.ru_maxrss / 1024]), flush=True)
+    status = open("/proc/self/status").read()  # ru_maxrss holds what the parent had when it forked
+    peak = int(status.partition("VmHWM:")[2].split()[0])
+    print(json.dumps([used.ru_utime + used.ru_stime, peak / 1024]), flush=True)
     os._exit(0)
 
 Work.read = first

@@ -93,4 +93,5 @@ def test_processes_that_are_killed_cost_nothing(run, scans, tmp_path):
     code, said, errors = call(TESTS / "cohort_trials.py", "processes", 1, scans, tmp_path, run)
     assert code == 0, errors
     found = json.loads(said.splitlines()[-1])
-    assert (found["kills"], found["scans"], found["rows"]) == (2, 8, 8)
+    assert (found["scans"], found["rows"]) == (8, 8)
+    assert found["kills"] >= 1  # a quick machine may be done before the second

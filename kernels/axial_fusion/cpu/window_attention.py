@@ -55,9 +55,9 @@ def _operands(
     _, height, width, heads, dim = q.shape
     for i, pad in enumerate(qkv_bias.view(3, heads, dim)[1:].unbind()):
         if width < window:
-            kv[i] = torch.cat([kv[i], pad.expand(len(q), height, window - width, heads, dim)], 2)
+            kv[i] = torch.cat([kv[i], pad.expand(q.shape[0], height, window - width, heads, dim)], 2)
         if height < window:
-            kv[i] = torch.cat([kv[i], pad.expand(len(q), window - height, window, heads, dim)], 1)
+            kv[i] = torch.cat([kv[i], pad.expand(q.shape[0], window - height, window, heads, dim)], 1)
     bias_h, bias_w = (_cut(rel, window).flatten(1, 2).transpose(1, 2) for rel in (rel_h, rel_w))
     k, v = (t.flatten(1, 2) for t in kv)
     return q.flatten(1, 2), k, v, bias_h, bias_w
