@@ -44,8 +44,7 @@ Millimetres = Annotated[float, Range(0, 1e3, "low")]
 
 
 def checked(args: Args) -> Args:
-    """`args`, a dataclass, itself. Raises ValueError in one sentence on the first number outside the bounds of its
-    type."""
+    """The dataclass `args` itself. Raises ValueError on the first number outside the bounds of its type."""
     for name, ranges in _ranges(type(args)).items():  # type: ignore[arg-type]  # types are hashable
         value = getattr(args, name)
         if dataclasses.is_dataclass(value):
@@ -86,11 +85,9 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class EncoderSize:
-    """Geometry of an image encoder.
-
-    `patch` is the token stride in pixels. `window` and `global_blocks` are SAM's. With `stem`, tokens come from a
-    convolutional stem instead of SAM's 16×16 patch convolution, and the stem's strides 1, 2 and 4 feed the decoder.
-    `stages` are those of a TinyViT; its last stage has the other sizes."""
+    """Geometry of an image encoder. `patch` is the token stride in pixels. `window` and `global_blocks`
+    are SAM's. With `stem`, tokens come from a convolutional stem instead of SAM's 16×16 patch convolution, and the
+    stem's strides 1, 2 and 4 feed the decoder. `stages` are those of a TinyViT; its last stage has the other sizes."""
 
     dim: int
     depth: int
@@ -113,8 +110,6 @@ ENCODERS: dict[str, EncoderSize] = {
     "small": EncoderSize(128, 4, 4, (3,), window=8, patch=8, out_channels=128, stem=True),
     "tiny": EncoderSize(128, 4, 4, (3,), window=6, patch=8, out_channels=128, stem=True),
 }  # fmt: skip
-
-
 STEM_CHANNELS = (16, 32, 64)  # of a convolutional stem, at strides 1, 2 and 4
 
 
@@ -176,7 +171,7 @@ class ModelConfig:
     """SAM's two-way transformer, or image-to-token attention alone (the paper's words)."""
     token_shares: tuple[Annotated[float, Range(0, 1, "low")], ...] = ()
     """Set by --init, not by hand: weight of each class token as a key of attention, background first; empty: all 1.
-        Tokens beyond the classes are further tokens of background."""
+    Tokens beyond the classes are further tokens of background."""
     prompts: Literal["none", "box", "point", "points"] = "none"
     """Prompt each class from its label by a box, one click or three (the paper's Table 3); such scores are marked."""
     stem_slices: Small = 1
@@ -238,7 +233,7 @@ class TrainConfig:
     """Top-k cross-entropy: the fraction of voxels with the highest loss that is averaged. 1 uses all voxels."""
     deep_supervision: Weight = 0.0
     """Weight of the same loss on logits at the tokens' stride, before any skip. A model that learns from scratch needs
-        it: its skips learn sooner than its encoder and fusion, which would stay unused."""
+    it: its skips learn sooner than its encoder and fusion, which would stay unused."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the device computes it natively, else fp32."""
     activation_checkpointing: bool = False
@@ -246,8 +241,7 @@ class TrainConfig:
     shard: bool = False
     """Spread weights, gradients and moments over the processes (FSDP): for vit_h where a GPU cannot hold them."""
     validations: Annotated[int, Range(0, 1e4)] = 10
-    """Validations, spread evenly over the run; each predicts the whole validation scans. 0: the final weights are kept
-    as the best."""
+    """Validations of whole scans, spread evenly over the run. 0: the final weights are kept as the best."""
     checkpoint_steps: Count = 200
     """Steps between writes of last.safetensors. A killed run loses at most so many."""
     seed: Seed = 0
@@ -280,7 +274,7 @@ _SMALL = Config(
     ),
     data=DataConfig(
         # 96 pixels then show most of a body, a token is 32 mm, and a group spans 6 cm. Distant slices show where an
-        #         # organ ends; adjacent slices look nearly the same, and the stem sees their outlines
+        # organ ends; adjacent slices look nearly the same, and the stem sees their outlines.
         spacing_mm=(2.5, 4.0, 4.0),
         augmentation=("elastic", "affine", "intensity", "noise"),
         foreground_sampling=0.66,
@@ -323,24 +317,20 @@ def validate(config: Config) -> Config:
     """`config` itself, or ValueError in one sentence that names the key, its value and the rule."""
     model = checked(config).model
     size = ENCODERS[model.image_encoder]
-    if model.image_size % size.patch:
-        raise ValueError(
-            f"image_size is {model.image_size}, but must be a multiple of the patch of {size.patch}"
-        )
+    side, patch = model.image_size, size.patch
+    if side % patch:
+        raise ValueError(f"image_size is {side}, but must be a multiple of the patch of {patch}")
     if size.out_channels % model.num_heads:
         raise ValueError(f"num_heads is {model.num_heads}, but must divide the {size.out_channels} channels")
     if model.stem_slices % 2 == 0 or (model.stem_slices > 1 and not size.stem):
         raise ValueError(f"stem_slices is {model.stem_slices}, but must be odd, and 1 without a stem")
-    strides = [stride for stride in (1, 2, 4) if 4 * stride <= size.patch]  # SAM's upscaling is ×4 at least
+    strides = [stride for stride in (1, 2, 4) if 4 * stride <= patch]  # SAM's upscaling is ×4 at least
     if model.output_stride not in strides:
-        allowed = ", ".join(map(str, strides))
-        raise ValueError(
-            f"output_stride is {model.output_stride}, but must be one of {allowed} for {model.image_encoder}"
-        )
+        allowed, kind = ", ".join(map(str, strides)), model.image_encoder
+        raise ValueError(f"output_stride is {model.output_stride}, but must be one of {allowed} for {kind}")
     if len(model.hu_windows) not in (1, 3) or any(low >= high for low, high in model.hu_windows):
-        raise ValueError(
-            f"hu_windows is {model.hu_windows}, but must be 1 or 3 pairs (low, high) with low below high"
-        )
+        needed = "1 or 3 pairs (low, high) with low below high"
+        raise ValueError(f"hu_windows is {model.hu_windows}, but must be {needed}")
     return config
 
 
@@ -372,9 +362,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         if value not in args:
-            raise ValueError(
-                f"{where} is {value!r:.60}, but must be one of {', '.join(map(str, args))}{_nearest(value, args)}"
-            )
+            choices = ", ".join(map(str, args)) + _nearest(value, args)
+            raise ValueError(f"{where} is {value!r:.60}, but must be one of {choices}")
         return value
     if origin is dict:
         if not isinstance(value, dict):
@@ -385,9 +374,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             count = "" if args[-1] is Ellipsis else f" of {len(args)}"
             raise ValueError(f"{where} is {value!r:.60}, but must be a list{count}")
         inner = args[:1] * len(value) if args[-1] is Ellipsis else args
-        return tuple(
-            _convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True))
-        )
+        pairs = enumerate(zip(inner, value, strict=True))
+        return tuple(_convert(h, v, f"{where}[{i}]") for i, (h, v) in pairs)
     if args:  # a union: the first member that takes the value
         errors = []
         for member in args:
@@ -403,13 +391,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-_KINDS = {
-    bool: "true or false",
-    int: "an integer",
-    float: "a number",
-    str: "text",
-    type(None): "null",
-}  # in JSON's words
+# In JSON's words.
+_KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "null"}
 
 
 def _nearest(key: Any, names: Any) -> str:
