@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-RESULTS = ("role", "status", "flops", "error", "ms", "peak_bytes", "reason", "bytes", "bytes_backward")
+# What was found of a case, or how; all other keys say which case it is.
+RESULTS = ("role", "status", "flops", "error", "ms", "peak_bytes", "reason", "bytes", "bytes_backward", "clock",
+           "commit", "items", "unit", "flop_ratio")  # fmt: skip
 
 
 class Change(NamedTuple):
@@ -55,7 +57,7 @@ def _sizes(record: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the changes. The exit code is 1 where ours is slower beyond the spread, 2 where a file cannot be read."""
+    """Print the changes. The exit code is 1 where ours is slower beyond the spread, 2 without anything to compare."""
     parser = argparse.ArgumentParser(prog="benchmarks.compare", description=__doc__)
     parser.add_argument("a", type=Path)
     parser.add_argument("b", type=Path)
@@ -69,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if devices[0] != devices[1]:
         print(f"two devices: {devices[0]} and {devices[1]}; the ratio is not of the code")
     changes = compare(a, b)
+    if not changes:
+        print(f"benchmarks.compare: {args.a} and {args.b} have no timed case in common", file=sys.stderr)
+        return 2
     for change in changes:
         print(f"{change.ratio:7.2f}×  {change.verdict:<18} {change.what}")
     ours = {r["provider"] for r in b["records"] if r.get("role") == "ours"}
