@@ -208,6 +208,22 @@ def test_empty_tensors(backend, shape):
         assert gradient.shape == shape
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "sdpa_flash", "torch", "auto"])
+@pytest.mark.parametrize("which", range(3))
+def test_rows_that_overlap_in_memory(backend, which):
+    """Sliding windows over one signal, as unfold makes them."""
+    tensors = [torch.randn(1, 1, 40, 1, 16, device=DEVICE, dtype=torch.bfloat16) for _ in range(3)]
+    signal = torch.randn(1, 1, 1, 3 * 39 + 16, device=DEVICE, dtype=torch.bfloat16)
+    tensors[which] = signal.unfold(-1, 16, 3).transpose(2, 3)
+    found, expected = [], []
+    for results, copy in ((found, torch.Tensor.detach), (expected, torch.Tensor.contiguous)):
+        q, k, v = (copy(t).detach().requires_grad_() for t in tensors)
+        y = slice_attention(q, k, v, backend=backend)
+        results += [y, *torch.autograd.grad(y.sum(), (q, k, v))]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("positions", [1, 20])
 def test_opcheck(positions):
     q, k, v = inputs(2, 3, positions, 2, 16)
