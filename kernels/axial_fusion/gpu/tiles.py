@@ -250,7 +250,7 @@ def _rel_pos_elsewhere(
             rows = 64
     elif kernel == "forward":
         rows, warps = 64 if dim <= 64 and not padded else 32, 4
-        if arch >= 120 and padded and dim <= 32:
+        if padded and ((arch >= 120 and dim <= 32) or (arch in (86, 89) and dim > 32)):
             stages = 2  # one spills under Triton 3.6
     elif arch >= 120:
         rows, warps = 16, 4
