@@ -32,7 +32,9 @@ _LIBRARIES = frozenset(
 
 
 class Terminated(SystemExit):
-    """SIGTERM: its exit code, and what to say."""
+    """Exit of a process that received SIGTERM, with code 143 (128 + SIGTERM).
+
+    `said` is the message for stderr. An empty message prints nothing."""
 
     def __init__(self, said: str) -> None:
         super().__init__(128 + signal.SIGTERM)

@@ -92,7 +92,8 @@ def cohort_of(args: PredictArgs) -> Cohort:
         if single and is_nifti(output):
             entries, output = [entries[0]._replace(mask=output.name)], output.parent
         elif is_nifti(output) or output.is_file():
-            raise ValueError(f"{source} is a list of {len(entries)} scans, so --output must be a folder")
+            number = "1 scan" if len(entries) == 1 else f"{len(entries)} scans"
+            raise ValueError(f"{source} is a list of {number}, so --output must be a folder")
         refuse_format(output)
     elif single and output.lower().endswith(NIFTI):
         output, _, name = output.rpartition("/")

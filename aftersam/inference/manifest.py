@@ -181,7 +181,8 @@ def _main(argv: Sequence[str] | None) -> int:
     merged = manifest(args)
     counts = ", ".join(f"{number} {status}" for status, number in sorted(merged.counts.items()))
     lost = f"; {merged.unfinished} were not finished" if merged.unfinished else ""
-    tell(plain_console(), f"{' and '.join(merged.files)}: {len(merged.rows)} scans: {counts or 'none'}{lost}")
+    scans = "1 scan" if len(merged.rows) == 1 else f"{len(merged.rows)} scans"
+    tell(plain_console(), f"{' and '.join(merged.files)}: {scans}: {counts or 'none'}{lost}")
     for row in merged.rows:
         if row["status"] == "failed":
             tell(plain_console(stderr=True), one_line(f"{row['case_id']}: {row['reason']}"))

@@ -110,7 +110,8 @@ def own_entries(args: PredictArgs, cohort: Cohort, report: Report) -> list[Entry
             raise ValueError(f"--output {args.output} is packed by one process; parts need a folder or a URL")
         entries = [entry for entry in entries if part.has(entry.case)]
         cohort.skipped[:] = [pair for pair in cohort.skipped if part.has(pair[0].case)]
-        said = f"part {part.index} of {part.count} ({part.source}): {len(entries)} of {len(cohort.entries)} scans"
+        scans = "1 scan" if len(cohort.entries) == 1 else f"{len(cohort.entries)} scans"
+        said = f"part {part.index} of {part.count} ({part.source}): {len(entries)} of {scans}"
         tell(report.console, said)
     for entry, why in cohort.skipped:
         report.tell(f"{entry.image}: series {entry.series} is left out: {why}")

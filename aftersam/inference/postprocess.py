@@ -28,7 +28,9 @@ def one_piece(labels: Iterable[np.ndarray], values: Iterable[int]) -> list[int]:
 
 
 def drop_small_parts(labels: np.ndarray, values: Iterable[int]) -> None:
-    """Make background, in place, of each organ's parts in labels (D, H, W) that are small beside its largest."""
+    """Set small disconnected parts of the organs `values` to background in labels (D, H, W), in place.
+
+    A part is small if it has fewer than SMALL times the voxels of the organ's largest part."""
     for organ in _organs(labels, frozenset(values)):
         small = organ.voxels < SMALL * organ.voxels.max()
         if not small.any():

@@ -109,7 +109,7 @@ class Store:
         return self.root if isinstance(self.root, Path) else None
 
     def path(self, name: str) -> Path | str:
-        """Where `name` is, for people and programs."""
+        """The full location of `name`: a Path in a local folder, a URL as text elsewhere."""
         return self.root / name if isinstance(self.root, Path) else f"{self.root.rstrip('/')}/{name}"
 
     def names(self, below: str = "") -> set[str]:

@@ -83,9 +83,10 @@ class AfterSAM(nn.Module):
             self.fusion.activation_checkpointing = on
 
     def image(self, hu: Tensor) -> Tensor:
-        """hu (T, H, W) in Hounsfield units -> the encoder's input (T, 3, H, W), or (T, 3·s, H, W) by a stem of s.
+        """The encoder's input from Hounsfield units: hu (T, H, W) -> (T, 3, H, W).
 
-        Raises ValueError where `hu` has another number of adjacent slices than the stem."""
+        With a stem of s > 1 slices, each slice comes with its neighbours: hu (T, s, H, W) -> (T, 3·s, H, W).
+        Raises ValueError if `hu` has another shape."""
         near = () if self.stem_slices == 1 else (self.stem_slices,)
         if tuple(hu.shape[1:-2]) != near:
             form = ", ".join(("T", *map(str, near), "H", "W"))

@@ -189,7 +189,9 @@ class _Problem:
         return self._with_gradients(attend(q, k, v, backend=self.backend), self.inputs)
 
     def launch(self) -> None:
-        """Start the kernel of an axial op alone, on whatever the inputs' device."""
+        """Launch the Triton kernel of the axial op without autograd: the backward if `backward`, else the forward.
+
+        The inputs may be on the CPU while `build.recorded` records the launch instead of running it."""
         from .gpu import axial_attention as kernels
 
         (q, k, v), scale = (t.detach() for t in self.inputs), self.inputs[0].shape[-1] ** -0.5

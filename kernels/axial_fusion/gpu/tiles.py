@@ -137,7 +137,9 @@ class AxialTile(NamedTuple):
 
 
 def packed(tile: Tile, num_queries: int, num_keys: int, heads: int) -> dict[str, Any]:
-    """How `tile` takes groups of these sizes: a program has as many of its heads as divide `heads`."""
+    """Launch options of an axial kernel for `tile` and these sizes: TILE (an AxialTile), num_warps and num_stages.
+
+    A program takes gcd(tile.heads, heads) heads. `num_warps` shrinks in proportion."""
     together = gcd(tile.heads, heads)
     group = max(1, tile.rows // max(num_queries, num_keys))
     return {

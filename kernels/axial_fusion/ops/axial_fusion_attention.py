@@ -120,7 +120,7 @@ def _project(
 
 
 def _pick(x: Tensor, index: list[int] | None) -> Tensor:
-    """Slices `index` of x (B, N, P, C); a view where they are a range."""
+    """x[:, index] of x (B, N, P, C): a view if `index` is consecutive, a copy otherwise. None gives x itself."""
     if index is None:
         return x
     if index == list(range(index[0], index[0] + len(index))):
