@@ -83,9 +83,9 @@ def test_a_kernel_that_hangs_or_crashes_is_named_and_the_others_are_checked_on(m
 def test_auto_falls_back_with_one_warning_says_why_and_asks_once_a_machine(gpu, monkeypatch):
     runs = []
 
-    def run(device, dtype):
-        runs.append(dtype)
-        return {op: "wrong: relative error 1e+0" if op == "axial_attention" else None for op in PROBLEMS}
+    def run(device, dtype, ops):
+        runs.append((dtype, *ops))
+        return {op: "wrong: relative error 1e+0" if op == "axial_attention" else None for op in ops}
 
     monkeypatch.setattr(trust, "run", run)
     with pytest.warns(UserWarning, match="New GPU.*open an issue") as told:
@@ -98,16 +98,19 @@ def test_auto_falls_back_with_one_warning_says_why_and_asks_once_a_machine(gpu, 
         assert dispatch._fastest_kernel("axial_attention", FACTS) == choice
         assert dispatch._fastest_kernel("row_norm", FACTS).backend == "triton"
     (kept,) = (gpu / "self-check").glob("*.json")
-    assert json.loads(kept.read_text())["ops"]["row_norm"] is None
+    assert json.loads(kept.read_text())["ops"] == {
+        "axial_attention": "wrong: relative error 1e+0",
+        "row_norm": None,
+    }
     monkeypatch.setattr(trust, "_KNOWN", {})  # another process
     with pytest.warns(UserWarning, match="wrong"):
         assert dispatch._fastest_kernel("axial_attention", FACTS).backend == "torch"
-    assert runs == [torch.float16]
+    assert runs == [(torch.float16, "axial_attention"), (torch.float16, "row_norm")]
     monkeypatch.setattr(trust, "_KNOWN", {})
     monkeypatch.setattr(torch, "__version__", "99")  # another key
     with pytest.warns(UserWarning, match="wrong"):
         dispatch._fastest_kernel("axial_attention", FACTS)
-    assert len(runs) == 2
+    assert len(runs) == 3
 
 
 def test_the_check_can_be_turned_off_and_a_shipped_measurement_makes_it_needless(gpu, monkeypatch):
@@ -124,7 +127,10 @@ def test_the_check_can_be_turned_off_and_a_shipped_measurement_makes_it_needless
     assert not trust.covered("lora_qkv", GPU, torch.bfloat16)
 
 
-def test_what_cannot_be_checked_is_not_used(gpu, monkeypatch):
+def test_what_cannot_be_checked_is_not_used_and_checked_by_the_next_process_that_can(gpu, monkeypatch):
     monkeypatch.setattr(trust, "_command", lambda: [os.path.join(gpu, "no-python")])
     with pytest.warns(UserWarning, match=trust.NO_PROCESS):
         assert dispatch._fastest_kernel("axial_attention", FACTS).backend == "torch"
+    monkeypatch.setattr(trust, "_KNOWN", {})
+    monkeypatch.setattr(trust, "run", lambda device, dtype, ops: dict.fromkeys(ops))
+    assert dispatch._fastest_kernel("axial_attention", FACTS).backend == "triton"

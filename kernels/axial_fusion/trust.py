@@ -1,12 +1,13 @@
 """Which Triton kernels `auto` trusts on this GPU: those that a shipped measurement covers or that passed their check.
 
-The check (self_check.py) runs the first time that a GPU, dtype and Triton version are met, in a process of its own, so
-that a kernel that crashes or hangs takes nothing with it. It takes as long as the kernels compile; what it found is
-kept on disk until kernels, Triton or torch change. A kernel that fails is not used: the library path is slower, and
-right. AXIAL_FUSION_SELF_CHECK=0 turns the check off."""
+An op is checked (self_check.py) the first time that it meets a GPU, dtype and Triton version, in a process of its own,
+so that a kernel that crashes or hangs ends no other process. The check takes as long as the op's kernels compile; its
+outcome is kept on disk until kernels, Triton or torch change. A kernel that fails is not used: the library path is
+slower, and right. AXIAL_FUSION_SELF_CHECK=0 turns the check off."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -37,44 +38,47 @@ _LOCK = Lock()
 
 @constant_when_traced
 def failure(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `auto` leaves the kernels of `op` alone on this GPU, or None where they are right or were not checked."""
-    known = _KNOWN.get((device, dtype))
-    if known is None or op not in known:
+    """Why `auto` does not use the kernels of `op` on this GPU; None if they are right or were not checked."""
+    known = _KNOWN.setdefault((device, dtype), {})
+    if op not in known:
         with _LOCK:
-            known = _KNOWN.setdefault((device, dtype), {})
             if op not in known:
-                known.update(_found(op, device, dtype))
+                known[op] = _found(op, device, dtype)
     return known[op]
 
 
-def _found(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-    """What is known of all ops, or that `op` may be used: the check is off, or a shipped measurement covers it."""
+def _found(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The outcome of the check of `op`, from disk or made now; None where the check is off or a measurement ships."""
     if os.environ.get(SWITCH, "1") == "0" or device.type != "cuda" or not torch.cuda.is_available():
-        return {op: None}
+        return None
     if covered(op, device, dtype):
-        return {op: None}
+        return None
     where = f"{torch.cuda.get_device_name(device)}, Triton {triton_version()}, torch {torch.__version__}"
     path = tuned.folder() / "self-check" / f"{_digest(where, dtype)}.json"
-    try:
-        found: dict[str, str | None] = json.loads(path.read_text(encoding="utf-8"))["ops"]
-    except (OSError, ValueError, KeyError):
-        found = run(device, dtype)
-        try:
+    stored = _stored(path)
+    why = stored[op] if op in stored else run(device, dtype, [op])[op]
+    if op not in stored and why != NO_PROCESS:
+        outcome = {"where": where, "dtype": dtype_name(dtype), "ops": {**_stored(path), op: why}}
+        with contextlib.suppress(OSError):  # else the next process checks it again
             path.parent.mkdir(parents=True, exist_ok=True)
-            tuned.replace(
-                path, json.dumps({"where": where, "dtype": dtype_name(dtype), "ops": found}, indent=1)
-            )
-        except OSError:
-            pass  # it is checked again by the next process
-    wrong = "; ".join(f"{name}: {why}" for name, why in found.items() if why)
-    if wrong:
+            tuned.replace(path, json.dumps(outcome, indent=1))
+    if why:
         warnings.warn(
-            f"axial_fusion: on {where}, kernels in {dtype_name(dtype)} failed their check, and the library computes in "
-            f"their place, slower. {wrong}. Please open an issue with this message and the output of "
+            f"axial_fusion: on {where}, the kernels of {op} in {dtype_name(dtype)} failed their check, and library "
+            f"calls compute instead, slower: {why}. Please open an issue with this message and the output of "
             f"`python -m {__package__}.self_check --dtype {dtype_name(dtype)}`. {SWITCH}=0 turns the check off.",
             stacklevel=2,
         )
-    return found
+    return why
+
+
+def _stored(path: Path) -> dict[str, str | None]:
+    """The outcomes that the file `path` holds, by op; none if it cannot be read."""
+    try:
+        found: dict[str, str | None] = json.loads(path.read_text(encoding="utf-8"))["ops"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def covered(op: str, device: torch.device, dtype: torch.dtype) -> bool:
@@ -99,15 +103,15 @@ def _digest(where: str, dtype: torch.dtype) -> str:
     return digest.hexdigest()[:24]
 
 
-def run(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-    """The check of every op in processes of their own; what crashed or hung says so, and the others are checked on.
+def run(device: torch.device, dtype: torch.dtype, ops: Sequence[str] = OPS) -> dict[str, str | None]:
+    """Check `ops` in a process of its own: why each fails, or None. After a crash or a hang a new process goes on.
 
     All of them fail where no process can be started."""
     found: dict[str, str | None] = {}
-    while left := [op for op in OPS if op not in found]:
+    while left := [op for op in ops if op not in found]:
         lost = _some(device, dtype, left, found)
         if lost is None:
-            return dict.fromkeys(OPS, NO_PROCESS) | found
+            return dict.fromkeys(ops, NO_PROCESS) | found
         found.update([lost])
     return found
 
