@@ -12,16 +12,21 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
+
+from trials import child, ended
 
 LOG = "AFTERSAM_TRIAL_LOG"  # environment variable: the file that events go to
 
 
-def note_events():
-    """Log when this process begins to compute a scan, and when its mask is there."""
+def note_events(log=None):
+    """Write to the file `log`, by default the one that LOG names, when this process begins and finishes a scan."""
     from aftersam.inference import pipeline
     from aftersam.inference.work import Work
 
+    if log is not None:
+        os.environ[LOG] = str(log)
     compute, write = Work.compute, pipeline.write_outputs
 
     def computing(self, job, progress):
@@ -50,32 +55,6 @@ def wait_for(log, count):
     """Return when there were `count` events."""
     while len(events(log)) < count:
         time.sleep(0.02)
-
-
-def child(command, log):
-    """A forked process that predicts."""
-    from aftersam.predict import main
-
-    process = os.fork()
-    if process:
-        return process
-    code = 99
-    try:
-        os.environ[LOG] = str(log)
-        said = os.open(f"{log}.said", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        os.dup2(said, 1)
-        os.dup2(said, 2)
-        note_events()
-        code = main(command)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    os._exit(code)
-
-
-def ended(process):
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def masks(home):
@@ -112,25 +91,24 @@ def processes(count, scans, home, run):
 
     options = ["-m", str(run), "--device", "cpu", "--no-preview", "--manifest", "on"]
     whole = home / "whole"
-    assert ended(child(["-i", str(scans), "-o", str(whole), *options], home / "whole.log")) == 0
+    assert ended(child(["-i", str(scans), "-o", str(whole), *options])) == 0
     expected = masks(whole)
     draw, kills, computed, rows = random.Random(0), 0, [], 0
     for trial in range(count):
-        output, log = home / str(trial), home / f"{trial}.log"
-        command = ["-i", str(scans), "-o", str(output), *options]
-        living = [child(command, log) for _ in range(4)]
+        output, log = home / str(trial), home / f"{trial}.events"
+        command, noting = ["-i", str(scans), "-o", str(output), *options], partial(note_events, log)
+        living = [child(command, noting) for _ in range(4)]
         for moment in sorted(draw.randint(1, max(1, len(expected) * 3 // 2)) for _ in range(2)):
             wait_for(log, moment)
             time.sleep(draw.uniform(0, 0.2))
             victim = living.pop(draw.randrange(len(living)))
             os.kill(victim, signal.SIGKILL)
             kills += ended(victim) == -signal.SIGKILL
-            living.append(child(command, log))
+            living.append(child(command, noting))
         codes = [ended(process) for process in living]
-        assert codes == [0] * 4, (codes, Path(f"{log}.said").read_text())
-        assert (
-            ended(child(command, log)) == 0
-        )  # whatever was left in the hands of a process that was killed last
+        assert codes == [0] * 4, (codes, Path(f"{output}.log").read_text())
+        # One more process does what a process had in hand that was killed last.
+        assert ended(child(command, noting)) == 0
         rows = check(output, log, expected)
         computed.append(sum(what == "begun" for _, what, _, _ in events(log)))
     return {"trials": count, "kills": kills, "scans": len(expected), "computed": computed, "rows": rows}

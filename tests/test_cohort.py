@@ -1,7 +1,9 @@
 """Cohorts as lists: every scan found once, named as the input's tree or by its id, no mask on another's place."""
 
 import csv
+import errno
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -64,6 +66,19 @@ def test_a_tree_is_mirrored_and_its_output_is_no_input(tree, tmp_path):
         }
         (tree / "masks").mkdir(exist_ok=True)
         (tree / "masks" / "old.nii.gz").touch()
+
+
+def test_a_folder_that_cannot_be_read_is_named_instead_of_left_out(tree, tmp_path, monkeypatch):
+    listed = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)  # tests may run as root, whom no permission stops
+    with pytest.raises(PermissionError, match="deep"):
+        cohort(tree, tmp_path / "masks", recursive=True)
 
 
 def test_a_ring_of_links_is_walked_once(tree, tmp_path):

@@ -269,10 +269,16 @@ def _tree(root: Path, output: str | Path) -> tuple[list[Entry], list[tuple[Entry
 
 
 def _folders(root: Path, output: str | Path) -> Iterator[tuple[str, list[str]]]:
-    """(folder, its files) of `root` and below it, sorted; links are followed, hidden names and `output` left out."""
+    """(folder, its files) of `root` and below it, sorted; links are followed, hidden names and `output` left out.
+
+    Raises OSError where a folder cannot be read: its scans would be missing in silence."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
     seen: set[tuple[int, int]] = set()
     leave = os.path.realpath(output) if isinstance(output, Path) else None
-    for home, folders, files in os.walk(root, followlinks=True):
+    for home, folders, files in os.walk(root, followlinks=True, onerror=refuse):
         facts = os.stat(home)
         if (facts.st_dev, facts.st_ino) in seen or os.path.realpath(home) == leave:
             folders.clear()
