@@ -1,6 +1,9 @@
 """Measurements ship as one JSON a device; a user's own are preferred, and both say where they come from."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -75,3 +78,32 @@ def test_tiles_that_give_the_same_kernel_are_measured_once():
     same = [Tile(16, 8, 1, 8), Tile(16, 4, 1, 4), Tile(16, 2, 1, 2), Tile(16, 1, 1, 1), Tile(32, 1, 1, 1)]
     assert list(tune._distinct(same, sizes)) == [same[0], same[4]]
     assert list(tune._distinct(same, sizes._replace(heads=8))) == same
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {
+            "tiles": [
+                {"op": "axial_attention", "dtype": "bfloat16", "slices": 9, "head_dim": 32, "tile": [16, 4]}
+            ]
+        },
+        {"tiles": [{"op": "axial_attention"}]},
+        {"backends": [SHIPPED | {"backend": None}]},
+        {"backends": [SHIPPED | {"dtype": "float4", "backend": "sdpa"}]},
+        {"right": ["axial_attention"]},
+        {"arch": "sm_90"},
+        {"tiles": 5},
+    ],
+    ids=str,
+)
+def test_a_file_of_another_form_is_skipped_and_import_works(home, entries):
+    shipped = len(tuned.measurements())
+    home.mkdir(parents=True)
+    (home / "other.json").write_text(json.dumps(FACTS | entries))
+    tuned.measurements.cache_clear()
+    assert len(tuned.measurements()) == shipped
+    code = "import axial_fusion; import axial_fusion.gpu.tiles"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr

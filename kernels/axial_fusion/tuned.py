@@ -17,17 +17,22 @@ SHIPPED = Path(__file__).parent / "measured"
 CACHE = "AXIAL_FUSION_CACHE"  # names the folder for what this library keeps, ~/.cache/axial_fusion without it
 FACTS = ("device", "arch", "by", "date", "commit", "triton")
 Measurement = dict[str, Any]
+ENTRIES: dict[str, dict[str, type]] = {  # what an entry of each kind holds
+    "tiles": {"op": str, "dtype": str, "slices": int, "head_dim": int, "tile": list},
+    "backends": {"op": str, "dtype": str, "head_dim": int, "backend": str},
+    "right": {"op": str, "dtype": str, "triton": str},
+}
 
 
 def folder() -> Path:
     """Where this library keeps what it measures and checks on this machine."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # Path.home() raises without a home
     return Path(os.environ.get(CACHE) or Path(home) / "axial_fusion")
 
 
 @cache
 def measurements() -> list[Measurement]:
-    """Every file, those that ship first: a later one is preferred. One that cannot be read is left out."""
+    """The content of every usable file, those that ship first: a later one is preferred."""
     found = []
     for place in (SHIPPED, folder() / "measured"):
         for path in sorted(place.glob("*.json")):
@@ -35,9 +40,25 @@ def measurements() -> list[Measurement]:
                 known = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 continue
-            if isinstance(known, dict) and known.keys() >= set(FACTS):
+            if _usable(known):
                 found.append(known)
     return found
+
+
+def _usable(known: Any) -> bool:
+    """Whether a file has the form that is read here: another version of this library may have written it."""
+    if not isinstance(known, dict) or not known.keys() >= set(FACTS) or not isinstance(known["arch"], int):
+        return False
+    if not all(isinstance(known.get(kind, []), list) for kind in ENTRIES):
+        return False
+    return all(
+        isinstance(entry, dict)
+        and all(isinstance(entry.get(name), of) for name, of in form.items())
+        and entry["dtype"] in ("float32", "float16", "bfloat16")
+        and (kind != "tiles" or len(entry["tile"]) == 4)  # rows, warps, stages, heads
+        for kind, form in ENTRIES.items()
+        for entry in known.get(kind, ())
+    )
 
 
 def source(known: Measurement) -> str:
