@@ -26,7 +26,8 @@ ENTRIES: dict[str, dict[str, type]] = {  # what an entry of each kind holds
 
 def folder() -> Path:
     """Where this library keeps what it measures and checks on this machine."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # Path.home() raises without a home
+    # not Path.home(), which raises for a user without a home
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(os.environ.get(CACHE) or Path(home) / "axial_fusion")
 
 
