@@ -1,6 +1,7 @@
 """Unusual inputs of the attentions: large scores in half precision, tensor classes, transforms, wrong arguments."""
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -142,6 +143,29 @@ def test_a_second_derivative_where_scores_are_too_many_to_keep(monkeypatch):
     monkeypatch.setattr(biased_attention, "_SAVED", 0)
     for name in ("rel pos", "window"):
         test_transforms(*OPS[name])
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", [0, 1])
+def test_rows_that_overlap_in_memory(op, exact, shapes, dtype, which):
+    """Each axis but the last starts 0 or 1 elements on, as expand, unfold and as_strided make them."""
+    leaves = leaves_of(shapes, dtype)
+    shape = shapes[which]
+    storage = torch.randn(2 * sum(shape) + 1).to(dtype)
+    for strides in product((0, 1), repeat=len(shape) - 1):
+        odd = storage.as_strided(shape, (*strides, 1)).detach()
+        dense = [odd.contiguous().requires_grad_() if i == which else t for i, t in enumerate(leaves)]
+        given = [odd.requires_grad_() if i == which else t for i, t in enumerate(leaves)]
+        with torch.no_grad():
+            torch.testing.assert_close(op(*given), op(*dense))
+        y, right = op(*given), op(*dense)
+        torch.testing.assert_close(y, right)
+        (found,), (expected,) = (
+            torch.autograd.grad(t.sum(), tensors[which : which + 1])
+            for t, tensors in ((y, given), (right, dense))
+        )
+        torch.testing.assert_close(found, expected)
 
 
 def meta(t):

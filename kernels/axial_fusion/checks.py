@@ -159,6 +159,14 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
+def without_overlap(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors (..., D), copied where rows of D values start less than D elements from each other in memory.
+
+    torch's fused attention on a CPU gives wrong values for such a q, in every dtype and without an error: it writes
+    into memory laid out like q. In bf16 oneDNN refuses their backward."""
+    return tuple(t.contiguous() if any(0 < s < t.shape[-1] for s in t.stride()[:-1]) else t for t in tensors)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """float32, not torch.float32."""
     return str(dtype).removeprefix("torch.")

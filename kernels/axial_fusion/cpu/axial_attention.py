@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..checks import no_autocast, no_derivative, under_transform
+from ..checks import no_autocast, no_derivative, under_transform, without_overlap
 from ..reference import axial_mask, causal_parts, real_keys
 
 _LONG = 64  # from so many slices or channels of a head, torch's fused attention is faster than two products
@@ -58,8 +58,8 @@ def _forward(
         longest = max(1 if traced else k.shape[1], k.shape[4])
         long = visible is None and q.dtype == wide and longest >= _LONG
         if long and q.device.type == "cpu" and no_derivative(q, k, v):
-            flat_q, flat_k, flat_v = (_rows(t).flatten(0, 1) for t in (q, k, v))  # (B·P, M, N, D)
-            y = F.scaled_dot_product_attention(flat_q, flat_k, flat_v, scale=scale)
+            flat = without_overlap(*(_rows(t).flatten(0, 1) for t in (q, k, v)))  # (B·P, M, N, D)
+            y = F.scaled_dot_product_attention(*flat, scale=scale)
             return y.unflatten(0, (q.shape[0], q.shape[2])).permute(0, 3, 1, 2, 4).contiguous(), False
         scores = _scores(_rows(q, wide), _rows(k, wide), scale)
         apart = causal and scores.requires_grad and _spoiled(scores)

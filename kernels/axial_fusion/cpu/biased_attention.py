@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..checks import no_autocast, under_transform
+from ..checks import no_autocast, under_transform, without_overlap
 from ..dispatch import plain_on
 from ..reference import blind_queries, unmasked
 
@@ -56,7 +56,9 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tenso
         if q.device.type != "cpu":  # a GPU's SDPA takes only a bias of q's dtype, or misreads it
             query, key, value = _wide(query), _wide(key), _wide(value)
         with no_autocast(q):
-            part = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+            part = F.scaled_dot_product_attention(
+                *without_overlap(query, key, value), attn_mask=bias, scale=scale
+            )
         y[b, rows, m] = part.transpose(1, 2)
     return y
 

@@ -27,6 +27,7 @@ from ..checks import (
     no_autocast,
     no_second_derivative,
     softmax_scale,
+    without_overlap,
 )
 from ..dispatch import select_backend
 from ..gpu.slice_attention import launch_forward
@@ -163,19 +164,14 @@ def _backward_flops(grad_shape: Any, *_: Any, out_shape: Any = None, **__: Any) 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if q.device.type == "cpu":
-        q, k, v = map(_without_overlap, (q, k, v))
+        q, k, v = without_overlap(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
-
-
-def _without_overlap(t: Tensor) -> Tensor:
-    """t (..., P, D), copied where its rows overlap in memory: oneDNN refuses these in the backward of SDPA in bf16."""
-    return t.contiguous() if 0 < t.stride(-2) < t.shape[-1] else t
 
 
 def _sdpa_flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     aten = torch.ops.aten
     if q.device.type == "cpu":
-        q, k, v = (_without_overlap(t) if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in without_overlap(q, k, v))
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)[0]
     dim = q.shape[-1]
     q, k, v = (F.pad(t, (0, -dim % 8)) if dim % 8 else t for t in (q, k, v))
