@@ -5,6 +5,7 @@ A fault of this package itself keeps its traceback."""
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import struct
@@ -17,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,10 +74,17 @@ def run_command(name: str, command: Callable[[], int]) -> int:
     """The exit code of `command`: 2 after one line where it was refused, 130 and 143 where it was stopped.
 
     SIGTERM unwinds like an exception, so that no temporary file is left. A warning is one line as well. A console that
-    lacks a character shows ?."""
+    lacks a character shows ?. Lines that stderr cannot take (a full disk, a closed pipe) are lost; the work goes on."""
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            with contextlib.suppress(OSError):  # of what waits to be written
+                stream.reconfigure(errors="replace")
+    with contextlib.redirect_stderr(_Lossy(sys.stderr)):
+        return _run(name, command)
+
+
+def _run(name: str, command: Callable[[], int]) -> int:
     try:
         with _stopping_at_sigterm(), _warning_in_a_line(name):
             return command()
@@ -92,6 +100,32 @@ def run_command(name: str, command: Callable[[], int]) -> int:
     if said:
         print(f"aftersam.{name}: {said}", file=sys.stderr)
     return code
+
+
+class _Lossy:
+    """A text stream whose failures to write are ignored."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
+def _open_streams() -> None:
+    """Open stdout and stderr that were closed by the caller: else the next file would get their descriptor."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # for as long as the process lives
 
 
 def stopped(signum: int, said: str) -> BaseException:

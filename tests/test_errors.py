@@ -1,5 +1,6 @@
 """Errors as sentences: what a file's reading raises names the file, what a command raises is one line and a code."""
 
+import contextlib
 import os
 import signal
 import struct
@@ -11,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aftersam.errors import LONGEST, naming, one_line, run_command, sentence, signals_noted, stopped
+from aftersam.predict import main as predict_main
+from error_rows import a_bad_scan_of_two
 
 
 @given(st.text())
@@ -110,6 +113,32 @@ def test_a_console_without_the_character_shows_a_question_mark(monkeypatch, tmp_
         monkeypatch.setattr(sys, "stdout", console)
         assert run_command("check", lambda: print("Leber ü") or 0) == 0
     assert (tmp_path / "console").read_text() == "Leber ?\n"
+
+
+@pytest.mark.parametrize("kind", ["full disk", "closed pipe", "closed"])
+def test_lines_that_stderr_cannot_take_are_lost_and_the_work_goes_on(run, tmp_path, monkeypatch, kind):
+    a_bad_scan_of_two(tmp_path)  # which is told of, and is the exit code
+    stream = unwritable(kind)
+    monkeypatch.setattr(sys, "stderr", stream)
+    argv = f"-i {tmp_path}/scans -o {tmp_path}/masks -m {run} --device cpu --no-preview"
+    assert predict_main(argv.split()) == 1
+    assert [path.name for path in (tmp_path / "masks").glob("*.nii.gz")] == ["a.nii.gz"]
+    assert predict_main([*argv.split(), "--num-parts", "2"]) == 2
+    lost = stream or sys.stderr
+    monkeypatch.undo()
+    for part in (lost, lost.buffer, lost.buffer.raw):  # two of them hold lines that cannot be written
+        with contextlib.suppress(OSError):
+            part.close()
+
+
+def unwritable(kind):
+    if kind == "closed":
+        return None
+    if kind == "full disk":
+        return open("/dev/full", "w", buffering=1)
+    end, start = os.pipe()
+    os.close(end)
+    return open(start, "w", buffering=1)
 
 
 def test_signals_are_noted_and_have_their_effect_when_asked_for_again():
