@@ -182,10 +182,11 @@ def _row(args: AblateArgs, name: str, change: Mapping[str, Any], seed: int) -> S
         _, held_out = split(dataset, args.fold, 0)
         link_cases(dataset, held_out, home)
         images, labels = home / "images", home / "labels"
+        prompted = row_config(args, change, seed).model.prompts != "none"
         predict_files(
             PredictArgs(
                 input=images, output=home / "masks", model=(run,), checkpoint="last", device=args.device, preview=False,
-                prompt_labels=labels, trust_intensities=args.trust_intensities,
+                prompt_labels=labels if prompted else None, trust_intensities=args.trust_intensities,
             )
         )  # fmt: skip
         write_json(home / "metrics.json", score_folder(home / "masks", labels, quiet=True))

@@ -196,6 +196,8 @@ FULL = "could not be written: No space left on device"
 
 READING = [
     Row("no input", "predict", ONE, "HOME/scan.nii.gz does not exist"),
+    Row("prompts without need", "predict", f"{ONE} --prompt-labels HOME/scan.nii.gz",
+        "RUN was trained without prompts, so leave out --prompt-labels HOME/scan.nii.gz", a_scan),
     Row("mask exists", "predict", ONE, "HOME/mask.nii.gz exists; --overwrite replaces it", a_scan_and_its_mask),
     Row("mask into a file", "predict", ONE.replace("mask.nii.gz", "scan.nii.gz/mask.nii.gz"),
         "HOME/scan.nii.gz/mask.nii.gz cannot be written, since HOME/scan.nii.gz is not a folder", a_scan),

@@ -19,7 +19,7 @@ from aftersam.inference.arguments import PredictArgs
 from aftersam.inference.cohort import Cohort, Entry, case_of, cohort_of, mask_name
 from aftersam.inference.pipeline import Predicted, Report, finish_output, own_entries, predict_entries
 from aftersam.inference.storage import Store, is_url, plain
-from aftersam.inference.work import working
+from aftersam.inference.work import check_prompts, working
 from aftersam.model.run_folder import find_runs
 
 if TYPE_CHECKING:
@@ -89,7 +89,9 @@ def predict_on_ray(args: PredictArgs) -> Predicted:
 
     Raises ValueError where Ray is not installed, and as `predict_files` does."""
     args = dataclasses.replace(checked(args), model=tuple(Path(_everywhere(run)) for run in args.model))
-    cohort = cohort_of(dataclasses.replace(args, model=tuple(find_runs(args.model))))
+    found = dataclasses.replace(args, model=tuple(find_runs(args.model)))
+    check_prompts(found)  # here, not in each actor
+    cohort = cohort_of(found)
     if not cohort.many:
         raise ValueError(f"--engine ray is for several scans, but {args.input} is one scan")
     if args.review:

@@ -66,7 +66,7 @@ class Segmenter:
         """Segment a nibabel image, or an array in NIfTI's (x, y, z) order with its affine (voxel to RAS mm).
 
         Returns integer labels on the same grid, names in a header extension. `prompt_labels`, labels on the image's
-        grid, are for a model with prompts. Raises ValueError on a bad grid, or where such a model gets none."""
+        grid, are for a model with prompts. Raises ValueError on a bad grid, and as `prepare` does."""
         from aftersam.data.intensities import check_intensities
         from aftersam.data.volume import from_nifti, image_of, labels_from_nifti, to_nifti
 
@@ -86,7 +86,7 @@ class Segmenter:
         """Bring a scan, and the labels that prompts are drawn from, to the model's spacing. Needs no GPU.
 
         Warns of a scan whose voxels or length are far from those of the training. Raises ValueError where a model with
-        prompts gets no labels."""
+        prompts gets no labels, or one without prompts gets some."""
         from aftersam.data.transforms import preprocess, resample
         from aftersam.inference.inputs import Scan
         from aftersam.inference.timings import Timings
@@ -96,6 +96,8 @@ class Segmenter:
         if (odd := _far_from_training(volume, self.spacing_mm, self.longest_mm)) is not None:
             warnings.warn(f"{volume.name} {odd}; is its spacing right?", stacklevel=2)
         needs, prompts = self.config.model.prompts, None
+        if needs == "none" and prompt_labels is not None:
+            raise ValueError("the model was trained without prompts, so it takes no prompt_labels")
         if needs != "none" and prompt_labels is None:
             raise ValueError(
                 f"the model was trained with prompts={needs}, so {volume.name} needs labels to draw them from "
@@ -107,7 +109,7 @@ class Segmenter:
                 if spacing_mm in scans:
                     continue
                 ready = preprocess(volume, spacing_mm)
-                if needs != "none" and prompt_labels is not None:
+                if prompt_labels is not None:
                     prompts = resample(prompt_labels.array, volume.spacing_mm, ready.spacing_mm, labels=True)
                 scans[spacing_mm] = Scan(ready.array, ready.box, prompts, timings=timings)
         return Prepared(volume, scans[self.spacing_mm], tuple(scans[fold.spacing_mm] for fold in self.folds))

@@ -25,7 +25,7 @@ from aftersam.inference.jobs import beside, kept_labels, prompt_file
 from aftersam.inference.manifest import Rows
 from aftersam.inference.outputs import Job
 from aftersam.inference.storage import fetched, is_url
-from aftersam.model.run_folder import model_id
+from aftersam.model.run_folder import model_id, read_run
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,7 +85,6 @@ class Work:
 
         began = time.monotonic()
         timings = Timings(self.segmenter.device if self.args.timings else None)
-        needs = self.segmenter.config.model.prompts
         prompts, facts = None, dict(self.made)
         with self._home(entry) as home:
             with timings.stage("read"):
@@ -98,11 +97,13 @@ class Work:
                         from aftersam.data.dicom_segmentation import check_segmentation
 
                         check_segmentation(scan, self.names)
-                    if self.args.prompt_labels is not None and needs != "none":
+                    if self.args.prompt_labels is not None:
                         prompts = read_labels(
                             prompt_file(self.args.prompt_labels, scan, entry.case), like=volume
                         )
-                        facts |= {"prompted": needs}  # who scores this mask must know
+                        facts |= {
+                            "prompted": self.segmenter.config.model.prompts
+                        }  # who scores this mask must know
                     checksum = _sha256(scan) if self.rows is not None else None
                 prepared = self.segmenter.prepare(volume, prompt_labels=prompts, timings=timings)
         store = self.cohort.store
@@ -248,6 +249,7 @@ def working(args: PredictArgs, cohort: Cohort) -> Iterator[Work]:
     """The model of the run and the options that `args` ask for; claims are given back at the end."""
     from aftersam.inference.segmenter import load
 
+    check_prompts(args)
     thread = Background()
     model = thread.submit(model_id, args.model, args.checkpoint)
     thread.close()
@@ -275,6 +277,20 @@ def working(args: PredictArgs, cohort: Cohort) -> Iterator[Work]:
         finally:
             if claims is not None:
                 claims.release_all()
+
+
+def check_prompts(args: PredictArgs) -> None:
+    """Raises ValueError where the model needs labels for its prompts and none are given, or takes no prompts."""
+    run = args.model[0]
+    needs = read_run(run)[0].model.prompts
+    if needs == "none" and args.prompt_labels is not None:
+        raise ValueError(
+            f"{run} was trained without prompts, so leave out --prompt-labels {args.prompt_labels}"
+        )
+    if needs != "none" and args.prompt_labels is None:
+        raise ValueError(
+            f"{run} was trained with prompts={needs}; give the labels that they are drawn from (--prompt-labels)"
+        )
 
 
 def _sha256(scan: Path) -> str:

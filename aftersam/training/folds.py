@@ -87,10 +87,12 @@ def _check_begun(args: TrainArgs, dataset: Dataset, folds: list[dict[str, list[s
 def _predict_held_out(args: TrainArgs, dataset: Dataset, cases: list[str], run: Path) -> None:
     """Write the masks of the validation scans of `run`, by its best weights, into the folder that all folds share."""
     home = args.output / "validation" / run.name
+    prompted = read_run(run)[0].model.prompts != "none"
     link_cases(dataset, cases, home)
     predict_files(
         PredictArgs(
             input=home / "images", output=args.output / "masks", model=(run,), device=args.device, preview=False,
-            prompt_labels=home / "labels", trust_intensities=args.trust_intensities, overwrite=True,
+            prompt_labels=home / "labels" if prompted else None, trust_intensities=args.trust_intensities,
+            overwrite=True,
         )
     )  # fmt: skip
