@@ -159,12 +159,13 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def without_overlap(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors (..., D), copied where rows of D values start less than D elements from each other in memory.
+def without_overlap(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v (..., D), copied where rows of D values start less than D elements from each other in memory.
 
     torch's fused attention on a CPU gives wrong values for such a q, in every dtype and without an error: it writes
     into memory laid out like q. In bf16 oneDNN refuses their backward."""
-    return tuple(t.contiguous() if any(0 < s < t.shape[-1] for s in t.stride()[:-1]) else t for t in tensors)
+    q, k, v = (t.contiguous() if any(0 < s < t.shape[-1] for s in t.stride()[:-1]) else t for t in (q, k, v))
+    return q, k, v
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -58,8 +58,8 @@ def _forward(
         longest = max(1 if traced else k.shape[1], k.shape[4])
         long = visible is None and q.dtype == wide and longest >= _LONG
         if long and q.device.type == "cpu" and no_derivative(q, k, v):
-            flat = without_overlap(*(_rows(t).flatten(0, 1) for t in (q, k, v)))  # (B·P, M, N, D)
-            y = F.scaled_dot_product_attention(*flat, scale=scale)
+            flat_q, flat_k, flat_v = (_rows(t).flatten(0, 1) for t in (q, k, v))  # (B·P, M, N, D)
+            y = F.scaled_dot_product_attention(*without_overlap(flat_q, flat_k, flat_v), scale=scale)
             return y.unflatten(0, (q.shape[0], q.shape[2])).permute(0, 3, 1, 2, 4).contiguous(), False
         scores = _scores(_rows(q, wide), _rows(k, wide), scale)
         apart = causal and scores.requires_grad and _spoiled(scores)
