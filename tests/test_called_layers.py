@@ -53,6 +53,18 @@ def test_a_hook_on_any_layer_runs_once_a_call(name):
     assert called == [name]
 
 
+@pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
+def test_a_hook_for_all_modules_meets_each_layer_once_a_call(kind):
+    made, x, called = module(rank=2), torch.randn(1, 3, 8, 16, requires_grad=True), []
+    expected = made(x)
+    with getattr(nn.modules.module, f"register_module_{kind}_hook")(lambda layer, *_: called.append(layer)):
+        y = made(x)
+        y.sum().backward()
+    torch.testing.assert_close(y, expected)
+    for name in LAYERS:
+        assert called.count(made.get_submodule(name)) == 1
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("index", [None, [2], [2, 0]], ids=str)
