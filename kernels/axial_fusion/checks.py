@@ -162,8 +162,8 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 def without_overlap(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v (..., D), copied where rows of D values start less than D elements from each other in memory.
 
-    torch's fused attention on a CPU gives wrong values for such a q, in every dtype and without an error: it writes
-    into memory laid out like q. In bf16 oneDNN refuses their backward."""
+    torch's fused attention writes into memory laid out like q. On a CPU its values are wrong for such a q, in every
+    dtype and without an error, and in bf16 oneDNN refuses the backward."""
     q, k, v = (t.contiguous() if any(0 < s < t.shape[-1] for s in t.stride()[:-1]) else t for t in (q, k, v))
     return q, k, v
 

@@ -163,15 +163,13 @@ def _backward_flops(grad_shape: Any, *_: Any, out_shape: Any = None, **__: Any) 
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    if q.device.type == "cpu":
-        q, k, v = without_overlap(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 def _sdpa_flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     aten = torch.ops.aten
     if q.device.type == "cpu":
-        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in without_overlap(q, k, v))
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)[0]
     dim = q.shape[-1]
     q, k, v = (F.pad(t, (0, -dim % 8)) if dim % 8 else t for t in (q, k, v))
@@ -267,5 +265,5 @@ def run(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
         return OPS.slice_attention(q, k, v, scale)[0]
     attend = _torch if q.numel() == 0 else _LIBRARIES[backend]  # no library promises to take empty tensors
     shape = q.shape[:2]
-    q, k, v = (t.flatten(0, 1).transpose(1, 2) for t in (q, k, v))
+    q, k, v = (t.flatten(0, 1).transpose(1, 2) for t in without_overlap(q, k, v))
     return attend(q, k, v, scale).transpose(1, 2).unflatten(0, shape)
