@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from aftersam.config import Config, Count, Index, Positive, Seed, Small, checked, preset
-from aftersam.errors import plain_console, run_command
+from aftersam.errors import counted, plain_console, run_command
 from aftersam.evaluation.result import read_result
 from aftersam.evaluation.statistics import AblationTable, Scores, summarise
 from aftersam.evaluation.tables import markdown_table
@@ -123,8 +123,8 @@ def _check_cases(output: Path, scores: Mapping[tuple[str, int], Scores]) -> None
     for home, cases in others:
         if cases != known:
             raise ValueError(
-                f"{home} was scored on {len(cases)} cases and {first} on other {len(known)}; delete the one of the "
-                "older data, and its row is trained again"
+                f"{home} was scored on {counted(len(cases), 'case')} and {first} on other {len(known)}; delete the "
+                "folder of the older data to train that row again"
             )
 
 
@@ -218,8 +218,8 @@ def markdown(name: str, table: AblationTable) -> str:
             cells.append(f"{100 * scores[organ]['mean']:.2f} ± {100 * scores[organ]['std']:.2f}{tested}")
         lines.append([organ, *cells])
     parts = [
-        f"**{TITLES[name]}**: DSC in %, {table['cases']} cases, mean ± deviation over {table['seeds']} seeds; "
-        f"in brackets p of a paired Wilcoxon test against {table['against']}",
+        f"**{TITLES[name]}**: DSC in %, {counted(table['cases'], 'case')}, mean ± deviation over "
+        f"{counted(table['seeds'], 'seed')}; in brackets p of a paired Wilcoxon test against {table['against']}",
         markdown_table(lines),
     ]
     if prompted:

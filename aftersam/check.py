@@ -1,6 +1,6 @@
 """Look through a CT data set before training on it.    python -m aftersam.check DATASET
 
-What was found, each scan's grid, HU range and labels, what is wrong, and what a run will need."""
+Prints the layout, the grid, HU range and labels of each scan, every problem, and the memory and time of a training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import tyro
 
 from aftersam.config import ENCODERS, Config, Index, checked, preset
-from aftersam.errors import SAID, one_line, plain_console, run_command, sentence, tell
+from aftersam.errors import SAID, counted, one_line, plain_console, run_command, sentence, tell
 
 if TYPE_CHECKING:
     import torch
@@ -94,10 +94,10 @@ def check_case(case: Case, names: dict[int, str], *, trusted: bool = False) -> C
 
 
 def needs(reports: Sequence[CaseReport], config: Config, num_classes: int) -> Needs:
-    """What a run will need.
+    """Estimate the cache, memory and computation of a training.
 
-    A step's floating-point operations, forward and backward, are counted on the model itself, without memory; the
-    activations are those of pre-norm blocks, which keep about 18 of their width a token in half precision."""
+    Floating-point operations of a step, forward and backward, are counted on the model on the meta device. Activations
+    are those of pre-norm blocks: each keeps about 18 times its width for each token, in half precision."""
     spacings = [r.spacing_mm for r in reports if r.spacing_mm]
     target = config.data.spacing_mm
     median = (
@@ -210,7 +210,7 @@ def slices_per_second(
 
 
 def check(args: CheckArgs) -> CheckResult:
-    """Look through the data set that `args` name and print what was found and what a run will need.
+    """Read the whole data set and print its contents, its problems, and the memory and time of a training.
 
     Raises ValueError where there is no data set."""
     from rich.progress import track
@@ -220,7 +220,7 @@ def check(args: CheckArgs) -> CheckResult:
     from aftersam.training.schedule import workers
 
     dataset, console = find_dataset(checked(args).data), plain_console()
-    tell(console, f"{dataset.name}: {dataset.layout}, {len(dataset.cases)} scans")
+    tell(console, f"{dataset.name}: {dataset.layout}, {counted(len(dataset.cases), 'scan')}")
     tell(console, "labels: " + ", ".join(f"{v} {n}" for v, n in dataset.labels.items()))
     progress = plain_console(stderr=True)
     hidden = not progress.is_terminal
@@ -236,9 +236,10 @@ def check(args: CheckArgs) -> CheckResult:
     usable = [report.id for report in reports if report.problem is None]
     time_needed = f"too long on this {device}" if seconds is None else _duration(seconds * need.steps)
     console.print(
-        f"{len(usable)} of {len(reports)} scans usable; preset {args.preset} needs about "
-        f"{need.cache_gb:.2g} GB of cache and {need.memory_gb:.2g} GB of memory; its {need.steps:.0f} steps "
-        f"of {need.step_tflop:.2g} TFLOP take {time_needed} (train --max-minutes sets a limit)",
+        f"{len(usable)} of {counted(len(reports), 'scan')} usable; preset {args.preset} needs about "
+        f"{need.cache_gb:.2g} GB of cache and {need.memory_gb:.2g} GB of memory; time for "
+        f"{counted(round(need.steps), 'step')} of {need.step_tflop:.2g} TFLOP: {time_needed} "
+        "(train --max-minutes sets a limit)",
         soft_wrap=True,
     )
     rate = None
@@ -249,7 +250,8 @@ def check(args: CheckArgs) -> CheckResult:
         if seconds is not None:
             wanted = f"; training takes {config.model.num_slices * config.train.batch_size / seconds:.3g}"
         count = workers(config.train, device)
-        text = f"loading gives {rate:.3g} slices a second with {count} worker processes{wanted}"
+        processes = counted(count, "worker process", "worker processes")
+        text = f"loading gives {rate:.3g} slices/s with {processes}{wanted}"
         console.print(text, soft_wrap=True)
     return CheckResult(tuple(reports), need, seconds, rate)
 
@@ -285,7 +287,7 @@ def _print_cases(console: Console, reports: Sequence[CaseReport], labels: dict[i
 
 
 def _duration(seconds: float) -> str:
-    return f"about {seconds / 60:.2g} minutes" if seconds < 7200 else f"about {seconds / 3600:.3g} hours"
+    return f"about {seconds / 60:.2g} min" if seconds < 7200 else f"about {seconds / 3600:.3g} h"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

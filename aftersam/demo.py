@@ -126,7 +126,7 @@ def demo(args: DemoArgs) -> Metrics:
     overlay_png(out / "demo.png", scan.array, mask, scan.spacing_mm, LABELS, reference=truth)
     folders = {"images": images, "predictions": masks, "labels": labels}
     write_report(out / "report.html", out / "metrics.json", run=out / "run", **folders)
-    print(f"{out / 'report.html'}, {out / 'demo.png'} after {(time.monotonic() - began) / 60:.1f} minutes")
+    print(f"{out / 'report.html'}, {out / 'demo.png'} after {(time.monotonic() - began) / 60:.1f} min")
     return metrics
 
 

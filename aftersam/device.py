@@ -8,6 +8,8 @@ import re
 
 import torch
 
+from aftersam.errors import counted
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -26,7 +28,8 @@ def find_device(name: str) -> torch.device:
     if not torch.cuda.is_available():
         raise ValueError(f"device is {name}, but torch {torch.__version__} sees no GPU; use cpu")
     if device.index >= torch.cuda.device_count():
-        raise ValueError(f"device is {name}, but there are {torch.cuda.device_count()} GPUs, counted from 0")
+        gpus = counted(torch.cuda.device_count(), "GPU")
+        raise ValueError(f"device is {name}, but torch sees {gpus}, counted from 0")
     return device
 
 

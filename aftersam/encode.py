@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import tyro
 
 from aftersam.config import Config, checked
-from aftersam.errors import SAID, naming, plain_console, run_command, sentence, tell
+from aftersam.errors import SAID, counted, naming, plain_console, run_command, sentence, tell
 from aftersam.files import by_case, check_place, refuse_input, scans_in
 from aftersam.training.arguments import ConfigFile, parse
 
@@ -87,7 +87,7 @@ def encode(args: EncodeArgs) -> EncodeResult:
         except SAID as error:
             failed += 1
             tell(console, f"aftersam.encode: {sentence(error)}")
-    tell(console, f"{args.output}: {len(scans) - failed} of {len(scans)} scans")
+    tell(console, f"{args.output}: {len(scans) - failed} of {counted(len(scans), 'scan')}")
     return EncodeResult(len(scans) - failed, failed)
 
 

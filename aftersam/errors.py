@@ -158,6 +158,12 @@ def one_line(text: object) -> str:
 
 
 def tell(console: Console, text: object) -> None:
+def counted(number: float, noun: str, plural: str = "") -> str:
+    """`number` with its noun: 1 case, 2 cases. `plural` is needed where an s does not make it."""
+    shown = f"{number:g}" if isinstance(number, float) else str(number)
+    return f"{shown} {noun if number == 1 else plural or noun + 's'}"
+
+
     """Print `text` as one line on a console of `plain_console`."""
     console.print(one_line(text), soft_wrap=True)
 

@@ -15,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from aftersam.config import Count, Seed, checked
-from aftersam.errors import run_command
+from aftersam.errors import counted, run_command
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def phantom(args: PhantomArgs) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     def command() -> int:
         args = tyro.cli(PhantomArgs, args=argv, description=__doc__)
-        print(f"{phantom(args)}: {args.cases} scans")
+        print(f"{phantom(args)}: {counted(args.cases, 'scan')}")
         return 0
 
     return run_command("phantom", command)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from aftersam.data.nifti import check_shape, check_spacing, corners, is_grid, mm_per_unit, opened
-from aftersam.errors import naming
+from aftersam.errors import counted, naming
 from aftersam.files import case_name, is_nifti, renamed, reserve, write_json
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ def _hounsfield(raw: np.ndarray, slope: float, inter: float, name: str) -> np.nd
             plane[wrong] = AIR_HU
         out[..., z] = np.clip(plane, limits.min, limits.max)
     if bad:
-        what = "1 voxel that is" if bad == 1 else f"{bad} voxels that are"
+        what = counted(bad, "voxel that is", "voxels that are")
         warnings.warn(f"{name} has {what} NaN or infinite, set to air ({AIR_HU} HU)", stacklevel=4)
     return out
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from aftersam.errors import naming, sentence
+from aftersam.errors import counted, naming, sentence
 from aftersam.files import (
     NIFTI,
     by_case,
@@ -93,8 +93,9 @@ def cohort_of(args: PredictArgs) -> Cohort:
         if single and is_nifti(output):
             entries, output = [entries[0]._replace(mask=output.name)], output.parent
         elif is_nifti(output) or output.is_file():
-            number = "1 scan" if len(entries) == 1 else f"{len(entries)} scans"
-            raise ValueError(f"{source} is a list of {number}, so --output must be a folder")
+            raise ValueError(
+                f"{source} is a list of {counted(len(entries), 'scan')}, so --output must be a folder"
+            )
         refuse_format(output)
     elif single and output.lower().endswith(NIFTI):
         output, _, name = output.rpartition("/")

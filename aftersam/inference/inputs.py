@@ -62,6 +62,6 @@ class PredictOptions:
         """Raise ValueError where a number is out of bounds, or `keep` is above the `num_slices` of a group."""
         if not 1 <= self.keep <= num_slices:
             raise ValueError(
-                f"--keep is {self.keep}, but the model's groups have 1 to {num_slices} slices to keep"
+                f"--keep is {self.keep}, but must be 1 to {num_slices}, the number of slices in the model's groups"
             )
         checked(self)

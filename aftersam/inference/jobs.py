@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from aftersam.errors import counted
 from aftersam.files import (
     DICOM,
     NIFTI,
@@ -38,8 +39,9 @@ def jobs_of(
     scans = scans_in(source) if source.is_dir() else []
     if scans:
         if output.name.lower().endswith((*NIFTI, DICOM)) or output.is_file():
-            number = "1 scan" if len(scans) == 1 else f"{len(scans)} scans"
-            raise ValueError(f"{source} is a folder of {number}, so --output must be a folder")
+            raise ValueError(
+                f"{source} is a folder of {counted(len(scans), 'scan')}, so --output must be a folder"
+            )
         refuse_format(output)
         named = sorted(p for p in source.iterdir() if not p.name.startswith("."))
         if others := [p for p in named if p.name.lower().endswith(OTHER_IMAGES)]:

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from aftersam.errors import one_line, plain_console, run_command, tell
+from aftersam.errors import counted, one_line, plain_console, run_command, tell
 from aftersam.inference.storage import Store, plain
 
 FOLDER = "manifest"
@@ -182,7 +182,7 @@ def _main(argv: Sequence[str] | None) -> int:
     merged = manifest(args)
     counts = ", ".join(f"{number} {status}" for status, number in sorted(merged.counts.items()))
     lost = f"; {merged.unfinished} were not finished" if merged.unfinished else ""
-    scans = "1 scan" if len(merged.rows) == 1 else f"{len(merged.rows)} scans"
+    scans = counted(len(merged.rows), "scan")
     tell(plain_console(), f"{' and '.join(merged.files)}: {scans}: {counts or 'none'}{lost}")
     for row in merged.rows:
         if row["status"] == "failed":

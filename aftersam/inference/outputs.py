@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aftersam.errors import one_line
+from aftersam.errors import counted, one_line
 from aftersam.files import CONFIDENCE, DICOM, renamed, write_json
 from aftersam.inference.jobs import beside
 
@@ -55,7 +55,8 @@ def write_outputs(args: PredictArgs, names: dict[int, str], job: Job, found: Pre
             write_json(beside(mask, ".timings.json"), timings.summary())
         job.finishing(voxels, temporary)
     organs = ", ".join(name for value, name in sorted(names.items()) if value in voxels) or "nothing"
-    line = f"{one_line(job.shown)}: {organs}; {volume.array.shape[0]} slices in {time.monotonic() - job.began:.1f} s"
+    slices, seconds = counted(volume.array.shape[0], "slice"), time.monotonic() - job.began
+    line = f"{one_line(job.shown)}: {organs}; {slices} in {seconds:.1f} s"
     return f"{line}\n{timings.line()}" if args.timings else line
 
 

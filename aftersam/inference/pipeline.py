@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aftersam.config import checked
-from aftersam.errors import SAID, Terminated, one_line, plain_console, sentence, signals_noted, tell
+from aftersam.errors import (
+    SAID,
+    Terminated,
+    counted,
+    one_line,
+    plain_console,
+    sentence,
+    signals_noted,
+    tell,
+)
 from aftersam.files import check_place, remove_leftovers
 from aftersam.inference.arguments import PredictArgs
 from aftersam.inference.background import Background, leave_behind
@@ -112,7 +121,7 @@ def own_entries(args: PredictArgs, cohort: Cohort, report: Report) -> list[Entry
             )
         entries = [entry for entry in entries if part.has(entry.case)]
         cohort.skipped[:] = [pair for pair in cohort.skipped if part.has(pair[0].case)]
-        scans = "1 scan" if len(cohort.entries) == 1 else f"{len(cohort.entries)} scans"
+        scans = counted(len(cohort.entries), "scan")
         said = f"part {part.index} of {part.count} ({part.source}): {len(entries)} of {scans}"
         tell(report.console, said)
     for entry, why in cohort.skipped:
@@ -318,11 +327,12 @@ class Report:
         """The scans without a mask. Prints how many masks exist."""
         self.kept.extend(cohort.store.path(entry.mask) for entry in entries if entry.mask in names)
         if self.kept:
-            text = (
-                f"{cohort.archive or cohort.store.root}: {len(self.kept)} of {len(entries)} masks exist and are kept; "
-                "--overwrite replaces them"
+            masks = counted(len(entries), "mask exists and is", "masks exist and are")
+            where = cohort.archive or cohort.store.root
+            tell(
+                self.console,
+                f"{where}: {len(self.kept)} of {masks} kept; --overwrite replaces existing masks",
             )
-            tell(self.console, text)
         return [entry for entry in entries if entry.mask not in names]
 
     def tell(self, text: str) -> None:
@@ -344,6 +354,6 @@ class Report:
     def result(self) -> Predicted:
         """The outcome of all scans. Prints how many scans other processes are computing."""
         if self.elsewhere:
-            scans = "1 scan is" if self.elsewhere == 1 else f"{self.elsewhere} scans are"
+            scans = counted(self.elsewhere, "scan is", "scans are")
             tell(self.console, f"{scans} being computed by other processes")
         return Predicted(tuple(self.written), tuple(self.kept), tuple(self.problems.values()), self.elsewhere)

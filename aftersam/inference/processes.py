@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from aftersam.errors import counted
 from aftersam.files import normal_form
 
 if TYPE_CHECKING:
@@ -119,8 +120,8 @@ class Processes:
         while self.store.add("finished", 0) < self.count:
             time.sleep(POLL_SECONDS)
         if self.rank == 0 and (total := self.store.add("failed", 0)):
-            scans = "1 scan has" if total == 1 else f"{total} scans have"
-            say(f"{scans} no mask, for the reasons above; torchrun ends with an error for that")
+            scans = counted(total, "scan has", "scans have")
+            say(f"{scans} no mask, for the reasons above; torchrun therefore ends with an error")
         self.store.add("gone", 1)
         while self.rank == 0 and self.store.add("gone", 0) < self.count:  # rank 0 may host the store
             time.sleep(POLL_SECONDS)

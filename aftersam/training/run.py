@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from aftersam.data.stored_features import StoredScan
-from aftersam.errors import naming, signals_noted, stopped
+from aftersam.errors import counted, naming, signals_noted, stopped
 from aftersam.evaluation.figures import loss_figure
 from aftersam.files import read_json, write_json
 from aftersam.model.aftersam import AfterSAM
@@ -81,8 +81,8 @@ def train(args: TrainArgs) -> TrainResult:
     tracker = plan.config.train.tracker
     processes.accelerator.init_trackers("aftersam" if tracker != "tensorboard" else "tensorboard")
     processes.accelerator.print(
-        f"{len(scans.training)} training and {len(scans.validation)} validation scans of {len(scans.dataset.cases)}, "
-        f"{len(scans.labels)} organs; "
+        f"{counted(len(scans.training), 'training scan')} and {counted(len(scans.validation), 'validation scan')} of "
+        f"{len(scans.dataset.cases)}, {counted(len(scans.labels), 'organ')}; "
         f"{plan.config.model.image_encoder}, {sizes}; {processes.device}, {processes.precision}"
     )
     return Run(args.output, processes, scans, learner, progress, stored).loop()
