@@ -78,7 +78,7 @@ def export(args: ExportArgs) -> Path:
 
 
 def _write_weights(folder: Path, run: Path, checkpoint: str) -> None:
-    """A run of configuration, facts and weights in fp16, rounded to nearest."""
+    """Write configuration, facts and weights of a run, the weights rounded to fp16."""
     from aftersam.files import read_json, read_tensors, write_json, write_tensors
     from aftersam.model.build import TRAINING_STATE
 

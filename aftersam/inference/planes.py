@@ -36,8 +36,7 @@ class Plane(NamedTuple):
         """The plane interpolated to `shape` (H', W')."""
         if tuple(self.logits.shape[-2:]) == shape:
             return self
-        # as many parts as Plane has
-        return Plane(*(None if part is None else upsample(part[None], shape)[0] for part in self))  # type: ignore[arg-type]
+        return Plane(*(None if part is None else upsample(part[None], shape)[0] for part in self))  # type: ignore[arg-type]  # one value for each field of Plane
 
     def mirrored(self, label_swap: dict[int, int]) -> Plane:
         """The plane of the mirrored slice: left and right exchanged, both in space and in the classes."""

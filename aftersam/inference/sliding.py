@@ -314,8 +314,9 @@ def fuse(
     """Fused embedding (groups, positions, windows, C, h, w) of the slices at `positions` in each group."""
     # (groups, windows, N, C, h, w): the model gets each window of a group as a separate group
     embedding = torch.stack([torch.stack([features[d].embedding for d in group], dim=1) for group in groups])
-    fused = model.fuse(embedding.flatten(0, 1), query_index=positions)
-    return fused.unflatten(0, embedding.shape[:2]).transpose(1, 2)
+    fused: Tensor = model.fuse(embedding.flatten(0, 1), query_index=positions)
+    by_group: Tensor = fused.unflatten(0, embedding.shape[:2])
+    return by_group.transpose(1, 2)
 
 
 def decode(
@@ -332,7 +333,8 @@ def decode(
     if scan.prompt_labels is not None:
         labels = window_crops(scan.prompt_labels, targets, tiling.windows, tiling.size, 0).to(fused.device)
     logits = model.decode(fused.flatten(0, 2), skips, labels).float()
-    return logits.unflatten(0, (len(targets), -1))
+    by_target: Tensor = logits.unflatten(0, (len(targets), -1))
+    return by_target
 
 
 def count_votes(votes: dict[int, Votes], logits: Tensor, batch: Batch, plan: Plan) -> None:
@@ -387,4 +389,5 @@ def _divergence(mean: Tensor, entropy: Tensor, count: int) -> Tensor:
 
 def _entropy(probabilities: Tensor) -> Tensor:
     """Entropy in nats of probabilities (windows, K+1, h, w) -> (windows, 1, h, w)."""
-    return torch.special.entr(probabilities).sum(1, keepdim=True)
+    terms: Tensor = torch.special.entr(probabilities)  # -p log p
+    return terms.sum(1, keepdim=True)

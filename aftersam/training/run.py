@@ -73,8 +73,7 @@ def train(args: TrainArgs) -> TrainResult:
     sizes = _sizes(model)
     learner = _learner(model, plan, processes)
     if args.resume:
-        # accelerate's wrapper
-        load_moments(args.output / "last.safetensors", learner.optimizer.optimizer)  # type: ignore[attr-defined]
+        load_moments(args.output / "last.safetensors", learner.optimizer.optimizer)  # type: ignore[attr-defined]  # accelerate's wrapper of it
     if processes.main:
         trim_history(args.output / "history.jsonl", progress.step)
         write_facts(args.output, plan, scans)

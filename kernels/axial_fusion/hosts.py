@@ -383,8 +383,7 @@ def check_weights(kind: str, qkv: Sequence[Part], out: Part, heads: int) -> None
 def _call(attention: nn.Module, base: type, num_slices: int | None) -> HostCall:
     """How the host calls this attention, by the signature of its known forward."""
     skip = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    # every module class has a forward
-    _, *parameters = inspect.signature(base.forward).parameters.values()  # type: ignore[attr-defined]
+    _, *parameters = inspect.signature(base.forward).parameters.values()  # type: ignore[attr-defined]  # every class of modules has a forward
     return HostCall(
         arguments=tuple(p.name for p in parameters if p.kind not in skip),
         batch_first=getattr(attention, "batch_first", True),
