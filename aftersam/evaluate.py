@@ -31,7 +31,7 @@ class EvaluateArgs:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("metrics.json")
     """JSON file of all scores."""
     against: Path | None = None
-    """Folder of another system's masks: paired differences, ours minus theirs."""
+    """Folder of another system's masks. Adds paired differences: --predictions minus --against."""
     nsd_tolerance_mm: Millimetres = 3.0
     """Tolerance of the normalised surface Dice."""
     convention: Convention = "nnunet"

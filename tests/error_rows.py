@@ -301,7 +301,7 @@ READING = [
         "HOME/scan.nii.gz: memory ran out; a --batch-size below 8 needs less (DefaultCPUAllocator: *)", a_scan, 2,
         no_memory),
     Row("half a part", "predict", ALL + " --part-id 1", "--part-id is 1, but --num-parts is not given", two_scans),
-    Row("no such part", "predict", ALL + " --num-parts 2 --part-id 2", "--part-id says part 2 of 2, but *", two_scans),
+    Row("no such part", "predict", ALL + " --num-parts 2 --part-id 2", "--part-id gives part 2 of 2, but *", two_scans),
     Row("no column", "predict", ALL.replace("scans", "list.csv"),
         "HOME/list.csv has the columns a, b, but the column image is needed", text("list.csv", "a,b\n1,2\n")),
     Row("two of one case", "predict", ALL.replace("scans", "list.txt"),

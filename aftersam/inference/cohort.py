@@ -185,7 +185,7 @@ def _listed(source: str | Path) -> tuple[tuple[str, ...], list[Entry]]:
     for number, row in enumerate(rows, 1):
         if len(row) != len(header) or not row[at]:
             raise ValueError(
-                f"{source} has no image in row {number}, or another number of columns than its header"
+                f"{source} has no image in row {number}, or the row has more or fewer values than the header"
             )
         image = row[at] if is_url(row[at]) or row[at].startswith("/") else os.path.normpath(base + row[at])
         if not isinstance(source, Path) and not is_url(row[at]):

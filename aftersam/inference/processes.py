@@ -63,8 +63,8 @@ def part_of_this_process(num_parts: int | None, part_id: int | None, env: Mappin
         part = Part(part.index * world + rank, part.count * world, source)
     if part.index >= part.count:
         raise ValueError(
-            f"{part.source} says part {part.index} of {part.count}, but parts are numbered from 0 to {part.count - 1}; "
-            "give --num-parts and --part-id"
+            f"{part.source} gives part {part.index} of {part.count}, but parts are numbered from 0 to "
+            f"{part.count - 1}; give --num-parts and --part-id"
         )
     return part
 
