@@ -155,7 +155,7 @@ def draw(result: Result, path: Path) -> None:
             time_axes.fill_between(x, lower, upper, color=style["color"], alpha=0.2, linewidth=0)
             memory_axes.plot(x, [r["peak_bytes"]["forward_backward"] / 2**20 for r in line], **style)
         one = next(iter(lines.values()))[0]
-        fixed = f"P {one['side']}×{one['side']}" if along == "slices" else f"N {one['slices']}"
+        fixed = f"{one['side']}×{one['side']} tokens" if along == "slices" else f"N {one['slices']}"
         for axes, what in ((time_axes, "forward + backward, ms"), (memory_axes, "peak memory, MiB")):
             ticks = sorted({scale * r[along] for line in lines.values() for r in line})
             axes.set(xscale="log", yscale="log", xlabel=label)

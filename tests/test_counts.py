@@ -24,6 +24,7 @@ SEVERAL = {  # what stands before a plural and is never 1
     "aftersam/data/volume.py": {"shapes[0]", "data.dtype"},
     "aftersam/inference/pipeline.py": {"len(args.model)"},
     "aftersam/training/setup.py": {"accelerator.num_processes"},
+    "benchmarks/figure.py": {"one['side']"},
     "benchmarks/speed/hosts.py": {"shape.slices"},
     "benchmarks/speed/lora_linear.py": {"self.rows"},
     "benchmarks/speed/predict.py": {"depth", "LOOPED"},
