@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Command(NamedTuple):
-    """A module with `main(argv) -> int`, and the line that --help says about it."""
+    """A module with `main(argv) -> int`, and its line in --help."""
 
     module: str
     line: str
@@ -20,16 +20,16 @@ COMMANDS = {
     "train": Command("aftersam.train", "train a model on a CT data set"),
     "predict": Command("aftersam.predict", "segment CT volumes with a trained model"),
     "encode": Command(
-        "aftersam.encode", "store what the image encoder makes of scans, for train and predict"
+        "aftersam.encode", "store the image encoder's features of scans, for train and predict"
     ),
-    "manifest": Command("aftersam.inference.manifest", "merge the tables that predict leaves of a cohort"),
-    "info": Command("aftersam.inference.info", "say what a model or a mask is"),
+    "manifest": Command("aftersam.inference.manifest", "merge the tables that predict writes for a cohort"),
+    "info": Command("aftersam.inference.info", "print the facts of a model or a mask"),
     "export": Command("aftersam.export", "write a trained model for torch.export and ONNX runtimes"),
     "evaluate": Command("aftersam.evaluate", "score masks against reference masks"),
     "report": Command("aftersam.report", "write one HTML page of curves, scores and overlays"),
-    "ablate": Command("aftersam.ablate", "the paper's ablation tables on your data"),
-    "check": Command("aftersam.check", "look through a data set before training on it"),
-    "demo": Command("aftersam.demo", "synthetic scans, training, masks, scores, report"),
+    "ablate": Command("aftersam.ablate", "make the paper's ablation tables on your data"),
+    "check": Command("aftersam.check", "check a data set before training on it"),
+    "demo": Command("aftersam.demo", "run everything on synthetic scans: training, masks, scores, report"),
     "phantom": Command("aftersam.phantom", "write synthetic thorax scans with their labels"),
 }
 
@@ -45,13 +45,13 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "aftersam COMMAND --help explains one; aftersam --version says which release this is.",
+            "aftersam COMMAND --help explains a command; aftersam --version prints the release.",
         ]
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that the first argument names and return its exit code; 2 where there is none."""
+    """Run the command that the first argument names and return its exit code; 2 for an unknown command."""
     name, *rest = [*(sys.argv[1:] if argv is None else argv)] or [""]
     if name in ("-h", "--help", "help"):
         print(usage())

@@ -1,9 +1,9 @@
-"""The paper's ablations on any data set.    python -m aftersam.ablate --data DATASET --output DIR --table 3
+"""Make the paper's ablation tables on any data set.    python -m aftersam.ablate --data DATASET --output DIR --table 3
 
-Every row of a table is trained on the same split with the same seeds, predicts the validation scans once with its
-final weights, and is scored by aftersam.evaluate. Finished rows are not trained again. Prints and leaves the paper's
-layout: organs down, variants across, mean ± deviation over seeds, and a paired test against the last column,
-and a PNG of each."""
+Every variant is trained on the same split with the same seeds. Its final weights segment the validation scans once, and
+aftersam.evaluate scores the masks. Finished variants are not trained again. Prints and writes the paper's layout:
+organs down, variants across, mean ± deviation over seeds, a paired test against the last column, and a PNG of each
+table."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from aftersam.config import Config, Count, Index, Positive, Seed, Small, checked, preset
-from aftersam.errors import plain_console, run_command
+from aftersam.errors import counted, plain_console, run_command
 from aftersam.evaluation.result import read_result
 from aftersam.evaluation.statistics import AblationTable, Scores, summarise
 from aftersam.evaluation.tables import markdown_table
 from aftersam.files import check_place, refuse_input, write_json, write_text
 
-TABLES: dict[str, dict[str, dict[str, Any]]] = {  # columns in the paper's order; the last is what others are held to
+TABLES: dict[str, dict[str, dict[str, Any]]] = {  # columns in the paper's order; all are compared with the last one
     "3": {
         "Box": {"prompts": "box"}, "1 Point": {"prompts": "point"}, "3 Points": {"prompts": "points"}, "w.o.": {},
     },
@@ -45,10 +45,10 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {  # columns in the paper's order
     },
 }  # fmt: skip
 TITLES = {
-    "3": "Table 3, prompts drawn from the labels: those columns are told where the organs are",
+    "3": "Table 3, prompts drawn from the labels: columns with prompts are told where the organs are",
     "4": "Table 4, mask decoder",
     "fusion": "attention of the fusion blocks",
-    "small": "preset small, one choice more a column",
+    "small": "preset small, one more choice in each column",
 }
 
 
@@ -57,21 +57,21 @@ class AblateArgs:
     data: Path
     """Data set: nnU-Net raw, MSD, SegTHOR, or images/ beside labels/."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder of the runs and tables; rows that it holds already are kept."""
+    """Folder of the runs and tables. Runs that exist in it are kept."""
     table: tuple[Literal["3", "4", "fusion", "small"], ...] = ("3", "4", "fusion")
     """The paper's Table 3 (prompts) or 4 (decoder), the fusion blocks' attention, or the preset small step by step."""
     preset: Literal["paper", "best", "small", "tiny"] = "small"
-    """Choices that all rows share."""
+    """Preset of all variants."""
     sam_checkpoint: str | None = None
     """SAM's weights, as in train."""
     seeds: tuple[Seed, ...] = (0, 1, 2)
-    """One training a row and seed."""
+    """Seeds. Each variant is trained once with each."""
     max_steps: Count | None = None
-    """Steps of each training; the preset's unless given."""
+    """Steps of each training. By default those of the preset."""
     max_minutes: Positive | None = None
     """Minutes of each training, in place of steps."""
     jobs: Small = 1
-    """Rows trained at once, each in a process of its own with its share of the cores."""
+    """Number of variants trained at once. Each is a process and gets an equal share of the cores."""
     trust_intensities: bool = False
     """As in train."""
     fold: Index = 0
@@ -81,7 +81,7 @@ class AblateArgs:
 
 
 def ablate(args: AblateArgs) -> dict[str, AblationTable]:
-    """Train, predict and score what is missing of the tables; write tables.md, tables.json and a PNG of each.
+    """Train, predict and score the variants that are missing; write tables.md, tables.json and a PNG of each table.
 
     Raises ValueError on bad input."""
     from aftersam.device import find_device
@@ -123,8 +123,8 @@ def _check_cases(output: Path, scores: Mapping[tuple[str, int], Scores]) -> None
     for home, cases in others:
         if cases != known:
             raise ValueError(
-                f"{home} was scored on {len(cases)} cases and {first} on other {len(known)}; delete the one of the "
-                "older data, and its row is trained again"
+                f"{home} was scored on {counted(len(cases), 'case')} and {first} on other {len(known)}; delete the "
+                "folder of the older data to train that row again"
             )
 
 
@@ -144,7 +144,7 @@ def _rows(args: AblateArgs, rows: Sequence[tuple[str, Mapping[str, Any], int]]) 
         try:
             return [future.result() for future in [pool.submit(_row, args, *row) for row in rows]]
         except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)  # rows that have not begun
+            pool.shutdown(wait=False, cancel_futures=True)  # cancels variants that have not started
             if not isinstance(error, Exception):  # SIGINT or SIGTERM, maybe sent to this process alone
                 for process in active_children():
                     process.terminate()
@@ -158,7 +158,7 @@ def _share_cores(jobs: int) -> None:
 
 
 def _row(args: AblateArgs, name: str, change: Mapping[str, Any], seed: int) -> Scores:
-    """Scores of every case and organ for one variant and seed, trained unless they are there."""
+    """Scores of every case and organ for one variant and seed. Trains the variant unless its scores exist."""
     from aftersam.data.dataset import find_dataset, link_cases, split
     from aftersam.evaluation.scoring import score_folder
     from aftersam.inference.pipeline import PredictArgs, predict_files
@@ -168,7 +168,7 @@ def _row(args: AblateArgs, name: str, change: Mapping[str, Any], seed: int) -> S
     home = _home(args.output, name, seed)
     if not (home / "metrics.json").exists():
         print(f"{name}, seed {seed}")
-        # what an interrupted run left would be resumed with another budget
+        # an interrupted run would be resumed with another budget
         shutil.rmtree(home, ignore_errors=True)
         run = home / "run"
         train(
@@ -195,7 +195,7 @@ def _row(args: AblateArgs, name: str, change: Mapping[str, Any], seed: int) -> S
 
 
 def row_config(args: AblateArgs, change: Mapping[str, Any], seed: int) -> Config:
-    """The preset with one variant's keys and the budget; no validation, since nothing is chosen by it."""
+    """The preset with one variant's keys and the budget. Without validation, since the final weights are used."""
     config = preset(args.preset)
     changes = {**change, "seed": seed, "validations": 0}
     if args.max_steps is not None or args.max_minutes is not None:
@@ -208,7 +208,7 @@ def row_config(args: AblateArgs, change: Mapping[str, Any], seed: int) -> Config
 
 
 def markdown(name: str, table: AblationTable) -> str:
-    """The paper's layout in percent, p-values in brackets."""
+    """The table as Markdown in the paper's layout: percent, p-values in brackets."""
     columns, prompted = table["columns"], table["prompted"]
     lines = [["", *(f"{column} †" if column in prompted else column for column in columns)]]
     for organ in next(iter(columns.values())):
@@ -219,8 +219,8 @@ def markdown(name: str, table: AblationTable) -> str:
             cells.append(f"{100 * scores[organ]['mean']:.2f} ± {100 * scores[organ]['std']:.2f}{tested}")
         lines.append([organ, *cells])
     parts = [
-        f"**{TITLES[name]}**: DSC in %, {table['cases']} cases, mean ± deviation over {table['seeds']} seeds; "
-        f"in brackets p of a paired Wilcoxon test against {table['against']}",
+        f"**{TITLES[name]}**: DSC in %, {counted(table['cases'], 'case')}, mean ± deviation over "
+        f"{counted(table['seeds'], 'seed')}; in brackets p of a paired Wilcoxon test against {table['against']}",
         markdown_table(lines),
     ]
     if prompted:

@@ -1,6 +1,6 @@
-"""Look through a CT data set before training on it.    python -m aftersam.check DATASET
+"""Check a CT data set before training on it.    python -m aftersam.check DATASET
 
-What was found, each scan's grid, HU range and labels, what is wrong, and what a run will need."""
+Prints the layout, the grid, HU range and labels of each scan, every problem, and the memory and time of a training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import tyro
 
 from aftersam.config import ENCODERS, Config, Index, checked, preset
-from aftersam.errors import SAID, one_line, plain_console, run_command, sentence, tell
+from aftersam.errors import SAID, counted, one_line, plain_console, run_command, sentence, tell
 
 if TYPE_CHECKING:
     import torch
@@ -31,16 +31,16 @@ class CheckArgs:
     data: tyro.conf.Positional[Path]
     """Data set: nnU-Net raw, MSD, SegTHOR, or images/ beside labels/."""
     preset: Annotated[Literal["paper", "best", "small", "tiny"], tyro.conf.arg(aliases=["-p"])] = "small"
-    """Preset whose needs are estimated."""
+    """Preset for which memory and time are estimated."""
     num_workers: Index | None = None
-    """Worker processes to measure loading with; the preset's unless given."""
+    """Worker processes for the measurement of the loading speed. By default those of the preset."""
     trust_intensities: bool = False
-    """Do not judge whether the scans' values are Hounsfield units."""
+    """Do not check whether the scans' values are Hounsfield units."""
 
 
 @dataclass(frozen=True)
 class CaseReport:
-    """What one case holds; `problem` says what is wrong with it, and None that it can be trained on."""
+    """Grid, HU range and labels of one case. `problem` is None for a case that can be trained on."""
 
     id: str
     shape: tuple[int, int, int] | None = None  # (D, H, W)
@@ -51,7 +51,7 @@ class CaseReport:
 
 
 class Needs(NamedTuple):
-    """What a run will need, estimated."""
+    """Estimated cache, memory and computation of a training."""
 
     cache_gb: float
     memory_gb: float
@@ -61,18 +61,18 @@ class Needs(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What a look through a data set found."""
+    """Result of `check`."""
 
     reports: tuple[CaseReport, ...]
     needs: Needs
     step_seconds: float | None
-    """Of one optimiser step on this machine; None where that would take too long to time."""
+    """Time of one optimiser step on this machine. None where a step takes too long to be timed."""
     slices_per_second: float | None
-    """That training's loader gives; None where no scan is usable."""
+    """Speed of the training's data loader. None where no scan is usable."""
 
 
 def check_case(case: Case, names: dict[int, str], *, trusted: bool = False) -> CaseReport:
-    """Read a case whole and say what it holds; `trusted` intensities are not judged."""
+    """Read a whole case and report its contents and problems. With `trusted` intensities are not checked."""
     from aftersam.data.cache import check_labels
     from aftersam.data.intensities import check_intensities
     from aftersam.data.volume import read_image, read_labels
@@ -94,10 +94,10 @@ def check_case(case: Case, names: dict[int, str], *, trusted: bool = False) -> C
 
 
 def needs(reports: Sequence[CaseReport], config: Config, num_classes: int) -> Needs:
-    """What a run will need.
+    """Estimate the cache, memory and computation of a training.
 
-    A step's floating-point operations, forward and backward, are counted on the model itself, without memory; the
-    activations are those of pre-norm blocks, which keep about 18 of their width a token in half precision."""
+    Floating-point operations of a step, forward and backward, are counted on the model on the meta device. Activations
+    are those of pre-norm blocks: each keeps about 18 times its width for each token, in half precision."""
     spacings = [r.spacing_mm for r in reports if r.spacing_mm]
     target = config.data.spacing_mm
     median = (
@@ -129,7 +129,7 @@ def needs(reports: Sequence[CaseReport], config: Config, num_classes: int) -> Ne
 
 
 def step_flop(config: Config, num_classes: int) -> tuple[float, float]:
-    """Floating-point operations of one optimiser step, and its weights with their gradients and Adam's moments."""
+    """(floating-point operations of one optimiser step, numbers stored: weights, gradients, Adam's moments)."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -140,7 +140,7 @@ def step_flop(config: Config, num_classes: int) -> tuple[float, float]:
 
 
 def step_seconds(config: Config, num_classes: int, device: str) -> float:
-    """The time of one optimiser step on this machine: the faster of two real ones."""
+    """Seconds of one optimiser step on this machine: the faster of two measurements."""
     import torch
 
     from aftersam.device import autocast, dtype_for
@@ -153,12 +153,16 @@ def step_seconds(config: Config, num_classes: int, device: str) -> float:
 
 
 def _one_step(config: Config, num_classes: int, times: list[float] | None = None) -> torch.nn.Module:
-    """A network of `config` on the current device, after a forward and a backward on zeros; timed twice if asked."""
+    """Run a forward and a backward of `config`'s network on zeros, on the current device. Returns the network.
+
+    With `times` it is run twice, and the seconds of each run are appended to the list."""
     import torch
 
     from aftersam.model.build import build_aftersam, resolve_encoder
 
-    pretrained = not ENCODERS[config.model.image_encoder].stem  # such a run would start from SAM's weights
+    pretrained = not ENCODERS[
+        config.model.image_encoder
+    ].stem  # encoders without a stem start from SAM's weights
     model = resolve_encoder(config, pretrained=pretrained).model
     network = build_aftersam(model, num_classes)
     groups, plane = (config.train.batch_size, model.num_slices), (model.image_size, model.image_size)
@@ -183,7 +187,7 @@ def slices_per_second(
     seconds: float = 1.0,
     trusted: bool = False,
 ) -> float:
-    """Slices that training's own loader gives a second with nothing to wait for; scans are read from a cache."""
+    """Slices per second of the training's data loader, if training takes no time and scans come from the cache."""
     from itertools import islice
 
     from aftersam.data.cache import cache_cases
@@ -210,7 +214,7 @@ def slices_per_second(
 
 
 def check(args: CheckArgs) -> CheckResult:
-    """Look through the data set that `args` name and print what was found and what a run will need.
+    """Read the whole data set and print its contents, its problems, and the memory and time of a training.
 
     Raises ValueError where there is no data set."""
     from rich.progress import track
@@ -220,7 +224,7 @@ def check(args: CheckArgs) -> CheckResult:
     from aftersam.training.schedule import workers
 
     dataset, console = find_dataset(checked(args).data), plain_console()
-    tell(console, f"{dataset.name}: {dataset.layout}, {len(dataset.cases)} scans")
+    tell(console, f"{dataset.name}: {dataset.layout}, {counted(len(dataset.cases), 'scan')}")
     tell(console, "labels: " + ", ".join(f"{v} {n}" for v, n in dataset.labels.items()))
     progress = plain_console(stderr=True)
     hidden = not progress.is_terminal
@@ -236,26 +240,28 @@ def check(args: CheckArgs) -> CheckResult:
     usable = [report.id for report in reports if report.problem is None]
     time_needed = f"too long on this {device}" if seconds is None else _duration(seconds * need.steps)
     console.print(
-        f"{len(usable)} of {len(reports)} scans usable; preset {args.preset} needs about "
-        f"{need.cache_gb:.2g} GB of cache and {need.memory_gb:.2g} GB of memory; its {need.steps:.0f} steps "
-        f"of {need.step_tflop:.2g} TFLOP take {time_needed} (train --max-minutes sets a limit)",
+        f"{len(usable)} of {counted(len(reports), 'scan')} usable; preset {args.preset} needs about "
+        f"{need.cache_gb:.2g} GB of cache and {need.memory_gb:.2g} GB of memory; time for "
+        f"{counted(round(need.steps), 'step')} of {need.step_tflop:.2g} TFLOP: {time_needed} "
+        "(train --max-minutes sets a limit)",
         soft_wrap=True,
     )
     rate = None
     if usable:
         trusted = args.trust_intensities
-        rate = slices_per_second(dataset, usable[:4], config, device=device, trusted=trusted)  # four tell
+        rate = slices_per_second(dataset, usable[:4], config, device=device, trusted=trusted)
         wanted = ""
         if seconds is not None:
             wanted = f"; training takes {config.model.num_slices * config.train.batch_size / seconds:.3g}"
         count = workers(config.train, device)
-        text = f"loading gives {rate:.3g} slices a second with {count} worker processes{wanted}"
+        processes = counted(count, "worker process", "worker processes")
+        text = f"loading gives {rate:.3g} slices/s with {processes}{wanted}"
         console.print(text, soft_wrap=True)
     return CheckResult(tuple(reports), need, seconds, rate)
 
 
 def _config(args: CheckArgs) -> Config:
-    """The preset that `args` ask about, with their workers."""
+    """The preset in `args`, with `num_workers` of `args`."""
     config = preset(args.preset)
     if args.num_workers is None:
         return config
@@ -263,7 +269,7 @@ def _config(args: CheckArgs) -> Config:
 
 
 def _print_cases(console: Console, reports: Sequence[CaseReport], labels: dict[int, str]) -> None:
-    """A table of all cases, and what is wrong with the bad ones."""
+    """Print a table of all cases, then the problems."""
     from rich.table import Table
     from rich.text import Text
 
@@ -285,7 +291,7 @@ def _print_cases(console: Console, reports: Sequence[CaseReport], labels: dict[i
 
 
 def _duration(seconds: float) -> str:
-    return f"about {seconds / 60:.2g} minutes" if seconds < 7200 else f"about {seconds / 3600:.3g} hours"
+    return f"about {seconds / 60:.2g} min" if seconds < 7200 else f"about {seconds / 3600:.3g} h"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
-"""AFTer-SAM from nothing to a report.    python -m aftersam.demo -o demo-run
+"""Run the whole pipeline on synthetic scans.    python -m aftersam.demo -o demo-run
 
-Makes synthetic thorax scans, trains the tiny preset on some, segments the others, scores them and draws
-the report. No download, a few minutes on two CPU cores. With --real, the real scan that comes along is segmented by the
+Makes synthetic thorax scans, trains the tiny preset on some of them, segments the others, scores the masks and writes a
+report. Nothing is downloaded; it takes a few minutes on two CPU cores. --real segments the CT that comes along with the
 model that comes along, in seconds."""
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class DemoArgs:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("demo-run")
     """Folder for scans, run, masks, metrics.json and report.html; with --real, for the mask and real.png."""
     real: bool = False
-    """Train nothing: segment a real head-and-neck CT with the model headneck, which has not seen it."""
+    """Segment a real head-and-neck CT with the model headneck, which was not trained on it. Nothing is trained."""
     train_cases: Count = 20
     """Synthetic scans to train on."""
     test_cases: Count = 4
-    """Synthetic scans to segment and score; training never sees them."""
+    """Synthetic scans to segment and score, which are not trained on."""
     max_minutes: Positive = 4.0
-    """Training stops here if its steps are not done."""
+    """Longest time of the training."""
     max_steps: Count | None = None
-    """Training steps; the tiny preset's unless given."""
+    """Steps of the training. By default those of the tiny preset."""
     attention: Literal["both", "axial", "slice", "none"] = "both"
     """Attention of the fusion blocks; none is the 2D model."""
     seed: Seed = 0
@@ -47,7 +47,7 @@ class DemoArgs:
 
 
 def real(args: DemoArgs) -> Metrics:
-    """Mask, scores and picture of the real scan that comes along, in `args.output`; returns the scores."""
+    """Segment and score the real scan that comes along. Writes to `args.output`; returns the scores."""
     from aftersam.data.volume import read_image, read_labels
     from aftersam.evaluation.figures import overlay_png
     from aftersam.evaluation.scoring import score_folder, table
@@ -75,9 +75,9 @@ def real(args: DemoArgs) -> Metrics:
 
 
 def demo(args: DemoArgs) -> Metrics:
-    """Phantoms, training, prediction, evaluation and report in `args.output`; returns the metrics.
+    """Make phantoms, train, predict, score and write the report, all in `args.output`. Returns the metrics.
 
-    Raises ValueError where the folder holds a demo already."""
+    Raises ValueError where the folder already holds a demo."""
     from aftersam.data.phantom import LABELS, write_dataset
     from aftersam.data.volume import read_image, read_labels
     from aftersam.device import find_device
@@ -88,7 +88,7 @@ def demo(args: DemoArgs) -> Metrics:
     from aftersam.training.arguments import TrainArgs
     from aftersam.training.run import train
 
-    find_device(args.device)  # minutes before training asks
+    find_device(args.device)  # fails now and not after making the scans
     out, began = checked(args).output, time.monotonic()
     check_place(out, folder=True)
     if (out / "run").exists():
@@ -126,7 +126,7 @@ def demo(args: DemoArgs) -> Metrics:
     overlay_png(out / "demo.png", scan.array, mask, scan.spacing_mm, LABELS, reference=truth)
     folders = {"images": images, "predictions": masks, "labels": labels}
     write_report(out / "report.html", out / "metrics.json", run=out / "run", **folders)
-    print(f"{out / 'report.html'}, {out / 'demo.png'} after {(time.monotonic() - began) / 60:.1f} minutes")
+    print(f"{out / 'report.html'}, {out / 'demo.png'} after {(time.monotonic() - began) / 60:.1f} min")
     return metrics
 
 

@@ -1,4 +1,4 @@
-"""Devices and number formats by name: what auto means on this machine, dtypes, autocast."""
+"""Chooses devices and precisions by name, such as auto, and gives the autocast for them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import re
 
 import torch
 
+from aftersam.errors import counted
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def find_device(name: str) -> torch.device:
-    """The device called `name`; auto is this process's GPU where there is one, else the CPU.
+    """The device called `name`. auto is the GPU of this process where there is one, else the CPU.
 
-    Raises ValueError on another name, and on a GPU that is not there."""
-    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's, one a process
+    Raises ValueError on an unknown name, and on a GPU that does not exist."""
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun sets the variable: one GPU for each process
     if name == "auto":
         return torch.device(gpu if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
@@ -26,12 +28,13 @@ def find_device(name: str) -> torch.device:
     if not torch.cuda.is_available():
         raise ValueError(f"device is {name}, but torch {torch.__version__} sees no GPU; use cpu")
     if device.index >= torch.cuda.device_count():
-        raise ValueError(f"device is {name}, but there are {torch.cuda.device_count()} GPUs, counted from 0")
+        gpus = counted(torch.cuda.device_count(), "GPU")
+        raise ValueError(f"device is {name}, but torch sees {gpus}, counted from 0")
     return device
 
 
 def precision_for(wanted: str, device: str) -> str:
-    """fp32, bf16 or fp16: what `precision` means on this machine."""
+    """fp32, bf16 or fp16. For auto: the fastest that `device` of this machine computes natively."""
     if wanted != "auto":
         return wanted
     if device != "cpu" and torch.cuda.is_available():
@@ -40,12 +43,12 @@ def precision_for(wanted: str, device: str) -> str:
 
 
 def dtype_for(wanted: str, device: str) -> torch.dtype:
-    """The dtype that `precision` means on this machine."""
+    """The dtype of `precision_for`."""
     return DTYPES[precision_for(wanted, device)]
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
-    """Autocast to `dtype`; nothing is cast for fp32."""
+    """Autocast to `dtype`, or no autocast for fp32."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)

@@ -1,7 +1,7 @@
-"""Store what the image encoder makes of scans.    python -m aftersam.encode --data DATASET --output DIR -m RUN
+"""Fill the embedding cache: the image encoder's features of scans.    python -m aftersam.encode --data D -o DIR -m RUN
 
-Training with a frozen encoder and prediction find it there with --embeddings DIR and skip the encoder. With
---sam-checkpoint in place of a run, the keys that decide what the encoder sees are those of the training to come."""
+With --embeddings DIR, predict and train (with a frozen encoder) read the features and skip the encoder. With
+--sam-checkpoint in place of a run, give the same image size, windows and spacing as the later training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import tyro
 
 from aftersam.config import Config, checked
-from aftersam.errors import SAID, naming, plain_console, run_command, sentence, tell
+from aftersam.errors import SAID, counted, naming, plain_console, run_command, sentence, tell
 from aftersam.files import by_case, check_place, refuse_input, scans_in
 from aftersam.training.arguments import ConfigFile, parse
 
@@ -25,28 +25,28 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class EncodeArgs:
     data: Path
-    """A NIfTI file, a folder of them, or a data set."""
+    """A NIfTI file, a folder of NIfTI files, or a data set."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder of the features; what it holds already is kept."""
+    """Folder of the embedding cache. Features that exist in it are kept."""
     config: Config
     model: Annotated[Path | None, tyro.conf.arg(aliases=["-m"])] = None
-    """Folder of a training run, whose encoder and preprocessing are taken."""
+    """Folder of a training run, whose encoder and preprocessing are used."""
     checkpoint: Literal["best", "last"] = "best"
-    """Weights of the run with the best validation DSC, or the final ones."""
+    """best: the weights with the best validation DSC. last: the weights at the end of the training."""
     sam_checkpoint: str | None = None
     """SAM's weights in place of a run: a file, a Hugging Face folder, or vit_b, vit_l, vit_h, vit_t."""
     preset: Literal["paper", "best", "small", "tiny"] | None = None
-    """Choices that a key not given takes; paper with a SAM checkpoint."""
+    """Preset of the keys that are not given. By default paper with a SAM checkpoint."""
     config_file: ConfigFile = None
     """Also --config: a config.json in place of a preset."""
     trust_intensities: bool = False
-    """Take scans as they are whose values do not look like Hounsfield units: no warning, no refusal."""
+    """Encode scans whose values do not look like Hounsfield units, without a warning and without an error."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
 
 
 class EncodeResult(NamedTuple):
-    """How many scans have their features in the folder, and how many could not be read and were reported."""
+    """Number of scans with features in the folder, and of scans that could not be read and were reported."""
 
     encoded: int
     failed: int
@@ -55,7 +55,7 @@ class EncodeResult(NamedTuple):
 def encode(args: EncodeArgs) -> EncodeResult:
     """Encode every scan that `args` name.
 
-    Raises ValueError where nothing can be done: no scans, no encoder, a spacing that is not known before training."""
+    Raises ValueError where nothing can be encoded: no scans, no encoder, a spacing that is unknown before training."""
     from rich.progress import track
 
     from aftersam.data.dataset import find_dataset
@@ -87,12 +87,12 @@ def encode(args: EncodeArgs) -> EncodeResult:
         except SAID as error:
             failed += 1
             tell(console, f"aftersam.encode: {sentence(error)}")
-    tell(console, f"{args.output}: {len(scans) - failed} of {len(scans)} scans")
+    tell(console, f"{args.output}: {len(scans) - failed} of {counted(len(scans), 'scan')}")
     return EncodeResult(len(scans) - failed, failed)
 
 
 def _from_run(args: EncodeArgs) -> tuple[Embeddings, tuple[float, float, float] | None]:
-    """The store for a run's encoder, and the spacing that the run works at."""
+    """(embedding cache for a run's encoder, spacing in mm at which the run works)."""
     from aftersam.inference.feature_cache import Embeddings
     from aftersam.inference.segmenter import load_run
 
@@ -104,7 +104,7 @@ def _from_run(args: EncodeArgs) -> tuple[Embeddings, tuple[float, float, float] 
 
 
 def _from_sam(args: EncodeArgs) -> tuple[Embeddings, tuple[float, float, float] | None]:
-    """The store for the encoder that a training with these keys would freeze, and its spacing."""
+    """(embedding cache for the encoder that a training with these keys would freeze, spacing in mm)."""
     import dataclasses
 
     from aftersam.device import dtype_for, find_device
@@ -117,8 +117,7 @@ def _from_sam(args: EncodeArgs) -> tuple[Embeddings, tuple[float, float, float] 
     if spacing == "median":
         raise ValueError("spacing_mm is median, which depends on the training set; give three lengths in mm")
     sam = read_sam_checkpoint(args.sam_checkpoint)
-    # a name out of ENCODERS
-    model = dataclasses.replace(config.model, image_encoder=sam.name, encoder="frozen")  # type: ignore[arg-type]
+    model = dataclasses.replace(config.model, image_encoder=sam.name, encoder="frozen")  # type: ignore[arg-type]  # a name in ENCODERS
     precision = dtype_for(config.train.precision, device.type)
     built = build_aftersam(model, num_classes=2, sam=sam).to(device)
     store = Embeddings(args.output, built, image_size=model.image_size, precision=precision)

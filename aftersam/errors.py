@@ -1,6 +1,6 @@
-"""The one place where an exception becomes a sentence: which ones a bad file or a full machine raises, what is said.
+"""Turns exceptions that bad files, full disks and full memory raise into one sentence for the user.
 
-A fault of this package itself keeps its traceback."""
+An exception of this package's code keeps its traceback: it is a bug."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     from rich.console import Console
 
-SAID = (ValueError, OSError, FloatingPointError, MemoryError)  # what a command tells in one line
+SAID = (ValueError, OSError, FloatingPointError, MemoryError)  # a command reports these in one line
 LONGEST = 800  # characters of a sentence
 _BY_A_FILE = (*SAID, EOFError, OverflowError, RecursionError, struct.error, tokenize.TokenError, zlib.error)
 _LIBRARIES = frozenset(
@@ -43,10 +43,10 @@ class Terminated(SystemExit):
 
 
 class naming(contextlib.AbstractContextManager[None]):
-    """Turns whatever a library raises over the file `path` into one sentence that starts with the path.
+    """Turns what a library raises while it reads or writes `path` into one sentence that starts with the path.
 
-    Raises OSError where the system refused, MemoryError where memory ran out, ValueError otherwise; an error that names
-    the path already passes as it is."""
+    Raises OSError for an error of the system, MemoryError where memory ran out, ValueError otherwise. An error that
+    already names the path passes unchanged."""
 
     def __init__(self, path: Path | str, what: str = "is truncated or damaged") -> None:
         self.path, self.what = path, what
@@ -71,10 +71,11 @@ class naming(contextlib.AbstractContextManager[None]):
 
 
 def run_command(name: str, command: Callable[[], int]) -> int:
-    """The exit code of `command`: 2 after one line where it was refused, 130 and 143 where it was stopped.
+    """Run `command` and return its exit code: 2 after an error, 130 after SIGINT, 143 after SIGTERM.
 
-    SIGTERM unwinds like an exception, so that no temporary file is left. A warning is one line as well. A console that
-    lacks a character shows ?. Lines that stderr cannot take (a full disk, a closed pipe) are lost; the work goes on."""
+    Errors and warnings are one line each. SIGTERM raises an exception, so that temporary files are removed. A console
+    that cannot show a character prints ?. Lines that stderr cannot take (a full disk, a closed pipe) are lost; the
+    work goes on."""
     _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -129,17 +130,18 @@ def _open_streams() -> None:
 
 
 def stopped(signum: int, said: str) -> BaseException:
-    """What to raise where SIGINT or SIGTERM ended a work that can go on later; `said` is told, unless it is empty."""
+    """The exception to raise after SIGINT or SIGTERM. `said` is the message for the user; empty prints nothing."""
     return KeyboardInterrupt(said) if signum == signal.SIGINT else Terminated(said)
 
 
 @contextlib.contextmanager
 def signals_noted() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM become numbers in a list. One that comes over a second later has its usual effect.
+    """Collect SIGINT and SIGTERM in a list instead of acting on them.
 
-    Within that second torchrun hands on what the terminal has sent to all processes already."""
+    A signal that is repeated after more than a second acts as usual. Within that second torchrun may forward a signal
+    that the terminal has already sent to all processes."""
     noted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # no other may set a handler
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
         yield noted
         return
     found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -164,40 +166,46 @@ def signals_noted() -> Iterator[list[int]]:
 
 
 def sentence(error: BaseException) -> str:
-    """What `error` says, in one line of at most `LONGEST` characters."""
+    """The message of `error` in one line of at most `LONGEST` characters."""
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     elif isinstance(error, MemoryError) and not str(error):
         text = "memory ran out"
     else:
         text = str(error) or type(error).__name__
-    if "Original Traceback" in text:  # of a worker process, as torch hands it on
+    if "Original Traceback" in text:  # torch's form of an error in a worker process
         text = text.rstrip().rsplit("\n", 1)[-1].partition(": ")[2]
     return _short_line(text)
 
 
 def plain_console(*, stderr: bool = False) -> Console:
-    """A console on which names stand as they are: brackets are no markup, :words: no emoji, numbers not coloured."""
+    """A rich console that prints text unchanged: no markup, no emoji, no colours for numbers."""
     from rich.console import Console
 
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 def one_line(text: object) -> str:
-    """`text` without line breaks and control characters: each run of them, with the space around it, is one space.
+    """`text` in one line: each run of line breaks and control characters, with the spaces around it, is one space.
 
-    A name out of a file could steer the terminal otherwise."""
+    Otherwise a name in a file could control the terminal."""
     parts = "".join(c if c.isprintable() else "\n" for c in str(text)).split("\n")
     return " ".join(part.strip() for part in parts if part.strip())
 
 
+def counted(number: float, noun: str, plural: str = "") -> str:
+    """`number` with its noun: 1 case, 2 cases. `plural` is needed where an s does not make it."""
+    shown = f"{number:g}" if isinstance(number, float) else str(number)
+    return f"{shown} {noun if number == 1 else plural or noun + 's'}"
+
+
 def tell(console: Console, text: object) -> None:
-    """Print `text` as one line on a console of `plain_console`."""
+    """Print `text` as one line on a `plain_console`."""
     console.print(one_line(text), soft_wrap=True)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, which torch says with a type of its own on a GPU and with a text on a CPU."""
+    """Whether `error` means that memory ran out. torch raises a special type on a GPU and a RuntimeError on a CPU."""
     if isinstance(error, RuntimeError):
         return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
     return isinstance(error, MemoryError)
@@ -209,7 +217,7 @@ def _warning_in_a_line(name: str) -> Iterator[None]:
     warnings.formatwarning = lambda message, *_, **__: f"aftersam.{name}: {_short_line(message)}\n"
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from")  # matplotlib's, of names in pictures
+            warnings.filterwarnings("ignore", "Glyph .* missing from")  # matplotlib warns of names in figures
             yield
     finally:
         warnings.formatwarning = before
@@ -217,7 +225,7 @@ def _warning_in_a_line(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stopping_at_sigterm() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # no other may set a handler
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
         yield
         return
     before = signal.signal(signal.SIGTERM, _stop)
@@ -232,7 +240,7 @@ def _stop(signum: int, frame: object) -> None:
 
 
 def _in_a_library(error: BaseException) -> bool:
-    """Whether the error was made by a library that reads and writes files, or passed through one."""
+    """Whether the error comes from, or passed through, a library that reads or writes files."""
     modules, trace = [type(error).__module__], error.__traceback__
     while trace is not None:
         modules.append(trace.tb_frame.f_globals.get("__name__", ""))
@@ -246,6 +254,6 @@ def _short_line(text: object) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    """The first line of what `error` says, and the second where the first ends in a colon."""
+    """The first line of the message of `error`, with the second line where the first ends in a colon."""
     first, *more = (str(error) or type(error).__name__).splitlines()
     return f"{first} {more[0].strip()}" if more and first.endswith(":") else first

@@ -1,7 +1,7 @@
 """Score masks against reference masks.    python -m aftersam.evaluate -p masks/ -l labels/ -o metrics.json
 
-Any tool's NIfTI masks, on the references' own grids. Per organ and case: DSC, HD95 in mm, NSD at a named
-tolerance, inter-slice consistency error, gaps; means over cases with a bootstrap over cases."""
+Masks may come from any tool, as NIfTI on the grid of the reference. Scores for each organ and case: DSC, HD95 in mm,
+NSD at --nsd-tolerance-mm, inter-slice consistency error, gaps. Means over cases have bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class EvaluateArgs:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("metrics.json")
     """JSON file of all scores."""
     against: Path | None = None
-    """Folder of another system's masks: paired differences, ours minus theirs."""
+    """Folder of another system's masks. Adds paired differences: --predictions minus --against."""
     nsd_tolerance_mm: Millimetres = 3.0
     """Tolerance of the normalised surface Dice."""
     convention: Convention = "nnunet"
-    """How empty masks and means are scored. nnunet: DSC 0 where one mask is empty, both empty left out, means over
-    organs last; monai and transunet: as those codes have it, docs/explanation/conventions.md says how."""
+    """How empty masks and means are scored. nnunet: DSC 0 where one mask is empty; both empty are left out; the mean
+    over organs is taken last. monai, transunet: as those codes do it (docs/explanation/conventions.md)."""
     label_names: Path | None = None
-    """dataset.json with the label names; looked for beside the references and the masks unless given."""
+    """dataset.json with the label names. By default the one beside the references or the masks."""
 
 
 def evaluate(args: EvaluateArgs) -> Metrics:

@@ -1,13 +1,14 @@
 """Write a trained model for other runtimes.    python -m aftersam.export -m RUN -o DIR
 
-Two graphs of contiguous fp32 tensors, LoRA merged, of any number of slices or groups: each slice is encoded once.
+Writes two graphs on contiguous fp32 tensors, with LoRA merged, for any number of slices and groups. They are separate
+so that each slice is encoded once:
 
     encoder    hu (T, S, S) in Hounsfield units -> embedding (T, C, h, w), and skip_0, ... where the model has skips
     decoder    embedding (B, N, C, h, w) of groups, skip_0, ... of their centre slices -> logits (B, K+1, S/s, S/s)
 
-as .pt2, which torch loads or compiles ahead of time without this package, and as .onnx; and preprocessing.json, which
-says what is to be done before, between and after them. Or the weights alone, in fp16: a run of three files to pass on,
-which predict takes like any other."""
+The graphs are .pt2 files, which torch loads or compiles ahead of time without this package, and .onnx files.
+preprocessing.json lists what a caller does before, between and after the graphs. --format weights instead writes a run
+with fp16 weights, three files that predict takes like any other run."""
 
 from __future__ import annotations
 
@@ -37,15 +38,15 @@ class ExportArgs:
     model: Annotated[Path, tyro.conf.arg(aliases=["-m"])]
     """Folder of a training run."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder to make."""
+    """Folder to create."""
     checkpoint: Literal["best", "last"] = "best"
-    """Weights with the best validation DSC, or the final ones."""
+    """best: the weights with the best validation DSC. last: the weights at the end of the training."""
     format: Literal["torch", "onnx", "both", "weights"] = "both"
-    """torch: .pt2 files. onnx: .onnx files, for which torch needs the extra `export`. weights: a run to pass on."""
+    """torch: .pt2 files. onnx: .onnx files (needs the extra export). both: .pt2 and .onnx. weights: a run in fp16."""
 
 
 class Part(NamedTuple):
-    """A graph and the names of what goes in and comes out."""
+    """A graph and the names of its inputs and outputs."""
 
     program: torch.export.ExportedProgram
     inputs: list[str]
@@ -53,10 +54,10 @@ class Part(NamedTuple):
 
 
 def export(args: ExportArgs) -> Path:
-    """Write the files that `args` ask for and return their folder, which appears only when complete.
+    """Write the files that `args` ask for and return their folder, which gets its name only when it is complete.
 
-    Raises ValueError on a bad run, a model with prompts, a folder that exists or a package that is not there, OSError
-    where it cannot be written."""
+    Raises ValueError on a bad run, a model with prompts, a folder that exists or a missing package, OSError where the
+    folder cannot be written."""
     from aftersam.files import check_place, renamed_folder
     from aftersam.inference.segmenter import load_run
 
@@ -77,7 +78,7 @@ def export(args: ExportArgs) -> Path:
 
 
 def _write_weights(folder: Path, run: Path, checkpoint: str) -> None:
-    """A run of configuration, facts and weights in fp16, rounded to nearest."""
+    """Write configuration, facts and weights of a run, the weights rounded to fp16."""
     from aftersam.files import read_json, read_tensors, write_json, write_tensors
     from aftersam.model.build import TRAINING_STATE
 
@@ -126,9 +127,9 @@ def parts(segmenter: Segmenter) -> dict[str, Part]:
     decoder = GroupDecoder(segmenter.model, config.num_slices // 2).eval()
     with torch.no_grad():
         near = () if config.stem_slices == 1 else (config.stem_slices,)
-        # two: torch takes a size of one for a constant
+        # two slices, since torch.export makes a size of one a constant
         hu = torch.zeros(2, *near, config.image_size, config.image_size)
-        # contiguous, as callers' will be: what torch compiles ahead of time trusts the strides of these
+        # contiguous, as the caller's tensors will be: code compiled ahead of time relies on these strides
         embedding, *skips = (level.contiguous() for level in encoder(hu))
         groups = torch.stack([embedding] * config.num_slices, dim=1).contiguous()
         any_slices, any_groups = {0: Dim("slices")}, {0: Dim("groups")}
@@ -144,7 +145,7 @@ def parts(segmenter: Segmenter) -> dict[str, Part]:
 
 
 def preprocessing(segmenter: Segmenter) -> dict[str, Any]:
-    """What a caller of the two graphs does himself, as JSON values."""
+    """Everything that a caller of the two graphs has to do, as JSON values."""
     from aftersam.data.volume import AIR_HU, CANONICAL
 
     config = segmenter.config.model
@@ -156,7 +157,7 @@ def preprocessing(segmenter: Segmenter) -> dict[str, Any]:
         "hu_windows": [list(map(float, window)) for window in config.hu_windows],  # the encoder applies them
         "num_slices": config.num_slices,
         "slice_stride": config.slice_stride,
-        # above 1 the encoder's input is (slices, stem_slices, rows, columns): each slice between those next to it
+        # above 1 the encoder's input is (slices, stem_slices, rows, columns): each slice with its neighbours
         "stem_slices": config.stem_slices,
         "centre": config.num_slices // 2,  # the nearest slice is repeated beyond the ends of a scan
         "output_stride": config.output_stride,  # logits are interpolated to the scan's grid, then argmax
@@ -168,7 +169,7 @@ def preprocessing(segmenter: Segmenter) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch and onnxscript say of their own deprecations, passes and packages that are not there."""
+    """Silence warnings and logs of torch and onnxscript: deprecations, passes, optional packages."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

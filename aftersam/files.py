@@ -1,8 +1,8 @@
-"""Files that are whole or not there: atomic writes of text, JSON and tensors; JSON read with clear errors; names.
+"""Atomic writes of text, JSON and tensors; reading of JSON and tensors with clear errors; names of scans and masks.
 
-A file is written into a temporary folder beside it and renamed, so that a reader or a resumed run sees the old state
-or the new one. The writer holds a lock in that folder; the next run removes folders whose writer was killed.
-Nothing is ever unpickled. Imports neither torch nor nibabel, since every --help reads this."""
+A file is written into a temporary folder beside it and then renamed, so that a reader or a resumed run sees the old
+file or the new one. The writer holds a lock in that folder; the next run removes folders whose writer was killed.
+Nothing is ever unpickled. Imports neither torch nor nibabel, since every --help imports this module."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def case_name(path: Path | str) -> str:
 
 
 def case_id(path: Path | str) -> str:
-    """File name without its ending and nnU-Net's channel number: what the mask of a scan is called."""
+    """Case id: the file name without its ending and without nnU-Net's channel number. Masks are named by it."""
     return case_name(path).removesuffix("_0000")
 
 
 def normal_form(name: str) -> str:
-    """`name` in the one Unicode spelling that we compare: macOS writes ü as u and two dots."""
+    """`name` in Unicode's composed form (NFC), for comparisons: macOS writes ü as u and two dots."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -110,7 +110,7 @@ def refuse_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
 
 
 def _identity(path: Path) -> tuple[int, int] | str:
-    """What all names of a file have in common; of one that is not there, the path behind links."""
+    """Device and inode of a file, equal for all its names. For a missing file, the path with links resolved."""
     with contextlib.suppress(OSError):
         found = os.stat(path)
         return found.st_dev, found.st_ino
@@ -128,7 +128,7 @@ def _is_input(output: Path, path: Path) -> ValueError:
 def check_place(output: Path, *, folder: bool = False) -> None:
     """Raise ValueError where the file or folder `output` could not be written, OSError where its name is too long.
 
-    It is a device, say, which a rename would replace, or lies in what is no folder or is read-only."""
+    It may be a device, which a rename would replace, or lie below a file or in a read-only folder."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         output.stat()
         if not (output.is_dir() if folder else output.is_file()):
@@ -154,7 +154,7 @@ def unfinished(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def renamed(path: Path) -> Iterator[Path]:
-    """`unfinished`, with an OSError that names `path` where it cannot be written."""
+    """`unfinished`, but an OSError names `path` as the file that could not be written."""
     try:
         with unfinished(path) as temporary:
             yield temporary
@@ -164,7 +164,7 @@ def renamed(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def renamed_folder(home: Path) -> Iterator[Path]:
-    """A temporary folder to fill, moved to `home` on success; another process that was quicker wins.
+    """A temporary folder to fill, moved to `home` on success. If another process was faster, its folder is kept.
 
     Raises OSError that names `home` where it cannot be written."""
     try:
@@ -186,9 +186,9 @@ def renamed_folder(home: Path) -> Iterator[Path]:
 
 
 def reserve(path: Path) -> None:
-    """Take the disk space of a file with holes now. Raises OSError where the disk is too full.
+    """Allocate the disk space of a sparse file. Raises OSError where the disk is too full.
 
-    A memory map that is written onto a full disk would kill the process without a word."""
+    Writing to a memory map on a full disk would kill the process without a message."""
     with path.open("rb+") as file:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
@@ -199,15 +199,15 @@ def reserve(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files that killed processes left in `folder`. A living process holds a lock on its own.
+    """Delete the temporary folders of killed processes in `folder`. A living process holds a lock in its folder.
 
-    Locks of another machine may not be seen here, so what it left is deleted after a day."""
+    Locks of another machine may be invisible here, so its folders are deleted only after a day."""
     if fcntl is None or not folder.is_dir():
         return
     for place in folder.iterdir():
         if not _TEMPORARY.fullmatch(place.name) or place.is_symlink():
             continue
-        with contextlib.suppress(OSError):  # its owner lives, or has just ended
+        with contextlib.suppress(OSError):  # the owner lives, or has just removed the folder
             lock = os.open(place / _LOCK, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -235,7 +235,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """The JSON in `path`, with or without Notepad's byte-order mark.
 
-    Raises ValueError in one sentence where it is missing, no file, broken or nested without end."""
+    Raises ValueError in one sentence where it is missing, not a file, broken or nested too deeply."""
     if not path.is_file():
         raise ValueError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
     with naming(path, "is not valid JSON"):
@@ -252,13 +252,15 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, An
         mode = temporary.stat().st_mode
         try:
             save_file(tensors, temporary, metadata={FACTS: json.dumps(facts)})
-            temporary.chmod(mode)  # of any new file: safetensors would leave it to its owner alone
+            temporary.chmod(
+                mode
+            )  # the usual mode of a new file; safetensors makes it readable to the owner alone
         except SafetensorError as error:  # a full disk, among others
             raise OSError(f"{path} could not be written: {error}") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the facts that `write_tensors` left. Raises ValueError on a truncated or foreign file."""
+    """(tensors, facts) that `write_tensors` wrote. Raises ValueError on a truncated or foreign file."""
     with _opened(path) as file:
         facts = json.loads((file.metadata() or {}).get(FACTS, "null"))
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
@@ -268,7 +270,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors that `write_tensors` left, from the header alone. Raises ValueError likewise."""
+    """Shapes of the tensors in a file, from its header alone. Raises ValueError as `read_tensors` does."""
     with _opened(path) as file:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  not a dict
 
@@ -285,9 +287,9 @@ def _opened(path: Path) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def workplace(folder: Path) -> Iterator[Path]:
-    """A temporary folder in `folder`, whose name no other process has, locked until it is removed at the end.
+    """A temporary folder in `folder` with a unique name. It is locked, and removed at the end.
 
-    What killed processes left in `folder` is removed before this process first writes there."""
+    Temporary folders of killed processes in `folder` are removed the first time that this process writes there."""
     _remove_leftovers_once(folder)
     place, lock = _locked_place(folder)
     try:
@@ -304,7 +306,7 @@ def _locked_place(folder: Path) -> tuple[Path, int]:
         try:
             lock = os.open(place / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
         except OSError:
-            removed = not place.exists()  # by another process, before it was locked
+            removed = not place.exists()  # another process removed it before it was locked
             shutil.rmtree(place, ignore_errors=True)
             if removed:
                 continue
@@ -322,7 +324,7 @@ def _locked_place(folder: Path) -> tuple[Path, int]:
 
 @functools.cache
 def machine() -> bytes:
-    """What processes that see each other's locks have in common: the kernel's id since it started."""
+    """Id of the running kernel. Processes with the same id see each other's locks."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
     return b""
@@ -332,13 +334,13 @@ _remove_leftovers_once = functools.cache(remove_leftovers)
 
 
 def _to_disk(file: Path) -> None:
-    """Wait until the disk has what was written, so that no crash leaves an empty file under a final name."""
+    """Flush the file to the disk, so that no crash leaves an empty file under the final name."""
     with file.open("rb+") as written:
         os.fsync(written.fileno())
 
 
 def _not_written(path: Path, error: OSError) -> OSError:
-    """The sentence of a failure to write `path`; that of `error` where it is one, about another file maybe."""
+    """An OSError that says why `path` could not be written; the message of `error` where it already is a sentence."""
     if error.errno is None:
         return OSError(re.sub(rf"{_TEMPORARY.pattern}[/\\\\]", "", str(error)))  # a file in `renamed_folder`
     return OSError(f"{path} could not be written: {error.strerror or error}")

@@ -1,6 +1,6 @@
 """Segment CT volumes.    python -m aftersam.predict -i scan.nii.gz -o mask.nii.gz -m RUN
 
-Any NIfTI grid in, the mask on the very same grid and affine out; a folder, a list or a URL of scans in, masks out.
+A mask has the grid and the affine of its scan. The input may also be a folder, a list or a URL of scans.
 Exit codes: 0 done, 1 done with failures, 2 refused, 3 nothing done, 143 stopped by SIGTERM (docs/how-to/cohorts.md)."""
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""One self-contained HTML page of a result.    python -m aftersam.report -m metrics.json --run RUN -o report.html
+"""Write one self-contained HTML page of a result.    python -m aftersam.report -m metrics.json --run RUN -o report.html
 
-Curves, the table of organs, a box plot, and the best, the median and the worst case as overlays."""
+It has the curves, the table of organs, a box plot, and overlays of the best, the median and the worst case."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from aftersam.files import check_place, refuse_input
 @dataclass(frozen=True)
 class ReportArgs:
     metrics: Annotated[Path, tyro.conf.arg(aliases=["-m"])]
-    """What aftersam.evaluate wrote."""
+    """JSON file that aftersam.evaluate wrote."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
     """HTML file to write."""
     run: Path | None = None
-    """Folder of the training run, for its curves and facts."""
+    """Folder of the training run. The page then has its curves and facts."""
     images: Path | None = None
-    """Folder of the scans; with --predictions and --labels, cases are drawn."""
+    """Folder of the scans. With --predictions and --labels the page has overlays of cases."""
     predictions: Path | None = None
-    """Folder of the masks; with --review's JSON beside them, the least certain scans are listed."""
+    """Folder of the masks. If predict --review wrote them, the page lists the least certain scans."""
     labels: Path | None = None
     """Folder of the reference masks."""
 

@@ -1,7 +1,7 @@
 """Train AFTer-SAM on a CT data set.    python -m aftersam.train --data DATASET --output RUN
 
-Leaves in RUN: config.json (repeat the run with --config), run.json (labels, preprocessing, versions), best.safetensors
-and last.safetensors, history.jsonl, curves and overlays as PNG, TensorBoard logs."""
+Writes to RUN: config.json (--config repeats the run with it), run.json (labels, preprocessing, versions),
+best.safetensors and last.safetensors, history.jsonl, curves and overlays as PNG, TensorBoard logs."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from aftersam.errors import counted
 from benchmarks import journal
 
 MOST_LOST = 2  # tests of a file that hung or crashed, after which its others are left out
@@ -67,7 +68,8 @@ class Lines:
 
     def pytest_sessionfinish(self) -> None:
         if self.left:
-            reason = f"{self.left} tests were not begun: no time, or others of their file hung or crashed"
+            tests = counted(self.left, "test was", "tests were")
+            reason = f"{tests} not begun: no time, or others of the same file hung or crashed"
             journal.append(self.path, {"skipped": {"subject": "tests", "from": "", "reason": reason}})
 
 

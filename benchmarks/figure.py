@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from aftersam.errors import counted
 from aftersam.files import write_text
 from benchmarks.machine import RESULTS, ROOT, slug
 from benchmarks.page import write_sections
@@ -158,7 +159,8 @@ def draw(result: Result, path: Path) -> None:
         for axes, what in ((time_axes, "forward + backward, ms"), (memory_axes, "peak memory, MiB")):
             ticks = sorted({scale * r[along] for line in lines.values() for r in line})
             axes.set(xscale="log", yscale="log", xlabel=label)
-            axes.set_title(f"{what}; {fixed}, C {one['channels']}, {one['heads']} heads", fontsize="medium")
+            heads = counted(one["heads"], "head")
+            axes.set_title(f"{what}; {fixed}, C {one['channels']}, {heads}", fontsize="medium")
             axes.set_xticks(ticks, map(str, ticks))
             axes.minorticks_off()
             axes.grid(True, axis="y", linewidth=0.4, color="#d0d0d0")
@@ -186,7 +188,7 @@ def draw_waterfall(result: Result, path: Path) -> bool:
     axes.set_xlim(0, 1.25 * max(seconds))
     one = steps[0]
     axes.set_title(
-        f"{one['name']}, {one['depth']} slices, N {one['slices']}, {one['blocks']} blocks · "
+        f"{one['name']}, {counted(one['depth'], 'slice')}, N {one['slices']}, {counted(one['blocks'], 'block')} · "
         f"{result['environment']['device']} · {result['dtype']}",
         fontsize="medium",
     )

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aftersam.errors import counted
 from aftersam.files import write_text
 from benchmarks import clock, journal
 from benchmarks.gate import LOST, Gate, Provider
@@ -237,7 +238,7 @@ def run(
         try:
             for done, (case, inputs, providers) in enumerate(of_subject):
                 if done and time.perf_counter() >= until:
-                    reason = f"its {until - now:.0f} s were spent after {done} cases"
+                    reason = f"its {until - now:.0f} s were spent after {counted(done, 'case')}"
                     skipped.append({"subject": subject, "from": case["name"] or "curve", "reason": reason})
                     break
                 chosen = _left(case, providers, known, groups)

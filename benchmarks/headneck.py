@@ -20,7 +20,7 @@ import tyro
 from aftersam.config import Config, Index, Positive, Small, preset
 from aftersam.data.dataset import Dataset, find_dataset, link_cases, split
 from aftersam.demo import DemoArgs, real
-from aftersam.errors import run_command
+from aftersam.errors import counted, run_command
 from aftersam.evaluation.scoring import score_folder
 from aftersam.evaluation.tables import markdown_table
 from aftersam.export import ExportArgs, export
@@ -211,7 +211,9 @@ def _score(dsc: float, interval: Sequence[float]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     def command() -> int:
         metrics = headneck(tyro.cli(HeadneckArgs, args=argv, description=__doc__))
-        print(f"{WEIGHTS / NAME}: mean DSC {metrics['mean_dsc']:.4f} on {metrics['num_cases']} scans")
+        print(
+            f"{WEIGHTS / NAME}: mean DSC {metrics['mean_dsc']:.4f} on {counted(metrics['num_cases'], 'scan')}"
+        )
         return 0
 
     return run_command("headneck", command)

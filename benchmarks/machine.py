@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from aftersam.errors import counted
+
 ROOT = Path(__file__).resolve().parents[1]
 COMMIT = "BENCH_COMMIT"  # names the commit where the sources lie without their .git
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -52,7 +54,7 @@ def environment() -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name()
         if gpu
-        else f"{cpu_model()}, {torch.get_num_threads()} threads",
+        else f"{cpu_model()}, {counted(torch.get_num_threads(), 'thread')}",
         "kind": "gpu" if gpu else "cpu",
         "arch": 10 * capability[0] + capability[1],
         "cpu": cpu_model(),

@@ -19,6 +19,7 @@ import numpy as np
 
 from aftersam.config import preset, to_dict
 from aftersam.data.volume import AIR_HU
+from aftersam.errors import counted
 from aftersam.files import read_json, write_json
 from benchmarks import machine
 
@@ -86,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     peak = peak_mib(args.organs, args.slices, args.flags, noise=args.noise)
     where = machine.environment()["device"]
-    print(f"{args.organs} organs, {PIXELS} × {PIXELS} × {args.slices}: peak {peak:.0f} MiB ({where})")
+    organs = counted(args.organs, "organ")
+    print(f"{organs}, {PIXELS} × {PIXELS} × {args.slices}: peak {peak:.0f} MiB ({where})")
     return 0
 
 

@@ -305,7 +305,7 @@ def line(row: Mapping[str, Any]) -> str:
     cycles = ", ".join(f"{name} {count:,.0f}" for name, count in row["cycles"].items())
     return (
         f"sm_{row['arch']} {row['kernel'].removesuffix('_kernel'):<22} {row['subject']}, {row['name']:<26} "
-        f"{row['registers']:>3} registers, {row['blocks_per_multiprocessor']:>2} blocks, {row['spills']} spills; "
+        f"registers {row['registers']:>3}, blocks {row['blocks_per_multiprocessor']:>2}, spills {row['spills']}; "
         f"cycles: {cycles}; ≥ {row['at_least_us']} us by {row['bound']}, "
         f"≤ {row['roofline_at_most_percent']} % of the roofline"
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
+from aftersam.errors import counted
 from aftersam.evaluation.tables import markdown_table
 
 Result = Mapping[str, Any]
@@ -149,12 +150,12 @@ def losses_of(result: Result) -> str:
     lost = sorted((pair for pair in pairs if pair.gain < SLOWER), key=lambda pair: pair.gain)
     device = result["environment"]["kind"].upper()
     if not lost:
-        return f"On the {device} ours is the fastest in all {len(pairs)} timings."
+        return f"On the {device} ours is slower in none of {counted(len(pairs), 'timing')}."
     worst: dict[str, str] = {}
     for pair in lost:
         worst.setdefault(pair.subject, f"{pair.subject} {pair.gain:.2f}×")
     largest = ", ".join(worst.values())
-    return f"On the {device} ours is slower in {len(lost)} of {len(pairs)} timings, at worst: {largest}."
+    return f"On the {device} ours is slower in {len(lost)} of {counted(len(pairs), 'timing')}, at worst: {largest}."
 
 
 def _digits(value: float) -> str:

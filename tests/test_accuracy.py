@@ -78,7 +78,7 @@ def test_every_kind_of_row_is_trained_and_scored(rows):
     assert [row["prompted"] for row in table["rows"]] == [None, None, "point", None, None]
     text = (rows / "accuracy.md").read_text()
     assert "| MSA † |" in text
-    assert "Equal budget: 1 steps of training a row on 1 processor thread" in text
+    assert "Equal budget: 1 step of training a row on 1 processor thread" in text
     assert "**CoTr**: not run: no maintained package" in text
     assert "Own recipe:" not in text
     assert (rows / "accuracy.png").read_bytes().startswith(b"\x89PNG")
@@ -151,7 +151,7 @@ def test_the_page_has_the_table_and_says_what_it_does_not_tell_apart(rows, tmp_p
         json.dumps({**table_in(rows), "waterfall": waterfall_of(STEPS, "phantoms")})
     )
     page = "\n".join(figure.accuracy_page(results, tmp_path))
-    assert "1 held-out scans" in page
+    assert "1 held-out scan, " in page
     assert "has the highest mean DSC" in page
     for name in ("accuracy-phantoms.png", "accuracy-phantoms-waterfall.png"):
         assert f"]({name})" in page

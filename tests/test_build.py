@@ -183,7 +183,9 @@ def test_coarse_logits_train_encoder_and_fusion_without_the_skips():
 
 def test_fewer_token_shares_than_classes_are_refused(tmp_path):
     config = dataclasses.replace(preset("tiny").model, image_size=48, token_shares=(1.0, 0.5))
-    with pytest.raises(ValueError, match="token_shares has 2 numbers, but there are 4 classes"):
+    with pytest.raises(
+        ValueError, match="token_shares has 2 numbers, but needs at least 4, one for each class"
+    ):
         build_aftersam(config, num_classes=4)
     with pytest.raises(ValueError, match=f"^{tmp_path / 'config.json'} cannot be used: token_shares has 2"):
         check_weights(tmp_path / "best.safetensors", config, num_classes=4)

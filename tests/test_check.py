@@ -19,7 +19,7 @@ def test_check_reports_each_case_and_what_is_wrong(tmp_path, capsys):
     loaded, wanted = map(
         float,
         re.search(
-            r"loading gives (\S+) slices a second with 0 worker processes; training takes (\S+)", said
+            r"loading gives (\S+) slices/s with 0 worker processes; training takes (\S+)", said
         ).groups(),
     )
     assert loaded > 0

@@ -256,7 +256,7 @@ def test_the_part_is_the_flags_or_the_schedulers(given, env, part):
             {"JOB_COMPLETION_INDEX": "5"},
             "JOB_COMPLETION_INDEX is 5, but --num-parts is not given",
         ),
-        ((None, None), SLURM | {"SLURM_ARRAY_TASK_ID": "9"}, "SLURM_ARRAY_TASK_ID says part 6 of 4"),
+        ((None, None), SLURM | {"SLURM_ARRAY_TASK_ID": "9"}, "SLURM_ARRAY_TASK_ID gives part 6 of 4"),
         ((None, None), SLURM | {"SLURM_ARRAY_TASK_ID": "x"}, "SLURM_ARRAY_TASK_ID is 'x', but a number"),
     ],
 )

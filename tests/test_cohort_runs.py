@@ -198,7 +198,7 @@ def test_an_archive_in_and_an_archive_out(predict, scans, tmp_path, capsys):
     assert again == {**found, "new.nii.gz": found["a.nii.gz"]}
     assert output.read_bytes() != before
     assert predict(source, output, "--recursive", "--num-parts", 2, "--part-id", 0) == 2
-    assert "is packed by one process" in capsys.readouterr().err
+    assert "can be written by one process only, but there are 2 parts" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_read(
 def test_a_gpu_beyond_the_last_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match="device is cuda:2, but there are 2 GPUs"):
+    with pytest.raises(ValueError, match="device is cuda:2, but torch sees 2 GPUs"):
         find_device("cuda:2")
 
 

@@ -200,5 +200,5 @@ def test_a_training_a_prediction_and_a_score_from_python(tmp_path, capsys):
     assert told[9] == ("case0_0000.nii.gz", 10, 10)
     metrics = example("score_masks")(data / "labelsTr", data / "labelsTr")
     assert metrics["mean_dsc"] == 1.0
-    assert "mean  DSC 1.000, 3 cases" in capsys.readouterr().out
+    assert "mean  DSC 1.000, cases: 3" in capsys.readouterr().out
     assert example("score_masks")(masks, data / "labelsTr")["mean_dsc"] < 0.5

@@ -198,7 +198,7 @@ def test_neutral_keywords_and_results_are_those_of_the_host():
     assert torch.equal(one(x, [1]), one(x, query_index=[1]))
     with pytest.raises(TypeError, match="its tokens"):
         one()
-    with pytest.raises(TypeError, match="takes 2 arguments"):
+    with pytest.raises(TypeError, match=r"takes .*, .*, but was given 3 arguments"):
         one(x, None, None)
 
 

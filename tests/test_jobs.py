@@ -69,6 +69,6 @@ def test_prompts_are_found_by_case(tmp_path):
 def test_images_of_another_format_beside_scans_are_told_of(tmp_path):
     for name in ("a.nii.gz", "b.nrrd", "c.MHA"):
         (tmp_path / name).write_text("")
-    with pytest.warns(UserWarning, match=r"b\.nrrd and all else in .* is not read"):
+    with pytest.warns(UserWarning, match=r"b\.nrrd is not read, nor is any other file in .*; convert"):
         jobs, _ = jobs_of(tmp_path, tmp_path / "out")
     assert len(jobs) == 1

@@ -14,7 +14,8 @@ def test_environment_says_what_a_number_needs():
     found = machine.environment()
     assert found["kind"] == "cpu"
     assert found["torch"] == torch.__version__
-    assert "threads" in found["device"]
+    number = torch.get_num_threads()
+    assert found["device"].endswith(", 1 thread" if number == 1 else f", {number} threads")
     assert re.fullmatch(r"[0-9a-f]{12}|unknown", found["commit"])
     assert isinstance(found["dirty"], bool)
 

@@ -239,7 +239,7 @@ def test_a_dicom_series_gets_a_dicom_segmentation(run, tmp_path, capsys):
             assert np.array_equal(found, mask == names[name])
     source = scan(tmp_path / "scan.nii.gz")
     assert main(["-i", str(source), "-m", str(run), "-o", str(tmp_path / "x.dcm"), "--device", "cpu"]) == 2
-    assert "no folder of a DICOM series" in capsys.readouterr().err
+    assert "is not a folder of a DICOM series" in capsys.readouterr().err
 
 
 def test_help_waits_for_no_heavy_import():

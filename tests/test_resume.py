@@ -121,7 +121,7 @@ def test_a_resumed_run_keeps_its_split_when_cases_are_added_and_misses_one_by_na
     before = (run / "splits_final.json").read_bytes()
     assert train(data, run, "--resume", "--max-steps", "3") == 0
     assert (run / "splits_final.json").read_bytes() == before
-    assert "2 training and 1 validation scans of 4" in capsys.readouterr().out
+    assert "2 training scans and 1 validation scan of 4, " in capsys.readouterr().out
     for folder, ending in (("imagesTr", "_0000.nii.gz"), ("labelsTr", ".nii.gz")):
         (data / folder / f"case1{ending}").unlink()
     assert train(data, run, "--resume", "--max-steps", "4") == 2

@@ -74,9 +74,9 @@ def test_a_scan_of_many_that_finds_the_disk_full_costs_itself_alone(run, tmp_pat
     monkeypatch.undo()
     assert predict(argv) == 0
     said = capsys.readouterr().err.splitlines()
-    assert f"{tmp_path}/masks: 1 of 2 masks exist and are kept; --overwrite replaces them" in said
+    assert f"{tmp_path}/masks: 1 of 2 masks exist and are kept; --overwrite replaces existing masks" in said
     assert predict(argv) == 0
     assert capsys.readouterr().err.splitlines() == [
-        f"{tmp_path}/masks: 2 of 2 masks exist and are kept; --overwrite replaces them"
+        f"{tmp_path}/masks: 2 of 2 masks exist and are kept; --overwrite replaces existing masks"
     ]
     assert np.asarray(nib.load(tmp_path / "masks" / "a.nii.gz").dataobj).shape == (24, 20, 3)

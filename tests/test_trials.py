@@ -73,7 +73,7 @@ def test_no_process_ends_before_all_are_done():
     for thread in early:
         thread.join(30)
     assert sorted(gone) == [0, 1, 2]
-    assert said == ["2 scans have no mask, for the reasons above; torchrun ends with an error for that"]
+    assert said == ["2 scans have no mask, for the reasons above; torchrun therefore ends with an error"]
 
 
 def test_a_process_alone_waits_for_nobody(monkeypatch):

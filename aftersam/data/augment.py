@@ -83,4 +83,5 @@ def swap_labels(labels: np.ndarray, label_swap: dict[int, int]) -> np.ndarray:
     table = np.arange(largest + 1, dtype=np.promote_types(labels.dtype, label_dtype(largest)))
     for value, other in label_swap.items():
         table[value] = other
-    return table[labels]
+    swapped: np.ndarray = table[labels]
+    return swapped

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aftersam.errors import naming
+from aftersam.errors import counted, naming
 
 INSTALL = "pip install 'aftersam[dicom]'"
 CT_CLASSES = (  # CT Image, Enhanced CT Image, Legacy Converted Enhanced CT Image
@@ -100,7 +100,7 @@ def slices_of(path: Path, header: Any) -> Iterator[Slice]:
             groups = [Dataset()]
         if len(groups) != frames:
             raise ValueError(
-                f"{path} has {frames} frames, but PerFrameFunctionalGroupsSequence places {len(groups)}"
+                f"{path} has {counted(frames, 'frame')}, but PerFrameFunctionalGroupsSequence places {len(groups)}"
             )
         shared = _items(header, "SharedFunctionalGroupsSequence")
         for frame, group in enumerate(groups):
@@ -141,7 +141,8 @@ def _check_pixels(path: Path, header: Any) -> None:
     colours = text_of(path, header, "PhotometricInterpretation")
     samples = int(_numbers(path, [header], "SamplesPerPixel", 1)[0])
     if samples != 1 or not colours.startswith("MONOCHROME"):
-        raise ValueError(f"{path} is a colour image ({colours}, {samples} samples a pixel), not a CT slice")
+        each = counted(samples, "sample")
+        raise ValueError(f"{path} is a colour image ({colours}, {each} a pixel), not a CT slice")
     if "ModalityLUTSequence" in header:
         raise ValueError(f"{path} has a ModalityLUTSequence; RescaleSlope and RescaleIntercept are needed")
     syntax = _syntax(header)
@@ -222,7 +223,7 @@ def _numbers(path: Path, holders: Sequence[Any], name: str, count: int) -> np.nd
             return numbers
     except (TypeError, ValueError):
         pass
-    needs = "a number is" if count == 1 else f"{count} numbers are"
+    needs = counted(count, "number is", "numbers are")
     has = (
         f"no {name}"
         if value is None

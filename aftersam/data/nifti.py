@@ -43,7 +43,7 @@ def opened(path: Path, *, whole: bool = True, told: bool = True) -> Iterator[nib
         header = _read_header(file, path)
         with np.errstate(all="ignore"):  # what is no grid is refused where the image is used
             _settle_transforms(header, str(path), told=told)
-            kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+            kind: Any = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
             voxels = nib.arrayproxy.ArrayProxy(file, header)
             header["vox_offset"] = header.single_vox_offset  # of what is written with this header
             affine = header.get_best_affine()
@@ -99,10 +99,10 @@ def _read_header(file: Any, path: Path) -> nib.Nifti1Header:
     size = file.read(4)
     versions = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
     kinds = [versions.get(int.from_bytes(size, order)) for order in ("little", "big")]
-    kind = kinds[0] or kinds[1]
+    kind: Any = kinds[0] or kinds[1]
     if kind is None:
         raise ValueError(f"{path} is not a NIfTI file: its header does not start like one")
-    header = kind(size + file.read(kind.template_dtype.itemsize - len(size)), check=False)
+    header: nib.Nifti1Header = kind(size + file.read(kind.template_dtype.itemsize - len(size)), check=False)
     if not header["magic"].item().startswith(b"n+"):
         raise ValueError(f"{path} is not one whole NIfTI file; convert a .hdr and .img pair to .nii.gz")
     shape = header.get_data_shape()

@@ -266,7 +266,8 @@ def _noisy(hu: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     texture = gaussian_filter(rng.standard_normal(hu.shape, dtype=np.float32), (1, 2.5, 2.5))
     grain = rng.uniform(20, 30) * rng.standard_normal(hu.shape, dtype=np.float32)
     noisy = blurred + grain + rng.uniform(8, 14) / texture.std() * texture
-    return np.clip(np.rint(noisy), -1024, 3071).astype(np.int16)
+    rounded: np.ndarray = np.clip(np.rint(noisy), -1024, 3071)
+    return rounded.astype(np.int16)
 
 
 def write_dataset(output: Path | str, *, cases: int, seed: int = 0) -> Path:

@@ -86,7 +86,8 @@ def body_slices(array: np.ndarray) -> tuple[int, int]:
 
 def _step(array: np.ndarray) -> int:
     """Distance in pixels between samples of a plane that still finds the outline of a body."""
-    return max(1, min(array.shape[1:]) // 128)
+    step: int = max(1, min(array.shape[1:]) // 128)
+    return step
 
 
 def _solid(plane: np.ndarray, step: int) -> np.ndarray:

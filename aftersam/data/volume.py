@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from aftersam.data.nifti import check_shape, check_spacing, corners, is_grid, mm_per_unit, opened
-from aftersam.errors import naming
+from aftersam.errors import counted, naming
 from aftersam.files import case_name, is_nifti, renamed, reserve, write_json
 
 if TYPE_CHECKING:
@@ -160,8 +160,9 @@ def to_nifti(labels: np.ndarray, like: Volume, names: dict[int, str] | None = No
     if names is not None:
         text = json.dumps(label_names_json(names))
         header.extensions.append(nib.nifti1.Nifti1Extension("comment", text.encode()))
-    kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    return kind(array, like.grid.affine, header)
+    kind: Any = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    image: nib.Nifti1Image = kind(array, like.grid.affine, header)
+    return image
 
 
 def write_labels(
@@ -268,7 +269,7 @@ def _hounsfield(raw: np.ndarray, slope: float, inter: float, name: str) -> np.nd
             plane[wrong] = AIR_HU
         out[..., z] = np.clip(plane, limits.min, limits.max)
     if bad:
-        what = "1 voxel that is" if bad == 1 else f"{bad} voxels that are"
+        what = counted(bad, "voxel that is", "voxels that are")
         warnings.warn(f"{name} has {what} NaN or infinite, set to air ({AIR_HU} HU)", stacklevel=4)
     return out
 
@@ -289,8 +290,7 @@ def _canonical(array: np.ndarray, image: nib.spatialimages.SpatialImage, name: s
         image = nib.Nifti1Image.from_image(image)
     if image.affine is None or not np.isfinite(image.affine).all():
         raise ValueError(f"{name} has an affine with NaN or infinite entries")
-    # nibabel's header has no type
-    affine = np.diag([*[mm_per_unit(image.header)] * 3, 1.0]) @ image.affine  # type: ignore[arg-type]
+    affine = np.diag([*[mm_per_unit(image.header)] * 3, 1.0]) @ image.affine  # type: ignore[arg-type]  # nibabel's header has no type
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     check_spacing(spacing, name)
     if not is_grid(affine):
@@ -305,7 +305,7 @@ def _canonical(array: np.ndarray, image: nib.spatialimages.SpatialImage, name: s
     change = nib.orientations.ornt_transform(orientation, _canonical_orientation())
     canonical = affine @ nib.orientations.inv_ornt_aff(change, array.shape)
     array = nib.orientations.apply_orientation(array, change)
-    grid = Grid(image.header, image.affine, image.shape, orientation)  # type: ignore[arg-type]  # see above
+    grid = Grid(image.header, image.affine, image.shape, orientation)  # type: ignore[arg-type]  # nibabel's header has no type
     return Volume(array, canonical, grid, name)
 
 

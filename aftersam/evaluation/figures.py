@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from aftersam.errors import naming, one_line
+from aftersam.errors import counted, naming, one_line
 from aftersam.files import renamed
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def curves_figure(history: Path) -> Figure:
         ):
             smooth = np.convolve(values[:, column], np.ones(window) / window, mode="valid")
             left.plot(values[window - 1 :, 0], smooth, color=tint, lw=1.2, label=name)
-        left.set(xlabel="step", ylabel=f"mean of {window} steps", ylim=(0, None))
+        left.set(xlabel="step", ylabel=f"mean of {counted(window, 'step')}", ylim=(0, None))
         left.legend(frameon=False, fontsize=8)
     if scored:
         at = [step for step, _, _ in scored]

@@ -179,8 +179,7 @@ def _surface(
     pair = [torch.from_numpy(np.pad(m[tuple(box)], 2))[None, None] for m in (prediction, reference)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MONAI announces changes of its defaults; we pass every choice
-        # one of two functions of MONAI
-        value = compute(*pair, include_background=True, spacing=[float(s) for s in spacing_mm], **options)  # type: ignore[operator]
+        value = compute(*pair, include_background=True, spacing=[float(s) for s in spacing_mm], **options)  # type: ignore[operator]  # `compute` is one of two functions of MONAI
     return float(value)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from aftersam.errors import SAID, one_line, sentence
+from aftersam.errors import SAID, counted, one_line, sentence
 from aftersam.evaluation.result import Result, read_result
 from aftersam.evaluation.review import HEADINGS, reviewed
 from aftersam.evaluation.statistics import mean_of, shown, span
@@ -128,9 +128,8 @@ def _table(result: Result) -> str:
         + "<td></td>" * 5
         + "</tr>"
     )
-    note = (
-        "" if result.interval_reliable else f"<p>Intervals over {result.num_cases} cases are unreliable.</p>"
-    )
+    over = counted(result.num_cases, "case")
+    note = "" if result.interval_reliable else f"<p>Intervals over {over} are unreliable.</p>"
     return f"<table>{''.join(rows)}</table>{note}"
 
 
@@ -144,7 +143,7 @@ def _rows(rows: list[list[str]]) -> str:
 
 
 def _facts(result: Result, run: Path | None) -> str:
-    facts = f"{result.num_cases} cases, DSC of empty masks as {result.convention} has it"
+    facts = f"{counted(result.num_cases, 'case')}, DSC of empty masks by the convention {result.convention}"
     if run is None or not (run / "run.json").is_file():
         return facts
     from aftersam.model.run_folder import read_run
@@ -152,7 +151,8 @@ def _facts(result: Result, run: Path | None) -> str:
     model = read_run(run)[0].model
     return (
         f"{facts}; trained on {read_json(run / 'run.json').get('dataset')}: {model.image_encoder} encoder, attention "
-        f"{model.attention}, {model.num_slices} slices, {model.num_blocks} blocks, {model.image_size} px"
+        f"{model.attention}, {counted(model.num_slices, 'slice')}, {counted(model.num_blocks, 'block')}, "
+        f"{model.image_size} px"
     )
 
 

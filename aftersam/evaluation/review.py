@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aftersam.config import from_dict
-from aftersam.errors import SAID, one_line
+from aftersam.errors import SAID, counted, one_line
 from aftersam.evaluation.statistics import mean_of
 from aftersam.files import case_name, read_json, scans_in, write_text
 
@@ -78,4 +78,6 @@ def write_review(masks: Path) -> str:
     others = (
         "" if len(found) == total else "; the others were made without --review, --overwrite makes them anew"
     )
-    return f"{masks / 'review.csv'} lists {len(found)} of {total} masks, least certain first{others}"
+    return (
+        f"{masks / 'review.csv'} lists {len(found)} of {counted(total, 'mask')}, least certain first{others}"
+    )

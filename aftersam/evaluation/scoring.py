@@ -15,7 +15,7 @@ import numpy as np
 from aftersam.config import Millimetres, checked
 from aftersam.data.dataset import label_names
 from aftersam.data.volume import Volume, read_labels
-from aftersam.errors import SAID, naming, one_line, plain_console, sentence, tell
+from aftersam.errors import SAID, counted, naming, one_line, plain_console, sentence, tell
 from aftersam.evaluation.metrics import Convention, OrganScore, score_organ
 from aftersam.evaluation.statistics import (
     bootstrap_interval,
@@ -257,7 +257,7 @@ def table(metrics: Metrics) -> Table:
     nsd_key = f"nsd_{metrics['nsd_tolerance_mm']:g}mm"
     mark = f", prompted by a {metrics['prompted']} from each label" if metrics["prompted"] else ""
     grid = Table(
-        title=Text(one_line(f"{metrics['num_cases']} cases{mark}")),
+        title=Text(one_line(f"{counted(metrics['num_cases'], 'case')}{mark}")),
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
@@ -274,7 +274,7 @@ def table(metrics: Metrics) -> Table:
     grid.add_section()
     grid.add_row("mean", shown(metrics["mean_dsc"]), span(metrics["mean_dsc_interval"]))
     if not metrics["interval_reliable"]:
-        grid.caption = f"intervals over {metrics['num_cases']} cases are unreliable"
+        grid.caption = f"intervals over {counted(metrics['num_cases'], 'case')} are unreliable"
     if "paired" in metrics:
         mean = metrics["paired"]["mean"]
         grid.add_row("mean against the other", shown(mean["dsc_difference"]), span(mean["interval"]))

@@ -1,4 +1,4 @@
-"""Threads that a signal may leave behind: the process then ends without waiting for what they do."""
+"""Background threads. After a signal the process ends without waiting for their work."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ T = TypeVar("T")
 
 
 class Background:
-    """A thread that does one thing after another and does not keep the process from ending.
+    """A daemon thread that runs submitted functions one after another.
 
-    One thread for all scans: memory that one thread frees is not given to another."""
+    All scans share one thread, since the allocator does not reuse in one thread the memory that another freed."""
 
     def __init__(self) -> None:
         self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
 
     def submit(self, work: Callable[..., T], *args: Any) -> Future[T]:
-        """What `work(*args)` will have returned or raised."""
+        """Run `work(*args)` in the thread. Returns a future of its result or exception."""
         future: Future[T] = Future()
 
         def task() -> None:
@@ -37,19 +37,20 @@ class Background:
         return future
 
     def close(self) -> None:
-        """End the thread when all that was submitted is done."""
+        """End the thread after everything that was submitted."""
         self._tasks.put(None)
 
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None:
             task()
-            del task  # and what it holds of a scan
+            del task  # it refers to the arrays of a scan
 
 
 def leave_behind(future: Future[Any] | None, code: int) -> None:
-    """Let the process end with `code` though `future` still runs, at a point where nothing else remains to be done.
+    """Let the process exit with `code` while `future` still runs, after all other exit handlers.
 
-    An interpreter that shuts down around a thread in native code may crash."""
+    Call it when nothing else remains to be done. An interpreter that shuts down around a thread in native code may
+    crash."""
     if future is not None and not future.done():
         atexit.register(_end, future, code)
 

@@ -1,9 +1,9 @@
-"""Claims on scans that several processes have before them: a lease beside each mask, with a heartbeat.
+"""Claims on scans that several processes share: a lease beside each mask, with a heartbeat.
 
-A lease is a hidden file that only one process can create. Its holder renews it; a lease that is not renewed any more
-belongs to a process that died, and the scan is taken over by creating the lease of the next generation. No two clocks
-are compared: each process watches, on its own clock, whether a lease changes. On one machine a lock on the lease tells
-at once."""
+A lease is a hidden file that only one process can create. The process that holds the lease renews it. A lease that is
+no longer renewed belongs to a process that died; another process takes the scan over by creating the lease of the next
+generation. Clocks of different machines are not compared: each process measures by its own clock how long a lease has
+not changed. Between processes of one machine, a file lock on the lease shows at once whether the holder is alive."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ from aftersam.files import fcntl, machine
 from aftersam.inference.storage import Store
 
 BEAT_SECONDS = 10.0  # between renewals
-DEAD_SECONDS = 60.0  # without a renewal, after which a holder counts as dead
+DEAD_SECONDS = 60.0  # a holder without a renewal for this long counts as dead
 MARK = ".claim-"
 
 
 class TakenOver(Exception):
-    """Another process has a scan that this one had claimed: it looked dead for too long."""
+    """Raised where another process took over a scan because this process did not renew its lease in time."""
 
 
 @dataclass
 class _Lease:
-    """A lease of another process, as it was watched."""
+    """What this process has seen of another process's lease."""
 
     token: object
-    since: float  # on this process's clock
-    alive: bool = False
+    since: float  # when the token was first seen, by this process's clock
+    alive: bool = False  # whether the holder was seen to be alive
 
 
 class Claims:
-    """The scans that this process has claimed, by the names of their masks in `store`."""
+    """The scans that this process has claimed, by the names of their masks in `store`.
+
+    Where `store` cannot create a file atomically, there are no leases and every claim succeeds."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._held: dict[
-            str, tuple[int, int]
-        ] = {}  # mask -> generation, and the lease's file handle or beats
+        self._held: dict[str, tuple[int, int]] = {}  # mask -> generation, file handle (0 at a URL)
         self._watched: dict[str, _Lease] = {}
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._heart: threading.Thread | None = None
 
     def take(self, mask: str) -> bool:
-        """Claim a scan; False where a living process has it."""
+        """Claim a scan. Returns False where a living process holds it."""
         if not self.store.atomic:
             return True
         generation = 0
@@ -66,13 +66,15 @@ class Claims:
                 return False
 
     def keeps(self, mask: str) -> bool:
-        """Whether a claimed scan is still this process's, and no other took it over in the meantime."""
+        """Whether no other process has taken over a scan that this process claimed."""
         if not self.store.atomic or mask not in self._held:
             return True
         return not self.store.exists(_lease(mask, self._held[mask][0] + 1))
 
     def release(self, mask: str) -> None:
-        """Give a scan back, finished or not. Leases of the dead go first, so that none is newer than this one."""
+        """Give a claimed scan back, finished or not.
+
+        Leases of dead holders are deleted oldest first: a lease of a lower generation must not outlive a higher one."""
         with self._lock:
             generation, handle = self._held.pop(mask, (-1, -1))
         if generation < 0:
@@ -84,17 +86,17 @@ class Claims:
             os.close(handle)
 
     def release_all(self) -> None:
-        """Give back all scans, and renew nothing any more."""
+        """Stop the heartbeat and give back all claimed scans."""
         self._ended.set()
         for mask in list(self._held):
             self.release(mask)
 
     def alive(self, mask: str) -> bool:
-        """Whether the process that has the scan was seen to live since this one came across its lease."""
+        """Whether the holder of the scan's lease was seen to be alive since this process first met the lease."""
         return mask in self._watched and self._watched[mask].alive
 
     def _create(self, lease: str) -> int | None:
-        """The handle of a new lease, None where there is one."""
+        """The file handle of a newly created lease, 0 at a URL, None where the lease exists."""
         if self.store.local is None:
             return 0 if self.store.create(lease, b"0") else None
         path = self.store.local / lease
@@ -104,17 +106,17 @@ class Claims:
         except FileExistsError:
             return None
         if fcntl is not None:
-            with contextlib.suppress(OSError):  # a file system without locks: only its heartbeat tells
+            with contextlib.suppress(OSError):  # a file system without locks: only the heartbeat is left
                 fcntl.flock(handle, fcntl.LOCK_EX)
                 os.write(handle, machine())
         return handle
 
     def _dead(self, mask: str, lease: str) -> bool:
-        """Whether the holder of a lease is dead; it is watched from the first time on."""
+        """Whether the holder of a lease is dead. The first call starts to watch the lease."""
         try:
             held = self._locked(self.store.local / lease) if self.store.local is not None else None
             token = self._token(lease)
-        except (OSError, ValueError):  # given back meanwhile
+        except (OSError, ValueError):  # the lease was given back in the meantime
             self._watched.pop(mask, None)
             return False
         seen = self._watched.setdefault(mask, _Lease((lease, token), time.monotonic()))
@@ -127,13 +129,13 @@ class Claims:
         return time.monotonic() - seen.since > DEAD_SECONDS
 
     def _token(self, lease: str) -> object:
-        """What each renewal of a lease changes."""
+        """A value that every renewal of the lease changes: the file's time, or the content at a URL."""
         if self.store.local is None:
             return self.store.read(lease)
         return os.stat(self.store.local / lease).st_mtime_ns
 
     def _locked(self, path: Path) -> bool | None:
-        """Whether a process of this machine holds the lease; None where it is another machine's."""
+        """Whether a process of this machine holds the lease. None where the lease comes from another machine."""
         with path.open("rb") as file:
             if fcntl is None or file.read() != machine() or not machine():
                 return None
@@ -149,7 +151,7 @@ class Claims:
             self._heart.start()
 
     def _beat(self) -> None:
-        """Renew every lease that is held, until the end."""
+        """Renew every held lease until `release_all`."""
         number = 0
         while not self._ended.wait(BEAT_SECONDS):
             number += 1
@@ -168,7 +170,7 @@ def _lease(mask: str, generation: int) -> str:
 
 
 def remove_old_leases(store: Store, names: set[str]) -> None:
-    """Delete the leases among `names` whose scan is finished: their process died right after its mask."""
+    """Delete the leases among `names` of scans whose mask exists: a process that died after writing it left them."""
     for lease in [name for name in names if MARK in name]:
         folder, separator, name = lease.rpartition("/")
         mask = f"{folder}{separator}{name[1:].rpartition(MARK)[0]}"

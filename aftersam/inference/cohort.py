@@ -1,4 +1,4 @@
-"""The scans of a cohort as a list: out of a folder tree, a file of names, a table, an archive or a URL."""
+"""Lists the scans of a cohort: from a folder tree, a file of names, a table, an archive or a URL."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from aftersam.errors import naming, sentence
+from aftersam.errors import counted, naming, sentence
 from aftersam.files import (
     NIFTI,
     by_case,
@@ -28,46 +28,47 @@ from aftersam.inference.storage import Store, files_at, is_url, open_url, packed
 TABLES = {".csv": ",", ".tsv": "\t"}
 LISTS = (".txt", ".parquet", *TABLES)
 CASE_COLUMNS = ("case_id", "case", "id")
-PARTIAL = ".partial"  # of the folder beside an archive, in which its masks lie until all are there
+PARTIAL = ".partial"  # ending of the folder that holds the masks until they are packed into the archive
 
 
 class Entry(NamedTuple):
     """One scan of a cohort."""
 
     case: str
-    """Its name among the others; slashes are folders of the output."""
+    """Unique id of the case. Slashes in it become folders of the output."""
     image: str
-    """A path or a URL; of a DICOM series its folder."""
+    """Path or URL of the scan; for a DICOM series its folder."""
     mask: str
-    """Where its mask goes, below the output."""
+    """Path of the mask below the output."""
     series: str | None = None
-    """SeriesInstanceUID, where the folder holds several series."""
+    """SeriesInstanceUID of the series to read, for a folder of DICOM files."""
     extra: tuple[str, ...] = ()
-    """The values of the columns that are carried along."""
+    """Values of the list's other columns, which are copied to the manifest."""
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """What a prediction is asked for: its scans, and where their masks go."""
+    """The scans of a prediction, and where their masks go."""
 
     entries: list[Entry]
     store: Store
     many: bool
-    """Whether the input may hold several scans: one that fails then does not end the others."""
+    """Whether the input may hold several scans. A scan that fails then does not stop the others."""
     listed: bool = False
-    """Whether it is more than one scan or a flat folder."""
+    """Whether the input is a list, a folder tree or a URL, not one scan or a flat folder."""
     skipped: list[tuple[Entry, str]] = field(default_factory=list)
-    """What is no CT, and why."""
+    """DICOM series that are not predicted, each with the reason."""
     columns: tuple[str, ...] = ()
-    """Names of `Entry.extra`."""
+    """Column names of `Entry.extra`."""
     archive: Path | None = None
-    """The .zip that the output is packed into at the end."""
+    """The .zip into which the output is packed at the end."""
 
 
 def cohort_of(args: PredictArgs) -> Cohort:
-    """The scans that `args` name and the store of their masks.
+    """The scans that `args` name, and the store of their masks.
 
-    Raises ValueError where there is no scan, where two scans are one case, and where a mask would replace a scan."""
+    Raises ValueError where there is no scan, where two scans have one case id, and where a mask would replace a
+    scan."""
     source, output = plain(args.input), plain(args.output)
     archive = packed_in(output)
     if archive is not None:
@@ -92,8 +93,9 @@ def cohort_of(args: PredictArgs) -> Cohort:
         if single and is_nifti(output):
             entries, output = [entries[0]._replace(mask=output.name)], output.parent
         elif is_nifti(output) or output.is_file():
-            number = "1 scan" if len(entries) == 1 else f"{len(entries)} scans"
-            raise ValueError(f"{source} is a list of {number}, so --output must be a folder")
+            raise ValueError(
+                f"{source} is a list of {counted(len(entries), 'scan')}, so --output must be a folder"
+            )
         refuse_format(output)
     elif single and output.lower().endswith(NIFTI):
         output, _, name = output.rpartition("/")
@@ -108,7 +110,7 @@ def cohort_of(args: PredictArgs) -> Cohort:
 def _plain_files(
     args: PredictArgs, source: Path, output: str | Path, also_read: Sequence[Path], archive: Path | None
 ) -> Cohort:
-    """One scan, or the flat folder `source`."""
+    """The cohort of one scan, or of the flat folder `source`."""
     if isinstance(output, Path):
         pairs, many = jobs_of(source, output, also_read=also_read, overwrite=args.overwrite)
         root = output if many else pairs[0][1].parent
@@ -143,7 +145,7 @@ def _check_masks(entries: Sequence[Entry], store: Store) -> None:
 
 
 def inside(name: str) -> str:
-    """`name`, of a case or a mask. Raises ValueError where it is no name inside a folder."""
+    """`name`, of a case or a mask. Raises ValueError where it does not lie inside a folder."""
     odd = {"", ".", ".."}.intersection(name.split("/")) or is_url(name) or not name.isprintable()
     if odd:
         raise ValueError(f"{name!r} cannot name a mask; a name below --output such as site/a is needed")
@@ -151,19 +153,23 @@ def inside(name: str) -> str:
 
 
 def mask_name(case: str) -> str:
-    """The mask of a case, below the output. Raises ValueError as `inside` does."""
+    """File name of a case's mask, below the output. Raises ValueError as `inside` does."""
     return f"{inside(case)}.nii.gz"
 
 
 def case_of(image: str, base: str = "") -> str:
-    """The case id of an image: its path below `base`, or its whole path, without ending; stable in a growing list."""
+    """Case id of an image: its path below `base`, or else its whole path, without the ending.
+
+    The id does not depend on the other images, so that it stays the same in a growing list."""
     inside = image[len(base) :] if base and image.startswith(base) else image.partition("://")[2] or image
     parts = [part for part in inside.split("/")[:-1] if part not in ("", ".", "..")]
     return "/".join([*parts, case_id(inside)])
 
 
 def _listed(source: str | Path) -> tuple[tuple[str, ...], list[Entry]]:
-    """The other columns and the scans of a .txt, .csv, .tsv or .parquet; relative paths begin at its folder."""
+    """(names of the other columns, scans) of a .txt, .csv, .tsv or .parquet.
+
+    Relative paths in the list begin at the folder that contains the list."""
     header, rows = _rows(source)
     known = {name.strip().lower().replace(" ", "_"): i for i, name in enumerate(header)}
     if "image" not in known:
@@ -179,7 +185,7 @@ def _listed(source: str | Path) -> tuple[tuple[str, ...], list[Entry]]:
     for number, row in enumerate(rows, 1):
         if len(row) != len(header) or not row[at]:
             raise ValueError(
-                f"{source} has no image in row {number}, or another number of columns than its header"
+                f"{source} has no image in row {number}, or the row has more or fewer values than the header"
             )
         image = row[at] if is_url(row[at]) or row[at].startswith("/") else os.path.normpath(base + row[at])
         if not isinstance(source, Path) and not is_url(row[at]):
@@ -193,7 +199,7 @@ def _listed(source: str | Path) -> tuple[tuple[str, ...], list[Entry]]:
 
 
 def _rows(source: str | Path) -> tuple[list[str], Iterable[Sequence[str]]]:
-    """The header and the rows of a list."""
+    """(header, rows) of a list of scans."""
     fs, path = open_url(str(source))
     suffix = PurePosixPath(path).suffix.lower()
     with reaching(source):
@@ -207,7 +213,7 @@ def _rows(source: str | Path) -> tuple[list[str], Iterable[Sequence[str]]]:
                 raise ValueError(
                     f"{source}: reading Parquet needs pyarrow: pip install 'aftersam[cohort]'"
                 ) from None
-            pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # what it frees, the model gets
+            pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # freed memory can be used by the model
             table = parquet.ParquetFile(io.BytesIO(data))
             return list(table.schema_arrow.names), _texts(table.iter_batches(4096, use_threads=False))
         text = data.decode("utf-8-sig")
@@ -219,14 +225,16 @@ def _rows(source: str | Path) -> tuple[list[str], Iterable[Sequence[str]]]:
 
 
 def _texts(batches: Iterable[Any]) -> Iterator[tuple[str, ...]]:
-    """The rows of Arrow's batches, every value as text."""
+    """Yield the rows of Arrow's batches, with every value as text."""
     for batch in batches:
         columns = [["" if v is None else str(v) for v in column.to_pylist()] for column in batch.columns]
         yield from zip(*columns, strict=True)
 
 
 def _at_url(url: str, *, recursive: bool) -> tuple[list[Entry], bool]:
-    """The scans at a URL, and whether it is a file: NIfTI files, and every folder of DICOM files as one scan."""
+    """(scans at a URL, whether the URL is one file).
+
+    Scans are NIfTI files and folders of DICOM files; each folder is one scan."""
     path, names = files_at(url, recursive=recursive)
     if names == [""]:
         case = case_id(path)
@@ -244,14 +252,16 @@ SLICES = (".dcm", ".dicom", ".ima")
 
 
 def _joined(url: str, name: str) -> str:
-    """The URL of `name` in the folder `url`, of which a chain of URLs names the folder first."""
+    """The URL of `name` in the folder `url`. In a chain of URLs (a::b) the first one is the folder."""
     first, separator, rest = url.partition("::")
     protocol, _, folder = first.partition("://")
     return f"{protocol}://{folder.rstrip('/')}{'/' if folder and name else ''}{name}{separator}{rest}"
 
 
 def _tree(root: Path, output: str | Path) -> tuple[list[Entry], list[tuple[Entry, str]]]:
-    """The NIfTI files and the CT series in `root` and all folders in it but `output`, and what is no CT with why."""
+    """(scans, skipped series with reasons) of `root` and all folders below it except `output`.
+
+    Scans are NIfTI files and CT series in DICOM."""
     entries: list[Entry] = []
     skipped: list[tuple[Entry, str]] = []
     for home, files in _folders(root, output):
@@ -269,9 +279,10 @@ def _tree(root: Path, output: str | Path) -> tuple[list[Entry], list[tuple[Entry
 
 
 def _folders(root: Path, output: str | Path) -> Iterator[tuple[str, list[str]]]:
-    """(folder, its files) of `root` and below it, sorted; links are followed, hidden names and `output` left out.
+    """Yield (folder, its file names, sorted) for `root` and every folder below it.
 
-    Raises OSError where a folder cannot be read: its scans would be missing in silence."""
+    Links are followed. Hidden names and the folder `output` are left out. Raises OSError where a folder cannot be read:
+    its scans would be missing without notice."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -289,10 +300,10 @@ def _folders(root: Path, output: str | Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _maybe_dicom(home: str, name: str) -> bool:
-    """Whether a file is named like a DICOM slice, or without an ending and begins like one."""
+    """Whether a file has a DICOM ending, or has no ending and begins like a DICOM file."""
     if name.lower().endswith(SLICES):
         return True
-    if "." in name and not name.replace(".", "").isdigit():  # a UID is a name, too
+    if "." in name and not name.replace(".", "").isdigit():  # a UID has dots but is no ending
         return False
     try:
         with open(os.path.join(home, name), "rb") as file:
@@ -302,9 +313,9 @@ def _maybe_dicom(home: str, name: str) -> bool:
 
 
 def _series(folder: Path, case: str) -> tuple[list[Entry], list[tuple[Entry, str]]]:
-    """The CT series in a folder, and its other series with what they are.
+    """(CT series in a folder, other series with the reason why each is skipped).
 
-    A folder that cannot be looked through is one scan, whose reading then fails with a sentence."""
+    A folder whose series cannot be listed counts as one scan; reading the scan then reports the error."""
     from aftersam.data.dicom import series_in
 
     try:

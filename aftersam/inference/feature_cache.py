@@ -1,8 +1,8 @@
-"""What the image encoder makes of a scan, kept on disk: frozen weights need not see the same pixels twice.
+"""Embedding cache: the image encoder's features of each scan on disk, so that a scan is encoded only once.
 
-A folder a scan, named after a hash of all that decides its content: the encoder's weights, its precision, HU windows,
-the pixels and where the windows lie. What has changed gets another name, so that nothing stale is ever found.
-SAM's features take 2 MB a slice at 1024 px, in fp16."""
+Each scan has a folder. Its name is a hash of everything that its content depends on: the encoder's weights, the
+precision, the HU windows, the pixels and the position of the windows. After a change of any of them the name is new, so
+stale features are never read. SAM's features take 2 MB a slice at 1024 px, in fp16."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from aftersam.errors import SAID, naming
 from aftersam.files import remove_leftovers, renamed_folder
 from aftersam.model.aftersam import AfterSAM
 
-VERSION = 1  # of what is stored and how it is computed; a change makes every folder anew
+VERSION = 1  # of the format and the computation; increase it to invalidate every folder
 
 
 class Embeddings:
-    """The features of any scan, from `folder` or computed by `model`'s encoder and left there.
+    """Features of any scan: read from `folder`, or computed by the encoder of `model` and stored there.
 
-    `precision` is what the encoder computes in; its weights are read once, so they must not change."""
+    The encoder computes in `precision`. Its weights are hashed once, here, and must not change afterwards."""
 
     def __init__(self, folder: Path, model: AfterSAM, *, image_size: int, precision: torch.dtype) -> None:
         self.folder = folder
@@ -54,7 +54,7 @@ class Embeddings:
         batch_size: int = 8,
         progress: Callable[[int], None] | None = None,
     ) -> StoredScan:
-        """The features of hu (D, H, W) at the model's spacing, encoded first where they are not stored.
+        """Stored features of hu (D, H, W) at the model's spacing; a scan without them is encoded first.
 
         Raises OSError where the folder cannot be written."""
         home = self._home(hu, box)
@@ -66,7 +66,7 @@ class Embeddings:
     def _home(self, hu: np.ndarray, box: Box) -> Path:
         digest = self._key.copy()
         digest.update(f"{hu.shape} {hu.dtype} {plane_windows(hu.shape[1:], box, self.size)}".encode())
-        for plane in hu:  # slice by slice: a memory map is never whole in memory
+        for plane in hu:  # slice by slice, so that a memory map is never loaded whole
             digest.update(np.ascontiguousarray(plane).data)
         return self.folder / digest.hexdigest()
 
@@ -79,7 +79,7 @@ class Embeddings:
         batch_size: int,
         progress: Callable[[int], None] | None,
     ) -> None:
-        """Write the features of `hu` into the folder `home`, which appears only when complete."""
+        """Write the features of `hu` to the folder `home`, which gets its name only when it is complete."""
         device = next(self.model.parameters()).device
         files: list[BinaryIO] = []
         with renamed_folder(home) as temporary, contextlib.ExitStack() as opened:
@@ -109,7 +109,7 @@ class Embeddings:
 
 
 def _whole(home: Path, depth: int) -> bool:
-    """Whether the folder `home` holds features of `depth` slices in files of the size that each declares."""
+    """Whether the folder `home` holds features of `depth` slices, each file as long as its header says."""
     try:
         with naming(home):
             levels = [np.lib.format.open_memmap(path, mode="r") for path in home.glob("*.npy")]

@@ -1,6 +1,6 @@
-"""The steps of prediction through CUDA graphs: hundreds of kernels a step, launched at once.
+"""Replays the steps of prediction as CUDA graphs: one launch for the hundreds of kernels of a step.
 
-Python launches the kernels of a step one by one; where they are short, launching takes longer than computing."""
+Without graphs Python launches the kernels one by one. For short kernels launching takes longer than computing."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import Tensor
 
 from aftersam.model.aftersam import AfterSAM
 
-DEVICE = "cuda"  # device type whose calls are captured
-MOST_GRAPHS = 8  # of a step: shapes beyond these, such as a scan's last batch, are launched kernel by kernel
+DEVICE = "cuda"  # only calls on this device type are captured
+MOST_GRAPHS = 8  # of each step; further shapes, such as a scan's last batch, are launched kernel by kernel
 
 
 def capture_steps(model: AfterSAM) -> None:
-    """Replace `encode`, `fuse` and `decode` of `model` by versions that replay CUDA graphs, in place.
+    """Replace `encode`, `fuse` and `decode` of `model`, in place, by versions that replay CUDA graphs.
 
-    Results are those of the steps themselves. Calls that want gradients, and calls on a CPU, run as before."""
+    Results do not change. Calls with gradients enabled and calls on a CPU run as before."""
     shared = _Shared()
     for name in ("encode", "fuse", "decode"):
         setattr(model, name, Replayed(getattr(model, name), model, shared))
 
 
 class _Shared:
-    """What the graphs of one model have in common: memory, and that one of them runs at a time."""
+    """The memory pool and the lock that all graphs of one model share; the lock lets one graph run at a time."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -35,11 +35,13 @@ class _Shared:
 
 
 class Replayed:
-    """`step` of `model`, captured at the second call with inputs of the same shapes and replayed from then on."""
+    """`step` of `model` as CUDA graphs: the second call with inputs of the same shapes is captured, later calls replay
+    it."""
 
     def __init__(self, step: Callable[..., Any], model: torch.nn.Module, shared: _Shared) -> None:
         self.step, self.model, self.shared = step, model, shared
-        self.recordings: dict[Hashable, _Recording | Literal[False] | None] = {}  # False: not to be captured
+        # None: seen once; False: cannot be captured
+        self.recordings: dict[Hashable, _Recording | Literal[False] | None] = {}
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         tensors = [t for t in _leaves((args, tuple(options.values()))) if isinstance(t, Tensor)]
@@ -51,7 +53,7 @@ class Replayed:
             _signature((args, tuple(sorted(options.items())))),
         )
         with self.shared.lock:
-            if key not in self.recordings:  # what a first call sets up is not captured
+            if key not in self.recordings:  # a first call may set up buffers, which must not be captured
                 result = self.step(*args, **options)
                 if len(self.recordings) < MOST_GRAPHS:
                     passed_on = all(any(r is t for t in tensors) for r in _leaves(result))
@@ -69,7 +71,7 @@ class Replayed:
             self.shared.pool = torch.cuda.graph_pool_handle()
         try:
             return _Recording(self.step, args, options, self.shared.pool)
-        except RuntimeError:  # it copies from the host, which a capture refuses: launched kernel by kernel
+        except RuntimeError:  # the step copies from the host, which cannot be captured
             torch.cuda.synchronize()
             return False
 
@@ -80,13 +82,14 @@ class _Recording:
     def __init__(
         self, step: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any], pool: Any
     ) -> None:
-        with torch.inference_mode(False), torch.no_grad():  # tensors that any later mode may write
+        with torch.inference_mode(False), torch.no_grad():  # `replay` writes to the tensors in any mode
             args, options = _map(args, torch.clone), {k: _map(v, torch.clone) for k, v in options.items()}
         self.inputs = [t for t in _leaves((args, tuple(options.values()))) if isinstance(t, Tensor)]
         self.graph = torch.cuda.CUDAGraph()
         device = self.inputs[0].device
-        # The stream lies on the model's device, which need not be the current one. Casts that autocast keeps for its
-        # own context would be freed before a later replay. Other threads read and write scans meanwhile.
+        # The stream is on the model's device, which need not be the current device. Autocast must not cache casts: they
+        # are freed when its context ends, before a later replay. Thread-local errors: other threads read and write
+        # scans in the meantime.
         with (
             torch.cuda.device(device),
             torch.autocast(
@@ -102,7 +105,7 @@ class _Recording:
             self.outputs = step(*args, **options)
 
     def replay(self, tensors: list[Tensor]) -> Any:
-        """The step's results for `tensors`, as copies that outlive the next replay."""
+        """Results of the step for `tensors`, as copies, since the next replay overwrites the originals."""
         with torch.no_grad():
             for known, given in zip(self.inputs, tensors, strict=True):
                 known.copy_(given)
@@ -115,14 +118,14 @@ def _leaves(value: Any) -> list[Any]:
 
 
 def _signature(value: Any) -> Hashable:
-    """What a graph is fixed to: shapes, dtypes and devices of tensors, everything else as it is."""
+    """Key of a graph: shape, dtype and device of each tensor, and every other argument unchanged."""
     if isinstance(value, (tuple, list)):
         return tuple(_signature(part) for part in value)
     return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else value
 
 
 def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with every tensor of its (named) tuples and lists replaced by `function` of it."""
+    """`value` with `function` applied to every tensor in its nested lists and (named) tuples."""
     if isinstance(value, (tuple, list)):
         parts = [_map(part, function) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)

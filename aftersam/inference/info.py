@@ -1,4 +1,4 @@
-"""Say what a model or a mask is.    aftersam info RUN|MASK --json"""
+"""Print the facts of a model or of a mask.    aftersam info RUN|MASK --json"""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class InfoArgs:
 
 @dataclass(frozen=True)
 class Info:
-    """What a model or a mask is, as JSON values by name."""
+    """The facts of a model or of a mask, as JSON values by name."""
 
     facts: dict[str, Any]
 
 
 def info(args: InfoArgs) -> Info:
-    """The facts of a run or of a mask. Raises ValueError where it is neither."""
+    """The facts of a run or of a mask. Raises ValueError where the path is neither."""
     if is_nifti(args.path):
         return Info(_of_mask(args.path))
     if not args.path.exists() and str(args.path) not in bundled_runs():

@@ -1,4 +1,4 @@
-"""What prediction takes beside a model: a scan at the model's spacing, and the options."""
+"""Inputs of a prediction besides the model: a scan at the model's spacing, and the options."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class Scan:
     """A scan at the model's spacing."""
 
     hu: np.ndarray
-    """(D, H, W) in Hounsfield units; a file's memory map will do."""
+    """(D, H, W) in Hounsfield units. May be a memory map."""
     box: Box
-    """The body's bounding box in the plane: top, bottom, left, right in pixels, ends excluded."""
+    """In-plane bounding box of the body: top, bottom, left, right in pixels, ends excluded."""
     prompt_labels: np.ndarray | None = None
-    """(D, H, W) labels that a model with prompts draws its prompts from; other models ignore them."""
+    """(D, H, W) labels from which a model with prompts draws its prompts. Other models ignore them."""
     stored: StoredScan | None = None
-    """Encoder features of this very `hu`, which is then not encoded again."""
+    """Encoder features of `hu`. With them `hu` is not encoded."""
     timings: Timings = field(default_factory=Timings)
-    """Where each stage adds its seconds."""
+    """Collects the seconds of each stage."""
 
     def mirrored(self, label_swap: dict[int, int]) -> Scan:
-        """The scan with left and right exchanged, also in the labels; its features are not stored."""
+        """The scan with left and right exchanged, also in the prompt labels, without stored features."""
         top, bottom, left, right = self.box
         width = self.hu.shape[2]
         labels = self.prompt_labels
@@ -41,27 +41,27 @@ class Scan:
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """How groups slide over a scan. The default is the paper's: a group about every slice, its centre kept."""
+    """Options of the sliding groups. The defaults are the paper's: one group per slice, of which the centre is kept."""
 
     keep: Small = 1
-    """Middle slices kept of each group; groups are this many slices apart."""
+    """Middle slices kept of each group, and the distance between groups in slices."""
     average: bool = False
     """Average over groups: a slice's logits are the mean of all groups that contain it."""
     label_swap: dict[int, int] | None = None
-    """Average with the mirrored scan's logits. Each label maps to the label of the other side."""
+    """Average with the logits of the mirrored scan. Maps each label to the label of the other side."""
     body: bool = False
-    """Skip the slices at both ends that show no body: they are background."""
+    """Skip the slices at both ends that show no body; they become background."""
     confidence: bool = False
-    """Measure how far the groups that contain a slice agree; every group then decodes all its slices."""
+    """Measure the agreement of the groups that contain a slice. Every group then decodes all its slices."""
     expected_dsc: bool = False
     """Estimate the DSC of each organ from the probabilities."""
     batch_size: Count = 8
-    """Slices encoded or decoded at once; less needs less memory."""
+    """Slices encoded or decoded at once. A smaller number needs less memory."""
 
     def check(self, num_slices: int) -> None:
-        """Raise ValueError on a number outside its bounds, and on a `keep` above the `num_slices` of a group."""
+        """Raise ValueError where a number is out of bounds, or `keep` is above the `num_slices` of a group."""
         if not 1 <= self.keep <= num_slices:
             raise ValueError(
-                f"--keep is {self.keep}, but the model's groups have 1 to {num_slices} slices to keep"
+                f"--keep is {self.keep}, but must be 1 to {num_slices}, the number of slices in the model's groups"
             )
         checked(self)

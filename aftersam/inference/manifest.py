@@ -1,7 +1,8 @@
-"""One table of what became of each scan.    aftersam manifest MASKS
+"""Merge the rows of a prediction into one table.    aftersam manifest MASKS
 
-`predict` leaves a file of rows a process in MASKS/manifest; this merges them into MASKS/manifest.csv, and into
-MASKS/manifest.parquet where pyarrow is installed. One row a scan: the last one, of a mask that exists."""
+Each process of `predict` writes rows to a file in MASKS/manifest. This command merges the files into
+MASKS/manifest.csv, and into MASKS/manifest.parquet where pyarrow is installed. The table has one row for each scan: the
+last one whose mask exists."""
 
 from __future__ import annotations
 
@@ -22,18 +23,18 @@ from typing import Annotated, Any
 
 import tyro
 
-from aftersam.errors import one_line, plain_console, run_command, tell
+from aftersam.errors import counted, one_line, plain_console, run_command, tell
 from aftersam.inference.storage import Store, plain
 
 FOLDER = "manifest"
-ROWS_A_FILE = 100  # at a URL, where each new row writes the whole file again
+ROWS_A_FILE = 100  # at a URL, where each new row rewrites the whole file
 FIRST = ("case_id", "image", "mask", "status", "reason", "confidence", "expected_dsc")
 LAST = ("model", "version", "sha256", "finished", "worker")
-ENTIRE_DONE, WITH_FAILURES, NOTHING_DONE = 0, 1, 3  # exit codes; 2 is a command that was refused
+ENTIRE_DONE, WITH_FAILURES, NOTHING_DONE = 0, 1, 3  # exit codes; 2 means that the command was refused
 
 
 class Rows:
-    """The rows of this process, in files that no other process writes; may be added to from any thread."""
+    """The manifest rows of this process, in files that no other process writes. Safe to use from any thread."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -43,7 +44,7 @@ class Rows:
         self._lock = threading.Lock()
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Append a row, which is in the file when this returns. Raises OSError or ValueError where it cannot be."""
+        """Append a row and return when it is in the file. Raises OSError or ValueError where it cannot be written."""
         finished = datetime.now(UTC).isoformat(timespec="microseconds")
         line = json.dumps({**row, "finished": finished, "worker": self.worker}).encode() + b"\n"
         with self._lock:
@@ -70,26 +71,26 @@ class ManifestArgs:
 
 @dataclass(frozen=True)
 class Merged:
-    """The rows of a cohort, one a scan."""
+    """The merged rows of a cohort, one for each scan."""
 
     rows: tuple[dict[str, Any], ...]
     unfinished: int
-    """Rows of masks that are not there: their process died, or they were deleted."""
+    """Number of scans whose row says done but whose mask is missing: the process died or the mask was deleted."""
     files: tuple[str, ...]
 
     @property
     def counts(self) -> dict[str, int]:
-        """Scans by status."""
+        """Number of scans by status."""
         return dict(Counter(row["status"] for row in self.rows))
 
     @property
     def code(self) -> int:
-        """The exit code that says whether all is done."""
+        """Exit code of the command, as `code_of` says."""
         return code_of(self.counts.get("done", 0), self.counts.get("failed", 0))
 
 
 def code_of(done: int, failed: int) -> int:
-    """0 where nothing failed, 1 where some scans have a mask, 3 where none has."""
+    """Exit code: 0 where no scan failed, 1 where some scans have a mask, 3 where no scan has one."""
     if not failed:
         return ENTIRE_DONE
     return WITH_FAILURES if done else NOTHING_DONE
@@ -114,7 +115,7 @@ def manifest(args: ManifestArgs) -> Merged:
 
 
 def _rows(store: Store, names: set[str]) -> tuple[list[dict[str, Any]], int]:
-    """The last row of each case, sorted, and how many cases have no row but of a mask that is not there."""
+    """(last row of each case, sorted by case; number of cases whose only rows are of a missing mask)."""
     found: dict[str, dict[str, Any]] = {}
     lost = set()
     for name in sorted(n for n in names if n.startswith(f"{FOLDER}/") and n.endswith(".jsonl")):
@@ -122,7 +123,7 @@ def _rows(store: Store, names: set[str]) -> tuple[list[dict[str, Any]], int]:
             try:
                 row = json.loads(line)
                 case, order = row["case_id"], (row["status"] == "done", row["finished"])
-            except (ValueError, KeyError, TypeError):  # the process was killed while it wrote
+            except (ValueError, KeyError, TypeError):  # half a line: the process was killed while writing
                 continue
             if row["status"] == "done" and row["mask"] not in names:
                 lost.add(case)
@@ -132,7 +133,7 @@ def _rows(store: Store, names: set[str]) -> tuple[list[dict[str, Any]], int]:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Columns by name: ours first, then what was carried along."""
+    """{column name: values}: our columns first, then the columns copied from the list of scans."""
     flat = []
     for row in rows:
         cells = {}
@@ -149,7 +150,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _csv(table: Mapping[str, list[Any]]) -> bytes:
-    """The table as CSV. No cell is a formula to a spreadsheet."""
+    """The table as CSV. A quote before =, +, - and @ keeps spreadsheets from reading a cell as a formula."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for row in [list(table), *zip(*table.values(), strict=True)]:
@@ -161,7 +162,7 @@ def _csv(table: Mapping[str, list[Any]]) -> bytes:
 
 
 def _parquet(table: Mapping[str, list[Any]]) -> bytes | None:
-    """The table as Parquet, None where pyarrow is not installed."""
+    """The table as Parquet. None where pyarrow is not installed."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -181,7 +182,7 @@ def _main(argv: Sequence[str] | None) -> int:
     merged = manifest(args)
     counts = ", ".join(f"{number} {status}" for status, number in sorted(merged.counts.items()))
     lost = f"; {merged.unfinished} were not finished" if merged.unfinished else ""
-    scans = "1 scan" if len(merged.rows) == 1 else f"{len(merged.rows)} scans"
+    scans = counted(len(merged.rows), "scan")
     tell(plain_console(), f"{' and '.join(merged.files)}: {scans}: {counts or 'none'}{lost}")
     for row in merged.rows:
         if row["status"] == "failed":

@@ -1,4 +1,4 @@
-"""What prediction leaves of a scan: its mask, and the files beside it that are wanted."""
+"""Writes a scan's mask and the files beside it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aftersam.errors import one_line
+from aftersam.errors import counted, one_line
 from aftersam.files import CONFIDENCE, DICOM, renamed, write_json
 from aftersam.inference.jobs import beside
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """A scan between reading and writing."""
+    """A scan that was read and is not yet written."""
 
     scan: Path
     mask: Path
@@ -31,38 +31,39 @@ class Job:
     facts: dict[str, str]  # for the JSON beside the mask
     began: float
     entry: Entry
-    checksum: str | None  # SHA-256 of the scan, where a manifest is wanted
-    shown: str  # where the mask goes, for people
+    checksum: str | None  # SHA-256 of the scan; None without a manifest
+    shown: str  # the mask's path or URL, as printed
     finishing: Callable[[dict[int, int], Path], None] = lambda voxels, temporary: None
-    """Called with the voxels of each label and the mask's temporary file when all else is written."""
+    """Called after all else is written, with the number of voxels of each label and the mask's temporary file."""
 
 
 def write_outputs(args: PredictArgs, names: dict[int, str], job: Job, found: Prediction) -> str:
-    """Write the mask of one scan with the labels `names`, after all that lies beside it: a mask is a finished scan.
+    """Write the mask of one scan with the labels `names`, and the files beside it that `args` ask for.
 
-    Returns what to tell the user. Raises OSError where a file cannot be written."""
+    The mask gets its name last: a scan with a mask is finished. Returns the text to print. Raises OSError where a file
+    cannot be written."""
     labels, volume, mask = found.labels, job.prepared.volume, job.mask
     timings = job.prepared.scan.timings
     mask.parent.mkdir(parents=True, exist_ok=True)
     with renamed(mask) as temporary:
         with timings.stage("write"):
             voxels = _keep(labels, names)
-            _write_mask(
-                names, job, found, temporary
-            )  # the largest file first: where it fails, nothing is new
+            # the largest file first: if the disk is full, no other file has been written
+            _write_mask(names, job, found, temporary)
             _write_extras(args, names, job, found)
         if args.timings:
             write_json(beside(mask, ".timings.json"), timings.summary())
         job.finishing(voxels, temporary)
     organs = ", ".join(name for value, name in sorted(names.items()) if value in voxels) or "nothing"
-    line = f"{one_line(job.shown)}: {organs}; {volume.array.shape[0]} slices in {time.monotonic() - job.began:.1f} s"
+    slices, seconds = counted(volume.array.shape[0], "slice"), time.monotonic() - job.began
+    line = f"{one_line(job.shown)}: {organs}; {slices} in {seconds:.1f} s"
     return f"{line}\n{timings.line()}" if args.timings else line
 
 
 def _keep(labels: np.ndarray, names: dict[int, str]) -> dict[int, int]:
-    """Make background, in place, of labels (D, H, W) that `names` does not have; the voxels of each that is left.
+    """Set labels (D, H, W) that are not in `names` to background, in place. Returns {label: voxels} of the others.
 
-    Plane by plane, since a temporary array of the scan's size would be most of the memory."""
+    Works plane by plane, since a temporary array as large as the scan would dominate the memory."""
     import numpy as np
 
     voxels: dict[int, int] = {}
@@ -77,7 +78,7 @@ def _keep(labels: np.ndarray, names: dict[int, str]) -> dict[int, int]:
 
 
 def _write_extras(args: PredictArgs, names: dict[int, str], job: Job, found: Prediction) -> None:
-    """What lies beside the mask, as far as it is wanted: preview, statistics, confidence."""
+    """Write the files beside the mask that `args` ask for: preview, statistics, confidence."""
     import numpy as np
 
     from aftersam.data.volume import write_confidence
@@ -104,7 +105,7 @@ def _write_extras(args: PredictArgs, names: dict[int, str], job: Job, found: Pre
 
 
 def _write_mask(names: dict[int, str], job: Job, found: Prediction, path: Path) -> None:
-    """The mask itself into the file `path`: NIfTI with its names as JSON beside the mask, or a DICOM segmentation."""
+    """Write the mask to the file `path`: as a DICOM segmentation, or as NIfTI with a JSON of its names beside it."""
     import numpy as np
 
     from aftersam.data.volume import label_names_json, to_nifti

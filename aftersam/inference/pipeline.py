@@ -1,4 +1,4 @@
-"""Scans on disk or at URLs to masks: while one scan is computed, the next is read and the last is written."""
+"""Predicts the masks of many scans: while one scan is computed, the next is read and the previous one is written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aftersam.config import checked
-from aftersam.errors import SAID, Terminated, one_line, plain_console, sentence, signals_noted, tell
+from aftersam.errors import (
+    SAID,
+    Terminated,
+    counted,
+    one_line,
+    plain_console,
+    sentence,
+    signals_noted,
+    tell,
+)
 from aftersam.files import check_place, remove_leftovers
 from aftersam.inference.arguments import PredictArgs
 from aftersam.inference.background import Background, leave_behind
@@ -36,35 +45,34 @@ if TYPE_CHECKING:
 
     from aftersam.inference.sliding import Prediction
 
-GRACE_SECONDS = 5.0  # for the mask that is being written when a signal comes
+GRACE_SECONDS = 5.0  # to finish writing a mask after a signal
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """What became of the scans that were asked for."""
+    """Outcome of a prediction, by scan."""
 
     written: tuple[Path | str, ...]
-    """Masks of this prediction."""
+    """Masks that this process has written."""
     kept: tuple[Path | str, ...]
-    """Masks that existed before, or that another process made; their scans were not predicted again."""
+    """Masks that existed before, or that another process wrote."""
     problems: tuple[str, ...]
-    """Why a scan of several has no mask, one line a scan."""
+    """One line for each scan without a mask, with the reason."""
     elsewhere: int = 0
-    """Scans that other processes have in hand."""
+    """Number of scans that other processes are still computing."""
 
     @property
     def code(self) -> int:
-        """The exit code: 0 where no scan failed, 1 where some have a mask, 3 where none has."""
+        """Exit code: 0 where no scan failed, 1 where some scans have a mask, 3 where no scan has one."""
         return code_of(len(self.written) + len(self.kept) + self.elsewhere, len(self.problems))
 
 
 def predict_files(args: PredictArgs) -> Predicted:
-    """Segment every scan that `args` name; of several scans one that fails is tried again, then reported.
+    """Segment every scan that `args` name. Where there are several, a failed scan is tried once more, then reported.
 
-    While one scan is computed the next is read and the last is written, so three are in memory at most. Processes that
-    run beside this one do their part of the scans, or those that no other has claimed. Under torchrun each has a GPU of
-    its own with the device "auto".
-    Raises ValueError where nothing can be done: no scans, a bad run, an output that exists."""
+    While one scan is computed, the next is read and the previous one is written: at most three are in memory. Several
+    processes share the scans, by parts or by claims. Under torchrun with device "auto", each process has one GPU.
+    Raises ValueError where nothing can be predicted: no scans, a bad run, an output that exists."""
     from aftersam.device import find_device
 
     find_device(checked(args).device)  # before anything is read
@@ -82,7 +90,7 @@ def predict_files(args: PredictArgs) -> Predicted:
             where = cohort.store.local
             check_place(where if cohort.many else where / entries[0].mask, folder=cohort.many)
         with working(args, cohort) as work:
-            if len(args.model) > 1:  # shows which folds are not there yet
+            if len(args.model) > 1:  # so that the user sees which folds are missing
                 tell(report.console, f"mean of {len(args.model)} runs: {', '.join(map(str, args.model))}")
             predict_entries(work, entries, report)
     finish_output(args, cohort)
@@ -107,10 +115,13 @@ def own_entries(args: PredictArgs, cohort: Cohort, report: Report) -> list[Entry
     entries = cohort.entries
     if part.count > 1:
         if cohort.archive is not None:
-            raise ValueError(f"--output {args.output} is packed by one process; parts need a folder or a URL")
+            raise ValueError(
+                f"--output {args.output} can be written by one process only, but there are {part.count} parts; "
+                "give a folder or a URL"
+            )
         entries = [entry for entry in entries if part.has(entry.case)]
         cohort.skipped[:] = [pair for pair in cohort.skipped if part.has(pair[0].case)]
-        scans = "1 scan" if len(cohort.entries) == 1 else f"{len(cohort.entries)} scans"
+        scans = counted(len(cohort.entries), "scan")
         said = f"part {part.index} of {part.count} ({part.source}): {len(entries)} of {scans}"
         tell(report.console, said)
     for entry, why in cohort.skipped:
@@ -128,7 +139,7 @@ def own_entries(args: PredictArgs, cohort: Cohort, report: Report) -> list[Entry
 
 
 def finish_output(args: PredictArgs, cohort: Cohort) -> None:
-    """Note what is no CT in the manifest, and pack the masks where an archive is asked for."""
+    """Add the skipped series to the manifest, and pack the masks where the output is an archive."""
     rows = rows_of(args, cohort) if cohort.skipped else None
     if rows is not None:
         for entry, why in cohort.skipped:
@@ -143,7 +154,7 @@ def finish_output(args: PredictArgs, cohort: Cohort) -> None:
 
 
 def predict_entries(work: Work, entries: Sequence[Entry], report: Report, *, patient: bool = False) -> None:
-    """Segment the scans `entries`; `patient` waits for what living processes have in hand as well."""
+    """Segment the scans `entries`. With `patient` also wait for scans that living processes have claimed."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     bar = Progress(
@@ -159,12 +170,12 @@ def predict_entries(work: Work, entries: Sequence[Entry], report: Report, *, pat
         _Line(work, report, bar, patient, deque((entry, 1) for entry in entries)).run()
 
 
-Attempt = tuple[Entry, int]  # a scan, and how often it is tried with this time
+Attempt = tuple[Entry, int]  # a scan, and the number of this attempt from 1
 
 
 @dataclass
 class _Line:
-    """Scans on their way through reading, computing and writing, one in each at most."""
+    """Pipeline of the three stages reading, computing and writing, with at most one scan in each."""
 
     work: Work
     report: Report
@@ -173,12 +184,12 @@ class _Line:
     queue: deque[Attempt]
     reader: Background = field(default_factory=Background)
     writer: Background = field(default_factory=Background)
-    others: list[Entry] = field(default_factory=list)  # that other processes have in hand
+    others: list[Entry] = field(default_factory=list)  # claimed by other processes
     reading: tuple[Attempt, Future[Job | None]] | None = None
     writing: tuple[Attempt, Job, Future[str]] | None = None
 
     def run(self) -> None:
-        """Segment all scans. Where a signal ends it, the mask that is being written is finished."""
+        """Segment all scans. A signal stops the loop after the mask that is being written."""
         try:
             while self._more():
                 self._next()
@@ -197,11 +208,14 @@ class _Line:
             self.writer.close()
 
     def _more(self) -> bool:
-        """Whether a scan is left, after waiting for those that only time can tell of."""
+        """Whether a scan is left for this process.
+
+        Waits until the holder of every other claim is seen to be alive or dead; with `patient`, until each of those
+        scans is finished or its holder is dead."""
         if self.reading is None and not self.queue:
-            self._collect()  # which may have failed
+            self._collect()  # a mask that could not be written puts its scan back into the queue
         while self.reading is None and not self.queue and self.others:
-            waiting = [e for e in self.others if self.patient or not self._in_good_hands(e)]
+            waiting = [e for e in self.others if self.patient or not self._holder_lives(e)]
             if not waiting:
                 break
             self.others = [e for e in self.others if e not in waiting]
@@ -209,7 +223,7 @@ class _Line:
             time.sleep(POLL_SECONDS)
         return self.reading is not None or bool(self.queue)
 
-    def _in_good_hands(self, entry: Entry) -> bool:
+    def _holder_lives(self, entry: Entry) -> bool:
         return self.work.claims is not None and self.work.claims.alive(entry.mask)
 
     def _read_ahead(self) -> None:
@@ -218,7 +232,7 @@ class _Line:
             self.reading = attempt, self.reader.submit(self.work.read, attempt[0])
 
     def _next(self) -> None:
-        """Compute the scan that was read, while the next is read; hand it to be written."""
+        """Compute the scan that was read, while the next one is read, and start to write its mask."""
         if self.reading is None:
             self._read_ahead()
         assert self.reading is not None
@@ -259,7 +273,7 @@ class _Line:
             self.work.close(job)
 
     def _collect(self) -> None:
-        """Wait for the mask that is being written, and tell of it."""
+        """Wait for the mask that is being written, and print its line."""
         if self.writing is None:
             return
         (attempt, job, future), self.writing = self.writing, None
@@ -270,9 +284,10 @@ class _Line:
 
     @contextlib.contextmanager
     def _problems(self, attempt: Attempt) -> Iterator[None]:
-        """A scan of several that fails is tried once more at the end, then costs a line, not the others.
+        """Handle the errors of one attempt. Where there are several scans, one that fails does not stop the others.
 
-        One that the memory does not suffice for is not tried again."""
+        The scan is tried once more at the end; if it fails again, one line reports it. After a MemoryError there is no
+        second attempt."""
         entry, number = attempt
         try:
             yield
@@ -298,46 +313,47 @@ def _code(stop: KeyboardInterrupt | Terminated) -> int:
 
 @dataclass
 class Report:
-    """What the user is told, and what the caller gets."""
+    """Prints the outcome of each scan and collects it for the caller."""
 
     console: Console
     many: bool
     written: list[Path | str] = field(default_factory=list)
     kept: list[Path | str] = field(default_factory=list)
-    problems: dict[str, str] = field(default_factory=dict)  # mask -> why there is none
+    problems: dict[str, str] = field(default_factory=dict)  # mask -> reason why it is missing
     elsewhere: int = 0
     quiet: bool = False
 
     def keep_finished(self, entries: Sequence[Entry], names: set[str], cohort: Cohort) -> list[Entry]:
-        """The scans without a mask; the number of the others is told."""
+        """The scans without a mask. Prints how many masks exist."""
         self.kept.extend(cohort.store.path(entry.mask) for entry in entries if entry.mask in names)
         if self.kept:
-            text = (
-                f"{cohort.archive or cohort.store.root}: {len(self.kept)} of {len(entries)} masks exist and are kept; "
-                "--overwrite replaces them"
+            masks = counted(len(entries), "mask exists and is", "masks exist and are")
+            where = cohort.archive or cohort.store.root
+            tell(
+                self.console,
+                f"{where}: {len(self.kept)} of {masks} kept; --overwrite replaces existing masks",
             )
-            tell(self.console, text)
         return [entry for entry in entries if entry.mask not in names]
 
     def tell(self, text: str) -> None:
-        """Say a line, unless this is one of many that only return rows."""
+        """Print a line, unless the report is quiet."""
         if not self.quiet:
             tell(self.console, text)
 
     def problem(self, said: str, entry: Entry) -> None:
-        """A scan has no mask, for the reason `said`."""
+        """Record and print that a scan has no mask, for the reason `said`."""
         self.problems[entry.mask] = said
         self.tell(f"aftersam.predict: {said}")
 
     def outcome(self, mask: Path | str, entry: Entry) -> tuple[str, str]:
-        """(status, reason) of a scan that was asked for."""
+        """(status, reason) of a scan: done, kept or failed."""
         if entry.mask in self.problems:
             return "failed", self.problems[entry.mask]
         return ("done" if mask in self.written else "kept"), ""
 
     def result(self) -> Predicted:
-        """What the caller gets; scans that other processes have in hand are told of."""
+        """The outcome of all scans. Prints how many scans other processes are computing."""
         if self.elsewhere:
-            scans = "1 scan is" if self.elsewhere == 1 else f"{self.elsewhere} scans are"
-            tell(self.console, f"{scans} in the hands of other processes")
+            scans = counted(self.elsewhere, "scan is", "scans are")
+            tell(self.console, f"{scans} being computed by other processes")
         return Predicted(tuple(self.written), tuple(self.kept), tuple(self.problems.values()), self.elsewhere)

@@ -1,4 +1,4 @@
-"""Logits of windows -> of whole planes -> of planes on another grid."""
+"""Blends the logits of windows into whole planes, and interpolates planes to another grid."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from aftersam.data.transforms import Box
 from aftersam.data.windows import plane_windows
 from aftersam.inference.timings import Timings
 
-OUTSIDE = 30.0  # background's lead, in logits, where no window looked
+OUTSIDE = 30.0  # logit of background above the other classes where no window lies
 
 
 class Plane(NamedTuple):
-    """What the model says of one slice."""
+    """The model's logits of one slice."""
 
     logits: Tensor
     """(K+1, H, W)."""
     disagreement: Tensor | None = None
-    """(1, H, W) in [0, 1], where it was asked for: see `Votes.disagreement`."""
+    """(1, H, W) in [0, 1], with `PredictOptions.confidence`: see `Votes.disagreement`."""
 
     def combine(self, other: Plane, function: Callable[[Tensor, Tensor], Tensor]) -> Plane:
-        """`function` of the two planes' logits, and of their disagreements."""
+        """A plane of `function(logits, other's logits)`, and the same for the disagreements if both have one."""
         logits = function(self.logits, other.logits)
         if self.disagreement is None or other.disagreement is None:
             return Plane(logits)
@@ -36,11 +36,10 @@ class Plane(NamedTuple):
         """The plane interpolated to `shape` (H', W')."""
         if tuple(self.logits.shape[-2:]) == shape:
             return self
-        # as many parts as Plane has
-        return Plane(*(None if part is None else upsample(part[None], shape)[0] for part in self))  # type: ignore[arg-type]
+        return Plane(*(None if part is None else upsample(part[None], shape)[0] for part in self))  # type: ignore[arg-type]  # one value for each field of Plane
 
     def mirrored(self, label_swap: dict[int, int]) -> Plane:
-        """The plane of the mirrored slice: left and right exchanged, also in the classes."""
+        """The plane of the mirrored slice: left and right exchanged, both in space and in the classes."""
         order = [label_swap.get(k, k) for k in range(len(self.logits))]
         turned = None if self.disagreement is None else self.disagreement.flip(-1)
         return Plane(self.logits[order].flip(-1), turned)
@@ -56,7 +55,7 @@ class Tiling:
     windows: list[tuple[int, int]]
     """Top left pixels; a window may reach beyond the plane."""
     weights: list[Tensor | None]
-    """(size, size) of each window, falling towards its edges; None for a window that is alone."""
+    """Blending weight (size, size) of each window, lower towards the edges. None for a single window."""
     seen: Tensor
     """(H, W), the sum of the weights at each pixel."""
 
@@ -72,21 +71,21 @@ class Tiling:
         return cls(shape, size, windows, weights, seen)
 
     def assemble(self, logits: Tensor, disagreement: Tensor | None = None) -> Plane:
-        """Logits of the windows (windows, K+1, h, w) -> of the plane; background where no window looked.
+        """Blend logits (windows, K+1, h, w) into a plane (K+1, H, W), with background outside all windows.
 
-        `disagreement` (windows, 1, h, w) is blended like them, and 0 where no window looked."""
+        `disagreement` (windows, 1, h, w) is blended in the same way and is 0 outside all windows."""
         plane = self._blend(logits)
         plane[0] += torch.where(self.seen > 0, 0.0, OUTSIDE)
         return Plane(plane, None if disagreement is None else self._blend(disagreement))
 
     def background(self, num_classes: int, *, disagreement: bool) -> Plane:
-        """The plane (K+1, H, W) of a slice that no window looked at."""
+        """A plane (K+1, H, W) of background, for a slice that is not computed."""
         logits = self.seen.new_zeros(num_classes, *self.shape)
         logits[0] = OUTSIDE
         return Plane(logits, self.seen.new_zeros(1, *self.shape) if disagreement else None)
 
     def _blend(self, values: Tensor) -> Tensor:
-        """(windows, C, h, w) -> (C, H, W), the weighted mean of the windows; 0 where none looked."""
+        """Weighted mean of windows (windows, C, h, w) -> (C, H, W); 0 outside all windows."""
         values = upsample(values, (self.size, self.size))
         total = values.new_zeros(values.shape[1], *self.shape)
         for value, window, weight in zip(values, self.windows, self.weights, strict=True):
@@ -102,7 +101,7 @@ class Tiling:
 def _overlap(
     window: tuple[int, int], shape: tuple[int, int], size: int
 ) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """The shared pixels of a window and an image, as slices of the image and of the window."""
+    """(slices of the image, slices of the window) for the pixels that both contain."""
     spans = [
         (max(first, 0), min(first + size, length), first) for first, length in zip(window, shape, strict=True)
     ]
@@ -112,14 +111,14 @@ def _overlap(
 
 
 def _blend_weight(size: int, device: torch.device) -> Tensor:
-    """(size, size) weights that fall towards the edges."""
+    """Weights (size, size) that fall linearly towards the edges."""
     ramp = torch.arange(size, device=device, dtype=torch.float32)
     ramp = torch.minimum(ramp + 1, size - ramp)
     return torch.outer(ramp, ramp) / ramp.max() ** 2
 
 
 def upsample(values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """(B, C, h, w) -> (B, C, H, W), bilinear; pixels are areas, whose corners are not aligned."""
+    """Bilinear interpolation (B, C, h, w) -> (B, C, H, W). Pixels are areas (align_corners=False)."""
     return F.interpolate(values, size=shape, mode="bilinear", align_corners=False)
 
 
@@ -131,7 +130,8 @@ def resample_stream(
 ) -> Iterator[Plane]:
     """Trilinear interpolation of a stream of `depth` planes (H, W) to `output_shape` (D', H', W').
 
-    The same numbers as F.interpolate on the whole volume with align_corners=False, two planes at a time."""
+    Only two planes are in memory at a time. The values are those of F.interpolate on the whole volume with
+    align_corners=False."""
     timings = timings or Timings()
     out_depth, *plane_shape = output_shape
     below, above, index = None, next(planes), 0  # planes index-1 and index
@@ -145,7 +145,7 @@ def resample_stream(
 
 
 def _between(below: Plane | None, above: Plane, fraction: float) -> Plane:
-    """The plane `fraction` of the way from `below` to `above`; without one below, `above`."""
+    """Linear interpolation from `below` (fraction 0) to `above` (fraction 1). `above` where `below` is None."""
     if below is None or fraction >= 1:
         return above
     if fraction == 0:

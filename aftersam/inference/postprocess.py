@@ -1,6 +1,7 @@
-"""Organs that are one connected piece: known from the training labels, kept to in prediction.
+"""Drops small disconnected parts of organs that are one connected piece in the training labels.
 
-Source: nnU-Net's postprocessing, arXiv 1809.10486, which tries it on validation masks; here the labels alone decide."""
+Source: nnU-Net's postprocessing, arXiv 1809.10486. nnU-Net chooses the organs by validation masks; here only the
+training labels decide."""
 
 from __future__ import annotations
 
@@ -9,14 +10,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-WHOLE = 0.95  # share of the voxels in the largest part of an organ that is one piece but for stray voxels
-SMALL = 0.2  # share of the largest part below which another is dropped: halves of a broken spinal cord stay
+WHOLE = 0.95  # an organ is one piece if its largest part has this share of its voxels; the rest is stray
+SMALL = 0.2  # parts below this share of the largest are dropped; both halves of a broken spinal cord stay
 TOUCHING = np.ones((3, 3, 3), bool)  # voxels that share a corner are connected
-AT_ONCE = 2**23  # voxels whose parts are numbered at once, in 100 MiB
+AT_ONCE = 2**23  # voxels that are labelled at once, in 100 MiB
 
 
 def one_piece(labels: Iterable[np.ndarray], values: Iterable[int]) -> list[int]:
-    """Those of `values` that are one connected piece in each of the labels (D, H, W) that has them."""
+    """The organs among `values` that are one connected piece in every label volume (D, H, W) that contains them.
+
+    Organs that no volume contains are left out."""
     left = set(values)
     seen = set()
     for array in labels:
@@ -37,22 +40,22 @@ def drop_small_parts(labels: np.ndarray, values: Iterable[int]) -> None:
             continue
         for slab, of_slab in zip(organ.slabs, organ.parts, strict=True):
             gone = np.append(False, small[of_slab])[_numbered(organ.region[slab], organ.value)]
-            # the next slab needs the plane they share
+            # the plane that it shares with the next slab is changed there
             ours = slice(None if slab.stop == len(organ.region) else -1)
             organ.region[slab][ours][gone[ours]] = 0
 
 
 class _Organ(NamedTuple):
     value: int
-    region: np.ndarray  # its bounding box in the labels
-    slabs: list[slice]  # of the region's planes, each sharing one plane with the next
-    # of each slab: the organ's part, from 0, that a number of `_numbered`, from 1, belongs to
+    region: np.ndarray  # view of the labels: the organ's bounding box
+    slabs: list[slice]  # of the region's planes; neighbouring slabs share one plane
+    # for each slab: parts[i] is the organ's part (from 0) that `_numbered` numbers i + 1 in the slab
     parts: list[np.ndarray]
-    voxels: np.ndarray  # of each part
+    voxels: np.ndarray  # number of voxels of each part
 
 
 def _organs(labels: np.ndarray, values: frozenset[int]) -> Iterator[_Organ]:
-    """Those of `values` that labels (D, H, W) has, one at a time."""
+    """Yield the organs among `values` that labels (D, H, W) contain, one at a time."""
     from scipy import ndimage
 
     for value, box in enumerate(ndimage.find_objects(labels), start=1):
@@ -61,7 +64,7 @@ def _organs(labels: np.ndarray, values: frozenset[int]) -> Iterator[_Organ]:
 
 
 def _organ(value: int, region: np.ndarray) -> _Organ:
-    """The connected parts of `value` in region (D, H, W), found slab by slab and joined where slabs share a plane."""
+    """The connected parts of `value` in region (D, H, W), found slab by slab and joined in the shared planes."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 

@@ -1,4 +1,4 @@
-"""Processes that share a cohort: each does its part of the scans, and those that torchrun started end together."""
+"""Splits a cohort into parts for several processes, and lets the processes of torchrun end together."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from aftersam.errors import counted
 from aftersam.files import normal_form
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-PATIENCE = timedelta(days=1)  # for the slowest process to start
+PATIENCE = timedelta(days=1)  # to wait for the slowest process to start
 POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of the parts that the scans are split into."""
+    """One of `count` parts into which the scans are split."""
 
     index: int
     count: int
     source: str = "--part-id"
-    """What said so."""
+    """Name of the flag or variable that gave the number."""
 
     def has(self, case: str) -> bool:
-        """Whether the case is in this part: by a hash of its id alone, so that it stays there as the list grows."""
+        """Whether the case is in this part. Only a hash of its id decides, so it stays there as the list grows."""
         digest = hashlib.sha256(normal_form(case).encode(errors="surrogateescape")).digest()
         return int.from_bytes(digest[:8], "big") % self.count == self.index
 
 
 @dataclass(frozen=True)
 class Scheduler:
-    """The environment variables in which a scheduler numbers the tasks of an array."""
+    """Names of the environment variables in which a scheduler numbers the tasks of an array."""
 
     index: str
     count: str | None
@@ -51,10 +52,10 @@ SCHEDULERS = (
 
 
 def part_of_this_process(num_parts: int | None, part_id: int | None, env: Mapping[str, str]) -> Part:
-    """The part that the flags, or else the scheduler's variables in `env`, give to this process.
+    """The part of this process, from the flags or else from the scheduler's variables in `env`.
 
-    torchrun's processes split it further. Raises ValueError where one number is missing, and on a part that the number
-    of parts does not have."""
+    Processes of torchrun split the part further. Raises ValueError where one of the two numbers is missing, and where
+    the part's number is not below the number of parts."""
     part = _given_part(num_parts, part_id, env)
     rank, world = _number(env, "RANK", 0), _number(env, "WORLD_SIZE", 1)
     if world > 1:
@@ -62,8 +63,8 @@ def part_of_this_process(num_parts: int | None, part_id: int | None, env: Mappin
         part = Part(part.index * world + rank, part.count * world, source)
     if part.index >= part.count:
         raise ValueError(
-            f"{part.source} says part {part.index} of {part.count}, but parts are numbered from 0 to {part.count - 1}; "
-            "give --num-parts and --part-id"
+            f"{part.source} gives part {part.index} of {part.count}, but parts are numbered from 0 to "
+            f"{part.count - 1}; give --num-parts and --part-id"
         )
     return part
 
@@ -92,7 +93,7 @@ def _given_part(num_parts: int | None, part_id: int | None, env: Mapping[str, st
 
 
 def _number(env: Mapping[str, str], name: str, default: int) -> int:
-    """The number in an environment variable, `default` where it is not set. Raises ValueError on another value."""
+    """The number in an environment variable, or `default` if unset. Raises ValueError where it is no number."""
     text = env.get(name, str(default))
     if not text.isdecimal():
         raise ValueError(f"the environment variable {name} is {text!r}, but a number from 0 up is needed")
@@ -101,16 +102,17 @@ def _number(env: Mapping[str, str], name: str, default: int) -> int:
 
 @dataclass(frozen=True)
 class Processes:
-    """This process and those beside it; `store` is where they count, None where torchrun does not watch over them."""
+    """This process and the others of its torchrun. `store` holds their shared counters; None without torchrun."""
 
     rank: int
     count: int
     store: Store | None
 
     def wait_for_the_others(self, failed: int, say: Callable[[str], None]) -> None:
-        """Return when all processes have done their part, `failed` scans of this one's without success.
+        """Wait until all processes have finished. `failed` is the number of scans that failed in this process.
 
-        torchrun kills all processes as soon as one ends with an error, so none may end while another computes."""
+        torchrun kills all processes as soon as one exits with an error, so no process may exit while another
+        computes."""
         if self.store is None:
             return
         self.store.add("failed", failed)
@@ -118,15 +120,15 @@ class Processes:
         while self.store.add("finished", 0) < self.count:
             time.sleep(POLL_SECONDS)
         if self.rank == 0 and (total := self.store.add("failed", 0)):
-            scans = "1 scan has" if total == 1 else f"{total} scans have"
-            say(f"{scans} no mask, for the reasons above; torchrun ends with an error for that")
+            scans = counted(total, "scan has", "scans have")
+            say(f"{scans} no mask, for the reasons above; torchrun therefore ends with an error")
         self.store.add("gone", 1)
-        while self.rank == 0 and self.store.add("gone", 0) < self.count:  # rank 0 may keep the store
+        while self.rank == 0 and self.store.add("gone", 0) < self.count:  # rank 0 may host the store
             time.sleep(POLL_SECONDS)
 
 
 def sharing_processes() -> Processes:
-    """The processes that torchrun started, or this one alone."""
+    """The processes that torchrun started, or only this one."""
     rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if count == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
         return Processes(rank, count, None)

@@ -1,6 +1,6 @@
-"""A cohort on Ray: actors that hold the model, to which Ray Data hands the scans. Needs the extra `ray`.
+"""Predicts a cohort on Ray: Ray Data distributes the scans to actors that hold the model. Needs the extra `ray`.
 
-Retries, actors that die and back-pressure are Ray's; claims and masks that exist keep a scan from being done twice."""
+Ray handles retries, dead actors and back-pressure. Claims and existing masks prevent a second computation of a scan."""
 
 from __future__ import annotations
 
@@ -26,15 +26,13 @@ if TYPE_CHECKING:
     import numpy as np
 
 OURS = ("case_id", "image", "mask", "series")
-LARGEST_BLOCK = (
-    50  # scans that Ray hands to an actor at once, which overlap and are looked at again if it dies
-)
-RETRIES = 3  # of a block whose actor dies; Ray's default has no end where a scan kills it each time
+LARGEST_BLOCK = 50  # scans that an actor gets at once; reading and computing overlap within a block
+RETRIES = 3  # of a block whose actor dies; Ray's default never ends where a scan kills its actor each time
 INSTALL = "pip install 'aftersam[ray]'"
 
 
 class SegmentScans:
-    """Segments batches of scans, for `ray.data.Dataset.map_batches`; each actor loads the model once.
+    """Callable for `ray.data.Dataset.map_batches` that segments batches of scans. Each actor loads the model once.
 
         scans = ray.data.read_csv("scans.csv")      # the column image; case_id, mask, series if you like
         rows = scans.map_batches(
@@ -55,7 +53,7 @@ class SegmentScans:
         self._work = self._open.enter_context(working(args, cohort))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        """The batch with case_id, image, mask, status (done, kept or failed) and reason of each scan."""
+        """Segment a batch. Returns its columns and case_id, image, mask, status (done, kept or failed) and reason."""
         columns = tuple(name for name in batch if name not in OURS)
         texts = {name: ["" if v is None else str(v) for v in values] for name, values in batch.items()}
         entries = [
@@ -85,7 +83,7 @@ def _entry(row: dict[str, str], columns: tuple[str, ...]) -> Entry:
 
 
 def predict_on_ray(args: PredictArgs) -> Predicted:
-    """`predict_files` by the actors of a Ray cluster, which read the scans and write the masks themselves.
+    """`predict_files` on a Ray cluster. The actors read the scans and write the masks.
 
     Raises ValueError where Ray is not installed, and as `predict_files` does."""
     args = dataclasses.replace(checked(args), model=tuple(Path(_everywhere(run)) for run in args.model))
@@ -106,7 +104,7 @@ def predict_on_ray(args: PredictArgs) -> Predicted:
 
 
 def _predict(ray: Any, args: PredictArgs, cohort: Cohort, entries: list[Entry], report: Report) -> None:
-    """Segment the scans in actors, and note what became of each as the rows come back."""
+    """Segment the scans in actors, and report the outcome of each as its row returns."""
     options = {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
     for name in ("input", "output", "model", "engine", "manifest", "num_parts", "part_id"):
         options.pop(name)
@@ -145,17 +143,19 @@ def _predict(ray: Any, args: PredictArgs, cohort: Cohort, entries: list[Entry], 
         (report.written if row["status"] == "done" else report.kept).append(path)
         tell(report.console, f"{path}: {row['status']}")
     for entry in missing.values():
-        report.problem(f"{entry.image}: Ray gave no result; its actor died again and again", entry)
+        report.problem(
+            f"{entry.image}: Ray returned no result; the actor that computed it died or failed", entry
+        )
 
 
 def _everywhere(path: Path | str) -> Path | str:
-    """A path that means the same file in every process; a URL or the name of a model as it is."""
+    """An existing path as absolute path, valid in every process. A URL or a model's name is returned unchanged."""
     return path if is_url(path) or not Path(path).exists() else Path(path).absolute()
 
 
 @contextlib.contextmanager
 def _cluster(address: str | None) -> Iterator[Any]:
-    """Ray with a cluster to work on: the one that this process is connected to, `address`, or this machine alone."""
+    """Ray, connected to a cluster: the current one if there is one, else the one at `address`, else a local one."""
     try:
         import ray
         import ray.data
@@ -163,7 +163,7 @@ def _cluster(address: str | None) -> Iterator[Any]:
         raise ValueError(f"--engine ray needs Ray, which cannot be imported ({error}): {INSTALL}") from None
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.max_errored_blocks = -1  # a scan that kills its actor each time costs its block, not the others
+    context.max_errored_blocks = -1  # a scan that kills its actor each time fails its block alone
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
         yield ray
@@ -177,7 +177,7 @@ def _cluster(address: str | None) -> Iterator[Any]:
             logging_level=logging.ERROR,
         )
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray has its own
+            signal.signal(signal.SIGTERM, handler)  # ray.init replaces the handler
         yield ray
     finally:
         ray.shutdown()

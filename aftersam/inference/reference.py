@@ -1,7 +1,7 @@
-"""What prediction computes, without its shortcuts: the specification of `sliding.stream_logits`.
+"""Sliding-group inference in its simplest form: the specification of `sliding.stream_logits`.
 
-Groups go through the model one by one, so a slice is encoded anew for every group that contains it, and the logits of
-the whole scan are in memory. Nothing is cast here: the caller's autocast holds, and a model in fp64 answers in fp64."""
+Groups go through the model one by one. A slice is encoded again for every group that contains it, and the logits of the
+whole scan are in memory. There are no casts here: the caller's autocast applies, and a model in fp64 returns fp64."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from aftersam.model.mask_decoder import of_classes
 def naive_planes(
     model: AfterSAM, scan: Scan, config: ModelConfig, options: PredictOptions = DEFAULT
 ) -> list[Plane]:
-    """What `stream_logits` yields: logits (K+1, H, W) of every slice, with `options.confidence` the disagreement too.
+    """Logits (K+1, H, W) of every slice, as `stream_logits` yields them; with `options.confidence` also disagreement.
 
-    Stored features are not read. Further tokens of background are merged group by group, not last of all."""
+    Stored features are not read. Several background tokens are merged in each group, not after the interpolation."""
     options.check(config.num_slices)
     if options.label_swap is not None:
         swap, once = options.label_swap, replace(options, label_swap=None)
@@ -77,14 +77,14 @@ def naive_logits(
 ) -> tuple[Tensor, Tensor]:
     """hu (D, S, S) of one window -> mean logits (D, K+1, h, w) and disagreement (D, 1, h, w) of the groups.
 
-    `labels` (D, S, S) are what a model with prompts draws its prompts from. Of `options`, those about groups hold.
-    `encode_once` encodes each slice once, by itself, instead of anew with each group; `kept_alone` decodes only the
-    slices of a group that are kept, which are then all that is compared."""
+    A model with prompts draws them from `labels` (D, S, S). Only the `options` about groups are used. With
+    `encode_once` each slice is encoded once and alone, instead of again in each group. With `kept_alone` only the kept
+    slices of a group are decoded; the disagreement is then among those."""
     size, stride = config.num_slices, config.slice_stride
     centres, kept = group_plan(len(hu), config, options)
     decoded = kept if kept_alone else tuple(range(size))
     each = [model.encode(_near(hu, [d], config)) for d in range(len(hu))] if encode_once else None
-    # of each slice, its logits in the groups that it is kept of
+    # for each slice: its logits in the groups that keep it; in all groups that contain it
     wanted: list[list[Tensor]] = [[] for _ in hu]
     every: list[list[Tensor]] = [[] for _ in hu]
     for centre in centres:
@@ -95,12 +95,12 @@ def naive_logits(
                 _near(hu, group, config)[None],
                 query_index=decoded if kept_alone else None,
                 labels=None if prompts is None else prompts[None],
-            )[0]  # a tensor, as no coarse logits are asked for
+            )[0]  # a tensor, since no coarse logits are requested
         else:
             logits = _from_features(model, [each[d] for d in group], decoded, prompts)
         for position, of_slice in zip(decoded, logits, strict=True):
             d = centre + (position - size // 2) * stride
-            if 0 <= d < len(hu):  # a slice of its own, no repeat
+            if 0 <= d < len(hu):  # not a repeat of the first or last slice
                 of_slice = of_slice.to(torch.promote_types(of_slice.dtype, torch.float32))
                 every[d].append(of_slice)
                 if position in kept:
@@ -110,14 +110,14 @@ def naive_logits(
 
 
 def _near(hu: Tensor, slices: Sequence[int], config: ModelConfig) -> Tensor:
-    """Those slices of hu (D, S, S); for a stem of several slices, each between those next to it."""
+    """The `slices` of hu (D, S, S); with a stem of several slices, each together with its neighbours."""
     return hu[torch.from_numpy(adjacent(slices, len(hu), config.stem_slices))]
 
 
 def _from_features(
     model: AfterSAM, features: Sequence[SliceFeatures], positions: tuple[int, ...], labels: Tensor | None
 ) -> Tensor:
-    """Logits (positions, K+1, h, w) of a group whose slices are encoded; `labels` (N, S, S) are the group's."""
+    """Logits (positions, K+1, h, w) of a group from its slices' features. `labels` (N, S, S) are those of the group."""
     embedding = torch.stack([one.embedding for one in features], dim=1)
     fused = model.fuse(embedding, query_index=positions)
     levels = zip(*(features[p].skips for p in positions), strict=True)
@@ -127,7 +127,9 @@ def _from_features(
 
 
 def divergence(probabilities: Tensor) -> Tensor:
-    """(groups, K+1, h, w) -> (1, h, w): the mean over groups of Σ p log(p / mean), over log min(groups, classes)."""
+    """Disagreement (1, h, w) in [0, 1] of probabilities (groups, K+1, h, w), by Jensen–Shannon divergence.
+
+    The mean over groups of Σ p log(p / mean), divided by its largest value, log min(groups, classes)."""
     groups, classes = probabilities.shape[:2]
     if groups == 1:
         return probabilities.new_zeros(1, *probabilities.shape[2:])

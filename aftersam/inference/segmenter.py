@@ -1,4 +1,4 @@
-"""A trained run, ready to predict:    aftersam.load("run").predict(nib.load("scan.nii.gz"))"""
+"""Loads a trained run for prediction:    aftersam.load("run").predict(nib.load("scan.nii.gz"))"""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from aftersam.model.aftersam import AfterSAM
 
 
-FAR = 10  # times coarser, finer or shorter than what the model was trained on
+FAR = 10  # warn of a scan that is this many times coarser, finer or shorter than the training scans
 
 
 class Prepared(NamedTuple):
-    """A scan as it was read, and as the model takes it."""
+    """A scan as it was read, and at the model's spacing."""
 
     volume: Volume
     scan: Scan
     more: tuple[Scan, ...] = ()
-    """As the models of `Segmenter.folds` take it."""
+    """The scan at the spacing of each model in `Segmenter.folds`."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ class Segmenter:
     spacing_mm: tuple[float, float, float] | None  # None: the model works at each scan's own spacing
     precision: torch.dtype
     one_piece: tuple[int, ...] = ()
-    """Organs that are one connected piece in every training label: `segment` drops their small parts."""
+    """Organs that are one connected piece in every training label. `segment` drops small parts of these organs."""
     longest_mm: tuple[float, float] | None = None
-    """Shortest and longest of the training scans, each along its longest axis."""
+    """Length along the longest axis of the shortest and of the longest training scan."""
     temperature: float = 1.0
-    """What logits are divided by before they become probabilities."""
+    """Divisor of the logits before the softmax (temperature scaling)."""
     folds: tuple[Segmenter, ...] = ()
-    """Models of other runs on the same organs: masks are of the mean of all models' probabilities."""
+    """Further models on the same organs. Masks come from the mean of all models' probabilities."""
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model's parameters."""
         return next(self.model.parameters()).device
 
     def predict(
@@ -65,8 +65,8 @@ class Segmenter:
     ) -> nib.Nifti1Image:
         """Segment a nibabel image, or an array in NIfTI's (x, y, z) order with its affine (voxel to RAS mm).
 
-        Returns integer labels on the same grid, names in a header extension. `prompt_labels`, labels on the image's
-        grid, are for a model with prompts. Raises ValueError on a bad grid, and as `prepare` does."""
+        Returns integer labels on the same grid, with the label names in a header extension. A model with prompts needs
+        `prompt_labels`, labels on the image's grid. Raises ValueError on a bad grid, and as `prepare` does."""
         from aftersam.data.intensities import check_intensities
         from aftersam.data.volume import from_nifti, image_of, labels_from_nifti, to_nifti
 
@@ -83,10 +83,10 @@ class Segmenter:
     def prepare(
         self, volume: Volume, *, prompt_labels: Volume | None = None, timings: Timings | None = None
     ) -> Prepared:
-        """Bring a scan, and the labels that prompts are drawn from, to the model's spacing. Needs no GPU.
+        """Resample a scan, and the labels for prompts, to the model's spacing. Runs on the CPU.
 
-        Warns of a scan whose voxels or length are far from those of the training. Raises ValueError where a model with
-        prompts gets no labels, or one without prompts gets some."""
+        Warns where the scan's voxels or length are far from those of the training scans. Raises ValueError where a
+        model with prompts gets no labels, or one without prompts gets some."""
         from aftersam.data.transforms import preprocess, resample
         from aftersam.inference.inputs import Scan
         from aftersam.inference.timings import Timings
@@ -123,10 +123,10 @@ class Segmenter:
         probabilities: np.ndarray | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Prediction:
-        """Labels, and confidence where `options` ask for it, (D, H, W) in the canonical axes of the scan's volume.
+        """Labels (D, H, W) in the canonical axes of the scan's volume, and the confidence where `options` ask for it.
 
-        `main_parts` False keeps every part of the organs in `one_piece` as well. `probabilities` (K+1, D, H, W) are
-        filled where given, and `progress` is called, as `aftersam.predict_volume` says."""
+        With `main_parts` False small parts of the organs in `one_piece` are kept. `probabilities` (K+1, D, H, W) and
+        `progress` are as in `aftersam.predict_volume`."""
         from aftersam.inference.inputs import PredictOptions
         from aftersam.inference.postprocess import drop_small_parts
         from aftersam.inference.sliding import Sink, fill, mean_planes, output_planes
@@ -155,7 +155,7 @@ def _far_from_training(
     spacing_mm: tuple[float, float, float] | None,
     longest_mm: tuple[float, float] | None,
 ) -> str | None:
-    """What of a scan's grid is so unlike the training scans' that masks are hardly right."""
+    """How a scan's voxels or length differ from the training scans by a factor that makes masks unreliable, or None."""
     found = volume.spacing_mm
     ratios = [a / b for a, b in zip(found, spacing_mm or found, strict=True)]
     if max(ratios) > FAR or min(ratios) < 1 / FAR:
@@ -177,14 +177,13 @@ def load(
     compiled: bool = False,
     graphs: bool = True,
 ) -> Segmenter:
-    """Load the model that `aftersam.train` left in the folder `run`, LoRA merged, ready to predict.
+    """Load the model that `aftersam.train` wrote to the folder `run`, with LoRA merged, for prediction.
 
-    `run` may also be the name of a model that comes along, or several runs, such as the folder of all folds, whose
-    probabilities are averaged. `compiled` compiles each step at its first use: a minute that many scans pay back.
-    `graphs` replays each step as a CUDA graph where the model is on a GPU: the same masks, without a launch for each of
-    hundreds of kernels.
-    Raises ValueError on a missing, truncated or foreign file, on runs of different organs, and on a device that is not
-    there."""
+    `run` may also be the name of a model that comes along, or several runs, such as a folder of folds; the
+    probabilities of several runs are averaged. `compiled` compiles each step at its first use, which takes a minute and
+    pays off over many scans. `graphs` replays each step as a CUDA graph if the model is on a GPU; masks do not change.
+    Raises ValueError on a missing, truncated or foreign file, on runs of different organs, and on a device that does
+    not exist."""
     from aftersam.model.run_folder import find_runs, read_run
 
     runs = find_runs([run] if isinstance(run, (str, Path)) else run)
@@ -218,7 +217,7 @@ def load_run(
     compiled: bool = False,
     graphs: bool = True,
 ) -> Segmenter:
-    """`load` of a single run."""
+    """Load a single run; see `load`."""
     from aftersam.device import dtype_for, find_device
     from aftersam.inference.graphs import capture_steps
     from aftersam.model.build import build_aftersam, check_weights, load_weights
@@ -249,9 +248,9 @@ def load_run(
 
 
 def compile_steps(model: AfterSAM, *, backend: str = "inductor") -> None:
-    """Compile what prediction calls of `model`, in place: the encoder, the fusion and the decoder, each whole.
+    """Compile the encoder, the fusion and the decoder of `model` in place, each without graph breaks.
 
-    A batch size is compiled for once as it is, and once more for all others."""
+    The first batch size is compiled as a constant. The second one triggers a compilation for all sizes."""
     for part in (model.encoder, model.fusion, model.decoder):
         if part is not None:
             part.compile(fullgraph=True, backend=backend)

@@ -1,9 +1,8 @@
-"""Slices in, mask slices out: exact sliding-group inference in which each slice is encoded once.
+"""Sliding-group inference, slice by slice, with each slice encoded only once.
 
-The encoder is 2D, so a slice's features do not depend on its group. They are computed once and kept while a
-group still needs them; each group then fuses N of them and decodes its centre. Only the scan and its labels grow
-with depth in memory.
-`reference.naive_logits` computes the same without these shortcuts."""
+The encoder is 2D, so the features of a slice do not depend on the group. They are computed once and kept as long as a
+group needs them. Each group fuses the features of its N slices and decodes the kept ones. Only the scan and its labels
+take memory that grows with depth. `reference.naive_logits` computes the same numbers without these shortcuts."""
 
 from __future__ import annotations
 
@@ -33,15 +32,15 @@ DEFAULT = PredictOptions()
 
 
 class Prediction(NamedTuple):
-    """A segmented scan, on the grid that was asked for."""
+    """A segmented scan on the output grid."""
 
     labels: np.ndarray
-    """(D, H, W) uint8, or int16 where the model has more than 256 classes, background included."""
+    """(D, H, W) uint8, or int16 where the model has more than 256 classes including background."""
     confidence: np.ndarray | None = None
-    """(D, H, W) uint8, where `PredictOptions.confidence` asks for it: 255 where all groups that contain a slice
-    agree, 0 where each is sure of another class."""
+    """(D, H, W) uint8, with `PredictOptions.confidence`: 255 where all groups that contain a slice agree, 0 where each
+    is sure of another class."""
     expected_dsc: np.ndarray | None = None
-    """(K,) of the organs, where `PredictOptions.expected_dsc` asks for it; NaN where the labels have none of one."""
+    """(K,), one per organ, with `PredictOptions.expected_dsc`. NaN for an organ that the labels do not contain."""
 
 
 def predict_volume(
@@ -59,10 +58,10 @@ def predict_volume(
 
         predict_volume(model, Scan(hu, box), config, PredictOptions(keep=2), output_shape=hu.shape).labels
 
-    Both grids cover the same extent. Logits are interpolated to the output grid slice by slice, then argmax.
-    Each class's probability is written into `probabilities` (K+1, D', H', W') of any float type, which may be a
-    file's memory map. `progress` is called with the number of output slices just finished.
-    Raises ValueError where `options` keep fewer slices than 1 or more than a group has."""
+    Both grids cover the same extent. Logits are interpolated to the output grid slice by slice; the label is their
+    argmax. If given, `probabilities` (K+1, D', H', W'), of any float type or a memory map, is filled with each class's
+    probability. `progress` is called with the number of output slices just finished.
+    Raises ValueError where `options.keep` is not between 1 and the number of slices in a group."""
     planes = output_planes(model, scan, config, options, output_shape=output_shape, precision=precision)
     sink = Sink(output_shape, scan.timings, probabilities, progress)
     return fill(planes, model.decoder.num_classes, options, sink)
@@ -84,10 +83,10 @@ def output_planes(
 
 
 def mean_planes(streams: Sequence[Iterator[Plane]], temperatures: Sequence[float]) -> Iterator[Plane]:
-    """Planes of the mean of several models' probabilities, as logits, from their streams of planes on one grid.
+    """Yield planes of the logarithm of several models' mean probability, from one stream of planes per model.
 
-    In fp64, so that copies of one model give its labels. The agreement, 1 - disagreement, is that within the models,
-    on average, times that among them."""
+    All streams are on one grid. The mean is in fp64, so that an ensemble of identical models gives the labels of one.
+    Agreement is 1 - disagreement; the ensemble's is the mean agreement within the models times that among them."""
     for planes in zip(*streams, strict=True):
         pairs = zip(planes, temperatures, strict=True)
         probabilities = torch.stack([(plane.logits.double() / t).softmax(0) for plane, t in pairs])
@@ -101,7 +100,7 @@ def mean_planes(streams: Sequence[Iterator[Plane]], temperatures: Sequence[float
 
 
 class Sink(NamedTuple):
-    """Where what is computed of a scan goes besides its labels, as `predict_volume` says."""
+    """Outputs of a scan besides its labels, as in `predict_volume`."""
 
     output_shape: tuple[int, int, int]
     timings: Timings
@@ -111,7 +110,7 @@ class Sink(NamedTuple):
 
 
 def fill(planes: Iterator[Plane], num_classes: int, options: PredictOptions, sink: Sink) -> Prediction:
-    """The labels of the planes (K+1, H', W') of every slice in order, and what `options` ask for besides."""
+    """Labels of a stream of planes (K+1, H', W'), and the further results that `options` ask for."""
     labels = np.empty(sink.output_shape, dtype=label_dtype(num_classes - 1))
     agreed = np.empty(sink.output_shape, dtype=np.uint8) if options.confidence else None
     overlap = torch.zeros(3, num_classes, dtype=torch.float64)
@@ -120,7 +119,7 @@ def fill(planes: Iterator[Plane], num_classes: int, options: PredictOptions, sin
             if agreed is not None and plane.disagreement is not None:
                 agreement = 255 * (1 - plane.disagreement[0])
                 agreed[z] = agreement.round().to(torch.uint8).cpu().numpy()
-            # on CPUs twice as fast as argmax
+            # twice as fast as argmax on a CPU
             found = plane.logits.max(0).indices
             labels[z] = found.to(torch.int16).cpu().numpy()
             if sink.probabilities is not None or options.expected_dsc:
@@ -139,9 +138,10 @@ def fill(planes: Iterator[Plane], num_classes: int, options: PredictOptions, sin
 
 
 def _soft_overlap(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Of a plane (K+1, H, W): probability inside each of the labels (H, W), its voxels, all probability (3, K+1).
+    """Sums (3, K+1) for the expected DSC of a plane's labels (H, W) with probabilities (K+1, H, W).
 
-    The DSC of a mask with the truth is then expected to be 2 · inside / (voxels + all)."""
+    For each class: its probability summed inside its label, the label's number of pixels, and its probability summed
+    over the plane. The expected DSC is 2 · inside / (pixels + over the plane)."""
     classes, flat = len(probabilities), labels.flatten()
     inside = probabilities.gather(0, labels[None]).flatten().double()
     return torch.stack(
@@ -164,9 +164,9 @@ def stream_logits(
 ) -> Iterator[Plane]:
     """Yield the logits (K+1, H, W) of every slice of the scan (D, H, W) in order, on the model's device.
 
-    A group about slice d is the one of `slice_group`: neighbours beyond the ends repeat the nearest slice, and
-    such repeats are never kept. With `options.confidence` the planes hold the groups' disagreement too.
-    Raises ValueError where `options` keep fewer slices than 1 or more than a group has."""
+    `slice_group` gives the slices of a group: beyond the ends the nearest slice is repeated. The logits of repeats are
+    not used. With `options.confidence` the planes contain the disagreement of the groups too.
+    Raises ValueError where `options.keep` is not between 1 and the number of slices in a group."""
     options.check(config.num_slices)
     if options.label_swap is not None:
         yield from _mirror_mean(model, scan, config, options, precision=precision)
@@ -181,7 +181,7 @@ def stream_logits(
     ring: dict[int, SliceFeatures] = {}  # slice -> features of its windows
     votes: dict[int, Votes] = defaultdict(Votes)
     background = tiling.background(model.decoder.num_tokens, disagreement=options.confidence)
-    done = 0  # slices handed out
+    done = 0  # slices yielded so far
     for batch in plan.batches:
         for d in [d for d in ring if d < batch.needed[0]]:
             del ring[d]
@@ -208,7 +208,7 @@ def stream_logits(
 def _mirror_mean(
     model: AfterSAM, scan: Scan, config: ModelConfig, options: PredictOptions, *, precision: torch.dtype
 ) -> Iterator[Plane]:
-    """`stream_logits` of the scan and of its mirror image, turned back, averaged plane by plane."""
+    """Yield the mean of `stream_logits` of the scan and of its mirror image (mirrored back), plane by plane."""
     swap = options.label_swap or {}
     once = replace(options, label_swap=None)
     straight = stream_logits(model, scan, config, once, precision=precision)
@@ -218,7 +218,7 @@ def _mirror_mean(
 
 
 class Batch(NamedTuple):
-    """Groups that are computed at once."""
+    """Groups that are computed together."""
 
     centres: list[int]
     """The groups' centre slices, in rising order."""
@@ -227,22 +227,22 @@ class Batch(NamedTuple):
     needed: list[int]
     """All slices of the groups, in rising order."""
     finished: int
-    """After the batch, no later group adds to the slices before this one."""
+    """First slice to which a later batch can still add; all slices before it are finished after this batch."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which groups a scan is seen through, and which of their slices count."""
+    """The groups of a scan, in batches, and the slices of each group that are decoded and kept."""
 
     depth: int
     offsets: dict[int, int]
-    """Position in a group -> slices from the group's centre, for the positions that are decoded."""
+    """Decoded position in a group -> its distance from the centre, in slices."""
     kept: tuple[int, ...]
     """Positions in a group whose logits are kept."""
     body: range
-    """Slices that are predicted; the others are background."""
+    """Slices that are predicted. All others become background."""
     compare: bool
-    """Whether the groups that contain a slice are compared, for its disagreement."""
+    """Whether to compute the disagreement of the groups that contain a slice."""
     batches: list[Batch]
 
     @property
@@ -252,12 +252,12 @@ class Plan:
 
 
 def make_plan(depth: int, body: range, config: ModelConfig, options: PredictOptions) -> Plan:
-    """The groups for the slices `body` of a scan of `depth` slices, in batches, and what is decoded of each."""
+    """The plan for the slices `body` of a scan of `depth` slices."""
     centres, kept = group_plan(depth, config, options)
     positions = range(config.num_slices) if options.confidence else kept
     offsets = {p: (p - config.num_slices // 2) * config.slice_stride for p in positions}
     centres = [c for c in centres if any(c + offset in body for offset in offsets.values())]
-    # of groups: no more slices are decoded at once than encoded
+    # groups per batch, such that no more slices are decoded at once than encoded
     size = max(1, options.batch_size // len(positions))
     batches = []
     for first in range(0, len(centres), size):
@@ -270,9 +270,9 @@ def make_plan(depth: int, body: range, config: ModelConfig, options: PredictOpti
 
 
 def group_plan(depth: int, config: ModelConfig, options: PredictOptions) -> tuple[list[int], tuple[int, ...]]:
-    """The groups' centres in rising order, and the positions in a group whose slices are kept.
+    """(centres of the groups in rising order, positions in a group whose slices are kept).
 
-    Every slice is kept of one group at least. With a stride, slices that far apart form a scan of their own."""
+    At least one group keeps each slice. With `slice_stride` s, every s-th slice is treated as a scan of its own."""
     stride, keep, centre = config.slice_stride, options.keep, config.num_slices // 2
     centres = set()
     for start in range(min(stride, depth)):
@@ -286,7 +286,7 @@ def group_plan(depth: int, config: ModelConfig, options: PredictOptions) -> tupl
 def encode(
     model: AfterSAM, scan: Scan, slices: Sequence[int], tiling: Tiling, *, batch_size: int
 ) -> dict[int, SliceFeatures]:
-    """Features of each of `slices`, its windows side by side: embedding (windows, C, h, w) and skips."""
+    """{slice: features} of `slices`: embedding (windows, C, h, w) and skips of all windows of the slice."""
     device, count = tiling.seen.device, len(tiling.windows)
     found = {}
     for start in range(0, len(slices), batch_size):
@@ -312,10 +312,11 @@ def fuse(
     positions: tuple[int, ...],
 ) -> Tensor:
     """Fused embedding (groups, positions, windows, C, h, w) of the slices at `positions` in each group."""
-    # (groups, windows, N, C, h, w), a window beside a group being one more group
+    # (groups, windows, N, C, h, w): the model gets each window of a group as a separate group
     embedding = torch.stack([torch.stack([features[d].embedding for d in group], dim=1) for group in groups])
-    fused = model.fuse(embedding.flatten(0, 1), query_index=positions)
-    return fused.unflatten(0, embedding.shape[:2]).transpose(1, 2)
+    fused: Tensor = model.fuse(embedding.flatten(0, 1), query_index=positions)
+    by_group: Tensor = fused.unflatten(0, embedding.shape[:2])
+    return by_group.transpose(1, 2)
 
 
 def decode(
@@ -326,35 +327,36 @@ def decode(
     targets: Sequence[int],
     tiling: Tiling,
 ) -> Tensor:
-    """Logits (targets, windows, K+1, h, w) of the slices `targets`, which `fused` (groups, positions, ...) holds."""
+    """Logits (targets, windows, K+1, h, w) of the slices `targets`, ordered as in `fused` (groups, positions, ...)."""
     skips = tuple(torch.cat(level) for level in zip(*(features[d].skips for d in targets), strict=True))
     labels = None
     if scan.prompt_labels is not None:
         labels = window_crops(scan.prompt_labels, targets, tiling.windows, tiling.size, 0).to(fused.device)
     logits = model.decode(fused.flatten(0, 2), skips, labels).float()
-    return logits.unflatten(0, (len(targets), -1))
+    by_target: Tensor = logits.unflatten(0, (len(targets), -1))
+    return by_target
 
 
 def count_votes(votes: dict[int, Votes], logits: Tensor, batch: Batch, plan: Plan) -> None:
-    """Add a batch's logits (groups, positions, windows, K+1, h, w) to the votes on their slices."""
+    """Add a batch's logits (groups, positions, windows, K+1, h, w) to the sums of their slices."""
     for centre, of_group in zip(batch.centres, logits, strict=True):
         for (position, offset), planes in zip(plan.offsets.items(), of_group, strict=True):
-            if 0 <= centre + offset < plan.depth:  # a slice of its own, no repeat
+            if 0 <= centre + offset < plan.depth:  # not a repeat of the first or last slice
                 votes[centre + offset].add(planes, position in plan.kept, plan.compare)
 
 
 @dataclass
 class Votes:
-    """What the groups that contain a slice have said of it so far."""
+    """Sums of a slice's logits and probabilities over the groups computed so far."""
 
-    logits: Tensor | float = 0.0  # (windows, K+1, h, w), the sum over the groups that it is kept of
-    kept: int = 0
-    probabilities: Tensor | float = 0.0  # the sum over all groups that contain it
-    entropy: Tensor | float = 0.0  # (windows, 1, h, w), the sum of each group's
-    seen: int = 0
+    logits: Tensor | float = 0.0  # (windows, K+1, h, w), sum over the groups that keep the slice
+    kept: int = 0  # number of those groups
+    probabilities: Tensor | float = 0.0  # (windows, K+1, h, w), sum over all groups that contain the slice
+    entropy: Tensor | float = 0.0  # (windows, 1, h, w), sum of the entropies in those groups
+    seen: int = 0  # number of those groups
 
     def add(self, logits: Tensor, keep: bool, compare: bool) -> None:
-        """One group's logits (windows, K+1, h, w): into the mean, into the comparison, or into both."""
+        """Add one group's logits (windows, K+1, h, w): with `keep` to the mean, with `compare` to the disagreement."""
         if keep:
             self.logits, self.kept = self.logits + logits, self.kept + 1
         if compare:
@@ -363,28 +365,29 @@ class Votes:
             self.entropy, self.seen = self.entropy + _entropy(probabilities), self.seen + 1
 
     def assemble(self, tiling: Tiling) -> Plane:
-        """The plane of the mean logits, and of the disagreement where groups were compared."""
+        """The plane of the mean logits, with the disagreement where groups were compared."""
         mean = torch.as_tensor(self.logits) / self.kept
         return tiling.assemble(mean, self.disagreement() if self.seen else None)
 
     def disagreement(self) -> Tensor:
-        """(windows, 1, h, w) in [0, 1]: the groups' Jensen–Shannon divergence as a share of the largest possible.
+        """Disagreement (windows, 1, h, w) in [0, 1]: Jensen–Shannon divergence of the groups, divided by its maximum.
 
-        0 where all groups give the same probabilities, or only one contains the slice; 1 where each is sure of a
-        class that no other names. It is the entropy of the mean less the mean entropy.
+        The divergence is the entropy of the mean minus the mean entropy. It is 0 where all groups give the same
+        probabilities or only one group contains the slice, and 1 where each group is sure of a different class.
         Source: Lin, IEEE TIT 37 (1991)."""
         mean = torch.as_tensor(self.probabilities) / self.seen
         return _divergence(mean, torch.as_tensor(self.entropy) / self.seen, self.seen)
 
 
 def _divergence(mean: Tensor, entropy: Tensor, count: int) -> Tensor:
-    """Jensen–Shannon divergence (windows, 1, h, w) of `count` probabilities, as a share of the largest possible.
+    """Jensen–Shannon divergence (windows, 1, h, w) of `count` distributions, divided by its maximum.
 
-    `mean` (windows, K+1, h, w) is theirs, `entropy` (windows, 1, h, w) the mean of their entropies."""
+    `mean` (windows, K+1, h, w) is the mean distribution, `entropy` (windows, 1, h, w) the mean entropy."""
     largest = math.log(max(2, min(count, mean.shape[1])))
     return ((_entropy(mean) - entropy) / largest).clamp(0, 1)
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
-    """(windows, K+1, h, w) -> (windows, 1, h, w), in nats."""
-    return torch.special.entr(probabilities).sum(1, keepdim=True)
+    """Entropy in nats of probabilities (windows, K+1, h, w) -> (windows, 1, h, w)."""
+    terms: Tensor = torch.special.entr(probabilities)  # -p log p
+    return terms.sum(1, keepdim=True)

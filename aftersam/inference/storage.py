@@ -1,4 +1,4 @@
-"""Folders on disk and at URLs: scans come from either, masks go to either. fsspec opens every URL."""
+"""Reads scans from, and writes masks to, folders on disk and at URLs. fsspec opens every URL."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from typing import Any
 from aftersam.errors import naming
 from aftersam.files import renamed
 
-ATOMIC = frozenset(
-    {"memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}
-)  # create a file only where none is
+# protocols that can create a file only if it does not exist
+ATOMIC = frozenset({"memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"})
 
 
 def is_url(place: str | Path) -> bool:
-    """Whether `place` is a URL, or several that fsspec chains, and no path."""
+    """Whether `place` is a URL, or a chain of URLs in fsspec's notation (a::b), not a path."""
     return "://" in str(place) or "::" in str(place)
 
 
 def plain(place: str | Path) -> str | Path:
-    """`place` as a Path where it is on this machine's disks, file:// included, else as a URL; an archive as zip://."""
+    """`place` as a Path where it is a local file or folder (also file://), else as a URL. A .zip becomes zip://."""
     text = str(place)
     if text.startswith("file://") and "::" not in text:
         text = text.removeprefix("file://")
@@ -47,7 +46,7 @@ def open_url(url: str) -> tuple[Any, str]:
 
 
 class reaching(contextlib.AbstractContextManager[None]):
-    """Turns whatever a library raises over `url` into one sentence: `naming` for what lies elsewhere."""
+    """Turns what a library raises over `url` into one sentence that starts with the URL, as `naming` does for files."""
 
     def __init__(self, url: str | Path) -> None:
         self.url = url
@@ -59,9 +58,9 @@ class reaching(contextlib.AbstractContextManager[None]):
 
 
 def files_at(url: str, *, recursive: bool) -> tuple[str, list[str]]:
-    """The path of `url` in its file system, and the names of the files below it, sorted; [""] for a file itself.
+    """(path of `url` in its file system, sorted names of the files below it). The names are [""] if `url` is a file.
 
-    Without `recursive` only those of the folder itself. Raises ValueError where there is nothing."""
+    Without `recursive`, files in subfolders are left out. Raises ValueError where there is no file."""
     fs, path = open_url(url)
     with reaching(url):
         found = fs.find(path, maxdepth=None if recursive else 1)
@@ -72,7 +71,7 @@ def files_at(url: str, *, recursive: bool) -> tuple[str, list[str]]:
 
 
 def fetched(url: str, folder: Path) -> Path:
-    """The file or the folder of files at `url`, copied into the local `folder`."""
+    """Copy the file or the folder of files at `url` into the local `folder`. Returns the path of the copy."""
     fs, path = open_url(url)
     home = folder / (path.rsplit("/", 1)[-1] or "scan")
     with reaching(url):
@@ -87,7 +86,7 @@ def fetched(url: str, folder: Path) -> Path:
 
 
 class Store:
-    """The folder that masks go to, on disk or at a URL; names are paths below it with slashes."""
+    """The output folder of masks, on disk or at a URL. Names of files are paths below it, with slashes."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = root
@@ -98,22 +97,22 @@ class Store:
 
     @property
     def atomic(self) -> bool:
-        """Whether `create` of many processes at once succeeds in one of them."""
+        """Whether only one process succeeds if several `create` the same file at once."""
         return self.fs is None or not ATOMIC.isdisjoint(
             [self.fs.protocol] if isinstance(self.fs.protocol, str) else self.fs.protocol
         )
 
     @property
     def local(self) -> Path | None:
-        """The folder, where it is on disk."""
+        """The folder as a path; None if it is at a URL."""
         return self.root if isinstance(self.root, Path) else None
 
     def path(self, name: str) -> Path | str:
-        """The full location of `name`: a Path in a local folder, a URL as text elsewhere."""
+        """Full location of `name`: a Path in a local folder, else a URL."""
         return self.root / name if isinstance(self.root, Path) else f"{self.root.rstrip('/')}/{name}"
 
     def names(self, below: str = "") -> set[str]:
-        """All files, or those in the folder `below`."""
+        """Names of all files, or of the files in the folder `below`."""
         if self.fs is None:
             return {
                 os.path.relpath(os.path.join(home, name), self.base).replace(os.sep, "/")
@@ -125,7 +124,7 @@ class Store:
             return {name[len(self.base) :].strip("/") for name in self.fs.find(self._at(below))}
 
     def exists(self, name: str) -> bool:
-        """Whether there is a file `name` by now."""
+        """Whether the file `name` exists now."""
         if self.fs is None:
             return os.path.exists(os.path.join(self.base, name))
         with reaching(self.path(name)):
@@ -134,7 +133,7 @@ class Store:
         return found
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a file; False where there is one already, from another process maybe. URLs alone."""
+        """Write a new file at a URL. Returns False where the file exists. Not for local folders."""
         with reaching(self.path(name)):
             try:
                 self.fs.pipe_file(self._at(name), data, mode="create")
@@ -143,7 +142,7 @@ class Store:
             return True
 
     def read(self, name: str) -> bytes:
-        """The content of a file. Raises ValueError where it cannot be read."""
+        """Content of a file. Raises ValueError where it cannot be read."""
         if self.fs is None:
             with naming(self.path(name)):
                 return (Path(self.base) / name).read_bytes()
@@ -153,7 +152,7 @@ class Store:
         return data
 
     def write(self, name: str, data: bytes) -> None:
-        """Replace a file at once, so that readers see the old content or the new."""
+        """Write or replace a file. On disk the replacement is atomic: readers see the old or the new content."""
         if self.fs is None:
             with renamed(Path(self.base) / name) as temporary:
                 temporary.write_bytes(data)
@@ -167,7 +166,7 @@ class Store:
             self.fs.put_file(str(file), self._at(name))
 
     def delete(self, name: str) -> None:
-        """Remove a file, or nothing where it is gone."""
+        """Remove a file if it exists."""
         with contextlib.suppress(FileNotFoundError):
             if self.fs is None:
                 os.unlink(os.path.join(self.base, name))
@@ -180,7 +179,7 @@ class Store:
 
 
 def packed_in(output: str | Path) -> Path | None:
-    """The local archive that `output` names, None for another output. Raises ValueError on an archive elsewhere."""
+    """Path of the archive if `output` is a local one, else None. Raises ValueError on an archive that is not local."""
     if not str(output).startswith("zip://"):
         return None
     inside, _, archive = str(output).removeprefix("zip://").partition("::")
@@ -192,7 +191,7 @@ def packed_in(output: str | Path) -> Path | None:
 
 
 def names_in(archive: Path) -> set[str]:
-    """The files in a .zip, none where there is no archive."""
+    """Names of the files in a .zip; empty if the archive does not exist."""
     if not archive.exists():
         return set()
     with naming(archive, "is no whole .zip"), zipfile.ZipFile(archive) as packed:
@@ -200,7 +199,9 @@ def names_in(archive: Path) -> set[str]:
 
 
 def pack(folder: Path, archive: Path) -> None:
-    """Add the files below `folder` to the .zip `archive`, which is replaced at once; new files replace old ones."""
+    """Add the files below `folder` to the .zip `archive`; they replace files of the same name.
+
+    The archive is written anew and replaced atomically."""
     new = {str(path.relative_to(folder)): path for path in _files(folder)}
     with renamed(archive) as temporary, zipfile.ZipFile(temporary, "w") as packed:
         if archive.exists():

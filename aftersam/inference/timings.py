@@ -1,4 +1,4 @@
-"""Where the seconds of one scan's prediction go, stage by stage, and what memory it took."""
+"""Measures the seconds of each stage of one scan's prediction, and the peak memory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     import torch
 
 STAGES = ("read", "resample", "encode", "fuse", "decode", "upsample", "write")
-ON_DEVICE = STAGES[2:6]  # the others run beside another scan's GPU work and must not wait for it
+ON_DEVICE = STAGES[2:6]  # the other stages overlap with the GPU work of another scan and must not wait for it
 
 
 class Timings:
-    """Adds up the wall seconds of each stage of one scan, in whichever thread it runs.
+    """Sums the wall seconds of each stage of one scan, over all threads.
 
-    With a GPU as `device`, a stage that computes begins and ends when the GPU has done all that was asked of it,
-    which costs some speed; without `device` only the host's clock is read."""
+    With a GPU as `device`, the stages in `ON_DEVICE` synchronise with the GPU at their start and end, which costs some
+    speed. Without `device` there is no synchronisation."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.seconds = dict.fromkeys(STAGES, 0.0)
@@ -38,9 +38,9 @@ class Timings:
             self.seconds[name] += time.perf_counter() - began
 
     def summary(self) -> dict[str, Any]:
-        """JSON values: seconds a stage and in all, slices a second, the process's peak memory so far in MiB.
+        """JSON values: seconds of each stage and their sum, slices a second, peak memory of the process in MiB.
 
-        Stages of a folder's neighbouring scans overlap, so that a scan adds less than its sum to the whole."""
+        Stages of consecutive scans overlap, so a folder takes less time than the sum over its scans."""
         total = sum(self.seconds.values())
         return {
             "seconds": {name: round(value, 4) for name, value in self.seconds.items()},
@@ -52,7 +52,7 @@ class Timings:
         }
 
     def line(self) -> str:
-        """The summary as one line for people."""
+        """The summary as one line of text."""
         facts = self.summary()
         parts = [f"{name} {value:.2f}" for name, value in facts["seconds"].items()]
         memory = [
@@ -78,7 +78,7 @@ class Timings:
 
 
 def peak_host_mib() -> float | None:
-    """The largest resident memory that this process has had, in MiB; None where the system does not tell."""
+    """Peak resident memory of this process in MiB. None where the system does not report it."""
     try:
         import resource
     except ImportError:  # Windows

@@ -1,4 +1,4 @@
-"""What is done to one scan of a cohort: claimed, fetched, read, computed, and finished with a row of the manifest."""
+"""The steps of one scan of a cohort: claim, fetch, read, compute, and finish with a row in the manifest."""
 
 from __future__ import annotations
 
@@ -40,24 +40,24 @@ CHUNK = 2**20
 
 @dataclass(frozen=True)
 class Work:
-    """What is done to each scan before and after it is written: read and compute, each in a thread of its own."""
+    """Model and options of a prediction, with the steps of each scan. `read` and `compute` run in different threads."""
 
     args: PredictArgs
     cohort: Cohort
     segmenter: Segmenter
     options: PredictOptions
-    embeddings: tuple[Embeddings, ...]  # of each model, or none
-    names: dict[int, str]  # labels that masks keep
-    claims: Claims | None  # None for a scan alone
+    embeddings: tuple[Embeddings, ...]  # one for each model; empty without an embedding cache
+    names: dict[int, str]  # labels that masks contain
+    claims: Claims | None  # None for a single scan
     rows: Rows | None
     model: Future[str]
-    """The id of the model."""
-    temporary: Path  # for what is fetched and sent
+    """Id of the model, computed in the background."""
+    temporary: Path  # for files that are downloaded or uploaded
 
     def read(self, entry: Entry) -> Job | None:
-        """Claim one scan, read it and its prompts, and bring them to the model's spacing.
+        """Claim one scan, read it and the labels for its prompts, and resample them to the model's spacing.
 
-        None where another process has the scan, or has finished it."""
+        Returns None where another process has claimed the scan or finished it."""
         if self.cohort.store.local is not None:
             with naming(entry.image):
                 check_place(self.cohort.store.local / entry.mask)
@@ -75,7 +75,7 @@ class Work:
         return job
 
     def finished(self, entry: Entry) -> bool:
-        """Whether the scan has a mask by now, which is kept."""
+        """Whether the scan has a mask that is to be kept."""
         return not self.args.overwrite and self.cohort.store.exists(entry.mask)
 
     def _read(self, entry: Entry) -> Job:
@@ -93,7 +93,7 @@ class Work:
                 with timings.stage("read"):
                     volume = read_image(scan, series=entry.series)
                     check_intensities(volume, trusted=self.args.trust_intensities)
-                    if entry.mask.endswith(DICOM):  # what cannot be written is known before it is computed
+                    if entry.mask.endswith(DICOM):  # before computing a mask that could not be written
                         from aftersam.data.dicom_segmentation import check_segmentation
 
                         check_segmentation(scan, self.names)
@@ -101,9 +101,8 @@ class Work:
                         prompts = read_labels(
                             prompt_file(self.args.prompt_labels, scan, entry.case), like=volume
                         )
-                        facts |= {
-                            "prompted": self.segmenter.config.model.prompts
-                        }  # who scores this mask must know
+                        # scores of a prompted mask must say so
+                        facts |= {"prompted": self.segmenter.config.model.prompts}
                     checksum = _sha256(scan) if self.rows is not None else None
                 prepared = self.segmenter.prepare(volume, prompt_labels=prompts, timings=timings)
         store = self.cohort.store
@@ -112,7 +111,7 @@ class Work:
 
     @contextlib.contextmanager
     def _home(self, entry: Entry) -> Iterator[Path]:
-        """A folder for what is fetched and sent of a scan, kept until `close` unless the scan cannot be read."""
+        """A folder for the downloads and uploads of a scan. It is kept until `close`, or removed on an error."""
         if not is_url(entry.image) and self.cohort.store.local is not None:
             yield self.temporary
             return
@@ -129,21 +128,22 @@ class Work:
         return self.temporary / hashlib.sha256(entry.mask.encode()).hexdigest()[:16]
 
     def close(self, job: Job) -> None:
-        """Remove what was fetched of a scan and give back its claim."""
+        """Remove a scan's downloaded files and give back its claim."""
         shutil.rmtree(self._home_of(job.entry), ignore_errors=True)
         if self.claims is not None:
             self.claims.release(job.entry.mask)
 
     def said(self, error: BaseException, entry: Entry) -> str:
-        """The sentence of an error over a scan, with its URL in place of the copy that was read."""
+        """The sentence of an error, with the scan's URL in place of the path of the downloaded copy."""
         name = entry.image.partition("::")[0].rpartition("/")[2]
         copy = re.escape(str(self.temporary)) + r"/\w+/in/" + re.escape(name)
         return re.sub(copy, lambda _: entry.image, sentence(error))
 
     def finish(self, job: Job, found: Prediction, voxels: dict[int, int], temporary: Path) -> None:
-        """Before the mask gets its name: note the scan as done, and send its files where they go to a URL.
+        """Upload the scan's files where the output is a URL, and add the scan's row to the manifest.
 
-        The row comes first, so that no mask is without one. Raises TakenOver where another process has the scan."""
+        Called before the mask gets its name. The mask comes last, so that no mask is without a row. Raises TakenOver
+        where another process has taken over the scan."""
         entry, store = job.entry, self.cohort.store
         if self.claims is not None and not self.claims.keeps(entry.mask):
             raise TakenOver
@@ -158,7 +158,7 @@ class Work:
 
     @property
     def made(self) -> dict[str, str]:
-        """What makes the masks."""
+        """The model's id and the package's version, for the manifest and the JSON beside each mask."""
         from aftersam import __version__
 
         return {"model": self.model.result(), "version": __version__}
@@ -189,7 +189,7 @@ class Work:
         )
 
     def compute(self, job: Job, progress: Callable[[int], None]) -> Prediction:
-        """Segment one scan. Raises MemoryError where the memory does not suffice."""
+        """Segment one scan. Raises MemoryError where memory runs out."""
         prepared, batch = job.prepared, self.args.batch_size
         try:
             if self.embeddings:
@@ -218,7 +218,7 @@ class Work:
 
     @contextlib.contextmanager
     def _probabilities(self, job: Job) -> Iterator[np.ndarray | None]:
-        """The file that the scan's probabilities go to as they come, if they are wanted."""
+        """Memory map of the file for the scan's probabilities, or None if they are not to be saved."""
         if not self.args.save_probabilities:
             yield None
             return
@@ -231,7 +231,7 @@ class Work:
 
 
 def row_of(cohort: Cohort, entry: Entry, status: str, **facts: Any) -> dict[str, Any]:
-    """A row of the manifest: what was carried along, the scan, and what became of it."""
+    """A row of the manifest: the list's other columns, the scan, its `status` and further `facts`."""
     carried = dict(zip(cohort.columns, entry.extra, strict=True))
     series = {"series": entry.series} if entry.series else {}
     known = {"case_id": entry.case, "image": entry.image, **series, "mask": entry.mask}
@@ -239,14 +239,14 @@ def row_of(cohort: Cohort, entry: Entry, status: str, **facts: Any) -> dict[str,
 
 
 def rows_of(args: PredictArgs, cohort: Cohort) -> Rows | None:
-    """The manifest of this process, where one is wanted."""
+    """The manifest rows of this process, or None if `args` ask for no manifest."""
     wanted = args.manifest == "on" or (args.manifest == "auto" and cohort.listed)
     return Rows(cohort.store) if wanted else None
 
 
 @contextlib.contextmanager
 def working(args: PredictArgs, cohort: Cohort) -> Iterator[Work]:
-    """The model of the run and the options that `args` ask for; claims are given back at the end."""
+    """Load the model and the options that `args` ask for. At the end the claims are given back."""
     from aftersam.inference.segmenter import load
 
     check_prompts(args)
@@ -294,7 +294,7 @@ def check_prompts(args: PredictArgs) -> None:
 
 
 def _sha256(scan: Path) -> str:
-    """Of a file; of a folder, of its files' names and contents."""
+    """SHA-256 of a file's content, or of the names, sizes and contents of a folder's files."""
     digest = hashlib.sha256()
     for path in sorted(p for p in scan.iterdir() if p.is_file()) if scan.is_dir() else [scan]:
         if scan.is_dir():
@@ -306,7 +306,7 @@ def _sha256(scan: Path) -> str:
 
 
 def _options(args: PredictArgs, segmenter: Segmenter) -> PredictOptions:
-    """The options in `args`. Raises ValueError on a keep that no group has, or an organ of one side alone."""
+    """The options in `args`. Raises ValueError where keep is above a group's size, or an organ has no mirror pair."""
     from aftersam.data.dataset import mirror_pairs
     from aftersam.inference.inputs import PredictOptions
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aftersam.config import ENCODERS, STEM_CHANNELS, Config, EncoderSize, ModelConfig
-from aftersam.errors import naming
+from aftersam.errors import counted, naming
 from aftersam.files import read_tensors, tensor_shapes
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.fusion import AxialFusionTransformer
@@ -119,7 +119,9 @@ def _fusion(
 def _decoder(config: ModelConfig, num_classes: int, skip_channels: tuple[int, ...]) -> MaskDecoder:
     size, shares = ENCODERS[config.image_encoder], config.token_shares
     if shares and len(shares) < num_classes:
-        raise ValueError(f"token_shares has {len(shares)} numbers, but there are {num_classes} classes")
+        raise ValueError(
+            f"token_shares has {counted(len(shares), 'number')}, but needs at least {num_classes}, one for each class"
+        )
     return MaskDecoder(
         num_classes,
         size.out_channels,
@@ -201,6 +203,6 @@ def _check_shapes(path: Path, model: nn.Module, shapes: dict[str, tuple[int, ...
     wrong += [k for k in weights if k not in expected]
     if wrong:
         raise ValueError(
-            f"{path} holds another architecture than the configuration: {len(wrong)} of {len(expected)} "
-            f"tensors differ, first {wrong[0]!r:.200}"
+            f"{path} holds another architecture than the configuration: {len(wrong)} of "
+            f"{counted(len(expected), 'tensor')} differ, first {wrong[0]!r:.200}"
         )

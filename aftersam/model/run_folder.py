@@ -114,7 +114,7 @@ def read_run(run: Path) -> tuple[Config, RunFacts]:
     Raises ValueError in one sentence where a file is missing or has a value of the wrong type or range."""
     if not (run / "config.json").is_file():
         several = _runs_in(run)
-        hint = f"; give one of the {len(several)} runs in it, such as {several[0]}" if several else ""
+        hint = f"; give a run in it, such as {several[0]}" if several else ""
         raise ValueError(f"{run} is not a training run: it has no config.json{hint}")
     where, path = run / "config.json", run / "run.json"
     config = from_dict(Config, read_json(where), where=str(where))

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aftersam.config import DECODER, ENCODERS, SAM_IMAGE_SIZE
-from aftersam.errors import one_line
+from aftersam.errors import counted, one_line
 from aftersam.files import unfinished
 from aftersam.model.sam_layouts import files_of, find_state, read_files
 from aftersam.model.segment_anything import segment_anything_modeling
@@ -219,8 +219,9 @@ def account(
     groups = Counter(".".join(key.split(".")[:2]) for key in left_out)
     names = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in groups.items())
     return one_line(
-        f"{sam.about}: {len(encoded) + len(decoded)} tensors used, {len(interpolated)} position tables interpolated "
-        f"to {image_size} px, {len(left_out)} left out: {names}"
+        f"{sam.about}: {counted(len(encoded) + len(decoded), 'tensor')} used, "
+        f"{counted(len(interpolated), 'position table')} interpolated to {image_size} px, {len(left_out)} left out: "
+        f"{names}"
     )
 
 

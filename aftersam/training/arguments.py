@@ -162,10 +162,9 @@ def parse(argv: Sequence[str] | None, kind: type[Args], about: str | None) -> Ar
     if given.max_steps or given.max_minutes or given.epochs:  # one limit given replaces a preset's others
         cleared = dataclasses.replace(config.train, max_steps=None, max_minutes=None)
         config = dataclasses.replace(config, train=cleared)
-    # as `parse` asks of a kind
-    default = kind(data=tyro.MISSING, output=tyro.MISSING, config=config)  # type: ignore[call-arg]
+    default = kind(data=tyro.MISSING, output=tyro.MISSING, config=config)  # type: ignore[call-arg]  # `parse` wants these fields in every `kind`
     args = tyro.cli(kind, args=argv, default=default, description=about, config=(tyro.conf.OmitArgPrefixes,))
-    if args.config.model.token_shares != config.model.token_shares:  # type: ignore[attr-defined]  # as above
+    if args.config.model.token_shares != config.model.token_shares:  # type: ignore[attr-defined]  # `parse` wants a config in every `kind`
         raise ValueError("--token-shares follow from the organs of --init and of the data; leave it out")
     return args
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from aftersam.data.stored_features import StoredScan
-from aftersam.errors import naming, signals_noted, stopped
+from aftersam.errors import counted, naming, signals_noted, stopped
 from aftersam.evaluation.figures import loss_figure
 from aftersam.files import read_json, write_json
 from aftersam.model.aftersam import AfterSAM
@@ -73,16 +73,15 @@ def train(args: TrainArgs) -> TrainResult:
     sizes = _sizes(model)
     learner = _learner(model, plan, processes)
     if args.resume:
-        # accelerate's wrapper
-        load_moments(args.output / "last.safetensors", learner.optimizer.optimizer)  # type: ignore[attr-defined]
+        load_moments(args.output / "last.safetensors", learner.optimizer.optimizer)  # type: ignore[attr-defined]  # accelerate's wrapper of it
     if processes.main:
         trim_history(args.output / "history.jsonl", progress.step)
         write_facts(args.output, plan, scans)
     tracker = plan.config.train.tracker
     processes.accelerator.init_trackers("aftersam" if tracker != "tensorboard" else "tensorboard")
     processes.accelerator.print(
-        f"{len(scans.training)} training and {len(scans.validation)} validation scans of {len(scans.dataset.cases)}, "
-        f"{len(scans.labels)} organs; "
+        f"{counted(len(scans.training), 'training scan')} and {counted(len(scans.validation), 'validation scan')} of "
+        f"{len(scans.dataset.cases)}, {counted(len(scans.labels), 'organ')}; "
         f"{plan.config.model.image_encoder}, {sizes}; {processes.device}, {processes.precision}"
     )
     return Run(args.output, processes, scans, learner, progress, stored).loop()

@@ -64,8 +64,7 @@ def mishaps(case: int, reference: Any) -> tuple[Any, Any]:
         truth[truth == HEART] = 0
     if case == 2:
         mask[mask == TRACHEA] = 0
-    # a pair
-    return tuple(nib.Nifti1Image(array, reference.affine) for array in (truth, mask))  # type: ignore[return-value]
+    return tuple(nib.Nifti1Image(array, reference.affine) for array in (truth, mask))  # type: ignore[return-value]  # a tuple of two
 
 
 def halved(image: Any) -> Any:

@@ -229,8 +229,7 @@ def _build(job: Job) -> nn.Module:
         return with_sound_gradients(lead_background(build(job.num_classes), job.num_classes))
     if job.system.prompted and job.limits.sam_checkpoint:
         sam = read_sam_checkpoint(job.limits.sam_checkpoint)
-        # a name out of ENCODERS
-        model = dataclasses.replace(job.config().model, image_encoder=sam.name)  # type: ignore[arg-type]
+        model = dataclasses.replace(job.config().model, image_encoder=sam.name)  # type: ignore[arg-type]  # a name in ENCODERS
         return build(model, job.num_classes, sam)
     return build(job.config().model, job.num_classes)
 

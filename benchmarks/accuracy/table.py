@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from aftersam.errors import counted
 from aftersam.evaluation.statistics import (
     bootstrap_interval,
     mean_of,
@@ -172,7 +173,7 @@ def apart(table: Table) -> str:
         return f"{best['title']} has the highest mean DSC."
     return (
         f"{best['title']} has the highest mean DSC. The interval of the paired difference includes 0 for "
-        f"{', '.join(close)}: these {len(table['cases'])} scans do not separate them from it."
+        f"{', '.join(close)}: {counted(len(table['cases']), 'scan does', 'scans do')} not separate them from it."
     )
 
 
@@ -180,9 +181,9 @@ def heading(table: Table, protocol: str) -> str:
     if protocol == "own recipe":
         return "Own recipe: trained as their authors or users chose, not comparable in cost"
     budget = table["budget"]
-    limit = f"{budget['max_minutes']:g} minutes" if budget["max_minutes"] else f"{budget['max_steps']} steps"
-    threads = "1 processor thread" if budget["threads"] == 1 else f"{budget['threads']} processor threads"
-    return f"Equal budget: {limit} of training a row on {threads}"
+    minutes, steps = budget["max_minutes"], budget["max_steps"]
+    limit = counted(minutes, "minute") if minutes else counted(steps, "step")
+    return f"Equal budget: {limit} of training a row on {counted(budget['threads'], 'processor thread')}"
 
 
 def caption(table: Table) -> str:
@@ -193,9 +194,9 @@ def caption(table: Table) -> str:
     where = [
         f"{machine}, commit{'s' * (len(found) > 1)} {', '.join(found)}" for machine, found in commits.items()
     ]
-    cases = len(table["cases"])
+    scans = counted(len(table["cases"]), "held-out scan")
     return (
-        f"DSC in % of {cases} held-out scans on their own grids, by `aftersam.evaluate`: the mean over organs, its "
+        f"DSC in % of {scans}, each on the scan's own grid, by `aftersam.evaluate`: the mean over organs, its "
         "95 % bootstrap interval over scans, the paired difference to the best row without prompts, then organs. ICE "
         "is the inter-slice consistency error, HD95 in mm counts a missed organ with the scan's diagonal. "
         "† told where the organs are. " + ("; ".join(where) + "." if where else "")
@@ -297,7 +298,7 @@ def draw_waterfall(waterfall: Mapping[str, Any], path: Path) -> None:
         at, [step["organ_dsc"] for step in steps], "o-", color=RIVAL, lw=1, ms=4, label=waterfall["organ"]
     )
     axes.set_xticks(at, [step["name"] for step in steps], rotation=25, ha="right", fontsize=8)
-    scans = f"{waterfall['cases']} scans of {waterfall['data']}"
+    scans = f"{counted(waterfall['cases'], 'scan')} of {waterfall['data']}"
     axes.set(ylim=(0, 1), ylabel="DSC", title=f"mean DSC, step by step, on {scans}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)

@@ -69,8 +69,7 @@ def models(shape: Shape, device: torch.device) -> tuple[AfterSAM, AfterSAM]:
     model = build_aftersam(configuration(shape), CLASSES).to(device).eval().requires_grad_(False)
     wide = copy.deepcopy(model).double()
     # segment_anything makes its position features in fp32, whatever the model's dtype.
-    # for this object alone
-    wide.decoder._positions = lambda *grid: model.decoder._positions(*grid).double()  # type: ignore[method-assign]
+    wide.decoder._positions = lambda *grid: model.decoder._positions(*grid).double()  # type: ignore[method-assign]  # for this object alone
     return model, wide
 
 

@@ -134,8 +134,7 @@ def composed(
     for block in model.encoder.blocks:  # type: ignore[union-attr]  # a ModuleList
         block.attn = _Attention(block.attn, attend, frugal=frugal)
     for block in model.fusion.blocks:  # type: ignore[union-attr]  # a ModuleList
-        # modules out of a ModuleList
-        block.attention = transformer.OtherAttention(block.attention, fuse)  # type: ignore[arg-type]
+        block.attention = transformer.OtherAttention(block.attention, fuse)  # type: ignore[arg-type]  # modules out of a ModuleList
     return model
 
 
@@ -187,8 +186,7 @@ def case(
         form = composed(model, attend, fuse).to(device)
         call, checked = (step(form, labels, kind) for kind in (dtype, torch.float32))
         role = "other" if provider == "naive 3D" else "rival"
-        # modules out of a ModuleList
-        found[provider] = Provider(None if missing else call, reference, 0, missing, role, checked)  # type: ignore[arg-type]
+        found[provider] = Provider(None if missing else call, reference, 0, missing, role, checked)  # type: ignore[arg-type]  # modules out of a ModuleList
     if compiled:
         torch.compiler.reset()
         whole = torch.compile(call, dynamic=False)

@@ -59,8 +59,7 @@ class OtherAttention(nn.Module):
 
 
 def _weights(attention: AxialFusionAttention) -> list[Tensor]:
-    # both halves are there
-    return [t for half in (attention.inter, attention.intra) for t in half.weights()[:6]]  # type: ignore[union-attr, misc]
+    return [t for half in (attention.inter, attention.intra) for t in half.weights()[:6]]  # type: ignore[union-attr, misc]  # both halves exist, not None
 
 
 def joint(x: Tensor, attention: AxialFusionAttention, attend: fusion.Attend) -> Tensor:
@@ -100,8 +99,7 @@ def with_attention(model: AxialFusionTransformer, attend: Attention) -> AxialFus
     """A copy of `model` whose blocks compute their attention by `attend`."""
     model = copy.deepcopy(model)
     for block in model.blocks:
-        # modules out of a ModuleList
-        block.attention = OtherAttention(block.attention, attend)  # type: ignore[arg-type]
+        block.attention = OtherAttention(block.attention, attend)  # type: ignore[arg-type]  # modules out of a ModuleList
     return model
 
 

@@ -87,8 +87,7 @@ def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Itera
     def variant(attend: Attention) -> AfterSAM:
         changed = copy.copy(model)
         changed._modules = dict(model._modules)  # every part shared but the fusion
-        # not None: the model has a fusion
-        changed.fusion = transformer.with_attention(model.fusion, attend)  # type: ignore[arg-type]
+        changed.fusion = transformer.with_attention(model.fusion, attend)  # type: ignore[arg-type]  # the model has a fusion, not None
         return changed
 
     naive: Attention = partial(transformer.joint, attend=fusion.materialised)
@@ -116,8 +115,7 @@ def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Itera
 def in_fp64(model: AfterSAM) -> AfterSAM:
     wide = copy.deepcopy(model).double()
     # segment_anything makes its position features in fp32, whatever the model's dtype.
-    # for this object alone
-    wide.decoder._positions = lambda *grid: model.decoder._positions(*grid).double()  # type: ignore[method-assign]
+    wide.decoder._positions = lambda *grid: model.decoder._positions(*grid).double()  # type: ignore[method-assign]  # for this object alone
     return wide
 
 

@@ -99,7 +99,7 @@ def main(*, steps: int = 400, lifted_steps: int = 100, scans_to_train: int = 8) 
             print(f"lifted to 9 slices, step 0        {found[-1]:.3f}   ({megabytes:.2f} MB)")
         train(lifted, training, steps=lifted_steps, lr=5e-3)
         found.append(mean_dsc(lifted, held_out))
-        print(f"lifted, num_slices={slices}, {lifted_steps} steps    {found[-1]:.3f}", flush=True)
+        print(f"lifted, num_slices={slices}, steps={lifted_steps}    {found[-1]:.3f}", flush=True)
     return found
 
 

@@ -36,7 +36,7 @@ def main(scans: Path, masks: Path, run: str, progress: Callable[[str, int, int],
 
 
 def show(name: str, done: int, slices: int) -> None:
-    print(f"\r{name}: {done} of {slices} slices", end="" if done < slices else "\n", file=sys.stderr)
+    print(f"\r{name}: slice {done} of {slices}", end="" if done < slices else "\n", file=sys.stderr)
 
 
 if __name__ == "__main__":

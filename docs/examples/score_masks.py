@@ -13,7 +13,7 @@ def main(masks: Path, labels: Path) -> Metrics:
     metrics = score_folder(masks, labels, ScoringOptions(nsd_tolerance_mm=5.0), quiet=True)
     for name, organ in metrics["organs"].items():
         print(f"{name:>16}  DSC {organ['dsc'] or 0:.3f}  HD95 {organ['hd95_mm_penalised'] or 0:.1f} mm")
-    print(f"{'mean':>16}  DSC {metrics['mean_dsc'] or 0:.3f}, {metrics['num_cases']} cases")
+    print(f"{'mean':>16}  DSC {metrics['mean_dsc'] or 0:.3f}, cases: {metrics['num_cases']}")
     return metrics
 
 

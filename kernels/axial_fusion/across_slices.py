@@ -100,16 +100,18 @@ class AcrossSlices(AxialFusionAttention):
         rows = x.shape[0]
         if self.layout == "positions":
             if rows != n:
-                raise ValueError(f"lift: {self.name!r} got {rows} frames a position, but num_slices is {n}")
+                raise ValueError(
+                    f"lift: {self.name!r} got N = {rows} for each position, but num_slices is {n}"
+                )
         elif rows % n:
             raise ValueError(
-                f"lift: {self.name!r} got tokens of {rows} slices, but num_slices is {n}; give B·N of them, "
-                "group after group, or change it with set_num_slices"
+                f"lift: {self.name!r} got tokens {tuple(x.shape)}, but num_slices is {n} and does not divide {rows}; "
+                "give B·N slices, group after group, or change num_slices with set_num_slices"
             )
         elif self.layout == "slices" and self.groups.rows and rows not in self.groups.rows:
             raise ValueError(
-                f"lift: {self.name!r} got tokens of {rows} rows in a call on {self.groups.rows[0]} slices: they are "
-                "windows or positions, not slices; leave this block out with where, or lift it by itself"
+                f"lift: {self.name!r} got tokens {tuple(x.shape)} in a call with B·N = {self.groups.rows[0]}: the rows "
+                "are windows or positions, not slices; leave this block out with where, or lift it by itself"
             )
 
 

@@ -47,8 +47,7 @@ class Projection(NamedTuple):
 
     @property
     def weight(self) -> Tensor:
-        # never None here
-        return self.module._parameters[_weight_name(self.module)][self.first : self.last]  # type: ignore[index]
+        return self.module._parameters[_weight_name(self.module)][self.first : self.last]  # type: ignore[index]  # a weight is never None
 
     @property
     def bias(self) -> Tensor | None:

@@ -192,7 +192,7 @@ def block_parts(block: nn.Module) -> tuple[AttentionParts, nn.LayerNorm]:
     known_base(norm, _NORMS, f"the affine nn.LayerNorm that {norm_name} must be")
     account(norm, {"weight", "bias", "normalized_shape", "eps", "elementwise_affine"}, sizes=(channels, 1))
     if norm.weight is None or norm.weight.shape != (channels,) or norm.weight.dtype != dtype:
-        raise ValueError(f"{norm_name} must be an affine nn.LayerNorm over {channels} channels in {dtype}")
+        raise ValueError(f"{norm_name} must be an affine nn.LayerNorm over C = {channels} in {dtype}")
     both = ", ".join(filter(None, (skipped, parts.training_only)))
     return replace(parts, call=HostCall(), training=block.training, training_only=both), norm
 
@@ -203,7 +203,7 @@ def self_attention_input(
     """The tokens and query_index of a host's call. Raises ValueError, by name, for what would change the result."""
     if len(others) >= len(call.arguments):
         raise TypeError(
-            f"AxialFusionAttention takes {len(call.arguments)} arguments, found {len(others) + 1}"
+            f"AxialFusionAttention takes {', '.join(call.arguments)}, but was given {len(others) + 1} arguments"
         )
     given = {**dict(zip(call.arguments[1:], others, strict=False)), **keywords}
     x = given.pop(call.arguments[0], None) if x is None else x
@@ -383,8 +383,7 @@ def check_weights(kind: str, qkv: Sequence[Part], out: Part, heads: int) -> None
 def _call(attention: nn.Module, base: type, num_slices: int | None) -> HostCall:
     """How the host calls this attention, by the signature of its known forward."""
     skip = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    # every module class has a forward
-    _, *parameters = inspect.signature(base.forward).parameters.values()  # type: ignore[attr-defined]
+    _, *parameters = inspect.signature(base.forward).parameters.values()  # type: ignore[attr-defined]  # every class of modules has a forward
     return HostCall(
         arguments=tuple(p.name for p in parameters if p.kind not in skip),
         batch_first=getattr(attention, "batch_first", True),

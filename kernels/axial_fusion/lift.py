@@ -230,7 +230,7 @@ def _choose(names: list[str], where: int | str | Sequence[int | str]) -> list[st
     if isinstance(where, int):
         if not 1 <= where <= len(names):
             raise ValueError(
-                f"lift: where is {where}, but the model has {len(names)} blocks: 1 to {len(names)}"
+                f"lift: where is {where}, but must be 1 to {len(names)}, the number of blocks in the model"
             )
         return names[where - 1 :: where]
     wanted = set()
@@ -242,7 +242,7 @@ def _choose(names: list[str], where: int | str | Sequence[int | str]) -> list[st
         else:
             near = difflib.get_close_matches(str(item), names, n=1) or names[:1]
             raise ValueError(
-                f"lift: where names {item!r}, which is none of the {len(names)} blocks; did you mean {near[0]!r}?"
+                f"lift: where names {item!r}, which is not a block of the model; did you mean {near[0]!r}?"
             )
     if not wanted:
         raise ValueError("lift: where is empty; name at least one block")

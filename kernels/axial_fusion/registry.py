@@ -12,8 +12,8 @@ import torch
 try:
     from torch.utils.flop_counter import register_flop_formula
 except Exception:  # torch's counter imports triton, which may be broken
-    # stands in for torch's
-    def register_flop_formula(targets: Any, get_raw: Any = False) -> Any:  # type: ignore[misc]
+
+    def register_flop_formula(targets: Any, get_raw: Any = False) -> Any:  # type: ignore[misc]  # replaces torch's
         return lambda formula: formula
 
 

@@ -85,8 +85,7 @@ def build_after_unet(config: ModelConfig, num_classes: int) -> AfterSAM:
         fusion_init="xavier",
     )
     encoder, decoder = UNetEncoder(UNET_CHANNELS), UNetDecoder(UNET_CHANNELS, num_classes)
-    # parts with the same methods
-    return AfterSAM(encoder, fusion, decoder, hu_windows=config.hu_windows)  # type: ignore[arg-type]
+    return AfterSAM(encoder, fusion, decoder, hu_windows=config.hu_windows)  # type: ignore[arg-type]  # parts with the same methods
 
 
 class Adapter(nn.Module):
@@ -156,8 +155,7 @@ def build_msa(config: ModelConfig, num_classes: int, sam: SamCheckpoint | None =
             f"MSA's adapters go into the blocks of SAM's ViT, which {config.image_encoder} has not"
         )
     dim = ENCODERS[config.image_encoder].dim
-    # parts with the same methods
-    model.encoder.blocks = nn.ModuleList(AdaptedBlock(block, dim) for block in model.encoder.blocks)  # type: ignore[arg-type]
+    model.encoder.blocks = nn.ModuleList(AdaptedBlock(block, dim) for block in model.encoder.blocks)  # type: ignore[arg-type]  # parts with the same methods
     model.decoder = OneOrganAtATime(model.decoder, num_classes)  # type: ignore[assignment]  # with the same methods
     return model
 

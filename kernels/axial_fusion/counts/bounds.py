@@ -132,7 +132,9 @@ def turns_of(launch: Launch, loops: int) -> list[float]:
     name = launch.kernel.__name__
     turns = TURNS[name](launch.arguments, launch.programs) if name in TURNS else []
     if loops > len(turns):
-        raise ValueError(f"{name} was compiled to {loops} loops; counts.bounds.TURNS knows of {len(turns)}")
+        raise ValueError(
+            f"loops of {name}: {loops} in the compiled code, {len(turns)} in counts.bounds.TURNS"
+        )
     kept = sorted(sorted(range(len(turns)), key=lambda i: -turns[i])[:loops])
     return [turns[i] for i in kept]
 

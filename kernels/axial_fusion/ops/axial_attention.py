@@ -6,7 +6,7 @@ alone."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -116,7 +116,7 @@ torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("axial_a
 
 
 @register_flop_formula(OPS.axial_attention)
-def _flops(q_shape: Any, k_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+def _flops(q_shape: Sequence[int], k_shape: Sequence[int], *_: Any, out_shape: Any = None, **__: Any) -> int:
     """Two products of (Nq, D) and (D, N) a head and position, a multiply-add counted as two."""
     batch, num_queries, positions, heads, dim = q_shape
     return 4 * batch * positions * heads * num_queries * k_shape[1] * dim
@@ -189,7 +189,8 @@ def _direct(
 ) -> Tensor:
     """`run` on a kernel of ours, where nothing looks on."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Direct.apply(q, k, v, lengths, scale, causal, backend)
+        y: Tensor = _Direct.apply(q, k, v, lengths, scale, causal, backend)  # type: ignore[no-untyped-call]  # torch's
+        return y
     return _FORWARD[backend](q, k, v, lengths, scale, causal)
 
 
@@ -212,4 +213,5 @@ def run(
         return plain.forward(q, k, v, lengths, scale, causal)
     if backend != "torch" and _eager(q, k, v) and not under_transform((q, k, v)):
         return _direct(q, k, v, lengths, scale, causal, backend)
-    return OPS.axial_attention(q, k, v, lengths, scale, causal, backend)
+    y: Tensor = OPS.axial_attention(q, k, v, lengths, scale, causal, backend)
+    return y

@@ -23,7 +23,8 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`dense_linear` by oneDNN's product, where `by_onednn` allows it."""
-    return _onednn_linear(x, weight, bias, "none", [], "")  # type: ignore[misc]  # torch's private op
+    y: Tensor = _onednn_linear(x, weight, bias, "none", [], "")  # type: ignore[misc]  # torch's private op
+    return y
 
 
 def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -288,9 +288,9 @@ def run(
             return _composed(x, weight, bias, _update(x, a, b, seed, scaling, p))
         if plain_on(x):
             rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-            y, _ = _plain_forward(rows, weight, bias, _update(x, a, b, seed, scaling, p))
-            return y.view(*x.shape[:-1], weight.shape[0])
-    y, _ = OPS.lora_linear(x, weight, bias, a, b, seed, scaling, p, backend)
+            plain, _ = _plain_forward(rows, weight, bias, _update(x, a, b, seed, scaling, p))
+            return plain.view(*x.shape[:-1], weight.shape[0])
+    y: Tensor = OPS.lora_linear(x, weight, bias, a, b, seed, scaling, p, backend)[0]
     return y
 
 

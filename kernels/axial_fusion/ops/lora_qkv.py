@@ -258,10 +258,11 @@ def run(
         return _composed(row_norm.run(x, *norm, eps, dtype, "torch"), weight, bias, lora_q, lora_v)
     a_q, b_q, scaling_q = (None, None, 1.0) if lora_q is None else lora_q
     a_v, b_v, scaling_v = (None, None, 1.0) if lora_v is None else lora_v
-    return OPS.lora_qkv(
+    y: Tensor = OPS.lora_qkv(
         x, *norm, weight, bias, a_q, b_q, a_v, b_v,
         number("lora_qkv: scaling", scaling_q), number("lora_qkv: scaling", scaling_v), eps, backend,
     )  # fmt: skip
+    return y
 
 
 def _composed(

@@ -142,5 +142,6 @@ def rel_pos_attention(
     chosen = select_backend("rel_pos_attention", q, k, v, rel_h, rel_w, backend=backend).backend
     attend = None if chosen == "triton" else choose(q, tokens, k, v, rel_h, rel_w)
     if attend is None:
-        return OPS.rel_pos_attention(q, k, v, rel_h, rel_w, scale, chosen)[0]
+        y: Tensor = OPS.rel_pos_attention(q, k, v, rel_h, rel_w, scale, chosen)[0]
+        return y
     return attend(q, k, v, rel_h.transpose(-1, -2), rel_w, scale)

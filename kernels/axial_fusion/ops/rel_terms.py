@@ -84,7 +84,8 @@ def rel_terms(
         check_alike("rel_terms", q=q, table_h=table_h, table_w=table_w)
     if select_backend("rel_terms", q, table_h, table_w, backend=backend).backend == "triton":
         q = q if dtype is None else q.to(dtype)
-        return OPS.rel_terms(q, table_h, table_w, windowed)
+        terms: tuple[Tensor, Tensor] = OPS.rel_terms(q, table_h, table_w, windowed)
+        return terms
     rows, columns = (
         table[distances(table.shape[0], length, q.device)]
         for table, length in zip((table_h, table_w), q.shape[1:3], strict=True)

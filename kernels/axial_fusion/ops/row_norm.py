@@ -133,7 +133,8 @@ def run(
 ) -> Tensor:
     """`row_norm` of arguments that are checked, on a backend that is decided."""
     if backend == "triton":
-        return OPS.row_norm(x, weight, bias, eps, dtype)[0]
+        y: Tensor = OPS.row_norm(x, weight, bias, eps, dtype)[0]
+        return y
     wide = torch.promote_types(x.dtype, weight.dtype)
     bias = None if bias is None else bias.to(wide)
     return F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias, eps).to(dtype)

@@ -13,7 +13,7 @@ dq = scale · ds k, dk = scale · dsᵀ q."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -94,15 +94,18 @@ def _library_backward(
     q, k, v = (_aligned(t) for t in (q, k, v))
     positions = q.shape[2]
     unused = torch.empty(2, dtype=torch.int64, device=q.device)  # dropout's seed and offset
+    grads: tuple[Tensor, Tensor, Tensor]
     if _cudnn_runs(q, k, v):
-        return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             grad, q, k, v, y, lse.unsqueeze(-1), unused[0], unused[1], None, None, None, positions, positions,
             0.0, False, scale=scale,
         )  # fmt: skip
-    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        return grads
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
         grad, q, k, v, y, lse, None, None, positions, positions, 0.0, False, unused.view(torch.uint64), unused[0],
         scale=scale,
     )  # fmt: skip
+    return grads
 
 
 def _cudnn_runs(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -146,7 +149,7 @@ torch.library.register_autograd(f"{_OP}_backward", no_second_derivative("slice_a
 
 
 @register_flop_formula(OPS.slice_attention)
-def _flops(q_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+def _flops(q_shape: Sequence[int], *_: Any, out_shape: Any = None, **__: Any) -> int:
     """Two products of (P, D) and (D, P) a head, a multiply-add counted as two."""
     batch, slices, positions, heads, dim = q_shape
     return 4 * batch * slices * heads * positions * positions * dim
@@ -170,20 +173,24 @@ def _sdpa_flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     aten = torch.ops.aten
     if q.device.type == "cpu":
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)[0]
+        y: Tensor = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)[0]
+        return y
     dim = q.shape[-1]
     q, k, v = (F.pad(t, (0, -dim % 8)) if dim % 8 else t for t in (q, k, v))
-    return aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0][..., :dim]
+    y = aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0][..., :dim]
+    return y
 
 
 def _sdpa_cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, _wanted(q, k, v), scale=scale)[0]
+    aten = torch.ops.aten
+    y: Tensor = aten._scaled_dot_product_cudnn_attention(q, k, v, None, _wanted(q, k, v), scale=scale)[0]
+    return y
 
 
 def _sdpa_efficient(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return torch.ops.aten._scaled_dot_product_efficient_attention(
-        q, k, v, None, _wanted(q, k, v), scale=scale
-    )[0]
+    aten = torch.ops.aten
+    y: Tensor = aten._scaled_dot_product_efficient_attention(q, k, v, None, _wanted(q, k, v), scale=scale)[0]
+    return y
 
 
 def _wanted(*tensors: Tensor) -> bool:
@@ -201,14 +208,16 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     from flash_attn import flash_attn_func
 
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B', P, M, D), the layout of flash-attn and xformers
-    return flash_attn_func(q, k, v, softmax_scale=scale).transpose(1, 2)
+    y: Tensor = flash_attn_func(q, k, v, softmax_scale=scale).transpose(1, 2)
+    return y
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return memory_efficient_attention(q, k, v, scale=scale).transpose(1, 2)
+    y: Tensor = memory_efficient_attention(q, k, v, scale=scale).transpose(1, 2)
+    return y
 
 
 def _torch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -261,9 +270,12 @@ def slice_attention(
 
 def run(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
     """`slice_attention` of arguments that are checked and cast, with a scale above 0, on a backend that is decided."""
+    y: Tensor
     if backend == "triton":
-        return OPS.slice_attention(q, k, v, scale)[0]
+        y = OPS.slice_attention(q, k, v, scale)[0]
+        return y
     attend = _torch if q.numel() == 0 else _LIBRARIES[backend]  # no library promises to take empty tensors
     shape = q.shape[:2]
     q, k, v = (t.flatten(0, 1).transpose(1, 2) for t in without_overlap(q, k, v))
-    return attend(q, k, v, scale).transpose(1, 2).unflatten(0, shape)
+    y = attend(q, k, v, scale).transpose(1, 2).unflatten(0, shape)
+    return y

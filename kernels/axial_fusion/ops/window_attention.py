@@ -141,5 +141,6 @@ def window_attention(
     if chosen == "torch" and qkv.numel():
         attend = choose(qkv[..., 0, :, :].flatten(1, 2), window * window, qkv, qkv_bias, rel_h, rel_w)
     if attend is None:
-        return OPS.window_attention(qkv, qkv_bias, rel_h, rel_w, window, scale, chosen)[0]
+        y: Tensor = OPS.window_attention(qkv, qkv_bias, rel_h, rel_w, window, scale, chosen)[0]
+        return y
     return plain.forward(qkv, qkv_bias, rel_h, rel_w, window, scale, attend)
