@@ -168,6 +168,19 @@ def test_rows_that_overlap_in_memory(op, exact, shapes, dtype, which):
         torch.testing.assert_close(found, expected)
 
 
+@EACH
+def test_the_default_device_changes_nothing(op, exact, shapes):
+    """Memory of a result taken from the default device instead of q's would be another device's address."""
+    leaves = leaves_of(shapes)
+    right = [op(*leaves), *torch.autograd.grad(op(*leaves).sum(), leaves)]
+    with torch.device("meta"):
+        found = [op(*leaves), *torch.autograd.grad(op(*leaves).sum(), leaves)]
+        with torch.no_grad():
+            found.append(op(*leaves))
+    for ours, expected in zip(found, [*right, right[0]], strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 def meta(t):
     from monai.data import MetaTensor
 

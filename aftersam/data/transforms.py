@@ -126,7 +126,7 @@ def resample(
         if labels:
             out[z] = _label_plane(array, taps, shape[1:])
         else:
-            plane = sum((w * _image_plane(array[d]) for d, w in taps), start=torch.zeros(()))
+            plane = sum((w * _image_plane(array[d]) for d, w in taps), start=torch.zeros((), device="cpu"))
             plane = _resize(plane[None, None], shape[1:])[0, 0]
             out[z] = plane.round().numpy() if array.dtype.kind in "iu" else plane.numpy()
     return out
@@ -159,11 +159,12 @@ def _label_plane(array: np.ndarray, taps: list[tuple[int, float]], shape: tuple[
     classes = np.unique(np.concatenate([np.unique(plane) for plane, _ in planes]))
     if len(classes) == 1:
         return np.full(shape, classes[0], dtype=array.dtype)
-    best = torch.full(shape, -1.0)
+    best = torch.full(shape, -1.0, device="cpu")
     winner = np.empty(shape, dtype=array.dtype)
     for value in classes:
         share = sum(
-            (w * torch.from_numpy((p == value).astype(np.float32)) for p, w in planes), torch.zeros(())
+            (w * torch.from_numpy((p == value).astype(np.float32)) for p, w in planes),
+            torch.zeros((), device="cpu"),
         )
         share = _resize(share[None, None], shape)[0, 0]
         better = share > best

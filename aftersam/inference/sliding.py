@@ -113,7 +113,7 @@ def fill(planes: Iterator[Plane], num_classes: int, options: PredictOptions, sin
     """Labels of a stream of planes (K+1, H', W'), and the further results that `options` ask for."""
     labels = np.empty(sink.output_shape, dtype=label_dtype(num_classes - 1))
     agreed = np.empty(sink.output_shape, dtype=np.uint8) if options.confidence else None
-    overlap = torch.zeros(3, num_classes, dtype=torch.float64)
+    overlap = torch.zeros(3, num_classes, dtype=torch.float64, device="cpu")
     for z, plane in enumerate(planes):
         with sink.timings.stage("upsample"):
             if agreed is not None and plane.disagreement is not None:

@@ -102,7 +102,7 @@ def check(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=generator).to(device, dtype).requires_grad_()
+        return torch.randn(sizes, generator=generator, device="cpu").to(device, dtype).requires_grad_()
 
     try:
         call, inputs = PROBLEMS[op](draw)

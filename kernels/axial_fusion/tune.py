@@ -175,7 +175,11 @@ class _Problem:
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(sizes.device, sizes.dtype).requires_grad_()
+            return (
+                torch.randn(shape, generator=generator, device="cpu")
+                .to(sizes.device, sizes.dtype)
+                .requires_grad_()
+            )
 
         self.op, self.backend = op, "triton"
         shape = (1, sizes.slices, sizes.positions, sizes.heads, sizes.head_dim)

@@ -113,7 +113,7 @@ def _run(
 
 def forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool) -> Tensor:
     """q (B, Nq, P, M, D), k and v (B, N, P, M, D) -> contiguous (B, Nq, P, M, D)."""
-    y = torch.empty(q.shape, dtype=q.dtype)
+    y = q.new_empty(q.shape)
     if not k.shape[1]:
         return y.zero_()
     if y.numel():
@@ -126,7 +126,7 @@ def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Contiguous gradients of q, k and v."""
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
     if not q.numel() or not k.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
     dy, q, k, v = (_dense(t) for t in (grad, q, k, v))
