@@ -12,12 +12,14 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from trials import child, ended
 
 LOG = "AFTERSAM_TRIAL_LOG"  # environment variable: the file that events go to
+DIES = "AFTERSAM_TRIAL_DIES"  # environment variable: the number of finished scans at which the process dies
 
 
 def note_events(log=None):
@@ -36,6 +38,10 @@ def note_events(log=None):
     def writing(args, names, job, found):
         said = write(args, names, job, found)
         _note("finished", job.entry.mask)
+        if sum(what == "finished" for _, what, *_ in events(Path(os.environ[LOG]))) >= int(
+            os.environ.get(DIES, 10**9)
+        ):
+            _die_once()
         return said
 
     Work.compute, pipeline.write_outputs = computing, writing
@@ -45,6 +51,13 @@ def _note(what, mask):
     line = json.dumps([time.monotonic(), what, mask, os.getpid()]).encode() + b"\n"
     with open(os.environ[LOG], "ab", buffering=0) as file:
         file.write(line)
+
+
+def _die_once():
+    """Kill this process between its mask and the end of its claim, unless another has died so."""
+    with suppress(FileExistsError):
+        Path(f"{os.environ[LOG]}.died").touch(exist_ok=False)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def events(log):
@@ -128,22 +141,25 @@ def ray(count, scans, home, run):
     expected, kills, draw = masks(whole), 0, random.Random(0)
     for trial in range(count):
         output, log = home / str(trial), home / f"{trial}.log"
+        moment, killed = draw.randint(1, max(1, len(expected) * 3 // 4)), []
+        own = (
+            {DIES: str(moment)} if trial % 2 == 0 else {}
+        )  # an actor dies by itself, or is killed at any time
         ray.init(
             num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-            runtime_env={"worker_process_setup_hook": note_events, "env_vars": {LOG: str(log)}},
+            runtime_env={"worker_process_setup_hook": note_events, "env_vars": {LOG: str(log), **own}},
         )  # fmt: skip
-        moment, killed = draw.randint(1, max(1, len(expected) * 3 // 4)), []
 
         def kill(log=log, moment=moment, killed=killed):
             wait_for(log, moment)
             killed.append(events(log)[-1][3])
             os.kill(killed[0], signal.SIGKILL)
 
-        killer = threading.Thread(target=kill, daemon=True)
-        killer.start()
+        if not own:
+            threading.Thread(target=kill, daemon=True).start()
         done = predict_on_ray(PredictArgs(output=output, engine="ray", workers=2, **fixed))
         ray.shutdown()
-        kills += len(killed)
+        kills += len(killed) + Path(f"{log}.died").exists()
         assert (done.code, len(done.written) + len(done.kept)) == (0, len(expected)), done
         rows = check(output, log, expected)
     return {"trials": count, "kills": kills, "scans": len(expected), "rows": rows}

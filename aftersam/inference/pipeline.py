@@ -126,16 +126,22 @@ def own_entries(args: PredictArgs, cohort: Cohort, report: Report) -> list[Entry
         tell(report.console, said)
     for entry, why in cohort.skipped:
         report.tell(f"{entry.image}: series {entry.series} is left out: {why}")
-    if cohort.store.local is not None:
-        for home in {os.path.dirname(os.path.join(cohort.store.base, entry.mask)) for entry in entries}:
-            remove_leftovers(Path(home))
+    names = remove_leftovers_beside(entries, cohort)
     if args.overwrite:
         return entries
-    names = cohort.store.names()
-    remove_old_leases(cohort.store, names)
     if cohort.archive is not None:
         names |= names_in(cohort.archive)
     return report.keep_finished(entries, names, cohort)
+
+
+def remove_leftovers_beside(entries: Sequence[Entry], cohort: Cohort) -> set[str]:
+    """Delete what killed processes left beside the masks of `entries`, and return the names in the output."""
+    if cohort.store.local is not None:
+        for home in {os.path.dirname(os.path.join(cohort.store.base, entry.mask)) for entry in entries}:
+            remove_leftovers(Path(home))
+    names = cohort.store.names()
+    remove_old_leases(cohort.store, names)
+    return names
 
 
 def finish_output(args: PredictArgs, cohort: Cohort) -> None:

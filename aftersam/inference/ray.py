@@ -17,7 +17,14 @@ from aftersam.config import checked
 from aftersam.errors import plain_console, tell
 from aftersam.inference.arguments import PredictArgs
 from aftersam.inference.cohort import Cohort, Entry, case_of, cohort_of, mask_name
-from aftersam.inference.pipeline import Predicted, Report, finish_output, own_entries, predict_entries
+from aftersam.inference.pipeline import (
+    Predicted,
+    Report,
+    finish_output,
+    own_entries,
+    predict_entries,
+    remove_leftovers_beside,
+)
 from aftersam.inference.storage import Store, is_url, plain
 from aftersam.inference.work import check_prompts, working
 from aftersam.model.run_folder import find_runs
@@ -99,6 +106,7 @@ def predict_on_ray(args: PredictArgs) -> Predicted:
     if entries:
         with _cluster(args.address) as ray:
             _predict(ray, args, cohort, entries, report)
+        remove_leftovers_beside(entries, cohort)  # of actors that died after they had written a mask
     finish_output(args, cohort)
     return report.result()
 
