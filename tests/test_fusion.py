@@ -291,8 +291,8 @@ def test_opcheck(name):
 @pytest.fixture(params=[1 << 22, 4000, 2000, 200, 1], ids=lambda most: f"blocks of {most}")
 def blocks(request, monkeypatch):
     """Blocks of everything, of some batch elements, of some heads, of some queries, of one query."""
-    monkeypatch.setattr(biased_attention, "_WHOLE", request.param)
-    monkeypatch.setattr(biased_attention, "_CPU", 2 * ((request.param, 1),))
+    monkeypatch.setattr(biased_attention, "_BLOCK", request.param)
+    monkeypatch.setattr(biased_attention, "_QUERIES", 1)
 
 
 @pytest.mark.usefixtures("blocks")

@@ -19,11 +19,11 @@ from ..reference import blind_queries, unmasked
 
 _SAVED = 1 << 24  # scores that autograd may keep for a backward: 64 MiB in fp32
 _KEYS = 512  # of a query; with more, fp32 scores are computed again faster than read
-_WHOLE = 1 << 22  # scores up to which a forward is one block
-# (scores of a block, fewest queries of it), forward and backward. Small blocks stay in a CPU's cache. From 768 queries
-# torch's fused attention takes steps of 256 queries: four of them keep two threads busy to the end.
-_CPU = ((1 << 21, 1024), (1 << 19, 512))
-_GPU = ((1 << 22, 1), (1 << 21, 1))
+# Scores that a block holds; half of it in a backward, which has three such tensors at a time.
+_BLOCK = 1 << 22
+# Fewest queries of a block on a CPU. From 768 queries torch's fused attention takes steps of 256: four of them keep two
+# threads busy to the end.
+_QUERIES = 1024
 
 # An attention over biased keys: q (B, Q, M, D), k and v (B, K, M, D), bias_h (B, M, Q, H), bias_w (B, M, Q, W) with
 # H · W = K, scale -> (B, Q, M, D).
@@ -53,7 +53,10 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tenso
     """Fused attention, block by block; no gradient."""
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
-    for b, m, rows in _blocks(q, k.shape[2], backward=False):
+    keys, most, fewest = k.shape[2], _BLOCK, 1
+    if q.device.type == "cpu" and q.shape[:3].numel() * keys > _BLOCK:
+        most, fewest = _BLOCK // 2, _QUERIES  # stays in its cache
+    for b, m, rows in _blocks(q, keys, most, fewest):
         bias = _bias(_wide(bias_h[b, m, rows]), _wide(bias_w[b, m, rows]))
         query, key, value = q[b, rows, m].transpose(1, 2), k[b, m], v[b, m]
         if q.device.type != "cpu":  # a GPU's SDPA takes only a bias of q's dtype, or misreads it
@@ -77,7 +80,7 @@ def attend_backward(
     dq, dbias_h, dbias_w = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, bias_h, bias_w))
     k, v = (t.transpose(1, 2).contiguous() for t in (k, v))  # (B, M, K, D)
     dk, dv = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (k, v))
-    for b, m, rows in _blocks(q, k.shape[2], backward=True):
+    for b, m, rows in _blocks(q, k.shape[2], _BLOCK // 2):
         here = (b, m, rows)
         # (b·m, rows, D)
         query, dy, part = (_wide(t[b, rows, m]).transpose(1, 2).flatten(0, 1) for t in (q, grad, y))
@@ -115,14 +118,11 @@ def _bias(bias_h: Tensor, bias_w: Tensor) -> Tensor:
     return (bias_h.unsqueeze(-1) + bias_w.unsqueeze(-2)).flatten(-2)
 
 
-def _blocks(q: Tensor, keys: int, *, backward: bool) -> Iterator[tuple[slice, slice, slice]]:
-    """Parts of q (B, Q, M, D) along B, M and Q.
+def _blocks(q: Tensor, keys: int, most: int, fewest: int = 1) -> Iterator[tuple[slice, slice, slice]]:
+    """Parts of q (B, Q, M, D) along B, M and Q, of at most `most` scores (or of `fewest` queries) each.
 
     Queries are divided last: fused attention is slower on few of them."""
     batch, queries, heads, _ = q.shape
-    most, fewest = (_CPU if q.device.type == "cpu" else _GPU)[backward]
-    if not backward and batch * heads * queries * keys <= _WHOLE:
-        most = _WHOLE
     rows = max(1, min(queries, max(fewest, most // max(1, keys))))
     m = max(1, min(heads, most // max(1, rows * keys)))
     b = max(1, min(batch, most // max(1, m * rows * keys)))
