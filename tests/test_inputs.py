@@ -28,5 +28,5 @@ def test_a_group_can_keep_from_one_to_all_of_its_slices():
     for keep in (1, 3):
         PredictOptions(keep=keep).check(3)
     for keep in (0, 4):
-        with pytest.raises(ValueError, match=f"--keep is {keep}, but the model's groups have 1 to 3 slices"):
+        with pytest.raises(ValueError, match=f"--keep is {keep}, but must be 1 to 3, the number of slices"):
             PredictOptions(keep=keep).check(3)

@@ -91,7 +91,8 @@ def measure(segmenter: Segmenter, cases: Sequence[Case]) -> dict[str, list[Measu
                 raise ValueError(f"{case.image} has no label to score against")
             volume = read_image(case.image)
             truth = read_labels(case.label, like=volume)
-            scan = segmenter.prepare(volume, prompt_labels=truth)
+            prompted = segmenter.config.model.prompts != "none"
+            scan = segmenter.prepare(volume, prompt_labels=truth if prompted else None)
             if i == 0:
                 found[EXACT](scan)  # caches, threads and a GPU's clock warm up
             for name, segment in found.items():
