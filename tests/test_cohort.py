@@ -11,8 +11,10 @@ import zipfile
 import fsspec
 import pytest
 
+from aftersam.errors import plain_console
 from aftersam.inference.arguments import PredictArgs
 from aftersam.inference.cohort import cohort_of
+from aftersam.inference.pipeline import Report, own_entries
 from aftersam.inference.processes import Part, part_of_this_process
 from toy_scans import scan
 from toy_series import random_scan, series_files
@@ -332,3 +334,16 @@ def test_a_list_of_a_hundred_thousand_starts_at_once_and_takes_little_memory(tmp
     print(f"{ending}: {seconds:.1f} processor seconds, {mib:.0f} MiB")
     assert seconds < 6  # of a machine with others on it
     assert mib < 500
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_claim_on_a_mask_that_exists_stays_while_masks_are_replaced(tmp_path, overwrite):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    scan(tmp_path / "a.nii.gz", (24, 20, 3))
+    for name in ("a.nii.gz", ".a.nii.gz.claim-0"):
+        (masks / name).touch()
+    (tmp_path / "list.txt").write_text("a.nii.gz\n")
+    args = PredictArgs(input=tmp_path / "list.txt", output=masks, model=(), overwrite=overwrite)
+    own_entries(args, cohort_of(args), Report(plain_console(), many=True, quiet=True))
+    assert (masks / ".a.nii.gz.claim-0").exists() is overwrite

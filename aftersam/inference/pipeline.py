@@ -126,7 +126,7 @@ def own_entries(args: PredictArgs, cohort: Cohort, report: Report) -> list[Entry
         tell(report.console, said)
     for entry, why in cohort.skipped:
         report.tell(f"{entry.image}: series {entry.series} is left out: {why}")
-    names = remove_leftovers_beside(entries, cohort)
+    names = remove_leftovers_beside(args, entries, cohort)
     if args.overwrite:
         return entries
     if cohort.archive is not None:
@@ -134,11 +134,15 @@ def own_entries(args: PredictArgs, cohort: Cohort, report: Report) -> list[Entry
     return report.keep_finished(entries, names, cohort)
 
 
-def remove_leftovers_beside(entries: Sequence[Entry], cohort: Cohort) -> set[str]:
-    """Delete what killed processes left beside the masks of `entries`, and return the names in the output."""
+def remove_leftovers_beside(args: PredictArgs, entries: Sequence[Entry], cohort: Cohort) -> set[str]:
+    """Delete what killed processes left beside the masks of `entries`, and return the names in the output.
+
+    With `args.overwrite` claims stay and no name is returned: a living process may be replacing the mask."""
     if cohort.store.local is not None:
         for home in {os.path.dirname(os.path.join(cohort.store.base, entry.mask)) for entry in entries}:
             remove_leftovers(Path(home))
+    if args.overwrite:
+        return set()
     names = cohort.store.names()
     remove_old_leases(cohort.store, names)
     return names

@@ -106,7 +106,7 @@ def predict_on_ray(args: PredictArgs) -> Predicted:
     if entries:
         with _cluster(args.address) as ray:
             _predict(ray, args, cohort, entries, report)
-        remove_leftovers_beside(entries, cohort)  # of actors that died after they had written a mask
+        remove_leftovers_beside(args, entries, cohort)  # of actors that died after they had written a mask
     finish_output(args, cohort)
     return report.result()
 
