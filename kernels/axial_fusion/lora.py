@@ -337,14 +337,3 @@ def runs_more(*layers: nn.Module | None) -> bool:
         ):
             return True
     return False
-
-
-def hooks_on_all_modules() -> bool:
-    """Whether a hook is registered for every module, as trackers of modules and observers do."""
-    hooks = nn.modules.module
-    return bool(
-        hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks
-        or hooks._global_backward_pre_hooks
-    )

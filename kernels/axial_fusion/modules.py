@@ -17,7 +17,7 @@ from .hosts import (
     block_parts,
     self_attention_input,
 )
-from .lora import LoRAUpdates, hooks_on_all_modules, runs_more
+from .lora import LoRAUpdates, runs_more
 from .ops.axial_attention import axial_attention
 from .ops.axial_fusion_attention import (
     _checked_index,
@@ -237,7 +237,7 @@ class AttentionHalf(LoRAUpdates):
         """Whether reading the layers' weights gives the same result as calling the layers."""
         layers = self._modules.values()  # their hooks, and those of a half that is sharded by itself
         return _PLAIN.issuperset(map(type, layers)) and not (
-            runs_more(self, *layers) or hooks_on_all_modules()
+            runs_more(self, *layers) or nn.modules.module._has_any_global_hook()
         )
 
     def forward(
