@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 # What was found of a case, or how; all other keys say which case it is.
 RESULTS = ("role", "status", "flops", "error", "ms", "peak_bytes", "reason", "bytes", "bytes_backward", "clock",
-           "commit", "items", "unit", "flop_ratio")  # fmt: skip
+           "commit", "items", "unit", "flop_ratio", "same_as")  # fmt: skip
 
 
 class Change(NamedTuple):

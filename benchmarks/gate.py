@@ -38,6 +38,8 @@ class Provider:
     """Whether `call` can be captured in a CUDA graph: it copies nothing to or from the host."""
     forward_only: bool = False
     """The backward does not fit on this machine; the output alone is compared and timed."""
+    same_as: str = ""
+    """The rival whose call this one makes on these inputs."""
 
 
 class Gate:

@@ -60,6 +60,8 @@ def measure(
         record: dict[str, Any] = {
             **case, "provider": name, "role": provider.role, "flops": provider.flops
         }  # fmt: skip
+        if provider.same_as:
+            record["same_as"] = provider.same_as
         records.append(record)
         if provider.call is None:
             record |= {"status": "missing", "reason": provider.missing}
@@ -265,7 +267,7 @@ def read(lines: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return head, list(records.values())
 
 
-RESULTS_OF = ("role", "status", "flops", "error", "ms", "clock", "peak_bytes", "reason", "lost")
+RESULTS_OF = ("role", "status", "flops", "error", "ms", "clock", "peak_bytes", "reason", "lost", "same_as")
 
 
 def place(record: Mapping[str, Any]) -> str:

@@ -61,7 +61,9 @@ def machine(result: Result) -> str:
 
 
 class Comparison(NamedTuple):
-    """Ours beside the fastest correct rival at one case; `kind` is forward or forward_backward, times in ms."""
+    """Ours beside the fastest correct rival at one case; `kind` is forward or forward_backward, times in ms.
+
+    `same_as`: the rival whose call ours makes there, so that the gain is the noise of the timing alone."""
 
     subject: str
     name: str
@@ -69,6 +71,7 @@ class Comparison(NamedTuple):
     rival: str
     rival_ms: float
     ours_ms: float
+    same_as: str = ""
 
     @property
     def gain(self) -> float:
@@ -83,8 +86,9 @@ def comparisons(records: Sequence[Result]) -> Iterator[Comparison]:
         if ours is None or kind not in ours["ms"] or not timed:
             continue
         best = min(timed, key=lambda r: r["ms"][kind]["median"])
-        times = (r["ms"][kind]["median"] for r in (best, ours))
-        yield Comparison(ours["subject"], ours["name"], kind, best["provider"], *times)
+        rival_ms, ours_ms = (r["ms"][kind]["median"] for r in (best, ours))
+        same_as = ours.get("same_as", "")
+        yield Comparison(ours["subject"], ours["name"], kind, best["provider"], rival_ms, ours_ms, same_as)
 
 
 def cases(result: Result) -> Iterator[tuple[str, str, list[Result]]]:
@@ -97,7 +101,8 @@ def cases(result: Result) -> Iterator[tuple[str, str, list[Result]]]:
 def rivals_table(result: Result) -> str:
     """Markdown: ours beside the fastest correct rival for the same function, every named case but the fusion's.
 
-    A gain above 1× is how many times faster ours is, below 1× how much it loses."""
+    A gain above 1× is how many times faster ours is, below 1× how much it loses. Where ours makes a rival's call, that
+    is said in place of a gain."""
     rows = []
     for subject, name, records in cases(result):
         ours = next((r for r in records if r["role"] == "ours"), None)
@@ -108,7 +113,8 @@ def rivals_table(result: Result) -> str:
         for found in comparisons(records):
             what = f"{subject}, {name}" + (", with backward" if found.kind == "forward_backward" else "")
             best = f"{found.rival}, {_digits(found.rival_ms)} ms"
-            rows.append([what, best, f"{_digits(found.ours_ms)} ms", f"{found.gain:.2f}×"])
+            gain = f"makes the call of {found.same_as}" if found.same_as else f"{found.gain:.2f}×"
+            rows.append([what, best, f"{_digits(found.ours_ms)} ms", gain])
     return markdown_table([["case", "best rival", "ours", "gain"], *rows])
 
 
@@ -146,7 +152,7 @@ def _cells(pairs: Sequence[Comparison]) -> list[str]:
 
 def losses_of(result: Result) -> str:
     """One sentence: how many timings of a result ours loses to a rival, and the largest loss of each subject."""
-    pairs = [pair for _, _, records in cases(result) for pair in comparisons(records)]
+    pairs = [pair for _, _, records in cases(result) for pair in comparisons(records) if not pair.same_as]
     lost = sorted((pair for pair in pairs if pair.gain < SLOWER), key=lambda pair: pair.gain)
     device = result["environment"]["kind"].upper()
     if not lost:

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from axial_fusion import select_backend
 from bench_cases import CEILING, SQUARE, square
 from benchmarks import harness, journal
 from benchmarks.__main__ import main as bench_main
 from benchmarks.harness import Provider, measure
+from benchmarks.speed import slice_attention
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
@@ -246,3 +248,17 @@ def test_what_hung_at_one_case_is_not_called_at_the_next_and_rivals_bring_ours_a
         },
     )
     assert run("ours", "eager", "compiled")[0] == set()
+
+
+def test_the_record_of_ours_names_the_rival_whose_call_it_makes():
+    shape = slice_attention.Shape(1, 2, 4, 1, 8)
+    qkv = [torch.randn(1, 2, 4, 1, 8, requires_grad=True) for _ in range(3)]
+    facts = {"subject": "slice", "name": "tiny"}
+    found = {
+        r["provider"]: r for r in measure(facts, qkv, slice_attention.providers(shape, qkv), budget_s=0.01)
+    }
+    ours = found.pop(slice_attention.OURS)
+    assert ours["same_as"] == select_backend("slice_attention", *qkv).backend == "sdpa"
+    assert found["sdpa"]["role"] == "rival"
+    assert not any("same_as" in r for r in found.values())
+    assert harness.place(ours) == harness.place({**facts, "provider": slice_attention.OURS})

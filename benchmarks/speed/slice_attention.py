@@ -58,7 +58,9 @@ def providers(shape: Shape, inputs: list[torch.Tensor]) -> dict[str, Provider]:
             call = torch.compile(call, dynamic=False)  # type: ignore[assignment]  # still a callable
         role: Any = "other" if backend == "triton" else "rival"
         found[backend] = Provider(None if missing else call, exact, flops, missing, role)
-    return {**found, OURS: Provider(slice_attention, exact, flops, role="ours")}
+    chosen = select_backend("slice_attention", *inputs).backend
+    same_as = chosen if found[chosen].role == "rival" else ""
+    return {**found, OURS: Provider(slice_attention, exact, flops, role="ours", same_as=same_as)}
 
 
 def cases(device: torch.device, dtype: torch.dtype, full: bool = False) -> Iterator[Case]:
