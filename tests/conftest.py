@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 
 import pytest
@@ -11,6 +12,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 import benchmarks  # noqa: F401  # which lets torchvision be imported beside torch's CPU build
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # `make test &` in a script: commands under test would ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,5 +1,6 @@
 """Ablation tables: the same split for every row, finished rows kept, means and tests as said."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -116,19 +117,28 @@ def test_rows_that_are_trained_at_once_end_with_the_command(tmp_path, number):
     command = [sys.executable, "-m", "aftersam.ablate", *asked]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
-    deadline = time.monotonic() + 300
-    while len([p for p in (tmp_path / "out").glob("*/run/history.jsonl") if p.stat().st_size]) < 2:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    rows = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.send_signal(number)
-    said = process.communicate(timeout=240)[1]
-    assert process.returncode == 128 + number
-    assert len(said.splitlines()) == 1, said
-    assert len(rows) >= 2
-    while any(Path("/proc", pid).exists() for pid in rows):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    try:
+        deadline = time.monotonic() + 300
+        while len([p for p in (tmp_path / "out").glob("*/run/history.jsonl") if p.stat().st_size]) < 2:
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        rows = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(number)
+        said = process.communicate(timeout=240)[1]
+        assert process.returncode == 128 + number
+        assert len(said.splitlines()) == 1, said
+        assert len(rows) >= 2
+        while any(Path("/proc", pid).exists() for pid in rows):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    finally:  # a row that outlives the command would train beside all later tests
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

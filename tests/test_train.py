@@ -108,12 +108,16 @@ def stopped_after(phantoms, run, number, *more, processes=1, whom=os.killpg):
     """The exit code and stderr of a training in a session of its own that is sent `number` after two steps."""
     process = run_command(phantoms, run, *more, processes=processes, start_new_session=True)
     deadline, history = time.monotonic() + 240, run / "history.jsonl"
-    while not (history.exists() and history.read_text().count('"loss"') >= 2):
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    whom(process.pid, number)
-    error = process.communicate(timeout=120)[1].decode()
+    try:
+        while not (history.exists() and history.read_text().count('"loss"') >= 2):
+            assert process.poll() is None, process.stderr.read().decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        whom(process.pid, number)
+        error = process.communicate(timeout=120)[1].decode()
+    except BaseException:  # a training that goes on would slow all later tests
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     return process.returncode, error
 
 
