@@ -20,7 +20,6 @@ ALWAYS = [
     (90, "float16"),
     (100, "bfloat16"),
     (80, "float32"),
-    (90, "float32"),
 ]
 SHIPPED = ("N 9, D 32", "slice")  # cases whose products must run asynchronously on sm_90
 THIN = ("row_norm", "lora")  # no product of theirs has 64 rows and columns: the older instruction serves
