@@ -63,7 +63,7 @@ def machine(result: Result) -> str:
 class Comparison(NamedTuple):
     """Ours beside the fastest correct rival at one case; `kind` is forward or forward_backward, times in ms.
 
-    `same_as`: the rival whose call ours makes there, so that the gain is the noise of the timing alone."""
+    `same_call`: ours makes the call of this rival, so that the gain is the noise of the timing alone."""
 
     subject: str
     name: str
@@ -71,7 +71,7 @@ class Comparison(NamedTuple):
     rival: str
     rival_ms: float
     ours_ms: float
-    same_as: str = ""
+    same_call: bool = False
 
     @property
     def gain(self) -> float:
@@ -87,8 +87,8 @@ def comparisons(records: Sequence[Result]) -> Iterator[Comparison]:
             continue
         best = min(timed, key=lambda r: r["ms"][kind]["median"])
         rival_ms, ours_ms = (r["ms"][kind]["median"] for r in (best, ours))
-        same_as = ours.get("same_as", "")
-        yield Comparison(ours["subject"], ours["name"], kind, best["provider"], rival_ms, ours_ms, same_as)
+        same = ours.get("same_as") == best["provider"]
+        yield Comparison(ours["subject"], ours["name"], kind, best["provider"], rival_ms, ours_ms, same)
 
 
 def cases(result: Result) -> Iterator[tuple[str, str, list[Result]]]:
@@ -101,8 +101,8 @@ def cases(result: Result) -> Iterator[tuple[str, str, list[Result]]]:
 def rivals_table(result: Result) -> str:
     """Markdown: ours beside the fastest correct rival for the same function, every named case but the fusion's.
 
-    A gain above 1× is how many times faster ours is, below 1× how much it loses. Where ours makes a rival's call, that
-    is said in place of a gain."""
+    A gain above 1× is how many times faster ours is, below 1× how much it loses. Where ours makes the call
+    of that rival, this is said in place of a gain."""
     rows = []
     for subject, name, records in cases(result):
         ours = next((r for r in records if r["role"] == "ours"), None)
@@ -113,7 +113,7 @@ def rivals_table(result: Result) -> str:
         for found in comparisons(records):
             what = f"{subject}, {name}" + (", with backward" if found.kind == "forward_backward" else "")
             best = f"{found.rival}, {_digits(found.rival_ms)} ms"
-            gain = f"makes the call of {found.same_as}" if found.same_as else f"{found.gain:.2f}×"
+            gain = "the same call" if found.same_call else f"{found.gain:.2f}×"
             rows.append([what, best, f"{_digits(found.ours_ms)} ms", gain])
     return markdown_table([["case", "best rival", "ours", "gain"], *rows])
 
@@ -152,7 +152,7 @@ def _cells(pairs: Sequence[Comparison]) -> list[str]:
 
 def losses_of(result: Result) -> str:
     """One sentence: how many timings of a result ours loses to a rival, and the largest loss of each subject."""
-    pairs = [pair for _, _, records in cases(result) for pair in comparisons(records) if not pair.same_as]
+    pairs = [pair for _, _, records in cases(result) for pair in comparisons(records) if not pair.same_call]
     lost = sorted((pair for pair in pairs if pair.gain < SLOWER), key=lambda pair: pair.gain)
     device = result["environment"]["kind"].upper()
     if not lost:

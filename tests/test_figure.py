@@ -99,11 +99,15 @@ def test_a_loss_to_a_rival_is_shown(tmp_path):
     assert (tmp_path / "bench-roofline.png").exists()
 
 
-def test_a_row_whose_call_is_a_rivals_shows_no_gain_and_is_no_loss(tmp_path):
+def test_a_row_whose_call_is_the_best_rivals_shows_no_gain_and_is_no_loss(tmp_path):
     result = a_result({"mine": times(1, 2, 3), "theirs": times(0.5, 1, 2), "slow": times(8, 8, 8)})
-    next(r for r in result["records"] if r["role"] == "ours")["same_as"] = "theirs"
-    assert tables.rivals_table(result).splitlines()[-1].endswith("| 2 ms | makes the call of theirs |")
+    ours = next(r for r in result["records"] if r["role"] == "ours")
+    ours["same_as"] = "theirs"
+    assert tables.rivals_table(result).splitlines()[-1].endswith("| theirs, 1 ms | 2 ms | the same call |")
     assert tables.losses_of(result) == "On the CPU ours is slower in none of 0 timings."
+    ours["same_as"] = "slow"  # a third one is faster than the call that both make
+    assert tables.rivals_table(result).splitlines()[-1].endswith("| theirs, 1 ms | 2 ms | 0.50× |")
+    assert "slower in 1 of 1 timing" in tables.losses_of(result)
 
 
 def test_the_readme_has_six_rows_at_most_and_says_where_ours_is_slower(monkeypatch):
