@@ -127,7 +127,7 @@ def test_every_tile(tile, head_dim, dtype, monkeypatch):
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize(("slices", "heads", "head_dim"), [(9, 8, 32), (16, 8, 32), (9, 3, 32), (12, 2, 64)])
 def test_what_is_not_finite_stays_in_its_position(slices, heads, head_dim, value):
-    """Forward and gradients of every other position are what they were."""
+    """Forward and gradients of every other position are bit for bit what they were."""
     shape = (1, slices, slices, 5, heads, head_dim)
     grad = torch.ones(1, slices, 5, heads, head_dim, device=DEVICE, dtype=torch.float16)
 
@@ -141,16 +141,15 @@ def test_what_is_not_finite_stays_in_its_position(slices, heads, head_dim, value
 
     clean, spoiled = run(False), run(True)
     assert all(t.isfinite().all() for t in clean)
-    for a, b in zip(clean, spoiled, strict=True):
-        unchanged(a, b)
+    assert all(torch.equal(a, b) for a, b in zip(clean, spoiled, strict=True))
 
 
-def unchanged(before, after, what=""):
+def unchanged(before, after):
     """The same bits on a GPU. The interpreter's products are NumPy's, whose order of sums depends on their shapes."""
-    if DEVICE == "cuda":
-        assert torch.equal(before, after), what
-    else:
-        torch.testing.assert_close(before, after, msg=lambda told: f"{what}: {told}")
+    if DEVICE == "cuda" or not before.numel():
+        return torch.equal(before, after)
+    rounding = 4 * torch.finfo(before.dtype).eps * before.abs().max()
+    return bool(((before - after).abs() <= rounding).all())  # not so for a NaN
 
 
 def with_gradients(backend, tensors, **options):
@@ -198,7 +197,7 @@ def test_what_is_not_finite_reaches_what_sees_it_alone(backend, data):
         changed[:, rows.nonzero()[:, 0], position, head] = True
         assert before.isfinite().all()
         if backend == "triton":
-            unchanged(before[~changed], after[~changed], f"{name} of what does not see it")
+            assert unchanged(before[~changed], after[~changed]), f"{name} of what does not see it"
         else:
             torch.testing.assert_close(before[~changed], after[~changed])
         if name == "y" and which < 3:
