@@ -13,9 +13,8 @@ if not torch.cuda.is_available():
 
 import benchmarks  # noqa: F401  # which lets torchvision be imported beside torch's CPU build
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # `make test &` in a script: commands under test would ignore it
+# A script's `make test &` ignores SIGINT, and so would the commands under test.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

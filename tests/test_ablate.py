@@ -116,29 +116,29 @@ def test_rows_that_are_trained_at_once_end_with_the_command(tmp_path, number):
              "--max-steps", "100000", "--seeds", "0", "--device", "cpu", "--jobs", "2"]  # fmt: skip
     command = [sys.executable, "-m", "aftersam.ablate", *asked]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command,
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 300
-        while len([p for p in (tmp_path / "out").glob("*/run/history.jsonl") if p.stat().st_size]) < 2:
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        rows = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        process.send_signal(number)
-        said = process.communicate(timeout=240)[1]
-        assert process.returncode == 128 + number
-        assert len(said.splitlines()) == 1, said
-        assert len(rows) >= 2
-        while any(Path("/proc", pid).exists() for pid in rows):
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-    finally:  # a row that outlives the command would train beside all later tests
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    ) as process:
+        try:
+            deadline = time.monotonic() + 300
+            while len([p for p in (tmp_path / "out").glob("*/run/history.jsonl") if p.stat().st_size]) < 2:
+                assert process.poll() is None, process.stderr.read()
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+            rows = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            process.send_signal(number)
+            said = process.communicate(timeout=240)[1]
+            assert process.returncode == 128 + number
+            assert len(said.splitlines()) == 1, said
+            assert len(rows) >= 2
+            while any(Path("/proc", pid).exists() for pid in rows):
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+        finally:  # a row that outlives the command would train beside all later tests
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)

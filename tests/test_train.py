@@ -1,5 +1,6 @@
 """Training: exact resume after a real kill, refusals."""
 
+import contextlib
 import json
 import os
 import signal
@@ -116,7 +117,9 @@ def stopped_after(phantoms, run, number, *more, processes=1, whom=os.killpg):
         whom(process.pid, number)
         error = process.communicate(timeout=120)[1].decode()
     except BaseException:  # a training that goes on would slow all later tests
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
         raise
     return process.returncode, error
 
