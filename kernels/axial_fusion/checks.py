@@ -106,6 +106,25 @@ def torchs_own(*tensors: Tensor) -> bool:
     return True
 
 
+def ordinary(*tensors: Tensor) -> bool:
+    """Whether nothing looks on or stands in for the tensors: no compiler, mode, transform, tangent or subclass.
+
+    A function can then be called in place of its op. Forward mode anywhere counts, which is cheaper to ask."""
+    c = torch._C
+    if (
+        torch.compiler.is_compiling()
+        or c._len_torch_dispatch_stack()
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return False
+    if c._functorch.peek_interpreter_stack() is not None:
+        return False
+    for tensor in tensors:  # noqa: SIM110  half the time of all()
+        if type(tensor) not in _TORCHS_OWN or not c._has_storage(tensor):
+            return False
+    return True
+
+
 def wrapped(tensors: tuple[Tensor, ...]) -> bool:
     """Whether one of the tensors is of a subclass that computes its own operators: distributed, quantised, nested."""
     if torchs_own(*tensors):

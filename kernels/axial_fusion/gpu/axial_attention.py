@@ -16,7 +16,7 @@ Tiles keep off wgmma, which Triton takes for 64 rows and 4 warps: on an H100 (Tr
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -239,14 +239,26 @@ def axial_attention_bwd_kernel(
         _row_by_row((dv_ptr, offs_dk, mask_k), p, (g_ptr, offs_g, mask_q), tl.trans(visible), 1.0, D)
 
 
+class _Config(NamedTuple):
+    """What a launch takes from sizes and tile alone."""
+
+    programs: int
+    shape: tuple[int, int, int]
+    """P, M, and tiles of a batch element."""
+    constants: dict[str, Any]
+    mark: object
+    """Stands for all of it in a key: hashed in no time."""
+
+
 @lru_cache(maxsize=256)
-def _config(tile: Tile, sizes: torch.Size, slices: int) -> tuple[int, int, dict[str, Any]]:
-    """Programs, tiles of a batch element and the kernels' constants, for q of `sizes` and N slices."""
+def _config(tile: Tile, sizes: torch.Size, slices: int, causal: bool) -> _Config:
+    """For q of `sizes` and N slices."""
     batch, num_queries, positions, heads, dim = sizes
-    constants: dict[str, Any] = {"NQ": num_queries, "N": slices, "DIM": split(dim)}
+    constants: dict[str, Any] = {"CAUSAL": causal, "NQ": num_queries, "N": slices, "DIM": split(dim)}
     constants |= packed(tile, num_queries, slices, heads)
     count = -(-positions // constants["TILE"].GROUP)
-    return batch * count * (heads // constants["TILE"].HEADS), count, constants
+    programs = batch * count * (heads // constants["TILE"].HEADS)
+    return _Config(programs, (positions, heads, count), constants, object())
 
 
 def launch_forward(
@@ -262,14 +274,14 @@ def launch_forward(
     if slices == 0:
         return y.zero_()
     tile = choose("axial_attention", q, max(sizes[1], slices), sizes[4])
-    programs, count, constants = _config(tile, sizes, slices)
+    config = _config(tile, sizes, slices, causal)
     strides = q.stride(), k.stride(), v.stride()
     key = None
     if lengths is None and aligned(q, k, v, y):
-        key = "forward", tile, causal, q.dtype, q.device, sizes, slices, strides
-    args = q, k, v, lengths, y, scale, (sizes[2], sizes[3], count), *strides
+        key = "forward", config.mark, q.dtype, q.device, strides
+    args = q, k, v, lengths, y, scale, config.shape, *strides
     with on(q.device):
-        started(axial_attention_fwd_kernel, programs, args, {"CAUSAL": causal, **constants}, key)
+        started(axial_attention_fwd_kernel, config.programs, args, config.constants, key)
     return y
 
 
@@ -280,16 +292,18 @@ def launch_backward(
     grad, q, k, v = last_axis_contiguous(grad, q, k, v)
     lengths = None if lengths is None else lengths.contiguous()
     sizes, slices = q.shape, k.shape[1]
-    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    if q.numel() == 0 or k.numel() == 0:
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dk = torch.empty_like(k, memory_format=torch.contiguous_format)
+    dv = torch.empty_like(v, memory_format=torch.contiguous_format)
+    if dq.numel() == 0 or dk.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     tile = choose("axial_attention_backward", q, max(sizes[1], slices), sizes[4])
-    programs, count, constants = _config(tile, sizes, slices)
+    config = _config(tile, sizes, slices, causal)
     strides = grad.stride(), q.stride(), k.stride(), v.stride()
     key = None
     if lengths is None and aligned(grad, q, k, v, dq, dk, dv):
-        key = "backward", tile, causal, q.dtype, q.device, sizes, slices, strides
-    args = grad, q, k, v, lengths, dq, dk, dv, scale, (sizes[2], sizes[3], count), *strides
+        key = "backward", config.mark, q.dtype, q.device, strides
+    args = grad, q, k, v, lengths, dq, dk, dv, scale, config.shape, *strides
     with on(q.device):
-        started(axial_attention_bwd_kernel, programs, args, {"CAUSAL": causal, **constants}, key)
+        started(axial_attention_bwd_kernel, config.programs, args, config.constants, key)
     return dq, dk, dv

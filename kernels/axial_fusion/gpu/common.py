@@ -6,7 +6,7 @@ installation that does not fit the machine raises any error at import, and a stu
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -44,26 +44,28 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-_STARTED: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
+_STARTED: dict[Hashable, tuple[Callable[..., None], tuple[Any, ...]]] = {}
 _MOST_STARTED = 4096
 
 
 def started(
     kernel: Any, programs: int, args: tuple[Any, ...], constants: Mapping[str, Any], key: Hashable
 ) -> None:
-    """Launch a kernel of one grid axis. `key` tells all that Triton compiles for, or is None where it does not.
+    """Launch a kernel of one grid axis. `key` tells `programs` and all that Triton compiles for, or is None where that
+    changes.
 
     What was compiled for a key is launched without asking Triton again what it is: 2 us of Python, not 13."""
     known = _STARTED.get(key) if key is not None else None
     if known is not None:
-        compiled, rest = known
-        compiled[(programs, 1, 1)](*args, *rest)
+        launch, rest = known
+        launch(*args, *rest)
         return
     compiled = kernel[(programs,)](*args, **constants)
     if key is not None and hasattr(compiled, "launch_metadata"):  # None in the interpreter
         if len(_STARTED) >= _MOST_STARTED:
             _STARTED.clear()
-        _STARTED[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+        rest = tuple(constants[name] for name in kernel.arg_names[len(args) :])
+        _STARTED[key] = compiled[(programs, 1, 1)], rest
 
 
 def aligned(*tensors: Tensor) -> bool:
@@ -76,7 +78,10 @@ def aligned(*tensors: Tensor) -> bool:
 
 def last_axis_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as kernels read them: of any strides, but contiguous along the last axis."""
-    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+    for tensor in tensors:
+        if tensor.stride(-1) != 1:
+            return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+    return tensors
 
 
 @jit

@@ -18,8 +18,8 @@ from ..checks import (
     check_shapes,
     dtype_name,
     no_second_derivative,
+    ordinary,
     softmax_scale,
-    torchs_own,
     under_transform,
 )
 from ..cpu import axial_attention as plain
@@ -81,34 +81,36 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_gradients(ctx, grad), None, None, None, None)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     *options, backend = ctx.options
     given = (grad, *ctx.saved_tensors, *options)
-    alone = not torch.is_grad_enabled() and not under_transform((grad,))
-    if backend == "cpu" and not alone:
-        grads = plain.backward(*given)  # can be differentiated again, and batched
-    elif alone and backend != "torch" and _eager(grad):
-        grads = _BACKWARD[backend](*given)
-    else:
-        grads = OPS.axial_attention_backward(*given, backend)
-    return (*grads, None, None, None, None)
-
-
-def _eager(*tensors: Tensor) -> bool:
-    """Whether nothing looks on or stands in for the tensors: then a function can be called in place of its op."""
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    return not traced and torchs_own(*tensors)
+    once = not torch.is_grad_enabled()
+    if once and backend != "torch" and ordinary(grad):
+        return _BACKWARD[backend](*given)
+    if backend == "cpu" and (not once or under_transform((grad,))):
+        return plain.backward(*given)  # can be differentiated again, and batched
+    grads: tuple[Tensor, Tensor, Tensor] = OPS.axial_attention_backward(*given, backend)
+    return grads
 
 
 class _Direct(torch.autograd.Function):
     """The kernels without the registered op, whose calls forward and backward take 100 us longer."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        ctx.save_for_backward(*inputs[:4])
-        ctx.options = inputs[4:]
-        return _FORWARD[inputs[-1]](*inputs[:-1])
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, options: tuple[Any, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, lengths)
+        ctx.options = options
+        scale, causal, backend = options
+        return _FORWARD[backend](q, k, v, lengths, scale, causal)
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_gradients(ctx, grad), None, None)
 
 
 torch.library.register_autograd(_OP, _backward, setup_context=_save, lib=_LIB)
@@ -174,14 +176,14 @@ _MOST_CHOSEN = 4096
 
 def _key(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Hashable:
     """All that checks and choice depend on; None where that is more: tracing, autocast, a transform, a subclass."""
-    if not _eager(q, k, v) or torch._C._get_tracing_state() is not None or not isinstance(backend, str):
+    if not ordinary(q, k, v) or torch._C._get_tracing_state() is not None or not isinstance(backend, str):
         return None
-    if q.is_nested or k.is_nested or v.is_nested or under_transform((q, k, v)):
+    device = q.device
+    if device.type not in ("cuda", "cpu") or torch.is_autocast_enabled(device.type):
         return None
-    devices = q.device, k.device, v.device
-    if devices[0].type not in ("cuda", "cpu") or torch.is_autocast_enabled(devices[0].type):
+    if q.is_nested or k.is_nested or v.is_nested:
         return None
-    return backend, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, devices
+    return backend, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, device, k.device, v.device
 
 
 def _direct(
@@ -189,7 +191,7 @@ def _direct(
 ) -> Tensor:
     """`run` on a kernel of ours, where nothing looks on."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        y: Tensor = _Direct.apply(q, k, v, lengths, scale, causal, backend)  # type: ignore[no-untyped-call]  # torch's
+        y: Tensor = _Direct.apply(q, k, v, lengths, (scale, causal, backend))  # type: ignore[no-untyped-call]  # torch's
         return y
     return _FORWARD[backend](q, k, v, lengths, scale, causal)
 
@@ -211,7 +213,7 @@ def run(
     """`axial_attention` of arguments that are checked and cast, on a backend that is decided."""
     if backend == "torch" and plain_on(q, k, v):
         return plain.forward(q, k, v, lengths, scale, causal)
-    if backend != "torch" and _eager(q, k, v) and not under_transform((q, k, v)):
+    if backend != "torch" and ordinary(q, k, v):
         return _direct(q, k, v, lengths, scale, causal, backend)
     y: Tensor = OPS.axial_attention(q, k, v, lengths, scale, causal, backend)
     return y
