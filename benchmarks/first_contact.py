@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import math
 import os
 import shutil
 import signal
@@ -75,12 +76,6 @@ def stages(lines: Path) -> list[Stage]:
                  "--lines", str(lines)]]  # fmt: skip
 
     kernels = KERNEL_SUBJECTS
-    tests = [
-        [python, "-m", "pytest", "-q", "-p", "benchmarks.contact_tests", "-p", "no:cacheprovider", "-o",
-         "filterwarnings=", "-o", "timeout=0", "--lines", str(lines), "--share", f"{i}/{processes}",
-         "--seconds", "{seconds}", *TESTS]
-        for i in range(processes)
-    ]  # fmt: skip
     tune = [
         [python, "-m", "axial_fusion.tune", op, "--head-dim", d, "--best", "5", "--lines", str(lines),
          "--seconds", "{seconds}"]
@@ -90,7 +85,7 @@ def stages(lines: Path) -> list[Stage]:
     sanitizer, ncu = shutil.which("compute-sanitizer"), shutil.which("ncu")
     return [
         Stage("machine", bench([]), 20, least_s=30),
-        Stage("tests", tests, 75, good=(0, 1, 5)),
+        Stage("tests", shared(TESTS, lines, processes), 75, good=(0, 1, 5)),
         Stage("ours", bench(kernels, "ours"), 55),
         Stage("rivals", bench(kernels, "eager"), 75),
         *[Stage(f"tiles {i}", [command], 14, missing=no_gpu) for i, command in enumerate(tune, 1)],
@@ -107,6 +102,16 @@ def stages(lines: Path) -> list[Stage]:
         ], 25, missing=no_gpu or ("" if ncu else "ncu is not installed")),
         Stage("sanitizer", [["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", str(sanitizer), *check]], 25,
               missing=no_gpu or ("" if sanitizer else "compute-sanitizer is not installed")),
+    ]  # fmt: skip
+
+
+def shared(tests: Sequence[str], lines: Path, processes: int) -> list[list[str]]:
+    """Commands that share `tests` among processes."""
+    return [
+        [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.contact_tests", "-p", "no:cacheprovider", "-o",
+         "filterwarnings=", "-o", "timeout=0", "--lines", str(lines), "--share", f"{i}/{processes}",
+         "--seconds", "{seconds}", *tests]
+        for i in range(processes)
     ]  # fmt: skip
 
 
@@ -139,7 +144,7 @@ class Watched:
         command = [part.replace("{seconds}", f"{seconds:.1f}") for part in self.command]
         with (self.folder / LOG).open("ab") as log:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=_environment(), stdout=log, stderr=subprocess.STDOUT,
+                command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True, preexec_fn=_die_with_parent,
             )  # fmt: skip
 
@@ -162,7 +167,7 @@ def _die_with_parent() -> None:
         _LIBC.prctl(1, signal.SIGKILL)
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     known = os.environ.get("PYTHONPATH")
     paths = [str(ROOT), str(ROOT / "kernels"), *([known] if known else []), str(_site())]
     fixed = {
@@ -296,19 +301,27 @@ def _one(stage: Stage, left: Sequence[Stage], folder: Path, end: float) -> None:
 
 
 def pack(folder: Path) -> None:
-    """Compiled kernels into one archive, as many as fit, the newest first; the log without its beginning if long."""
-    log, cache, size = folder / LOG, _cache(), 0
+    """The newest compiled kernels into one archive, as many as may come back; the log without its beginning if long."""
+    log = folder / LOG
     if log.exists() and log.stat().st_size > MOST_BYTES:
         log.write_bytes(log.read_bytes()[-MOST_BYTES:])
+    archive(folder / CACHE, MOST_BYTES)
+
+
+def archive(file: Path, most_bytes: float = math.inf) -> int:
+    """Write the kernels of Triton's cache, the newest first, and return how many; no file where there are none."""
+    cache, size, count = _cache(), 0, 0
     kept = [p for p in cache.rglob("*") if p.suffix in (".cubin", ".json", ".so")] if cache.is_dir() else []
     if not kept:
-        return
-    with tarfile.open(folder / CACHE, "w:gz", compresslevel=1) as archive:
+        return 0
+    with tarfile.open(file, "w:gz", compresslevel=1) as packed:
         for path in sorted(kept, key=lambda p: -p.stat().st_mtime):
             size += path.stat().st_size
-            if size > MOST_BYTES:
+            if size > most_bytes:
                 break
-            archive.add(path, path.relative_to(cache))
+            packed.add(path, path.relative_to(cache))
+            count += path.suffix == ".cubin"
+    return count
 
 
 def unpack(archive: Path) -> None:
@@ -329,7 +342,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--budget", type=float, default=420.0, help="seconds in all, from this command's start"
     )
     parser.add_argument(
-        "--cache", type=Path, metavar="FILE", help=f"{CACHE} of an earlier run, to compile less"
+        "--cache",
+        type=Path,
+        metavar="FILE",
+        help="of benchmarks.compile_ahead or an earlier run: kernels that need no compiling",
     )
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="stages to run, by name")
     parser.add_argument(

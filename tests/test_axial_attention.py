@@ -11,13 +11,14 @@ from axial_fusion import axial_attention, reference, select_backend
 from axial_fusion.cpu import compiled
 from axial_fusion.gpu import axial_attention as launchers
 from axial_fusion.gpu import tiles
+from axial_fusion.gpu.common import INTERPRETED
 from axial_fusion.gpu.tiles import Key, Tile
 from axial_fusion.registry import OPS
 from drawn import FEW
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]
-if DEVICE == "cuda":
+if not INTERPRETED:
     DTYPES.append(torch.bfloat16)  # the interpreter's bf16 dot is broken
 BUILT = pytest.mark.skipif(compiled.missing() is not None, reason=str(compiled.missing()))
 FLOOR = {torch.float32: 5e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}

@@ -13,10 +13,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from axial_fusion import lora_linear, reference, select_backend
+from axial_fusion.gpu.common import INTERPRETED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]
-if DEVICE == "cuda":
+if not INTERPRETED:
     DTYPES.append(torch.bfloat16)  # the interpreter's bf16 dot is broken
 FLOOR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 ENGINES = ["torch", "augmented", "triton"]

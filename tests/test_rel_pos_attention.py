@@ -8,11 +8,12 @@ import torch
 from axial_fusion import reference, rel_pos_attention, select_backend, window_attention
 from axial_fusion.cpu.biased_attention import attend_blocks
 from axial_fusion.gpu import tiles
+from axial_fusion.gpu.common import INTERPRETED
 from axial_fusion.registry import OPS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]
-if DEVICE == "cuda":
+if not INTERPRETED:
     DTYPES.append(torch.bfloat16)  # the interpreter's bf16 dot is broken
 FLOOR = {torch.float32: 5e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 

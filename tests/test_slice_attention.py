@@ -11,12 +11,13 @@ import torch
 from axial_fusion import dispatch, reference, select_backend, slice_attention
 from axial_fusion.dispatch import FASTEST, SliceKey
 from axial_fusion.gpu import tiles
+from axial_fusion.gpu.common import INTERPRETED
 from axial_fusion.gpu.slice_attention import launch_forward
 from axial_fusion.ops import slice_attention as op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16]
-if DEVICE == "cuda":
+if not INTERPRETED:
     DTYPES.append(torch.bfloat16)  # the interpreter's bf16 dot is broken
 FLOOR = {torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
