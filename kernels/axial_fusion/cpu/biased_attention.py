@@ -115,7 +115,8 @@ def _wide(t: Tensor) -> Tensor:
 
 def _bias(bias_h: Tensor, bias_w: Tensor) -> Tensor:
     """(B, M, Q, H) and (B, M, Q, W) -> (B, M, Q, H·W)."""
-    return (bias_h.unsqueeze(-1) + bias_w.unsqueeze(-2)).flatten(-2)
+    # the sum takes the order of its terms' axes, and flattening another order copies all of it
+    return (bias_h.contiguous().unsqueeze(-1) + bias_w.contiguous().unsqueeze(-2)).flatten(-2)
 
 
 def _blocks(q: Tensor, keys: int, most: int, fewest: int = 1) -> Iterator[tuple[slice, slice, slice]]:
