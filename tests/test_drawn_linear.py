@@ -146,8 +146,9 @@ pytestmark = pytest.mark.usefixtures("nan_memory", "small_onednn")
 
 @pytest.fixture
 def small_onednn(monkeypatch):
-    """oneDNN's product for inputs of any size."""
+    """oneDNN's products for inputs of any size."""
     monkeypatch.setattr(dense, "FEWEST_PRODUCTS", 1)
+    monkeypatch.setattr(dense, "FEWEST_OF_WEIGHT", 1)
 
 
 @CASES

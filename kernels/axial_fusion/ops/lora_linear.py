@@ -29,7 +29,6 @@ from ..checks import (
     autocast_dtype,
     check_alike,
     check_shapes,
-    no_derivative,
     no_second_derivative,
     number,
     torchs_own,
@@ -40,7 +39,7 @@ from ..gpu import lora as kernels
 from ..gpu.lora import NO_DROPOUT, Dropout
 from ..reference import LoRA, dropout_mask
 from ..registry import NAMESPACE, OPS, library
-from .dense_linear import by_onednn, dense_linear, onednn_linear
+from .dense_linear import by_onednn, dense_linear
 from .row_norm import column_sums
 
 ALIGN = 8  # columns of a tail: the library's fast products want rows of a multiple of 16 bytes
@@ -74,8 +73,8 @@ def _plain_forward(
         return dense_linear(x, weight, bias), x.new_empty((0,))
     a, b, scaling, dropout = update
     xa = F.linear(_dropped(x, dropout), a)  # (T, r)
-    if by_onednn(x, weight, bias) and no_derivative(a, b):
-        return onednn_linear(x, weight, bias).addmm_(xa, b.t(), alpha=scaling), xa
+    if by_onednn(x, weight, bias):
+        return dense_linear(x, weight, bias).addmm_(xa, b.t(), alpha=scaling), xa
     thin = xa @ (scaling * b).t() if bias is None else torch.addmm(bias, xa, b.t(), alpha=scaling)
     return thin.addmm_(x, weight.t()), xa
 
