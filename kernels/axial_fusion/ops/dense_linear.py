@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..checks import autocast_dtype, ordinary, torchs_own, under_transform
+from ..checks import autocast_dtype, ordinary
 
 _onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _onednn_weight_gradient = getattr(torch.ops.aten, "mkldnn_linear_backward_weights", None)
@@ -74,14 +74,11 @@ def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and _onednn_weight_gradient is not None
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and not torch.compiler.is_compiling()
-        and torchs_own(*given)
+        and ordinary(*given)  # modes that count FLOPs or trace know F.linear
         and torch._C._get_tracing_state() is None  # which makes sizes tensors
         and x.numel() * weight.shape[0] >= FEWEST_PRODUCTS
         and torch._C._get_mkldnn_enabled()
-        and not torch._C._len_torch_dispatch_stack()  # of modes that count FLOPs or trace, and know F.linear
         and autocast_dtype(x) is None
         and weight.is_contiguous()
         and (bias is None or bias.is_contiguous())
-        and not under_transform(given)
     )
