@@ -168,6 +168,7 @@ def _die_with_parent() -> None:
 
 
 def environment() -> dict[str, str]:
+    """Of every process that a stage starts: where modules and Triton's cache are, what tests on a GPU need."""
     known = os.environ.get("PYTHONPATH")
     paths = [str(ROOT), str(ROOT / "kernels"), *([known] if known else []), str(_site())]
     fixed = {
