@@ -23,6 +23,7 @@ SHAPES = {  # B, Nq, N, P, M, D
     "one of everything": (1, 1, 1, 1, 1, 1),
     "paper": (1, 9, 9, 6, 8, 32),
     "small": (1, 5, 5, 7, 4, 32),
+    "past the caches": (1, 9, 9, 400, 7, 32),
     "D 96": (2, 9, 9, 3, 4, 96),
     "D 3": (2, 4, 4, 5, 3, 3),
     "D 8": (1, 2, 3, 5, 2, 8),
@@ -264,6 +265,22 @@ def test_a_library_that_does_not_load_is_named(monkeypatch, tmp_path):
         assert compiled.missing().startswith("the compiled kernels do not load: ")
     finally:
         compiled._library.cache_clear()
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "clang", "aarch64-linux-gnu-gcc"])
+def test_compiles_without_a_warning(compiler, tmp_path):
+    if shutil.which(compiler) is None:
+        pytest.skip(f"needs {compiler}")
+    flags = [
+        "-O3",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-psabi",
+        "-fPIC",
+        "-shared",
+    ]  # -Wno-psabi: as setup.py builds it
+    subprocess.run([compiler, *flags, SOURCE, "-o", tmp_path / "kernels.so"], check=True, timeout=300)
 
 
 SANITIZED = """

@@ -1,4 +1,22 @@
-/* The kernels of kernels.c for one instruction set: LEVEL names its functions, TARGET says what they may use. */
+/* The kernels of kernels.c for one instruction set, which defines before it includes this file:
+
+   LEVEL(name)    names of its functions and types
+   TARGET         which instructions they may use
+   WIDTH          numbers of a vector
+   VECTORS        vectors of a row whose sums are in registers at a time, 2 or 4, of BLOCK rows
+   EXCHANGES      the steps of a transpose of WIDTH × WIDTH
+   STREAM(to, x)  writes a vector past the caches */
+
+#define Lanes LEVEL(lanes)
+#define Ints LEVEL(ints)
+#define Bits LEVEL(bits)
+#define Halves LEVEL(halves)
+#define Loose LEVEL(loose)
+typedef float Lanes __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t Bits __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
+typedef float Loose __attribute__((vector_size(4 * WIDTH), aligned(2), may_alias)); /* anywhere in memory */
 
 INLINE TARGET Lanes LEVEL(either)(Ints mask, Lanes a, Lanes b) {
     return (Lanes)(((Ints)a & mask) | ((Ints)b & ~mask));
@@ -6,10 +24,7 @@ INLINE TARGET Lanes LEVEL(either)(Ints mask, Lanes a, Lanes b) {
 
 INLINE TARGET Lanes LEVEL(load)(const char *from, int64_t dtype) {
     Lanes x;
-    if (dtype == FLOAT32) {
-        memcpy(&x, from, sizeof x);
-        return x;
-    }
+    if (dtype == FLOAT32) return *(const Loose *)from;
     Halves h;
     memcpy(&h, from, sizeof h);
     Bits bits = __builtin_convertvector(h, Bits);
@@ -24,7 +39,7 @@ INLINE TARGET Lanes LEVEL(load)(const char *from, int64_t dtype) {
 /* Rounds to nearest, ties to even. */
 INLINE TARGET void LEVEL(store)(char *to, Lanes x, int64_t dtype) {
     if (dtype == FLOAT32) {
-        memcpy(to, &x, sizeof x);
+        *(Loose *)to = x;
         return;
     }
     Bits bits = (Bits)x, result;
@@ -59,23 +74,11 @@ INLINE TARGET Lanes LEVEL(exponential)(Lanes x) {
     return LEVEL(either)(x < -87.0f, none, p * (Lanes)(((Bits)shifted + 127) << 23));
 }
 
-#define FOLD(combine)                                                                                            \
-    x = combine(x, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));         \
-    x = combine(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));         \
-    x = combine(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));         \
-    x = combine(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));         \
-    return x
-
-INLINE TARGET Lanes LEVEL(plus)(Lanes a, Lanes b) { return a + b; }
-INLINE TARGET Lanes LEVEL(larger)(Lanes a, Lanes b) { return LEVEL(either)(a > b, a, b); }
-INLINE TARGET Lanes LEVEL(sum)(Lanes x) { FOLD(LEVEL(plus)); }        /* in every lane */
-INLINE TARGET Lanes LEVEL(maximum)(Lanes x) { FOLD(LEVEL(larger)); }
-#undef FOLD
-
-/* Which of the keys 16n .. 16n + 15 are before `end`. */
-INLINE TARGET Ints LEVEL(before)(int64_t end, int n) {
-    Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return lane < (int32_t)end - WIDTH * n;
+/* Which of the queries WIDTH · n .. WIDTH · (n + 1) - 1 are from `first` on. */
+INLINE TARGET Ints LEVEL(from)(int64_t first, int64_t n) {
+    Ints lane;
+    memcpy(&lane, NUMBERS, sizeof lane);
+    return lane >= (int32_t)(first - WIDTH * n);
 }
 
 INLINE TARGET void LEVEL(copy_as)(float *to, const View *t, Place at, int64_t rows, int64_t stored, const Axial *c,
@@ -85,16 +88,11 @@ INLINE TARGET void LEVEL(copy_as)(float *to, const View *t, Place at, int64_t ro
         for (int64_t m = 0; m < at.heads; m++) {
             const char *row = address(t, at, c) + (i * t->slice + m * t->head) * size;
             float *copied = to + (m * stored + i) * padded;
-            Lanes x;
-            for (int64_t d = 0; d < full; d += WIDTH) {
-                x = LEVEL(load)(row + d * size, dtype);
-                memcpy(copied + d, &x, sizeof x);
-            }
+            for (int64_t d = 0; d < full; d += WIDTH) *(Lanes *)(copied + d) = LEVEL(load)(row + d * size, dtype);
             if (full < c->dim) {
                 char tail[4 * WIDTH] = {0};
                 memcpy(tail, row + full * size, (size_t)((c->dim - full) * size));
-                x = LEVEL(load)(tail, dtype);
-                memcpy(copied + full, &x, sizeof x);
+                *(Lanes *)(copied + full) = LEVEL(load)(tail, dtype);
             }
         }
 }
@@ -110,123 +108,134 @@ static TARGET void LEVEL(copy)(float *to, const View *t, Place at, int64_t rows,
         LEVEL(copy_as)(to, t, at, rows, stored, c, FLOAT16);
 }
 
-/* x (rows, padded) -> (padded, lanes), blocks of 16 × 16 by four exchanges of ever longer pieces. */
-static TARGET void LEVEL(transpose)(float *to, const float *x, int64_t rows, int64_t padded, int64_t lanes) {
+/* x (rows, padded) -> (padded, lanes), block by block, by exchanges of ever shorter pieces. */
+static TARGET void LEVEL(transpose)(float *to, Rows x, int64_t rows, const Layout *l) {
     for (int64_t j = 0; j < rows; j += WIDTH)
-        for (int64_t d = 0; d < padded; d += WIDTH) {
-            Lanes a[WIDTH], b[WIDTH];
+        for (int64_t d = 0; d < l->padded; d += WIDTH) {
+            Lanes a[WIDTH] = {0}, b[WIDTH];
             for (int r = 0; r < WIDTH; r++)
-                a[r] = j + r < rows ? *(const Lanes *)(x + (j + r) * padded + d) : (Lanes){0};
-            EXCHANGE(b, a, 8, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
-            EXCHANGE(a, b, 4, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27)
-            EXCHANGE(b, a, 2, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
-            EXCHANGE(a, b, 1, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30)
-            for (int r = 0; r < WIDTH; r++) *(Lanes *)(to + (d + r) * lanes + j) = a[r];
+                if (j + r < rows) a[r] = *(const Loose *)(x.at + (j + r) * x.row + d);
+            EXCHANGES
+            for (int r = 0; r < WIDTH; r++) *(Lanes *)(to + (d + r) * l->lanes + j) = a[r];
         }
 }
 
-INLINE TARGET void LEVEL(scores_of)(Lanes *s, const float *x, const Lanes *y, int64_t rows, int64_t padded,
-                                    int vectors) {
-    for (int64_t i = 0; i < rows; i += BLOCK, x += BLOCK * padded, s += BLOCK * vectors) {
-        Lanes even[BLOCK][MAX_ROWS / WIDTH] = {0}, odd[BLOCK][MAX_ROWS / WIDTH] = {0}; /* sums that need not wait */
-        const Lanes *column = y;
-        for (int64_t d = 0; d < padded; d += 2, column += 2 * vectors)
-            for (int r = 0; r < BLOCK; r++)
-                for (int n = 0; n < vectors; n++) {
-                    even[r][n] += x[r * padded + d] * column[n];
-                    odd[r][n] += x[r * padded + d + 1] * column[vectors + n];
-                }
-        for (int r = 0; r < BLOCK; r++)
-            for (int n = 0; n < vectors; n++) s[r * vectors + n] = even[r][n] + odd[r][n];
-    }
+INLINE TARGET void LEVEL(scores_of)(float *s, Rows x, const float *y, const Layout *l, int rows, int vectors) {
+    Lanes even[BLOCK][2] = {0}, odd[BLOCK][2] = {0}; /* two sums, so that none waits for the one before */
+    for (int64_t d = 0; d < l->padded; d += 2, y += 2 * l->lanes)
+        for (int r = 0; r < rows; r++)
+            for (int n = 0; n < vectors; n++) {
+                even[r][n] += x.at[r * x.row + d] * ((const Lanes *)y)[n];
+                odd[r][n] += x.at[r * x.row + d + 1] * ((const Lanes *)(y + l->lanes))[n];
+            }
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < vectors; n++) ((Lanes *)(s + r * l->lanes))[n] = even[r][n] + odd[r][n];
 }
 
-/* s (rows, lanes) = x y, of x (rows up to whole blocks, padded) and y (padded, lanes). */
-static TARGET void LEVEL(scores)(Lanes *s, const float *x, const Lanes *y, int64_t rows, int64_t padded, int vectors) {
-    switch (vectors) {
-        case 1: LEVEL(scores_of)(s, x, y, rows, padded, 1); break;
-        case 2: LEVEL(scores_of)(s, x, y, rows, padded, 2); break;
-        case 3: LEVEL(scores_of)(s, x, y, rows, padded, 3); break;
-        default: LEVEL(scores_of)(s, x, y, rows, padded, 4);
-    }
+INLINE TARGET void LEVEL(scores_by)(float *s, Rows x, const float *y, int64_t rows, const Layout *l, int vectors) {
+    for (int64_t block; rows; rows -= block, s += block * l->lanes, x.at += block * x.row)
+        switch (block = rows < BLOCK ? rows : BLOCK) {
+            case 1: LEVEL(scores_of)(s, x, y, l, 1, vectors); break;
+            case 2: LEVEL(scores_of)(s, x, y, l, 2, vectors); break;
+            case 3: LEVEL(scores_of)(s, x, y, l, 3, vectors); break;
+            case 4: LEVEL(scores_of)(s, x, y, l, 4, vectors); break;
+            default: LEVEL(scores_of)(s, x, y, l, BLOCK, vectors);
+        }
 }
 
-/* Scores s (rows, lanes) become weights; a query's weight of keys from its end on is 0. */
-static TARGET void LEVEL(softmax)(Lanes *s, const int64_t *ends, int64_t rows, int vectors, float scale) {
-    Lanes none = {0}, most[MAX_ROWS];
-    for (int64_t i = 0; i < rows; i++) { /* one step for all queries, then the next: none waits for the one before */
-        most[i] = none - (float)INFINITY;
-        for (int n = 0; n < vectors; n++) {
-            Lanes x = s[i * vectors + n] * scale;
-            most[i] = LEVEL(either)(LEVEL(before)(ends[i], n) & (x > most[i]), x, most[i]);
+/* s (rows, lanes) = x y, of x (rows, padded) and y (padded, lanes). */
+static TARGET void LEVEL(scores)(float *s, Rows x, const float *y, int64_t rows, const Layout *l) {
+    int64_t n = 0;
+    if (VECTORS == 4)
+        for (; n + 2 * WIDTH <= l->lanes; n += 2 * WIDTH) LEVEL(scores_by)(s + n, x, y + n, rows, l, 2);
+    for (; n < l->lanes; n += WIDTH) LEVEL(scores_by)(s + n, x, y + n, rows, l, 1);
+}
+
+/* Scores s (keys, lanes of queries) become weights; those of queries that do not see the key become 0. */
+static TARGET void LEVEL(softmax)(float *scores, const int64_t *first, int64_t keys, const Layout *l, float scale) {
+    int64_t vectors = l->lanes / WIDTH;
+    for (int64_t n = 0; n < vectors; n++) {
+        Lanes *s = (Lanes *)scores + n, none = {0}, most = none - (float)INFINITY, total = none;
+        for (int64_t j = 0; j < keys; j++) {
+            Lanes x = s[j * vectors] * scale;
+            most = LEVEL(either)(LEVEL(from)(first[j], n) & (x > most), x, most);
         }
-        most[i] = LEVEL(maximum)(most[i]);
-    }
-    for (int64_t i = 0; i < rows; i++)
-        for (int n = 0; n < vectors; n++) {
-            Lanes x = LEVEL(exponential)(s[i * vectors + n] * scale - most[i]);
-            s[i * vectors + n] = LEVEL(either)(LEVEL(before)(ends[i], n), x, none);
+        for (int64_t j = 0; j < keys; j++) {
+            Lanes x = LEVEL(exponential)(s[j * vectors] * scale - most);
+            total += s[j * vectors] = LEVEL(either)(LEVEL(from)(first[j], n), x, none);
         }
-    for (int64_t i = 0; i < rows; i++) {
-        Lanes total = {0};
-        for (int n = 0; n < vectors; n++) total += s[i * vectors + n];
-        total = 1.0f / LEVEL(sum)(total);
-        for (int n = 0; n < vectors && ends[i]; n++) s[i * vectors + n] *= total;
+        total = 1.0f / total;
+        for (int64_t j = 0; j < keys; j++)
+            s[j * vectors] = LEVEL(either)(LEVEL(from)(first[j], n), s[j * vectors] * total, none);
     }
 }
 
 /* Weights p and their gradients dp become the gradients of q·k: p · (dp - Σ p · dp) · scale. */
-static TARGET void LEVEL(through_softmax)(Lanes *dp, const Lanes *p, const int64_t *ends, int64_t rows, int vectors,
-                                          float scale) {
-    for (int64_t i = 0; i < rows; i++, p += vectors, dp += vectors) {
-        Lanes total = {0}, none = {0};
-        for (int n = 0; n < vectors; n++) total += LEVEL(either)(LEVEL(before)(ends[i], n), p[n] * dp[n], none);
-        total = LEVEL(sum)(total);
-        for (int n = 0; n < vectors; n++)
-            dp[n] = LEVEL(either)(LEVEL(before)(ends[i], n), p[n] * (dp[n] - total) * scale, none);
+static TARGET void LEVEL(through_softmax)(float *gradients, const float *weights, const int64_t *first, int64_t keys,
+                                          const Layout *l, float scale) {
+    int64_t vectors = l->lanes / WIDTH;
+    for (int64_t n = 0; n < vectors; n++) {
+        Lanes *dp = (Lanes *)gradients + n, none = {0}, total = none;
+        const Lanes *p = (const Lanes *)weights + n;
+        for (int64_t j = 0; j < keys; j++)
+            total += LEVEL(either)(LEVEL(from)(first[j], n), p[j * vectors] * dp[j * vectors], none);
+        for (int64_t j = 0; j < keys; j++) {
+            Lanes x = p[j * vectors] * (dp[j * vectors] - total) * scale;
+            dp[j * vectors] = LEVEL(either)(LEVEL(from)(first[j], n), x, none);
+        }
     }
 }
 
-/* `rows` rows of Σ_j weight · x_j, channels d .. d + 16 · vectors - 1 of them. */
-INLINE TARGET void LEVEL(sums_of)(float *y, Weights w, const float *x, int64_t count, int64_t padded, int rows,
+/* `rows` rows of Σ_j weight · x_j, channels d .. d + vectors · WIDTH - 1 of them. */
+INLINE TARGET void LEVEL(sums_of)(Rows y, Weights w, Rows x, int64_t count, int64_t d, int64_t stream, int rows,
                                   int vectors) {
-    Lanes sums[BLOCK][4] = {0};
+    Lanes sums[BLOCK][VECTORS] = {0};
     for (int64_t j = 0; j < count; j++)
         for (int r = 0; r < rows; r++)
             for (int n = 0; n < vectors; n++)
-                sums[r][n] += w.at[r * w.row + j * w.step] * ((const Lanes *)(x + j * padded))[n];
+                sums[r][n] += w.at[r * w.row + j * w.step] * ((const Loose *)(x.at + j * x.row + d))[n];
     for (int r = 0; r < rows; r++)
-        for (int n = 0; n < vectors; n++) ((Lanes *)(y + r * padded))[n] = sums[r][n];
+        for (int n = 0; n < vectors; n++) {
+            float *to = y.at + r * y.row + d + n * WIDTH;
+            if (stream)
+                STREAM(to, sums[r][n]);
+            else
+                *(Loose *)to = sums[r][n];
+        }
 }
 
-INLINE TARGET void LEVEL(sums)(float *y, Weights w, const float *x, int64_t count, int64_t padded, int rows) {
+INLINE TARGET void LEVEL(sums)(Rows y, Weights w, Rows x, int64_t count, const Layout *l, int rows) {
     int64_t d = 0;
-    for (; d + 4 * WIDTH <= padded; d += 4 * WIDTH) LEVEL(sums_of)(y + d, w, x + d, count, padded, rows, 4);
-    for (; d + 2 * WIDTH <= padded; d += 2 * WIDTH) LEVEL(sums_of)(y + d, w, x + d, count, padded, rows, 2);
-    for (; d < padded; d += WIDTH) LEVEL(sums_of)(y + d, w, x + d, count, padded, rows, 1);
+    for (; d + VECTORS * WIDTH <= l->padded; d += VECTORS * WIDTH)
+        LEVEL(sums_of)(y, w, x, count, d, l->stream, rows, VECTORS);
+    for (; d + 2 * WIDTH <= l->padded; d += 2 * WIDTH) LEVEL(sums_of)(y, w, x, count, d, l->stream, rows, 2);
+    for (; d < l->padded; d += WIDTH) LEVEL(sums_of)(y, w, x, count, d, l->stream, rows, 1);
 }
 
-/* Rows of a result of one head: sums of rows of x over their ranges. */
-static TARGET void LEVEL(combine)(float *y, Weights w, const float *x, const Range *range, int64_t rows,
-                                  int64_t padded) {
-    for (int64_t i = 0, block; i < rows; i += block, y += block * padded) {
-        int64_t first = range->first[i], end = range->end[i], last = i + BLOCK - 1;
-        block = last < rows && first == range->first[last] && end == range->end[last] ? BLOCK : 1;
+/* y, the rows of a result of one head: sums of rows of x over their ranges. */
+static TARGET void LEVEL(combine)(Rows y, Weights w, Rows x, const Range *range, int64_t rows, const Layout *l) {
+    for (int64_t i = 0, block; i < rows; i += block, y.at += block * y.row) {
+        int64_t first = range->first[i], end = range->end[i], left = rows - i < BLOCK ? rows - i : BLOCK;
+        for (block = 1; block < left && first == range->first[i + block] && end == range->end[i + block];) block++;
         Weights here = {w.at + i * w.row + first * w.step, w.row, w.step};
-        if (block == BLOCK)
-            LEVEL(sums)(y, here, x + first * padded, end - first, padded, BLOCK);
-        else
-            LEVEL(sums)(y, here, x + first * padded, end - first, padded, 1);
+        Rows part = {x.at + first * x.row, x.row};
+        switch (block) {
+            case 1: LEVEL(sums)(y, here, part, end - first, l, 1); break;
+            case 2: LEVEL(sums)(y, here, part, end - first, l, 2); break;
+            case 3: LEVEL(sums)(y, here, part, end - first, l, 3); break;
+            case 4: LEVEL(sums)(y, here, part, end - first, l, 4); break;
+            default: LEVEL(sums)(y, here, part, end - first, l, BLOCK);
+        }
     }
 }
 
-INLINE TARGET void LEVEL(write_as)(const View *t, Place at, const float *from, int64_t rows, int64_t stored, const Axial *c,
+INLINE TARGET void LEVEL(write_as)(const View *t, Place at, const float *from, int64_t rows, const Axial *c,
                                    int64_t dtype) {
     int64_t size = dtype == FLOAT32 ? 4 : 2, padded = whole(c->dim, WIDTH), full = c->dim / WIDTH * WIDTH;
     for (int64_t i = 0; i < rows; i++)
         for (int64_t m = 0; m < at.heads; m++) {
             char *row = address(t, at, c) + (i * t->slice + m * t->head) * size;
-            const float *y = from + (m * stored + i) * padded;
+            const float *y = from + (m * rows + i) * padded;
             for (int64_t d = 0; d < full; d += WIDTH) LEVEL(store)(row + size * d, *(const Lanes *)(y + d), dtype);
             if (full < c->dim) {
                 char tail[4 * WIDTH];
@@ -237,59 +246,79 @@ INLINE TARGET void LEVEL(write_as)(const View *t, Place at, const float *from, i
 }
 
 /* The inverse of `copy`. */
-static TARGET void LEVEL(write)(const View *t, Place at, const float *from, int64_t rows, int64_t stored,
-                                const Axial *c) {
+static TARGET void LEVEL(write)(const View *t, Place at, const float *from, int64_t rows, const Axial *c) {
     if (c->dtype == FLOAT32)
-        LEVEL(write_as)(t, at, from, rows, stored, c, FLOAT32);
+        LEVEL(write_as)(t, at, from, rows, c, FLOAT32);
     else if (c->dtype == BFLOAT16)
-        LEVEL(write_as)(t, at, from, rows, stored, c, BFLOAT16);
+        LEVEL(write_as)(t, at, from, rows, c, BFLOAT16);
     else
-        LEVEL(write_as)(t, at, from, rows, stored, c, FLOAT16);
+        LEVEL(write_as)(t, at, from, rows, c, FLOAT16);
 }
 
-static TARGET void LEVEL(forward)(const Axial *c, float *scratch, Place at) {
-    Layout l = layout(c);
+static TARGET void LEVEL(forward)(const Axial *c, const Layout *l, float *scratch, Place at) {
     Range keys, queries;
-    float *q = scratch + l.q, *k = scratch + l.k, *v = scratch + l.v, *kt = scratch + l.kt, *s = scratch + l.s;
+    float *qt = scratch + l->qt, *s = scratch + l->s;
     int64_t used = seen(c, at.b, &keys, &queries);
-    LEVEL(copy)(q, &c->q, at, c->queries, l.rows, c);
-    LEVEL(copy)(k, &c->k, at, used, c->keys, c);
-    LEVEL(copy)(v, &c->v, at, used, c->keys, c);
-    for (int64_t m = 0; m < at.heads; m++) {
-        LEVEL(transpose)(kt, k, used, l.padded, l.lanes);
-        LEVEL(scores)((Lanes *)s, q, (Lanes *)kt, c->queries, l.padded, (int)(l.lanes / WIDTH));
-        LEVEL(softmax)((Lanes *)s, keys.end, c->queries, (int)(l.lanes / WIDTH), (float)c->scale);
-        LEVEL(combine)(q, (Weights){s, l.lanes, 1}, v, &keys, c->queries, l.padded); /* q is read no more */
-        q += l.rows * l.padded, k += c->keys * l.padded, v += c->keys * l.padded;
+    if (!l->direct) {
+        LEVEL(copy)(scratch + l->q, &c->q, at, c->queries, c->queries, c);
+        LEVEL(copy)(scratch + l->k, &c->k, at, used, c->keys, c);
+        LEVEL(copy)(scratch + l->v, &c->v, at, used, c->keys, c);
     }
-    LEVEL(write)(&c->y, at, scratch + l.q, c->queries, l.rows, c);
+    for (int64_t m = 0; m < at.heads; m++) {
+        Rows q = rows_of(&c->q, scratch + l->q, at, m, c->queries, c, l);
+        Rows k = rows_of(&c->k, scratch + l->k, at, m, c->keys, c, l);
+        Rows v = rows_of(&c->v, scratch + l->v, at, m, c->keys, c, l);
+        Rows y = rows_of(&c->y, scratch + l->q, at, m, c->queries, c, l); /* q is read no more */
+        LEVEL(transpose)(qt, q, c->queries, l);
+        LEVEL(scores)(s, k, qt, used, l);
+        LEVEL(softmax)(s, queries.first, used, l, (float)c->scale);
+        LEVEL(combine)(y, (Weights){s, 1, l->lanes}, v, &keys, c->queries, l);
+    }
+    if (!l->direct) LEVEL(write)(&c->y, at, scratch + l->q, c->queries, c);
 }
 
-static TARGET void LEVEL(backward)(const Axial *c, float *scratch, Place at) {
-    Layout l = layout(c);
+static TARGET void LEVEL(backward)(const Axial *c, const Layout *l, float *scratch, Place at) {
     Range keys, queries;
-    float *q = scratch + l.q, *dy = scratch + l.dy, *k = scratch + l.k, *v = scratch + l.v, *dq = scratch + l.dq;
-    float *kt = scratch + l.kt, *vt = scratch + l.vt, *s = scratch + l.s, *ds = scratch + l.ds;
+    float *qt = scratch + l->qt, *dyt = scratch + l->dyt, *s = scratch + l->s, *ds = scratch + l->ds;
     int64_t used = seen(c, at.b, &keys, &queries);
-    int vectors = (int)(l.lanes / WIDTH);
-    LEVEL(copy)(q, &c->q, at, c->queries, l.rows, c);
-    LEVEL(copy)(dy, &c->dy, at, c->queries, l.rows, c);
-    LEVEL(copy)(k, &c->k, at, used, c->keys, c);
-    LEVEL(copy)(v, &c->v, at, used, c->keys, c);
-    for (int64_t m = 0; m < at.heads; m++) {
-        LEVEL(transpose)(kt, k, used, l.padded, l.lanes);
-        LEVEL(transpose)(vt, v, used, l.padded, l.lanes);
-        LEVEL(scores)((Lanes *)s, q, (Lanes *)kt, c->queries, l.padded, vectors);
-        LEVEL(scores)((Lanes *)ds, dy, (Lanes *)vt, c->queries, l.padded, vectors);
-        LEVEL(softmax)((Lanes *)s, keys.end, c->queries, vectors, (float)c->scale);
-        LEVEL(through_softmax)((Lanes *)ds, (Lanes *)s, keys.end, c->queries, vectors, (float)c->scale);
-        LEVEL(combine)(dq, (Weights){ds, l.lanes, 1}, k, &keys, c->queries, l.padded);
-        LEVEL(combine)(k, (Weights){ds, 1, l.lanes}, q, &queries, c->keys, l.padded); /* k and v are read no more */
-        LEVEL(combine)(v, (Weights){s, 1, l.lanes}, dy, &queries, c->keys, l.padded);
-        q += l.rows * l.padded, dy += l.rows * l.padded, dq += l.rows * l.padded;
-        k += c->keys * l.padded, v += c->keys * l.padded;
+    if (!l->direct) {
+        LEVEL(copy)(scratch + l->q, &c->q, at, c->queries, c->queries, c);
+        LEVEL(copy)(scratch + l->k, &c->k, at, used, c->keys, c);
+        LEVEL(copy)(scratch + l->v, &c->v, at, used, c->keys, c);
+        LEVEL(copy)(scratch + l->dy, &c->dy, at, c->queries, c->queries, c);
     }
-    LEVEL(write)(&c->dq, at, scratch + l.dq, c->queries, l.rows, c);
-    LEVEL(write)(&c->dk, at, scratch + l.k, c->keys, c->keys, c);
-    LEVEL(write)(&c->dv, at, scratch + l.v, c->keys, c->keys, c);
+    for (int64_t m = 0; m < at.heads; m++) {
+        Rows q = rows_of(&c->q, scratch + l->q, at, m, c->queries, c, l);
+        Rows k = rows_of(&c->k, scratch + l->k, at, m, c->keys, c, l);
+        Rows v = rows_of(&c->v, scratch + l->v, at, m, c->keys, c, l);
+        Rows dy = rows_of(&c->dy, scratch + l->dy, at, m, c->queries, c, l);
+        Rows dq = rows_of(&c->dq, scratch + l->dq, at, m, c->queries, c, l);
+        Rows dk = rows_of(&c->dk, scratch + l->k, at, m, c->keys, c, l); /* k and v are read no more */
+        Rows dv = rows_of(&c->dv, scratch + l->v, at, m, c->keys, c, l);
+        LEVEL(transpose)(qt, q, c->queries, l);
+        LEVEL(transpose)(dyt, dy, c->queries, l);
+        LEVEL(scores)(s, k, qt, used, l);
+        LEVEL(scores)(ds, v, dyt, used, l);
+        LEVEL(softmax)(s, queries.first, used, l, (float)c->scale);
+        LEVEL(through_softmax)(ds, s, queries.first, used, l, (float)c->scale);
+        LEVEL(combine)(dq, (Weights){ds, 1, l->lanes}, k, &keys, c->queries, l);
+        LEVEL(combine)(dk, (Weights){ds, l->lanes, 1}, q, &queries, c->keys, l);
+        LEVEL(combine)(dv, (Weights){s, l->lanes, 1}, dy, &queries, c->keys, l);
+    }
+    if (l->direct) return;
+    LEVEL(write)(&c->dq, at, scratch + l->dq, c->queries, c);
+    LEVEL(write)(&c->dk, at, scratch + l->k, c->keys, c);
+    LEVEL(write)(&c->dv, at, scratch + l->v, c->keys, c);
 }
+
+#undef Lanes
+#undef Ints
+#undef Bits
+#undef Halves
+#undef Loose
+#undef LEVEL
+#undef TARGET
+#undef WIDTH
+#undef VECTORS
+#undef EXCHANGES
+#undef STREAM

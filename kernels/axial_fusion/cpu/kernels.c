@@ -1,8 +1,9 @@
 /* Attention across slices on a CPU: y = softmax(scale · q kᵀ) v of each position and head, and its gradients.
 
-   The rows of one position and head are copied into a thread's scratch memory in fp32, where scores and softmax stay.
+   Scores and softmax of one position and head stay in a thread's scratch memory, in fp32: a row a key, a column a
+   query, so that no sum over keys crosses the numbers of a vector. fp32 rows of whole vectors are read and written
+   where they are; others are copied into scratch memory and back, all heads of a position at once.
    A query sees keys 0 .. end - 1, and every sum stops there: what a query does not see may hold any inf or NaN.
-   Scores lie in vectors of 16 keys, results in vectors of 16 channels.
 
    axial_attention.h is compiled once for each instruction set; the widest that the processor has runs. */
 
@@ -10,27 +11,29 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
-#define WIDTH 16
-#define MAX_ROWS 64 /* slices of a group: at most four vectors of scores a query */
-#define BLOCK 3     /* rows whose sums are in registers at a time: 5 and 9 slices leave few or none over */
+#define MAX_ROWS 64 /* slices of a group */
+#define BLOCK 5     /* rows whose sums are in registers at a time: 5 and 9 slices leave few or none over */
+#define WIDEST 16   /* numbers of the widest vector */
+#define LINE 64     /* bytes of a cache line */
+#define STREAMED (3 << 20) /* bytes of a result from which it is written past the caches, which it would not fit */
 #define INLINE static inline __attribute__((always_inline))
 
-typedef float Lanes __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
-typedef uint32_t Bits __attribute__((vector_size(4 * WIDTH)));
-typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
+static const int32_t NUMBERS[WIDEST] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
-/* Rows r and r + s of a square exchange every other piece of s numbers: row r takes those that are listed. */
-#define EXCHANGE(to, from, s, a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p)                                    \
+/* Rows r and r + s of a square exchange every other piece of s numbers: the lists say what each takes. */
+#define EXCHANGE(to, from, s, first, second)                                                                     \
     for (int r = 0; r < WIDTH; r++)                                                                              \
         if (!(r & s)) {                                                                                          \
-            to[r] = __builtin_shufflevector(from[r], from[r + s], a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p); \
-            to[r + s] = __builtin_shufflevector(from[r], from[r + s], a + s, b + s, c + s, d + s, e + s, f + s,  \
-                                                g + s, h + s, i + s, j + s, k + s, l + s, m + s, n + s, o + s, p + s); \
+            to[r] = __builtin_shufflevector(from[r], from[r + s], UNPACK first);                                 \
+            to[r + s] = __builtin_shufflevector(from[r], from[r + s], UNPACK second);                            \
         }
+#define UNPACK(...) __VA_ARGS__
 
 typedef struct { /* a tensor (B, N, P, M, D) by its strides in elements, D dense */
     char *data;
@@ -50,9 +53,22 @@ typedef struct { /* one position and some of its heads */
     int64_t b, p, m, heads;
 } Place;
 
+typedef struct { /* rows of one head, by the distance between two */
+    float *at;
+    int64_t row;
+} Rows;
+
+typedef struct { /* where a thread's scratch memory holds what, and its size, in numbers */
+    int64_t padded, lanes; /* numbers of a row, and queries, up to whole vectors */
+    int64_t direct;        /* rows are read and written where they are */
+    int64_t stream;        /* results are written past the caches */
+    int64_t q, dy, dq, k, v, qt, dyt, s, ds, size;
+} Layout;
+
 typedef struct {
     const Axial *call;
-    void (*run)(const Axial *, float *, Place);
+    Layout layout;
+    void (*run)(const Axial *, const Layout *, float *, Place);
     float *scratch; /* of every thread */
     int64_t items, chunk, next, workers;
 } Job;
@@ -66,27 +82,34 @@ typedef struct { /* weights of a sum: at[i * row + j * step] is that of row j in
     int64_t row, step;
 } Weights;
 
-typedef struct { /* where a thread's scratch memory holds what, and its size, in numbers */
-    int64_t rows, padded, lanes, q, dy, dq, k, v, kt, vt, s, ds, size;
-} Layout;
-
 /* torch's own GOMP_parallel: a second pool of threads would fight with it for the cores. */
 typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
 
 static int64_t whole(int64_t size, int64_t of) { return (size + of - 1) / of * of; }
 
-static Layout layout(const Axial *c) {
-    Layout l = {whole(c->queries, BLOCK), whole(c->dim, WIDTH), whole(c->keys, WIDTH), .q = 0};
+static int64_t bytes(const Axial *c) { return c->dtype == FLOAT32 ? 4 : 2; }
+
+/* Whether every row of D numbers is whole lines of the cache. */
+static int64_t in_lines(const View *t, const Axial *c) {
+    uintptr_t all = (uintptr_t)((t->batch | t->slice | t->position | t->head | c->dim) * bytes(c));
+    return !t->data || (all | (uintptr_t)t->data) % LINE == 0;
+}
+
+static Layout layout(const Axial *c, int64_t width) {
+    Layout l = {whole(c->dim, width), whole(c->queries, width), .q = 0};
     int64_t more = c->dq.data != NULL, all = c->group * l.padded; /* a row of all heads */
-    l.dy = all * l.rows;
-    l.dq = l.dy + more * all * l.rows;
-    l.k = l.dq + more * all * l.rows;
+    l.direct = c->dtype == FLOAT32 && c->dim == l.padded;
+    l.stream = l.direct && c->batch * c->positions * c->heads * c->queries * c->dim * bytes(c) >= STREAMED &&
+               in_lines(&c->y, c) && in_lines(&c->dq, c) && in_lines(&c->dk, c) && in_lines(&c->dv, c);
+    l.dy = all * c->queries;
+    l.dq = l.dy + more * all * c->queries;
+    l.k = l.dq + more * all * c->queries;
     l.v = l.k + all * c->keys;
-    l.kt = l.v + all * c->keys;
-    l.vt = l.kt + l.padded * l.lanes;
-    l.s = l.vt + more * l.padded * l.lanes;
-    l.ds = l.s + l.rows * l.lanes;
-    l.size = l.ds + more * l.rows * l.lanes;
+    l.qt = l.v + all * c->keys;
+    l.dyt = l.qt + l.padded * l.lanes;
+    l.s = l.dyt + more * l.padded * l.lanes;
+    l.ds = l.s + c->keys * l.lanes;
+    l.size = whole(l.ds + more * c->keys * l.lanes, WIDEST);
     return l;
 }
 
@@ -105,10 +128,16 @@ static int64_t seen(const Axial *c, int64_t b, Range *keys, Range *queries) {
     return used;
 }
 
-static int64_t bytes(const Axial *c) { return c->dtype == FLOAT32 ? 4 : 2; }
-
 static char *address(const View *t, Place at, const Axial *c) {
     return t->data + (at.b * t->batch + at.p * t->position + at.m * t->head) * bytes(c);
+}
+
+/* Rows of head m of a place: of the tensor itself, or of its copy. */
+static Rows rows_of(const View *t, float *copy, Place at, int64_t m, int64_t stored, const Axial *c,
+                    const Layout *l) {
+    if (!l->direct) return (Rows){copy + m * stored * l->padded, l->padded};
+    at.m += m;
+    return (Rows){(float *)address(t, at, c), t->slice};
 }
 
 static void work(void *data) {
@@ -117,31 +146,64 @@ static void work(void *data) {
     int64_t worker = __atomic_fetch_add(&job->workers, 1, __ATOMIC_RELAXED), start;
     int64_t groups = whole(c->heads, c->group) / c->group;
     if (worker >= c->threads) return;
-    float *scratch = job->scratch + worker * layout(c).size;
+    float *scratch = job->scratch + worker * job->layout.size;
     while ((start = __atomic_fetch_add(&job->next, job->chunk, __ATOMIC_RELAXED)) < job->items)
         for (int64_t item = start; item < start + job->chunk && item < job->items; item++) {
             int64_t m = item % groups * c->group, position = item / groups;
             int64_t heads = c->heads - m < c->group ? c->heads - m : c->group;
-            job->run(c, scratch, (Place){position / c->positions, position % c->positions, m, heads});
+            job->run(c, &job->layout, scratch, (Place){position / c->positions, position % c->positions, m, heads});
         }
+#ifdef __x86_64__
+    _mm_sfence(); /* what was written past the caches is seen before the thread has ended */
+#endif
 }
 
 #define LEVEL(name) name##_plain
 #define TARGET
+#define WIDTH 4
+#define VECTORS 2
+#define EXCHANGES                                    \
+    EXCHANGE(b, a, 2, (0, 1, 4, 5), (2, 3, 6, 7))    \
+    EXCHANGE(a, b, 1, (0, 4, 2, 6), (1, 5, 3, 7))
+#ifdef __x86_64__
+#define STREAM(to, x) _mm_stream_ps(to, (__m128)(x))
+#else
+#define STREAM(to, x) *(Loose *)(to) = x
+#endif
 #include "axial_attention.h"
-#undef LEVEL
-#undef TARGET
+
 #ifdef __x86_64__
 #define LEVEL(name) name##_avx2
 #define TARGET __attribute__((target("avx2,fma")))
+#define WIDTH 8
+#define VECTORS 2
+#define EXCHANGES                                                                    \
+    EXCHANGE(b, a, 4, (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15))      \
+    EXCHANGE(a, b, 2, (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15))      \
+    EXCHANGE(b, a, 1, (0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15))      \
+    memcpy(a, b, sizeof a);
+#define STREAM(to, x) _mm256_stream_ps(to, (__m256)(x))
 #include "axial_attention.h"
-#undef LEVEL
-#undef TARGET
+
 #define LEVEL(name) name##_avx512
+#ifdef __clang__ /* which takes the whole width by itself */
+#define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")))
+#else
 #define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
+#endif
+#define WIDTH 16
+#define VECTORS 4
+#define EXCHANGES                                                                                     \
+    EXCHANGE(b, a, 8, (0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),                       \
+             (8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))                          \
+    EXCHANGE(a, b, 4, (0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),                     \
+             (4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))                            \
+    EXCHANGE(b, a, 2, (0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),                     \
+             (2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))                            \
+    EXCHANGE(a, b, 1, (0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),                    \
+             (1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
+#define STREAM(to, x) _mm512_stream_ps(to, (__m512)(x))
 #include "axial_attention.h"
-#undef LEVEL
-#undef TARGET
 #endif
 
 /* What compiled.py checks: raised whenever `Axial` or a function here changes. */
@@ -162,15 +224,15 @@ int64_t axial_level(void) {
 /* Forward, or backward where dq is given, on `call->threads` threads; on one where `parallel` is NULL. Gives 0, or 1
    where there is no memory. */
 int64_t axial_attention(const Axial *call, Parallel parallel, int64_t level) {
-    Job job = {.call = call, .run = call->dq.data ? backward_plain : forward_plain};
+    Job job = {.call = call, .layout = layout(call, level == 2 ? 16 : level == 1 ? 8 : 4)};
+    job.run = call->dq.data ? backward_plain : forward_plain;
 #ifdef __x86_64__
     if (level == 1) job.run = call->dq.data ? backward_avx2 : forward_avx2;
     if (level == 2) job.run = call->dq.data ? backward_avx512 : forward_avx512;
 #endif
-    size_t size = sizeof(float) * (size_t)(call->threads * layout(call).size);
-    job.scratch = aligned_alloc(sizeof(Lanes), size);
+    size_t size = sizeof(float) * (size_t)(call->threads * job.layout.size);
+    job.scratch = aligned_alloc(LINE, size);
     if (!job.scratch) return 1;
-    memset(job.scratch, 0, size);
     job.items = call->batch * call->positions * (whole(call->heads, call->group) / call->group);
     job.chunk = job.items / (8 * call->threads) + 1;
     if (parallel && call->threads > 1)
