@@ -5,7 +5,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-triton36 bench bench-compare first-contact figure reference check format clean
+.PHONY: help setup demo test test-triton36 nnunet bench bench-compare first-contact figure reference check format clean
 
 DEMO ?= demo-run
 TESTS ?=
@@ -39,6 +39,8 @@ test: $(READY) ## run the tests; TESTS="tests/test_config.py -x" passes on to py
 test-triton36: .venv-triton36/installed ## the kernels under Triton 3.6, which GPU images in the field have
 	PYTHONPATH=kernels .venv-triton36/bin/python -m pytest -q -p no:cacheprovider -m "not drawn" \
 		-W "ignore:Conversion of an array:DeprecationWarning" $(KERNEL_TESTS)
+
+nnunet: .venv-nnunet/installed ## make .venv-nnunet, in which the accuracy table's nnU-Net rows are trained
 
 bench: $(READY) ## time every op against its rivals, into benchmarks/results/; BENCH=quick, full or a subject
 	$(PY) -m benchmarks $(BENCH)
@@ -83,4 +85,15 @@ clean: ## remove caches, builds and demo-run; .venv stays
 	.venv-triton36/bin/python -m pip install -q -c constraints.txt torch hypothesis pytest pytest-timeout
 	.venv-triton36/bin/python -m pip install -q 'numpy<2.4'
 	.venv-triton36/bin/python -m pip install -q --no-deps triton==3.6.0
+	touch $@
+
+# nnU-Net's networks of other designs need timm, hence torchvision, whose wheel does not import beside torch's CPU build.
+# So nnU-Net's own packages are installed without what they require, and then what its U-Nets import of it.
+.venv-nnunet/installed: setup.py constraints.txt
+	@echo "making .venv-nnunet: about 2.5 GB, some minutes, once"
+	python3 -m venv .venv-nnunet
+	.venv-nnunet/bin/python -m pip install -q -c constraints.txt -e '.[accuracy]' blosc2 connected-components-3d pandas \
+		scikit-image scikit-learn seaborn SimpleITK tifffile
+	.venv-nnunet/bin/python -m pip install -q -c constraints.txt --no-deps nnunetv2 'acvl-utils<0.3' batchgenerators \
+		batchgeneratorsv2 'dynamic-network-architectures<0.5'
 	touch $@

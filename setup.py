@@ -62,8 +62,7 @@ setup(
         ],
         "ray": ["ray[data]>=2.51"],
         "export": ["onnxscript>=0.5"],  # torch writes ONNX through it
-        "accuracy": ["einops>=0.7"],  # MONAI's Swin UNETR, in the accuracy table alone
-        "nnunet": ["nnunetv2>=2.6"],
+        "accuracy": ["einops>=0.7"],  # MONAI's Swin stages, in the accuracy table alone
         "hosts": [  # 2D models that axial_fusion.lift is tested on
             "diffusers>=0.36",
             "timm>=1.0.20",
@@ -71,7 +70,7 @@ setup(
             "transformers>=5.0",
         ],
         "test": [
-            "einops>=0.7",  # Swin UNETR's row of the accuracy table
+            "einops>=0.7",  # Swin UNETR and Swin-Unet in the accuracy table
             "fsspec>=2024.10",
             "highdicom>=0.26",  # DICOM segmentations are read back
             "hypothesis>=6.100",

@@ -234,7 +234,8 @@ def accuracy_page(results: Path, docs: Path) -> list[str]:
             steps = docs / f"accuracy-{path.stem}-waterfall.png"
             accuracy_table.draw_waterfall(table["waterfall"], steps)
             page.append(f"![mean DSC step by step on {table['data']}]({steps.name})")
-    return page
+    papers = sorted((results / "published").glob("*.json"))
+    return page + [accuracy_table.published(json.loads(path.read_text())) for path in papers]
 
 
 def main(root: Path | None = None) -> int:

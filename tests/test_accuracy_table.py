@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from aftersam.files import read_json
 from benchmarks.accuracy.systems import SYSTEMS
-from benchmarks.accuracy.table import draw, draw_waterfall, markdown, summarise, waterfall_of
+from benchmarks.accuracy.table import draw, draw_waterfall, markdown, published, summarise, waterfall_of
+from benchmarks.machine import RESULTS
 from toy_scans import STEPS
 
 
@@ -42,6 +44,41 @@ def test_means_over_seeds_cases_and_organs_and_the_difference_to_the_best():
     text = markdown({"data": "x", "failed": {}, **table})
     span = f"{100 * low:+.1f} … {100 * high:+.1f}"
     assert f"| U-Net | 45.0 | 40.0 … 50.0 | -15.0 ({span}) | 60.0 | 30.0 |" in text
+
+
+def test_a_prompted_row_alone_is_not_called_the_best():
+    table = summarise([found_row("msa", 0, [[0.9]], prompted="point")])
+    text = markdown({"data": "x", "failed": {}, **table})
+    assert table["rows"][0]["to_best"] is None
+    assert "no row is called the best" in text
+    assert "| best |" not in text
+    assert "highest mean" not in text
+
+
+def test_a_row_that_other_work_slowed_down_is_marked():
+    rows = [found_row("unet", 0, [[0.5]]), found_row("dynunet", 0, [[0.5]]), found_row("cotr", 0, [[0.4]])]
+    for (row, _), share in zip(rows, (0.97, 0.85, 0.5), strict=True):
+        row |= {"cpu_minutes": 40.0 * share, "parameters": 1e6, "peak_mib": 1.0, "prediction_s": 1.0}
+    text = markdown({"data": "x", "failed": {}, **summarise(rows)})
+    assert text.count("| DynUNet ‡ |") == text.count("| CoTr ‡ |") == 2
+    assert "| U-Net |" in text
+    assert text.count("‡ processor time was below 90 % of minutes × threads") == 1
+    for row, _ in rows:
+        row["limits"] |= {"max_minutes": None, "max_steps": 100}  # steps do not depend on the load
+    assert "‡" not in markdown({"data": "x", "failed": {}, **summarise(rows)})
+
+
+def test_the_papers_tables_are_its_figures_to_the_last_digit():
+    paper = read_json(RESULTS / "accuracy" / "published" / "paper.json")
+    thorax, segthor = paper["tables"]
+    assert (len(thorax["rows"]), len(segthor["rows"])) == (11, 9)
+    for table in paper["tables"]:
+        for average, *organs in table["rows"].values():
+            assert len(organs) == len(table["columns"]) - 1
+            assert average == pytest.approx(np.mean(organs), abs=0.011)
+    text = published(paper)
+    assert "| AFTer-SAM | 92.75 | 82.34 | 91.89 | 91.24 | 97.85 | 97.98 | 95.17 |" in text
+    assert "| MSA | 92.16 | 82.98 | 94.11 | 94.94 | 96.62 |" in text
 
 
 def test_a_table_names_each_machine_once_with_its_commits():

@@ -143,7 +143,7 @@ def test_the_wheel_names_its_version_command_licence_and_extras(wheel):
     assert f"{info}/licenses/LICENSE" in wheel.namelist()
     metadata = metadata_of(wheel)
     assert metadata["License-Expression"] == "Apache-2.0"
-    extras = {"flash", "xformers", "dicom", "export", "accuracy", "nnunet", "hosts", "test", "dev"}
+    extras = {"flash", "xformers", "dicom", "export", "accuracy", "hosts", "test", "dev"}
     extras |= {"cohort", "ray"}
     assert set(metadata.get_all("Provides-Extra")) == extras
 

@@ -33,7 +33,8 @@ class AccuracyArgs:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder of rows, masks and table; rows that it holds already are kept."""
     systems: tuple[str, ...] = ()
-    """Rows to train: names of SYSTEMS in benchmarks/accuracy/systems.py, such as unet dynunet aftersam."""
+    """Rows to train: names of SYSTEMS in benchmarks/accuracy/systems.py, such as unet dynunet aftersam. all: every
+    system whose packages are installed; the presets best and paper only with --sam-checkpoint."""
     predictions: tuple[str, ...] = ()
     """Masks made elsewhere, NAME=FOLDER: scored and placed in the table."""
     max_minutes: float | None = None
@@ -64,9 +65,7 @@ def accuracy(args: AccuracyArgs) -> dict[str, Any]:
     """Train and score the rows that `args` ask for and are not there; the table of all rows as JSON values.
 
     A system that cannot run is named in the table with its reason. Raises ValueError on bad input."""
-    unknown = [name for name in args.systems if name not in SYSTEMS]
-    if unknown:
-        raise ValueError(f"there is no system {unknown[0]!r}; there are {', '.join(SYSTEMS)}")
+    systems = wanted(args)
     dataset = find_dataset(args.data)
     _, held_out = split(dataset, args.fold, 0)
     if not held_out:
@@ -80,7 +79,7 @@ def accuracy(args: AccuracyArgs) -> dict[str, Any]:
     spawn = multiprocessing.get_context("spawn")
     limits, failed = limits_of(args), {}
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as rows:
-        for name in args.systems:
+        for name in systems:
             if SYSTEMS[name].missing():
                 continue
             for seed in args.seeds:
@@ -93,6 +92,19 @@ def accuracy(args: AccuracyArgs) -> dict[str, Any]:
         score_elsewhere(args.output, *_named_folder(given))
     waterfall = None if args.waterfall is None else read_json(args.waterfall)
     return write_table(args.output, data=dataset.name, failed=failed, waterfall=waterfall)
+
+
+def wanted(args: AccuracyArgs) -> Sequence[str]:
+    """Names of the systems to train. Raises ValueError on an unknown one."""
+    if args.systems == ("all",):
+        return [
+            name for name, system in SYSTEMS.items()
+            if not system.missing() and (args.sam_checkpoint or system.preset is None)
+        ]  # fmt: skip
+    unknown = [name for name in args.systems if name not in SYSTEMS]
+    if unknown:
+        raise ValueError(f"there is no system {unknown[0]!r}; there are {', '.join(SYSTEMS)}, and all")
+    return args.systems
 
 
 def limits_of(args: AccuracyArgs) -> Limits:

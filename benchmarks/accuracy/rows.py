@@ -1,7 +1,8 @@
 """One row of the accuracy table: a system trained on the split within the limits, the held-out scans segmented, scored.
 
 Every system reads the same preprocessed cache; ours goes through aftersam.train and aftersam.predict, the others
-through one loop. All but nnU-Net drop small disconnected parts of organs that are one piece in every training label."""
+through one loop or, nnU-Net's, through its own. All drop small disconnected parts of organs that are one piece in every
+training label."""
 
 from __future__ import annotations
 
@@ -71,12 +72,11 @@ def run_row(name: str, seed: int, limits: Limits, data: Path, output: Path) -> N
         spent = train_row(job)
         write_json(home / "spent.json", {**spent._asdict(), "environment": environment()})
     facts = predict_row(job)
-    limited = limits.max_minutes is not None or limits.max_steps is not None
     row = {
         "system": name,
         "title": system.title + (f" {limits.preset}" if name in ("aftersam", "aftersam_2d") else ""),
         "seed": seed,
-        "protocol": "equal budget" if limited else "own recipe",
+        "protocol": "equal budget" if job.limited else "own recipe",
         "note": f"{system.note}; {_start(limits, name)}",
         **facts,
         **read_json(home / "spent.json"),

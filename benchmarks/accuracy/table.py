@@ -29,6 +29,11 @@ FROM_SCRATCH = (
     "`--sam-checkpoint vit_b --systems aftersam_paper aftersam_best msa` trains its rows "
     "([how](../how-to/benchmarks.md#accuracy))."
 )
+BUSY = 0.9  # least share of processor time in minutes × threads; on a quiet machine it is above 0.95
+SLOWED = (
+    f"‡ processor time was below {100 * BUSY:.0f} % of minutes × threads: other work on the machine took steps from "
+    "this row."
+)
 BUDGET = ("max_minutes", "max_steps", "threads", "fold")  # limits that rows of an equal budget have in common
 FACTS = ("system", "title", "protocol", "note", "prompted", "parameters", "spacing_mm", "precision")
 COSTS = ("minutes", "cpu_minutes", "steps", "peak_mib", "prediction_s", "prediction_peak_mib")
@@ -64,7 +69,8 @@ def summarise(found: Sequence[Found]) -> dict[str, Any]:
     """Rows and metrics of every system and seed -> {"organs", "cases", "budget", "environments", "rows", "not_run"}.
 
     A case's scores are averaged over seeds first; means are over cases, then organs; intervals are over cases.
-    "to_best" is a row's paired difference to the row of the highest mean among those that were not prompted.
+    "to_best" is a row's paired difference to the best row: that of the highest mean among those that were not
+    prompted. It is None for the best row itself, and for all where every row was prompted.
     Raises ValueError where rows differ in cases or organs, or rows of an equal budget in the budget."""
     budget = _common_budget(found)
     _, first = found[0]
@@ -75,10 +81,10 @@ def summarise(found: Sequence[Found]) -> dict[str, Any]:
         values = np.array([score_matrix(metrics["cases"], cases, organs) for _, metrics in seeds])
         matrices.append(np.apply_along_axis(mean_of, 0, values))  # (cases, organs)
         rows.append({**_scores(matrices[-1], organs), **_others(seeds, values, cases, organs)})
-    unprompted = [i for i, row in enumerate(rows) if not row["prompted"]] or range(len(rows))
-    best = max(unprompted, key=lambda i: rows[i]["mean"] or 0.0)
+    unprompted = [i for i, row in enumerate(rows) if not row["prompted"]]
+    best = max(unprompted, key=lambda i: rows[i]["mean"] or 0.0, default=None)
     for i, (row, matrix) in enumerate(zip(rows, matrices, strict=True)):
-        row["to_best"] = None if i == best else paired(matrix - matrices[best])
+        row["to_best"] = None if best in (i, None) else paired(matrix - matrices[best])
     there = {name for row in rows for name in (row["system"], row["title"].lower())}
     return {
         "organs": organs,
@@ -139,12 +145,20 @@ def _others(
     return {
         **{key: seeds[0][0].get(key) for key in FACTS},
         "seeds": len(seeds),
+        "slowed": any(_slowed(row) for row, _ in seeds),
         "seed_deviation": number(float(np.std(means, ddof=1))) if len(means) > 1 else None,
         "ice": number(mean_of(_float(number(mean_over_organs(seed))) for seed in consistency)),
         "hd95_mm_penalised": number(mean_of(_float(organ["hd95_mm_penalised"]) for organ in summaries)),
         "missed": sum(organ["missed"] for organ in summaries) / len(seeds),
         **{key: number(mean_of(_float(row.get(key)) for row, _ in seeds)) for key in COSTS},
     }
+
+
+def _slowed(row: Mapping[str, Any]) -> bool:
+    """Whether a row that was trained for a wall time used too little of its threads' processor time."""
+    if not row.get("cpu_minutes") or not row["limits"]["max_minutes"]:
+        return False
+    return bool(row["cpu_minutes"] < BUSY * row["minutes"] * row["limits"]["threads"])
 
 
 def markdown(table: Table) -> str:
@@ -166,7 +180,9 @@ def markdown(table: Table) -> str:
 
 def apart(table: Table) -> str:
     """One sentence: the row of the highest mean, and the rows that these scans do not separate from it."""
-    best = next(row for row in table["rows"] if row["to_best"] is None)
+    best = next((row for row in table["rows"] if row["to_best"] is None and not row["prompted"]), None)
+    if best is None:
+        return "Every row was told where the organs are, so no row is called the best."
     differences = {row["title"]: row["to_best"]["interval"] for row in table["rows"] if row["to_best"]}
     close = [name for name, interval in differences.items() if interval and interval[1] >= 0]
     if not close:
@@ -195,11 +211,14 @@ def caption(table: Table) -> str:
         f"{machine}, commit{'s' * (len(found) > 1)} {', '.join(found)}" for machine, found in commits.items()
     ]
     scans = counted(len(table["cases"]), "held-out scan")
+    slowed = any(row.get("slowed") for row in table["rows"])
     return (
         f"DSC in % of {scans}, each on the scan's own grid, by `aftersam.evaluate`: the mean over organs, its "
         "95 % bootstrap interval over scans, the paired difference to the best row without prompts, then organs. ICE "
         "is the inter-slice consistency error, HD95 in mm counts a missed organ with the scan's diagonal. "
-        "† told where the organs are. " + ("; ".join(where) + "." if where else "")
+        "† told where the organs are. "
+        + (f"{SLOWED} " if slowed else "")
+        + ("; ".join(where) + "." if where else "")
     )
 
 
@@ -210,7 +229,7 @@ def score_table(rows: Sequence[Mapping[str, Any]], organs: Sequence[str]) -> str
         over_seeds = "" if row["seed_deviation"] is None else f" ± {100 * row['seed_deviation']:.1f}"
         lines.append(
             [
-                title(row), _percent(row["mean"]) + over_seeds, _span(row["interval"]), _to_best(row["to_best"]),
+                title(row), _percent(row["mean"]) + over_seeds, _span(row["interval"]), _to_best(row),
                 *(_percent(row["organs"][organ]) for organ in organs),
                 _text(row["ice"], ".3f"), _text(row["hd95_mm_penalised"], ".1f"), _text(row["missed"], ".3g"),
             ]
@@ -234,7 +253,17 @@ def cost_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def title(row: Mapping[str, Any]) -> str:
-    return row["title"] + (" †" if row["prompted"] else "")
+    return row["title"] + (" †" if row["prompted"] else "") + (" ‡" if row.get("slowed") else "")
+
+
+def published(paper: Mapping[str, Any]) -> str:
+    """The section of a paper's own tables, as it printed them."""
+    parts = ["# Published", f"{paper['source']}, DSC in %. {paper['differs']}"]
+    for table in paper["tables"]:
+        lines = [["method", *table["columns"]]]
+        lines += [[name, *(f"{score:.2f}" for score in scores)] for name, scores in table["rows"].items()]
+        parts += [f"**{table['table']}**: {table['data']}", markdown_table(lines)]
+    return "\n\n".join(parts)
 
 
 def draw(table: Table, path: Path) -> None:
@@ -306,9 +335,10 @@ def draw_waterfall(waterfall: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _to_best(difference: Mapping[str, Any] | None) -> str:
+def _to_best(row: Mapping[str, Any]) -> str:
+    difference = row["to_best"]
     if difference is None:
-        return "best"
+        return "–" if row["prompted"] else "best"
     return f"{100 * (difference['mean'] or 0.0):+.1f} ({_span(difference['interval'], '+')})"
 
 

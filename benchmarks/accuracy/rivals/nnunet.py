@@ -1,7 +1,8 @@
-"""nnU-Net by its own package: its fingerprint, plan, preprocessing, network, augmentation and prediction.
+"""nnU-Net by its own package: its fingerprint, plan, preprocessing, network, augmentation, loss and prediction.
 
-Three things differ from the package: only the training cases of the split are used; training stops at the limit of the
-row, and the learning rate follows its progress; scans of data sets with left and right organs are not mirrored.
+Four things differ from the package: only the training cases of the split are used; scans of data sets with left and
+right organs are not mirrored; small parts are dropped as in all rows; and with a limit, its planner is asked for a
+network of the table's size, training stops at the limit, and the learning rate follows the row's progress.
 
 Source: github.com/MIC-DKFZ/nnUNet, nnunetv2/training/nnUNetTrainer/nnUNetTrainer.py, which is subclassed here."""
 
@@ -12,8 +13,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aftersam.config import DataConfig
 from aftersam.data.dataset import mirror_pairs
+from aftersam.data.volume import read_image, read_labels, write_labels
 from aftersam.files import read_json, write_json
+from aftersam.inference.postprocess import drop_small_parts, one_piece
 from aftersam.training.schedule import Progress
 
 if TYPE_CHECKING:
@@ -26,11 +30,7 @@ CONFIGURATIONS = {"nnU-Net 2D": "2d", "nnU-Net 3D": "3d_fullres"}
 
 def train(job: Job) -> Spent:
     """Plan, preprocess and train nnU-Net on the row's training cases; only the training itself is timed."""
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import (
-        extract_fingerprints,
-        plan_experiments,
-        preprocess,
-    )
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, preprocess
     from safetensors.torch import save_model
 
     from benchmarks.accuracy.rivals.patch_training import Spent, peak_mib
@@ -38,10 +38,14 @@ def train(job: Job) -> Spent:
     root = _paths(job)
     _export(job, root / "raw" / NAME)
     extract_fingerprints([NUMBER], num_processes=1)
-    plan_experiments([NUMBER])
+    _plan(limited=job.limited)
     preprocess([NUMBER], configurations=(CONFIGURATIONS[job.system.title],), num_processes=(1,))
     write_json(
         root / "preprocessed" / NAME / "splits_final.json", [{"train": job.training, "val": job.training[:1]}]
+    )
+    cached = job.cached(DataConfig(spacing_mm=job.limits.spacing_mm))
+    write_json(
+        job.home / "facts.json", {"one_piece": one_piece((c.labels for c in cached), job.dataset.labels)}
     )
     trainer = _trainer(job)
     cpu = time.process_time()
@@ -53,11 +57,12 @@ def train(job: Job) -> Spent:
 
 
 def predict(job: Job) -> dict[str, Any]:
-    """Segment the held-out scans by nnU-Net's own sliding window and export; the row's facts."""
+    """Segment the held-out scans by nnU-Net's own sliding window and export; the row's facts, its title among them."""
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
     from safetensors.torch import load_model
 
-    _paths(job)
+    made = _paths(job) / "masks"
+    made.mkdir(exist_ok=True)
     trainer = _trainer(job)
     trainer.initialize()
     trainer.set_deep_supervision_enabled(False)
@@ -72,15 +77,44 @@ def predict(job: Job) -> dict[str, Any]:
     )  # fmt: skip
     cases = list(job.held_out_cases())
     scans = [[str(case.image)] for case in cases]
-    predictor.predict_from_files_sequential(scans, [str(job.home / "masks" / case.id) for case in cases])
-    spacing = trainer.configuration_manager.spacing
-    if len(spacing) == 2:  # 2D networks work at the slice spacing of the data
-        spacing = [read_json(_plans(job))["original_median_spacing_after_transp"][0], *spacing]
+    predictor.predict_from_files_sequential(scans, [str(made / case.id) for case in cases])
+    pieces = read_json(job.home / "facts.json")["one_piece"]
+    for case in cases:
+        volume = read_image(case.image)
+        labels = read_labels(made / f"{case.id}{trainer.dataset_json['file_ending']}", like=volume).array
+        drop_small_parts(labels, pieces)
+        write_labels(job.home / "masks" / f"{case.id}.nii.gz", labels, volume, job.dataset.labels)
     return {
+        "title": job.system.title + (", planned for the budget" if job.limited else ""),
         "parameters": sum(p.numel() for p in trainer.network.parameters()),
-        "spacing_mm": [float(s) for s in spacing],
+        "spacing_mm": spacing_mm(read_json(_plans(job)), CONFIGURATIONS[job.system.title]),
         "precision": "float32" if job.device.type == "cpu" else "float16",
     }
+
+
+def spacing_mm(plans: dict[str, Any], configuration: str) -> list[float]:
+    """Voxel size (d, h, w) at which the network of `configuration` works.
+
+    2D networks work at the slice spacing of the data. Plans have the axes in the order of the network's input."""
+    spacing = plans["configurations"][configuration]["spacing"]
+    if len(spacing) == 2:
+        spacing = [plans["original_median_spacing_after_transp"][0], *spacing]
+    return [float(spacing[axis]) for axis in plans["transpose_backward"]]
+
+
+def _plan(*, limited: bool) -> None:
+    """Let nnU-Net's planner write its plans: its default ones, or `limited` ones, of networks of the table's size."""
+    from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+
+    if not limited:
+        ExperimentPlanner(NUMBER).plan_experiment()
+        return
+    planner = ExperimentPlanner(NUMBER, gpu_memory_target_in_gb=0.5, suppress_transpose=True)
+    planner.UNet_base_num_features = 16  # half of its features
+    planner.UNet_max_features_2d, planner.UNet_max_features_3d = 256, 192
+    plans = planner.plan_experiment()
+    plans["configurations"]["2d"]["batch_size"] = 12  # as the network that the planner takes for reference
+    planner.save_plans(plans)
 
 
 def _paths(job: Job) -> Path:
@@ -134,7 +168,6 @@ def _trainer(job: Job) -> Any:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
     limits, sided = job.config().train, _tells_sides(job.dataset.labels)
-    limited = job.limits.max_minutes is not None or job.limits.max_steps is not None
 
     class Budgeted(nnUNetTrainer):
         def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> Any:
@@ -147,7 +180,7 @@ def _trainer(job: Job) -> Any:
 
         def run_training(self) -> None:
             self.progress, began = Progress(), time.monotonic()
-            if not limited:
+            if not job.limited:
                 super().run_training()
                 steps = self.num_epochs * self.num_iterations_per_epoch
                 self.progress = Progress(steps, time.monotonic() - began)

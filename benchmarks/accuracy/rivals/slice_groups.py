@@ -1,7 +1,7 @@
 """AFTer-UNet and the Medical SAM Adapter, reimplemented from our parts: both take slice groups, as ours does.
 
 AFTer-UNet is our fusion transformer between a convolutional encoder and decoder. MSA is a SAM with adapters that
-segments one organ at a time from a click drawn from its label.
+segments one organ at a time from a click drawn from its label. A 2D network segments each slice of a group alone.
 
 Source: AFTer-UNet, arXiv 2110.10403; MSA, arXiv 2304.12620; their code was not used."""
 
@@ -86,6 +86,34 @@ def build_after_unet(config: ModelConfig, num_classes: int) -> AfterSAM:
     )
     encoder, decoder = UNetEncoder(UNET_CHANNELS), UNetDecoder(UNET_CHANNELS, num_classes)
     return AfterSAM(encoder, fusion, decoder, hu_windows=config.hu_windows)  # type: ignore[arg-type]  # parts with the same methods
+
+
+class SliceNetwork(nn.Module):
+    """A whole 2D network as an encoder: images (T, 3, H, W) -> its logits as the embedding, without skips."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> SliceFeatures:
+        return SliceFeatures(self.network(images), ())
+
+
+class NoDecoder(nn.Module):
+    """The embedding itself, which is logits (T, K+1, H, W)."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = self.num_tokens = num_classes
+
+    def forward(self, x: Tensor, skips: Sequence[Tensor] = (), labels: Tensor | None = None) -> Tensor:
+        return x
+
+
+def slice_network(network: nn.Module, config: ModelConfig, num_classes: int) -> AfterSAM:
+    """A 2D network that segments each slice alone, in the form that `predict_volume` takes."""
+    encoder, decoder = SliceNetwork(lead_background(network, num_classes)), NoDecoder(num_classes)
+    return AfterSAM(encoder, None, decoder, hu_windows=config.hu_windows)  # type: ignore[arg-type]  # parts with the same methods
 
 
 class Adapter(nn.Module):
