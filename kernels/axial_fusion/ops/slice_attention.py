@@ -4,7 +4,8 @@ The Triton backend (gpu/slice_attention.py) is a forward alone. cuDNN's and Flas
 and log-sum-exp; cuDNN's was the fastest backward at every size measured on an H100.
 The other backends are fused attentions that somebody maintains and that register their own operator and gradient:
 torch's SDPA (its own choice, or its flash, cuDNN or memory-efficient kernel), flash-attn, xformers, FlexAttention.
-`torch` writes the scores to memory, in fp32; it has every derivative. `auto` on a GPU is what `dispatch.FASTEST` holds,
+`torch` writes the scores to memory, in fp32; it has every derivative, and is `auto` for few positions on a CPU, where
+it is faster than a fused kernel, 3 times with a gradient in bfloat16. `auto` on a GPU is what `dispatch.FASTEST` holds,
 measured by `axial_fusion.tune slice_attention`, else SDPA's own choice.
 
 Gradients, with p = exp(scale · q kᵀ − lse): dv = pᵀ dY, dp = dY vᵀ, ds = p · (dp − Σ y · dY),
@@ -27,6 +28,7 @@ from ..checks import (
     no_autocast,
     no_second_derivative,
     softmax_scale,
+    under_transform,
     without_overlap,
 )
 from ..dispatch import select_backend
@@ -37,6 +39,7 @@ from ..registry import NAMESPACE, OPS, library, register_flop_formula
 _RAGGED = os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "0") == "1"
 
 _AXES = ("B", "N", "P", "M", "D")
+_BLOCK = 1 << 20  # scores of a block of the torch backend on a CPU: 4 MiB
 
 _LIB = library("slice_attention")
 _OP = f"{NAMESPACE}::slice_attention"
@@ -221,12 +224,23 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _torch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Half precision computes in fp32: scores of some tens, rounded to it, would move the weights by per cents."""
+    """Scores and softmax in fp32: scores of some tens, rounded to half precision, would move the weights by per cents.
+
+    On a CPU as many slices at a time as keep their scores in its cache."""
+    with no_autocast(q):
+        if q.device.type != "cpu" or torch.compiler.is_compiling() or under_transform((q, k, v)):
+            return _products(q, k, v, scale)
+        few = max(1, _BLOCK // max(1, q.shape[1] * q.shape[2] ** 2))
+        parts = [_products(*part, scale) for part in zip(*(t.split(few) for t in (q, k, v)), strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     dtype = q.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    with no_autocast(q):
-        q, k, v = (t.to(wide) for t in (q, k, v))
-        return (((q * scale) @ k.transpose(-1, -2)).softmax(-1) @ v).to(dtype)
+    q, k = q.to(wide), k.to(wide)
+    v = v if dtype == torch.bfloat16 else v.to(wide)  # a product of bfloat16 is added up in fp32
+    return (((q * scale) @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v).to(dtype)
 
 
 _LIBRARIES: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
