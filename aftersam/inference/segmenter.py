@@ -218,6 +218,8 @@ def load_run(
     graphs: bool = True,
 ) -> Segmenter:
     """Load a single run; see `load`."""
+    import torch
+
     from aftersam.device import dtype_for, find_device
     from aftersam.inference.graphs import capture_steps
     from aftersam.model.build import build_aftersam, check_weights, load_weights
@@ -235,6 +237,8 @@ def load_run(
         compile_steps(model)
     if graphs:
         capture_steps(model)
+    if where.type == "cpu":
+        model.to(memory_format=torch.channels_last)  # its convolutions take 0.6 of the time
     return Segmenter(
         model.to(where).eval(),
         config,
