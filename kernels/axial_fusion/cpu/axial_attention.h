@@ -269,6 +269,11 @@ static TARGET void LEVEL(forward)(const Axial *c, const Layout *l, float *scratc
         Rows k = rows_of(&c->k, scratch + l->k, at, m, c->keys, c, l);
         Rows v = rows_of(&c->v, scratch + l->v, at, m, c->keys, c, l);
         Rows y = rows_of(&c->y, scratch + l->q, at, m, c->queries, c, l); /* q is read no more */
+        if (l->stream) {
+            ahead(&c->q, at, m, c->queries, c);
+            ahead(&c->k, at, m, used, c);
+            ahead(&c->v, at, m, used, c);
+        }
         LEVEL(transpose)(qt, q, c->queries, l);
         LEVEL(scores)(s, k, qt, used, l);
         LEVEL(softmax)(s, queries.first, used, l, (float)c->scale);
@@ -295,6 +300,12 @@ static TARGET void LEVEL(backward)(const Axial *c, const Layout *l, float *scrat
         Rows dq = rows_of(&c->dq, scratch + l->dq, at, m, c->queries, c, l);
         Rows dk = rows_of(&c->dk, scratch + l->k, at, m, c->keys, c, l); /* k and v are read no more */
         Rows dv = rows_of(&c->dv, scratch + l->v, at, m, c->keys, c, l);
+        if (l->stream) {
+            ahead(&c->q, at, m, c->queries, c);
+            ahead(&c->k, at, m, used, c);
+            ahead(&c->v, at, m, used, c);
+            ahead(&c->dy, at, m, c->queries, c);
+        }
         LEVEL(transpose)(qt, q, c->queries, l);
         LEVEL(transpose)(dyt, dy, c->queries, l);
         LEVEL(scores)(s, k, qt, used, l);
