@@ -229,13 +229,14 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     On a CPU as many slices at a time as keep their scores in its cache."""
     with no_autocast(q):
         if q.device.type != "cpu" or torch.compiler.is_compiling() or under_transform((q, k, v)):
-            return _products(q, k, v, scale)
+            return _products(q, k, v, scale=scale)
         few = max(1, _BLOCK // max(1, q.shape[1] * q.shape[2] ** 2))
-        parts = [_products(*part, scale) for part in zip(*(t.split(few) for t in (q, k, v)), strict=True)]
+        blocks = zip(q.split(few), k.split(few), v.split(few), strict=True)
+        parts = [_products(*block, scale=scale) for block in blocks]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _products(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     dtype = q.dtype
     wide = torch.promote_types(dtype, torch.float32)
     q, k = q.to(wide), k.to(wide)
