@@ -87,13 +87,13 @@ clean: ## remove caches, builds and demo-run; .venv stays
 	.venv-triton36/bin/python -m pip install -q --no-deps triton==3.6.0
 	touch $@
 
-# nnU-Net's networks of other designs need timm, hence torchvision, whose wheel does not import beside torch's CPU build.
-# So nnU-Net's own packages are installed without what they require, and then what its U-Nets import of it.
+# nnunetv2 requires timm and so torchvision, whose wheel fails to import with torch's CPU build. Its U-Nets need neither:
+# what they import is installed first, then nnU-Net's packages without their requirements.
 .venv-nnunet/installed: setup.py constraints.txt
 	@echo "making .venv-nnunet: about 2.5 GB, some minutes, once"
 	python3 -m venv .venv-nnunet
 	.venv-nnunet/bin/python -m pip install -q -c constraints.txt -e '.[accuracy]' blosc2 connected-components-3d pandas \
 		scikit-image scikit-learn seaborn SimpleITK tifffile
-	.venv-nnunet/bin/python -m pip install -q -c constraints.txt --no-deps nnunetv2 'acvl-utils<0.3' batchgenerators \
+	.venv-nnunet/bin/python -m pip install -q -c constraints.txt --no-deps nnunetv2==2.8.1 'acvl-utils<0.3' batchgenerators \
 		batchgeneratorsv2 'dynamic-network-architectures<0.5'
 	touch $@

@@ -3,7 +3,8 @@
 Takes the newest result of several subjects of each device in benchmarks/results, and replaces its cases by those of
 newer results of a single subject. performance.md shows targets, one row a case with ours beside its best rival, time
 and memory against N and image size, a waterfall of techniques, and a roofline. accuracy.md shows the tables of
-benchmarks/results/accuracy. README's table has at most six rows and changes between its markers alone."""
+benchmarks/results/accuracy, then those of published/. README's table has at most six rows and changes between its
+markers alone."""
 
 from __future__ import annotations
 

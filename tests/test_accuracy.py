@@ -172,6 +172,8 @@ def test_all_systems_are_those_that_can_be_trained_here():
     assert set(command.wanted(dataclasses.replace(args, sam_checkpoint="sam.pth"))) == there
     with pytest.raises(ValueError, match="no system 'unnet'"):
         command.wanted(dataclasses.replace(args, systems=("unnet",)))
+    with pytest.raises(ValueError, match="all takes no other names"):
+        command.wanted(dataclasses.replace(args, systems=("all", "unet")))
 
 
 @pytest.mark.slow

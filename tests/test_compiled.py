@@ -30,6 +30,7 @@ SHAPES = {  # B, Nq, N, P, M, D
     "D 24": (1, 16, 16, 3, 3, 24),
     "D 130": (1, 3, 17, 2, 1, 130),
     "centre query": (2, 1, 9, 4, 2, 32),
+    "centre query past the caches": (1, 1, 9, 400, 7, 32),
     "more queries than keys": (1, 8, 3, 4, 2, 16),
     "33 slices": (2, 33, 33, 2, 2, 16),
     "48 slices": (1, 48, 48, 1, 1, 40),
@@ -265,6 +266,19 @@ def test_a_library_that_does_not_load_is_named(monkeypatch, tmp_path):
         assert compiled.missing().startswith("the compiled kernels do not load: ")
     finally:
         compiled._library.cache_clear()
+
+
+@BUILT
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_huge_finite_scores_are_weights(monkeypatch, level, dtype):
+    monkeypatch.setattr(compiled, "_level", lambda: level)
+    q = torch.full((1, 2, 8, 1, 32), 6e4, dtype=dtype)
+    torch.testing.assert_close(axial_attention(q, q, q, backend="cpu"), q)
+    torch.manual_seed(0)
+    k = 1e5 * torch.randn(1, 9, 8, 2, 32)
+    y = axial_attention(k, k, k, backend="cpu")
+    torch.testing.assert_close(y, reference.axial_attention(*[k.double()] * 3).float())
 
 
 @pytest.mark.parametrize("compiler", ["gcc", "clang", "aarch64-linux-gnu-gcc"])

@@ -155,7 +155,9 @@ def test_what_a_fusion_block_keeps_for_the_backward(side, plain):
     size = x.numel() * x.element_size()
     found = {name: round(count / size, 1) for name, count in kept.items()}
     assert found["composed", "block"] <= 0.4 * found["plain", "block"]
-    assert found["plain", "block"] == found["torch", "block"] == plain
+    assert found["plain", "block"] == plain
+    # it attends to blocks of slices, and keeps what they give joined as well
+    assert found["torch", "block"] == round(plain + 1, 1)
     assert (found["library"], found["library", "block"]) == (11.1, 21.1)
     assert found["composed", "block"] == pytest.approx(found["library", "block"], abs=0.3)
     assert found["checkpointed"] == 1.0

@@ -251,8 +251,8 @@ def test_what_hung_at_one_case_is_not_called_at_the_next_and_rivals_bring_ours_a
 
 
 def test_the_record_of_ours_names_the_rival_whose_call_it_makes():
-    shape = slice_attention.Shape(1, 2, 4, 1, 8)
-    qkv = [torch.randn(1, 2, 4, 1, 8, requires_grad=True) for _ in range(3)]
+    shape = slice_attention.Shape(1, 2, 128, 1, 8)
+    qkv = [torch.randn(1, 2, 128, 1, 8, requires_grad=True) for _ in range(3)]
     facts = {"subject": "slice", "name": "tiny"}
     found = {
         r["provider"]: r for r in measure(facts, qkv, slice_attention.providers(shape, qkv), budget_s=0.01)

@@ -401,3 +401,13 @@ def test_few_positions_on_a_cpu_are_plain_products_block_by_block(monkeypatch, d
         found.append([y, *torch.autograd.grad(y, tensors, grad)])
     for parts in found[1:]:
         torch.testing.assert_close(parts, found[0])
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace")
+def test_a_trace_takes_any_number_of_slices(monkeypatch):
+    def traced(q):
+        return slice_attention(q, q, q)
+
+    monkeypatch.setattr(op, "_BLOCK", 4 * 12**2)  # four slices of one head
+    one, many = torch.randn(1, 2, 12, 1, 8), torch.randn(1, 11, 12, 1, 8)
+    torch.testing.assert_close(torch.jit.trace(traced, one)(many), traced(many))

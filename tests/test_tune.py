@@ -55,7 +55,7 @@ def test_backends_of_slice_attention_are_measured_and_their_table_is_what_auto_t
     assert refused.keys() == {"triton", "sdpa_cudnn", "sdpa_efficient", "flash", "xformers"}
     assert all("cannot run slice_attention here" in reason for reason in refused.values())
     assert before == FASTEST
-    q = torch.randn(1, 9, 8, 1, 16)
+    q = torch.randn(1, 9, 128, 1, 16)
     assert select_backend("slice_attention", q).backend == "sdpa"
     monkeypatch.setitem(FASTEST, key, "sdpa_flash")
     assert select_backend("slice_attention", q).backend == "sdpa_flash"

@@ -33,8 +33,8 @@ class AccuracyArgs:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder of rows, masks and table; rows that it holds already are kept."""
     systems: tuple[str, ...] = ()
-    """Rows to train: names of SYSTEMS in benchmarks/accuracy/systems.py, such as unet dynunet aftersam. all: every
-    system whose packages are installed; the presets best and paper only with --sam-checkpoint."""
+    """Names in SYSTEMS (benchmarks/accuracy/systems.py) to train, such as unet dynunet aftersam; or all: every system
+    whose packages are installed, best and paper only with --sam-checkpoint."""
     predictions: tuple[str, ...] = ()
     """Masks made elsewhere, NAME=FOLDER: scored and placed in the table."""
     max_minutes: float | None = None
@@ -101,6 +101,8 @@ def wanted(args: AccuracyArgs) -> Sequence[str]:
             name for name, system in SYSTEMS.items()
             if not system.missing() and (args.sam_checkpoint or system.preset is None)
         ]  # fmt: skip
+    if "all" in args.systems:
+        raise ValueError("--systems all takes no other names")
     unknown = [name for name in args.systems if name not in SYSTEMS]
     if unknown:
         raise ValueError(f"there is no system {unknown[0]!r}; there are {', '.join(SYSTEMS)}, and all")

@@ -1,8 +1,8 @@
 """One row of the accuracy table: a system trained on the split within the limits, the held-out scans segmented, scored.
 
-Every system reads the same preprocessed cache; ours goes through aftersam.train and aftersam.predict, the others
-through one loop or, nnU-Net's, through its own. All drop small disconnected parts of organs that are one piece in every
-training label."""
+Every system but nnU-Net trains on the same preprocessed cache. Ours goes through aftersam.train and aftersam.predict,
+nnU-Net through its own loop, the others through one loop. All systems drop small disconnected parts of organs that are
+one piece in every training label."""
 
 from __future__ import annotations
 

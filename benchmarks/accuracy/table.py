@@ -29,10 +29,10 @@ FROM_SCRATCH = (
     "`--sam-checkpoint vit_b --systems aftersam_paper aftersam_best msa` trains its rows "
     "([how](../how-to/benchmarks.md#accuracy))."
 )
-BUSY = 0.9  # least share of processor time in minutes × threads; on a quiet machine it is above 0.95
+BUSY = 0.9  # least share of processor time in the minutes of one thread; on a quiet machine it is above 0.95
 SLOWED = (
-    f"‡ processor time was below {100 * BUSY:.0f} % of minutes × threads: other work on the machine took steps from "
-    "this row."
+    f"‡ processor time below {100 * BUSY:.0f} % of the minutes of one thread: the row shared the machine with other "
+    "work and made fewer steps."
 )
 BUDGET = ("max_minutes", "max_steps", "threads", "fold")  # limits that rows of an equal budget have in common
 FACTS = ("system", "title", "protocol", "note", "prompted", "parameters", "spacing_mm", "precision")
@@ -155,10 +155,13 @@ def _others(
 
 
 def _slowed(row: Mapping[str, Any]) -> bool:
-    """Whether a row that was trained for a wall time used too little of its threads' processor time."""
-    if not row.get("cpu_minutes") or not row["limits"]["max_minutes"]:
+    """Whether a row with a limit in minutes, trained by one thread of a CPU, had less than BUSY of its processor time.
+
+    On a GPU, and with several threads, a processor waits on a quiet machine too."""
+    limits, on_gpu = row.get("limits", {}), row.get("environment", {}).get("kind") == "gpu"
+    if on_gpu or not row.get("cpu_minutes") or not limits.get("max_minutes") or limits["threads"] != 1:
         return False
-    return bool(row["cpu_minutes"] < BUSY * row["minutes"] * row["limits"]["threads"])
+    return bool(row["cpu_minutes"] < BUSY * row["minutes"])
 
 
 def markdown(table: Table) -> str:
@@ -183,8 +186,8 @@ def apart(table: Table) -> str:
     best = next((row for row in table["rows"] if row["to_best"] is None and not row["prompted"]), None)
     if best is None:
         return "Every row was told where the organs are, so no row is called the best."
-    differences = {row["title"]: row["to_best"]["interval"] for row in table["rows"] if row["to_best"]}
-    close = [name for name, interval in differences.items() if interval and interval[1] >= 0]
+    differences = [(row["title"], row["to_best"]["interval"]) for row in table["rows"] if row["to_best"]]
+    close = [name for name, interval in differences if interval and interval[1] >= 0]
     if not close:
         return f"{best['title']} has the highest mean DSC."
     return (

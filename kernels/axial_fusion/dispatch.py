@@ -51,7 +51,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
 CHOSEN_ON_CPU = ("axial_attention", "slice_attention", "lora_linear", "lora_qkv")
 # Positions up to which plain products are faster than torch's fused attention on a CPU.
 FEW_POSITIONS = {torch.float16: 512, torch.bfloat16: 256, torch.float32: 100}
-# Channels · queries · keys from which the compiled axial attention is faster on a CPU; twice as many for one query.
+# Channels · queries · slices from which the compiled axial attention is faster on a CPU; twice as many for one query.
 FEWEST_PRODUCTS = {torch.float16: 64, torch.bfloat16: 64, torch.float32: 128}
 
 
@@ -98,7 +98,7 @@ COMPILED = Choice("cpu", "compiled for the CPU: a row is read once, and no score
 ON_CPU = Choice("torch", "a CPU tensor: library matmuls are fastest there")
 TRANSFORMED = Choice("torch", "plain products alone have a forward-mode derivative and every transform")
 FEW_PRODUCTS = Choice(
-    "torch", "so few products of rows cost less than the copies of rows of a compiled kernel"
+    "torch", "so few products take less time in plain torch than a call of the compiled kernel"
 )
 TRACED = Choice("torch", "a traced graph holds torch's own products alone")
 WRAPPED = Choice("torch", "a tensor subclass computes its operators itself, and knows torch's alone")
@@ -289,7 +289,7 @@ def _unfit(op: str, facts: Facts) -> str | None:
 
 
 def _fastest_slices(facts: Facts, positions: int) -> Choice:
-    """Of slice_attention among `positions`."""
+    """The choice for slice_attention with so many positions a slice."""
     key = SliceKey(_capability(facts.device), facts.dtype, facts.head_dim)
     measured = FASTEST.get(key)
     if measured:
@@ -302,7 +302,7 @@ def _fastest_slices(facts: Facts, positions: int) -> Choice:
         if unfit and "failed their check" in unfit:
             return Choice("sdpa", unfit)
     most = FEW_POSITIONS.get(facts.dtype, 0)
-    if facts.device.type == "cpu" and positions <= most:
+    if facts.device.type == "cpu" and not torch.compiler.is_exporting() and positions <= most:
         return Choice("torch", f"at most {most} positions on a CPU: plain products are faster")
     return SDPA
 

@@ -1,8 +1,8 @@
 """nnU-Net by its own package: its fingerprint, plan, preprocessing, network, augmentation, loss and prediction.
 
-Four things differ from the package: only the training cases of the split are used; scans of data sets with left and
-right organs are not mirrored; small parts are dropped as in all rows; and with a limit, its planner is asked for a
-network of the table's size, training stops at the limit, and the learning rate follows the row's progress.
+Differences from the package: it trains on the training cases of the split alone; scans with left and right organs are
+not mirrored; small parts are dropped as in all rows. With a limit, the planner is asked for a network of the table's
+size, training stops at the limit, and the learning rate follows the fraction of the limit that is spent.
 
 Source: github.com/MIC-DKFZ/nnUNet, nnunetv2/training/nnUNetTrainer/nnUNetTrainer.py, which is subclassed here."""
 
@@ -48,16 +48,15 @@ def train(job: Job) -> Spent:
         job.home / "facts.json", {"one_piece": one_piece((c.labels for c in cached), job.dataset.labels)}
     )
     trainer = _trainer(job)
-    cpu = time.process_time()
     trainer.run_training()
-    cpu_minutes = (time.process_time() - cpu) / 60
+    cpu_minutes = (time.process_time() - trainer.cpu_began) / 60
     save_model(trainer.network, str(job.home / "weights.safetensors"))
     progress = trainer.progress
     return Spent(progress.seconds / 60, cpu_minutes, progress.step, peak_mib(job.device))
 
 
 def predict(job: Job) -> dict[str, Any]:
-    """Segment the held-out scans by nnU-Net's own sliding window and export; the row's facts, its title among them."""
+    """Segment the held-out scans by nnU-Net's sliding window and export. Returns the row's facts and title."""
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
     from safetensors.torch import load_model
 
@@ -95,7 +94,7 @@ def predict(job: Job) -> dict[str, Any]:
 def spacing_mm(plans: dict[str, Any], configuration: str) -> list[float]:
     """Voxel size (d, h, w) at which the network of `configuration` works.
 
-    2D networks work at the slice spacing of the data. Plans have the axes in the order of the network's input."""
+    A 2D network keeps the slice spacing of the data. In plans, axes are in the order of the network's input."""
     spacing = plans["configurations"][configuration]["spacing"]
     if len(spacing) == 2:
         spacing = [plans["original_median_spacing_after_transp"][0], *spacing]
@@ -103,17 +102,17 @@ def spacing_mm(plans: dict[str, Any], configuration: str) -> list[float]:
 
 
 def _plan(*, limited: bool) -> None:
-    """Let nnU-Net's planner write its plans: its default ones, or `limited` ones, of networks of the table's size."""
+    """Write nnU-Net's plans: the default ones, or with `limited` plans for networks of the table's size."""
     from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 
     if not limited:
         ExperimentPlanner(NUMBER).plan_experiment()
         return
     planner = ExperimentPlanner(NUMBER, gpu_memory_target_in_gb=0.5, suppress_transpose=True)
-    planner.UNet_base_num_features = 16  # half of its features
+    planner.UNet_base_num_features = 16  # default 32
     planner.UNet_max_features_2d, planner.UNet_max_features_3d = 256, 192
     plans = planner.plan_experiment()
-    plans["configurations"]["2d"]["batch_size"] = 12  # as the network that the planner takes for reference
+    plans["configurations"]["2d"]["batch_size"] = 12  # the planner's reference batch size
     planner.save_plans(plans)
 
 
@@ -179,7 +178,7 @@ def _trainer(job: Job) -> Any:
             return rotation, dummy_2d, size, axes
 
         def run_training(self) -> None:
-            self.progress, began = Progress(), time.monotonic()
+            self.progress, began, self.cpu_began = Progress(), time.monotonic(), time.process_time()
             if not job.limited:
                 super().run_training()
                 steps = self.num_epochs * self.num_iterations_per_epoch
@@ -187,7 +186,7 @@ def _trainer(job: Job) -> Any:
                 return
             self.on_train_start()
             self.network.train()
-            began = time.monotonic()
+            began, self.cpu_began = time.monotonic(), time.process_time()
             while (done := self.progress.fraction(limits, 1)) < 1:
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.initial_lr * (1 - done) ** 0.9

@@ -1,11 +1,11 @@
-/* The kernels of kernels.c for one instruction set, which defines before it includes this file:
+/* The kernels of kernels.c for one instruction set. kernels.c defines before each inclusion:
 
    LEVEL(name)    names of its functions and types
    TARGET         which instructions they may use
    WIDTH          numbers of a vector
-   VECTORS        vectors of a row whose sums are in registers at a time, 2 or 4, of BLOCK rows
+   VECTORS        vectors (2 or 4) of each of BLOCK rows whose sums are kept in registers
    EXCHANGES      the steps of a transpose of WIDTH × WIDTH
-   STREAM(to, x)  writes a vector past the caches */
+   STREAM(to, x)  writes a vector by a non-temporal store; `to` is aligned to the vector */
 
 #define Lanes LEVEL(lanes)
 #define Ints LEVEL(ints)
@@ -16,7 +16,7 @@ typedef float Lanes __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t Bits __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
-typedef float Loose __attribute__((vector_size(4 * WIDTH), aligned(2), may_alias)); /* anywhere in memory */
+typedef float Loose __attribute__((vector_size(4 * WIDTH), aligned(1), may_alias)); /* anywhere in memory */
 
 INLINE TARGET Lanes LEVEL(either)(Ints mask, Lanes a, Lanes b) {
     return (Lanes)(((Ints)a & mask) | ((Ints)b & ~mask));
@@ -74,7 +74,7 @@ INLINE TARGET Lanes LEVEL(exponential)(Lanes x) {
     return LEVEL(either)(x < -87.0f, none, p * (Lanes)(((Bits)shifted + 127) << 23));
 }
 
-/* Which of the queries WIDTH · n .. WIDTH · (n + 1) - 1 are from `first` on. */
+/* Mask of vector n of the queries: lane i is set if query WIDTH · n + i is `first` or later. */
 INLINE TARGET Ints LEVEL(from)(int64_t first, int64_t n) {
     Ints lane;
     memcpy(&lane, NUMBERS, sizeof lane);
@@ -108,7 +108,7 @@ static TARGET void LEVEL(copy)(float *to, const View *t, Place at, int64_t rows,
         LEVEL(copy_as)(to, t, at, rows, stored, c, FLOAT16);
 }
 
-/* x (rows, padded) -> (padded, lanes), block by block, by exchanges of ever shorter pieces. */
+/* Transposes x (rows, padded) to (padded, lanes) in blocks of WIDTH × WIDTH; columns beyond `rows` are 0. */
 static TARGET void LEVEL(transpose)(float *to, Rows x, int64_t rows, const Layout *l) {
     for (int64_t j = 0; j < rows; j += WIDTH)
         for (int64_t d = 0; d < l->padded; d += WIDTH) {
@@ -121,7 +121,7 @@ static TARGET void LEVEL(transpose)(float *to, Rows x, int64_t rows, const Layou
 }
 
 INLINE TARGET void LEVEL(scores_of)(float *s, Rows x, const float *y, const Layout *l, int rows, int vectors) {
-    Lanes even[BLOCK][2] = {0}, odd[BLOCK][2] = {0}; /* two sums, so that none waits for the one before */
+    Lanes even[BLOCK][2] = {0}, odd[BLOCK][2] = {0}; /* two shorten the chain of additions */
     for (int64_t d = 0; d < l->padded; d += 2, y += 2 * l->lanes)
         for (int r = 0; r < rows; r++)
             for (int n = 0; n < vectors; n++) {
@@ -157,11 +157,11 @@ static TARGET void LEVEL(softmax)(float *scores, const int64_t *first, int64_t k
     for (int64_t n = 0; n < vectors; n++) {
         Lanes *s = (Lanes *)scores + n, none = {0}, most = none - (float)INFINITY, total = none;
         for (int64_t j = 0; j < keys; j++) {
-            Lanes x = s[j * vectors] * scale;
+            Lanes x = s[j * vectors] *= scale;
             most = LEVEL(either)(LEVEL(from)(first[j], n) & (x > most), x, most);
         }
         for (int64_t j = 0; j < keys; j++) {
-            Lanes x = LEVEL(exponential)(s[j * vectors] * scale - most);
+            Lanes x = LEVEL(exponential)(s[j * vectors] - most);
             total += s[j * vectors] = LEVEL(either)(LEVEL(from)(first[j], n), x, none);
         }
         total = 1.0f / total;
@@ -212,7 +212,7 @@ INLINE TARGET void LEVEL(sums)(Rows y, Weights w, Rows x, int64_t count, const L
     for (; d < l->padded; d += WIDTH) LEVEL(sums_of)(y, w, x, count, d, l->stream, rows, 1);
 }
 
-/* y, the rows of a result of one head: sums of rows of x over their ranges. */
+/* Writes y, the rows of one head's result: row i is the weighted sum of the rows of x in range i. */
 static TARGET void LEVEL(combine)(Rows y, Weights w, Rows x, const Range *range, int64_t rows, const Layout *l) {
     for (int64_t i = 0, block; i < rows; i += block, y.at += block * y.row) {
         int64_t first = range->first[i], end = range->end[i], left = rows - i < BLOCK ? rows - i : BLOCK;

@@ -18,9 +18,11 @@ from torch import Tensor
 from ..checks import constant_when_traced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # by their number in kernels.c
-MAX_SLICES = 64  # scores of a query: four vectors
+MAX_SLICES = 64  # MAX_ROWS of kernels.c
 VERSION = 1  # of what kernels.c takes
-_GROUP = 3 << 10  # elements of a position that a thread copies at a time: its heads, as many as fit the cache
+_GROUP = (
+    3 << 10
+)  # elements of k at a position that a thread works on at a time: as many heads as fit the cache
 _GRAIN = 1 << 15  # multiply-adds from which another thread pays
 
 

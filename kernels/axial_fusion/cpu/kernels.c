@@ -1,8 +1,9 @@
 /* Attention across slices on a CPU: y = softmax(scale · q kᵀ) v of each position and head, and its gradients.
 
-   Scores and softmax of one position and head stay in a thread's scratch memory, in fp32: a row a key, a column a
-   query, so that no sum over keys crosses the numbers of a vector. fp32 rows of whole vectors are read and written
-   where they are; others are copied into scratch memory and back, all heads of a position at once.
+   Scores and softmax of one position and head stay in a thread's scratch memory, in fp32. Scores have a row for each
+   key and a column for each query: a sum over keys adds whole vectors. fp32 rows whose length is a multiple of the
+   vector are read and written in place; other rows are copied into scratch memory and back, all heads of a position at
+   once.
    A query sees keys 0 .. end - 1, and every sum stops there: what a query does not see may hold any inf or NaN.
 
    axial_attention.h is compiled once for each instruction set; the widest that the processor has runs. */
@@ -16,10 +17,10 @@
 #endif
 
 #define MAX_ROWS 64 /* slices of a group */
-#define BLOCK 5     /* rows whose sums are in registers at a time: 5 and 9 slices leave few or none over */
+#define BLOCK 5     /* rows of a result that are computed together, in registers: 5 slices are one block, 9 are two */
 #define WIDEST 16   /* numbers of the widest vector */
 #define LINE 64     /* bytes of a cache line */
-#define STREAMED (3 << 20) /* bytes of a result from which it is written past the caches, which it would not fit */
+#define STREAMED (3 << 20) /* bytes from which a result exceeds the cache: non-temporal stores write it */
 #define INLINE static inline __attribute__((always_inline))
 
 static const int32_t NUMBERS[WIDEST] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -59,9 +60,9 @@ typedef struct { /* rows of one head, by the distance between two */
 } Rows;
 
 typedef struct { /* where a thread's scratch memory holds what, and its size, in numbers */
-    int64_t padded, lanes; /* numbers of a row, and queries, up to whole vectors */
+    int64_t padded, lanes; /* D and the number of queries, rounded up to whole vectors */
     int64_t direct;        /* rows are read and written where they are */
-    int64_t stream;        /* results are written past the caches */
+    int64_t stream;        /* results are written by non-temporal stores */
     int64_t q, dy, dq, k, v, qt, dyt, s, ds, size;
 } Layout;
 
@@ -73,7 +74,7 @@ typedef struct {
     int64_t items, chunk, next, workers;
 } Job;
 
-typedef struct { /* which rows of a sum each row of a result takes: first .. end - 1 */
+typedef struct { /* row i of a result is a sum over the rows first[i] .. end[i] - 1 */
     int64_t first[MAX_ROWS], end[MAX_ROWS];
 } Range;
 
@@ -99,7 +100,8 @@ static Layout layout(const Axial *c, int64_t width) {
     Layout l = {whole(c->dim, width), whole(c->queries, width), .q = 0};
     int64_t more = c->dq.data != NULL, all = c->group * l.padded; /* a row of all heads */
     l.direct = c->dtype == FLOAT32 && c->dim == l.padded;
-    l.stream = l.direct && c->batch * c->positions * c->heads * c->queries * c->dim * bytes(c) >= STREAMED &&
+    int64_t slices = more && c->keys > c->queries ? c->keys : c->queries; /* of the largest result */
+    l.stream = l.direct && c->batch * c->positions * c->heads * slices * c->dim * bytes(c) >= STREAMED &&
                in_lines(&c->y, c) && in_lines(&c->dq, c) && in_lines(&c->dk, c) && in_lines(&c->dv, c);
     l.dy = all * c->queries;
     l.dq = l.dy + more * all * c->queries;
@@ -123,8 +125,8 @@ static int64_t seen(const Axial *c, int64_t b, Range *keys, Range *queries) {
         keys->end[i] = end > 0 ? end : 0;
         for (; used < end; used++) queries->first[used] = i;
     }
-    for (int64_t j = used; j < c->keys; j++) queries->first[j] = c->queries;
-    for (int64_t j = 0; j < c->keys; j++) queries->end[j] = c->queries;
+    for (int64_t j = used; j < c->keys; j++) queries->first[j] = 0;
+    for (int64_t j = 0; j < c->keys; j++) queries->end[j] = j < used ? c->queries : 0;
     return used;
 }
 
@@ -140,7 +142,7 @@ static Rows rows_of(const View *t, float *copy, Place at, int64_t m, int64_t sto
     return (Rows){(float *)address(t, at, c), t->slice};
 }
 
-/* Asks for the rows of head m at the next position: they lie too far apart for the processor to foresee them. */
+/* Prefetches the rows of head m at the next position: the processor does not by itself across such strides. */
 static void ahead(const View *t, Place at, int64_t m, int64_t rows, const Axial *c) {
     if (++at.p == c->positions) return;
     at.m += m;
@@ -163,7 +165,7 @@ static void work(void *data) {
             job->run(c, &job->layout, scratch, (Place){position / c->positions, position % c->positions, m, heads});
         }
 #ifdef __x86_64__
-    _mm_sfence(); /* what was written past the caches is seen before the thread has ended */
+    _mm_sfence(); /* non-temporal stores become visible before the thread ends */
 #endif
 }
 
@@ -195,7 +197,7 @@ static void work(void *data) {
 #include "axial_attention.h"
 
 #define LEVEL(name) name##_avx512
-#ifdef __clang__ /* which takes the whole width by itself */
+#ifdef __clang__ /* which has no prefer-vector-width here, and uses 512 bits for these types anyway */
 #define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")))
 #else
 #define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
@@ -215,7 +217,7 @@ static void work(void *data) {
 #include "axial_attention.h"
 #endif
 
-/* What compiled.py checks: raised whenever `Axial` or a function here changes. */
+/* What compiled.py checks: raised whenever `Axial` or the arguments of a function change. */
 int64_t kernels_version(void) { return 1; }
 
 /* Which instruction set runs: 0 plain, 1 AVX2, 2 AVX-512. */

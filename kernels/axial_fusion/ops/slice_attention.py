@@ -4,9 +4,9 @@ The Triton backend (gpu/slice_attention.py) is a forward alone. cuDNN's and Flas
 and log-sum-exp; cuDNN's was the fastest backward at every size measured on an H100.
 The other backends are fused attentions that somebody maintains and that register their own operator and gradient:
 torch's SDPA (its own choice, or its flash, cuDNN or memory-efficient kernel), flash-attn, xformers, FlexAttention.
-`torch` writes the scores to memory, in fp32; it has every derivative, and is `auto` for few positions on a CPU, where
-it is faster than a fused kernel, 3 times with a gradient in bfloat16. `auto` on a GPU is what `dispatch.FASTEST` holds,
-measured by `axial_fusion.tune slice_attention`, else SDPA's own choice.
+`torch` computes the scores in fp32 and writes them to memory; it has every derivative. `auto` takes it for few
+positions on a CPU: with a gradient in bfloat16 it takes a third of the fused kernel's time. `auto` on a GPU is what
+`dispatch.FASTEST` holds, measured by `axial_fusion.tune slice_attention`, else SDPA's own choice.
 
 Gradients, with p = exp(scale · q kᵀ − lse): dv = pᵀ dY, dp = dY vᵀ, ds = p · (dp − Σ y · dY),
 dq = scale · ds k, dk = scale · dsᵀ q."""
@@ -39,7 +39,7 @@ from ..registry import NAMESPACE, OPS, library, register_flop_formula
 _RAGGED = os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "0") == "1"
 
 _AXES = ("B", "N", "P", "M", "D")
-_BLOCK = 1 << 20  # scores of a block of the torch backend on a CPU: 4 MiB
+_BLOCK = 1 << 20  # scores in a block of the torch backend on a CPU: 4 MiB in fp32
 
 _LIB = library("slice_attention")
 _OP = f"{NAMESPACE}::slice_attention"
@@ -224,11 +224,13 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _torch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Scores and softmax in fp32: scores of some tens, rounded to half precision, would move the weights by per cents.
+    """Attention by plain products, scores and softmax in fp32: rounding scores of some tens to half precision would
+    move the weights by per cents.
 
-    On a CPU as many slices at a time as keep their scores in its cache."""
+    On a CPU the slices are computed in blocks whose scores fit its cache."""
     with no_autocast(q):
-        if q.device.type != "cpu" or torch.compiler.is_compiling() or under_transform((q, k, v)):
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if q.device.type != "cpu" or traced or under_transform((q, k, v)):
             return _products(q, k, v, scale=scale)
         few = max(1, _BLOCK // max(1, q.shape[1] * q.shape[2] ** 2))
         blocks = zip(q.split(few), k.split(few), v.split(few), strict=True)
@@ -240,7 +242,8 @@ def _products(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     dtype = q.dtype
     wide = torch.promote_types(dtype, torch.float32)
     q, k = q.to(wide), k.to(wide)
-    v = v if dtype == torch.bfloat16 else v.to(wide)  # a product of bfloat16 is added up in fp32
+    # oneDNN adds the products of bfloat16 up in fp32
+    v = v if dtype == torch.bfloat16 and q.device.type == "cpu" else v.to(wide)
     return (((q * scale) @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v).to(dtype)
 
 
