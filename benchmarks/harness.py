@@ -220,6 +220,7 @@ def run(
     `lines` once it is measured, and what the file holds is not measured again, but ours beside rivals that are not in
     it. `groups`: which of GROUPS to measure."""
     end = time.perf_counter() + total_s
+    clock.keep_freed_memory()
     head, known = read(lines) if lines else ({}, [])
     if not head:
         name, where = str(dtype).removeprefix("torch."), environment()

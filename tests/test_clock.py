@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import platform
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -134,3 +137,29 @@ def test_on_a_cpu_the_wall_clock_takes_turns():
 def test_summary_is_the_median_and_quantiles():
     assert clock.summary([5.0, 1.0, 2.0, 4.0, 3.0]) == {"median": 3.0, "q20": 1.8, "q80": 4.2, "n": 5}
     assert clock.summary([7.0]) == {"median": 7.0, "q20": 7.0, "q80": 7.0, "n": 1}
+
+
+KEPT = """
+import resource, sys, torch
+from benchmarks import clock
+if sys.argv[1] == "kept":
+    clock.keep_freed_memory()
+for _ in range(8):  # until holes of that size are left
+    torch.ones(10 << 20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(10 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is told")
+def test_memory_that_a_call_frees_has_no_page_faults_in_the_next():
+    faults = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", KEPT, how], check=True, capture_output=True, text=True
+            ).stdout
+        )
+        for how in ("kept", "returned")
+    ]
+    assert faults[0] < 1000 < faults[1]  # 10,240 pages
