@@ -8,8 +8,8 @@ includes the host's share, which a user without a CUDA graph pays."""
 from __future__ import annotations
 
 import ctypes
+import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -172,17 +172,13 @@ def _wall_times(calls: Mapping[str, Call], budget_s: float) -> dict[str, list[fl
 
 
 def keep_freed_memory() -> None:
-    """Let glibc's malloc return no memory to the system.
+    """Let glibc's malloc return no memory to the system; nothing with another C library.
 
-    Otherwise a result whose memory was returned costs a page fault for every 4 KiB: 6.4 ms in place of 1.7 for a
-    backward of 14 MiB. Which results these are changes from run to run."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
-    if sys.platform == "linux":
+    Otherwise a result whose memory was returned costs a page fault for every 4 KiB, and which results these are changes
+    from run to run."""
+    if platform.libc_ver()[0] == "glibc":
         for option, value in ((-1, 2**31 - 1), (-4, 0)):  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
-            mallopt(option, value)
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def summary(measured: Sequence[float]) -> dict[str, float]:
