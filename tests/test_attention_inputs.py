@@ -19,6 +19,8 @@ from axial_fusion import (
     window_attention,
 )
 from axial_fusion.cpu import biased_attention
+from axial_fusion.dispatch import FEW_POSITIONS
+from axial_fusion.ops import slice_attention as slices
 
 HALVES = [torch.float16, torch.bfloat16]
 pytestmark = [  # torch's own, of nested tensors and of forward-mode derivatives
@@ -359,3 +361,33 @@ def test_a_wrong_argument_is_one_sentence(call, message):
     with pytest.raises(ValueError, match=message) as raised:
         call()
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", FEW_POSITIONS, ids=str)
+def test_few_positions_on_a_cpu_are_plain_products_block_by_block(monkeypatch, dtype):
+    for positions, chosen in ((FEW_POSITIONS[dtype], "torch"), (FEW_POSITIONS[dtype] + 1, "sdpa")):
+        assert (
+            select_backend("slice_attention", torch.empty(1, 1, positions, 1, 8, dtype=dtype)).backend
+            == chosen
+        )
+    torch.manual_seed(0)
+    qkv = (
+        torch.randn(2, 5, 12, 3, 3, 8).to(dtype).requires_grad_()
+    )  # q, k and v side by side, as a projection leaves them
+    grad = torch.randn(2, 3, 12, 5, 8).to(dtype).transpose(1, 3)
+    wide = qkv.detach().double().requires_grad_()
+    exact = reference.slice_attention(*wide.unbind(3))
+    expected = [exact, torch.autograd.grad(exact, wide, grad.double())[0]]
+    for block in (slices._BLOCK, 3 * 12**2 * 4, 1):  # all slices, four at a time, one
+        monkeypatch.setattr(slices, "_BLOCK", block)
+        y = slice_attention(*qkv.unbind(3))
+        for found, truth in zip((y, torch.autograd.grad(y, qkv, grad)[0]), expected, strict=True):
+            assert error(found, truth) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_of_slice_attention_takes_any_number_of_slices(monkeypatch):
+    monkeypatch.setattr(slices, "_BLOCK", 4 * 12**2)  # four slices of one head
+    one, many = torch.randn(1, 2, 12, 1, 8), torch.randn(1, 11, 12, 1, 8)
+    traced = torch.jit.trace(lambda q: slice_attention(q, q, q), one)
+    torch.testing.assert_close(traced(many), slice_attention(many, many, many))

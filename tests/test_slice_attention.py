@@ -383,31 +383,3 @@ def test_the_backward_says_which_library_it_takes(monkeypatch):
     if DEVICE == "cpu" and not torch.version.cuda:  # torch's CUDA build asks the driver
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         assert not op._cudnn_runs(q, q, q)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_few_positions_on_a_cpu_are_plain_products_block_by_block(monkeypatch, dtype):
-    most = dispatch.FEW_POSITIONS[dtype]
-    few, more = (torch.empty(1, 1, count, 1, 8, dtype=dtype) for count in (most, most + 1))
-    assert select_backend("slice_attention", few).backend == "torch"
-    assert select_backend("slice_attention", more).backend == "sdpa"
-    torch.manual_seed(0)
-    tensors = [torch.randn(2, 5, 12, 3, 8).to(dtype).requires_grad_() for _ in "qkv"]
-    grad = torch.randn(2, 5, 12, 3, 8).to(dtype)
-    found = []
-    for block in (op._BLOCK, 3 * 12**2 * 4, 1):  # all slices, four at a time, one
-        monkeypatch.setattr(op, "_BLOCK", block)
-        y = slice_attention(*tensors)
-        found.append([y, *torch.autograd.grad(y, tensors, grad)])
-    for parts in found[1:]:
-        torch.testing.assert_close(parts, found[0])
-
-
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace")
-def test_a_trace_takes_any_number_of_slices(monkeypatch):
-    def traced(q):
-        return slice_attention(q, q, q)
-
-    monkeypatch.setattr(op, "_BLOCK", 4 * 12**2)  # four slices of one head
-    one, many = torch.randn(1, 2, 12, 1, 8), torch.randn(1, 11, 12, 1, 8)
-    torch.testing.assert_close(torch.jit.trace(traced, one)(many), traced(many))
