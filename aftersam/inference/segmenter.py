@@ -237,7 +237,7 @@ def load_run(
         compile_steps(model)
     if graphs:
         capture_steps(model)
-    if where.type == "cpu":  # channels last, convolutions take 0.6 of the time
+    if where.type == "cpu":  # the layout of oneDNN's convolutions: others are copied into it
         for module in model.modules():
             if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs

@@ -5,8 +5,8 @@ and log-sum-exp; cuDNN's was the fastest backward at every size measured on an H
 The other backends are fused attentions that somebody maintains and that register their own operator and gradient:
 torch's SDPA (its own choice, or its flash, cuDNN or memory-efficient kernel), flash-attn, xformers, FlexAttention.
 `torch` computes the scores in fp32 and writes them to memory; it has every derivative. `auto` takes it for few
-positions on a CPU: with a gradient in bfloat16 it takes a third of the fused kernel's time. `auto` on a GPU is what
-`dispatch.FASTEST` holds, measured by `axial_fusion.tune slice_attention`, else SDPA's own choice.
+positions on a CPU, where it is faster than the fused kernel. `auto` on a GPU is what `dispatch.FASTEST` holds,
+measured by `axial_fusion.tune slice_attention`, else SDPA's own choice.
 
 Gradients, with p = exp(scale · q kᵀ − lse): dv = pᵀ dY, dp = dY vᵀ, ds = p · (dp − Σ y · dY),
 dq = scale · ds k, dk = scale · dsᵀ q."""
