@@ -55,6 +55,14 @@ def test_a_prompted_row_alone_is_not_called_the_best():
     assert "highest mean" not in text
 
 
+def test_masks_of_another_tool_are_no_seed_of_the_system_of_their_name():
+    ours, elsewhere = found_row("unet", 0, [[0.5]]), found_row("unet", 0, [[0.9]])
+    elsewhere[0]["system"] = "u-net"  # as --predictions U-Net=FOLDER names it
+    for row, _ in (ours, elsewhere):
+        row["protocol"] = "own recipe"
+    assert sorted(row["mean"] for row in summarise([ours, elsewhere])["rows"]) == [0.5, 0.9]
+
+
 def test_a_row_that_other_work_slowed_down_is_marked():
     rows = [found_row("unet", 0, [[0.5]]), found_row("dynunet", 0, [[0.5]]), found_row("cotr", 0, [[0.4]])]
     for (row, _), share in zip(rows, (0.97, 0.85, 0.5), strict=True):

@@ -118,13 +118,13 @@ def _common_budget(found: Sequence[Found]) -> dict[str, Any] | None:
     return budget
 
 
-def _place(found: Found) -> tuple[bool, int, str]:
+def _place(found: Found) -> tuple[bool, int, str, str]:
     """Sort key of a row: equal budgets first, then the paper's order; the same for all seeds of a system."""
     row = found[0]
     names = [{name, system.title.lower()} for name, system in SYSTEMS.items()]
     own = {row["system"], row["title"].lower()}
     place = next((i for i, known in enumerate(names) if known & own), len(names))
-    return row["protocol"] != "equal budget", place, row["title"]
+    return row["protocol"] != "equal budget", place, row["title"], row["system"]
 
 
 def _scores(matrix: np.ndarray, organs: Sequence[str]) -> dict[str, Any]:
