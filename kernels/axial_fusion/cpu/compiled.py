@@ -20,9 +20,8 @@ from ..checks import constant_when_traced
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # by their number in kernels.c
 MAX_SLICES = 64  # MAX_ROWS of kernels.c
 VERSION = 1  # of what kernels.c takes
-_GROUP = (
-    3 << 10
-)  # elements of k at a position that a thread works on at a time: as many heads as fit the cache
+# Elements of k at a position that a thread works on at a time: as many heads as fit the cache.
+_GROUP = 3 << 10
 _GRAIN = 1 << 15  # multiply-adds from which another thread pays
 
 
