@@ -25,7 +25,9 @@ setup(
         Extension(
             "axial_fusion.cpu._kernels",
             ["kernels/axial_fusion/cpu/kernels.c"],
-            depends=["kernels/axial_fusion/cpu/axial_attention.h"],
+            depends=[
+                f"kernels/axial_fusion/cpu/{name}.h" for name in ("level", "axial_attention", "group_norm")
+            ],
             extra_compile_args=["-O3", "-Wno-psabi"],
             optional=True,
         )

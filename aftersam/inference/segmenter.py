@@ -218,11 +218,10 @@ def load_run(
     graphs: bool = True,
 ) -> Segmenter:
     """Load a single run; see `load`."""
-    import torch
-
     from aftersam.device import dtype_for, find_device
     from aftersam.inference.graphs import capture_steps
     from aftersam.model.build import build_aftersam, check_weights, load_weights
+    from aftersam.model.layers import put_channels_last
     from aftersam.model.lora import merge_lora
     from aftersam.model.run_folder import find_run, read_run
 
@@ -237,10 +236,8 @@ def load_run(
         compile_steps(model)
     if graphs:
         capture_steps(model)
-    if where.type == "cpu":  # the layout of oneDNN's convolutions: others are copied into it
-        for module in model.modules():
-            if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
-                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+    if where.type == "cpu":
+        put_channels_last(model)
     return Segmenter(
         model.to(where).eval(),
         config,

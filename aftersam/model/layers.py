@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from axial_fusion.checks import ordinary
+from axial_fusion.cpu import compiled
 from axial_fusion.ops.dense_linear import dense_linear
 from axial_fusion.ops.row_norm import row_norm
 
@@ -98,8 +101,7 @@ class ConvBlock(nn.Sequential):
     def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1) -> None:
         super().__init__(
             nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
-            GroupNorm(max(out_channels // 8, 1), out_channels),
-            nn.ReLU(inplace=True),
+            GroupNorm(max(out_channels // 8, 1), out_channels, relu=True),
         )
         nn.init.kaiming_normal_(self[0].weight, nonlinearity="relu")
 
@@ -111,23 +113,98 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.block = ConvBlock(channels, channels)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm = GroupNorm(max(channels // 8, 1), channels)
+        self.norm = GroupNorm(max(channels // 8, 1), channels, relu=True)
         nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.norm(self.conv(self.block(x))))
+        y: Tensor = self.norm(self.conv(self.block(x)), x)
+        return y
+
+
+class DoubleSize(nn.ConvTranspose2d):
+    """Transposed 2×2 convolution of stride 2: on a CPU, where channels lie last, products forward and backward."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 2, stride=2)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if output_size is not None or not _lies_last(x):
+            return super().forward(x, output_size)
+        weight = self.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (2·2·out, in)
+        assert self.bias is not None
+        y = dense_linear(x.permute(0, 2, 3, 1), weight, self.bias.repeat(4))  # (T, h, w, 2·2·out)
+        y = y.unflatten(3, (2, 2, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (T, 2h, 2w, out)
+        return y.permute(0, 3, 1, 2)
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm with moments by many blocks of a GPU. torch's kernel has one block for each slice and group."""
+    """nn.GroupNorm, plus what is added to it, through a ReLU where there is one.
 
-    def forward(self, x: Tensor) -> Tensor:
+    On a GPU moments are taken by many blocks: torch's kernel has one for each slice and group. On a CPU, where channels
+    lie last, all of it is one compiled kernel: torch's backward is slow there."""
+
+    def __init__(self, num_groups: int, num_channels: int, *, relu: bool = False) -> None:
+        super().__init__(num_groups, num_channels)
+        self.relu = relu
+
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        if self._compiled(x, added):
+            y: Tensor = CompiledGroupNorm.apply(
+                x, added, self.weight, self.bias, self.num_groups, self.eps, self.relu
+            )
+            return y
+        y = self._norm(x)
+        y = y if added is None else added + y
+        return y.relu_() if self.relu else y
+
+    def _compiled(self, x: Tensor, added: Tensor | None) -> bool:
+        return (
+            _lies_last(x)
+            and x.dtype in compiled.DTYPES
+            and (added is None or (added.dtype == x.dtype and ordinary(added)))
+            and compiled.missing() is None
+        )
+
+    def _norm(self, x: Tensor) -> Tensor:
         if x.device.type != "cuda" or not (x.dtype == torch.float32 or torch.is_autocast_enabled("cuda")):
             return super().forward(x)
         with without_autocast(x.device):  # which casts what a norm takes to fp32
             x, weight, bias = x.float(), self.weight.float(), self.bias.float()
             y: Tensor = SpreadGroupNorm.apply(x, weight, bias, self.num_groups, self.eps)
         return y
+
+
+class CompiledGroupNorm(torch.autograd.Function):
+    """Group norm of x (T, C, h, w), channels last, on a CPU, with what is added to it and a ReLU."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        added: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        groups: int,
+        eps: float,
+        relu: bool,
+    ) -> Tensor:
+        if added is not None:
+            added = added.contiguous(memory_format=torch.channels_last)
+        wide = weight.float().contiguous()
+        y, mean, rstd = compiled.norm_forward(x, added, wide, bias.float().contiguous(), groups, eps, relu)
+        ctx.save_for_backward(x, y, mean, rstd, weight)
+        ctx.options = relu, added is not None
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, mean, rstd, weight = ctx.saved_tensors
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        dx, dadded, dweight, dbias = compiled.norm_backward(
+            dy, x, y, mean, rstd, weight.float().contiguous(), *ctx.options
+        )
+        return dx, dadded, dweight.to(weight.dtype), dbias.to(weight.dtype), None, None, None
 
 
 class SpreadGroupNorm(torch.autograd.Function):
@@ -155,6 +232,17 @@ class SpreadGroupNorm(torch.autograd.Function):
         return *grads, None, None
 
 
+def _lies_last(x: Tensor) -> bool:
+    """Whether x (T, C, h, w) lies on a CPU with its channels last, and nothing traces or transforms it."""
+    return (
+        x.device.type == "cpu"
+        and ordinary(x)
+        and not torch.jit.is_tracing()
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not x.is_contiguous()
+    )
+
+
 class LayerNorm2d(nn.Module):
     """LayerNorm over the channels of (T, C, h, w), as SAM's and with its names, in one pass."""
 
@@ -167,6 +255,15 @@ class LayerNorm2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
         return x.permute(0, 3, 1, 2)
+
+
+def put_channels_last(model: nn.Module) -> None:
+    """Let the convolutions of a model on a CPU have their channels last, in place: oneDNN copies others before it runs.
+
+    Weights change their strides alone, and what a convolution gives lies as its weights do."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
 
 
 def build_neck(dim: int, out_channels: int) -> nn.Sequential:

@@ -77,6 +77,8 @@ def load_moments(path: Path, optimizer: torch.optim.Optimizer) -> None:
                 raise ValueError(f"{path} holds the moment {key!r:.200} of no parameter that trains")
             if isinstance(parameter, DTensor) and value.dim():
                 value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+            elif value.dim():  # the fused optimiser reads both as they lie in memory
+                value = torch.empty_like(parameter, device=value.device).copy_(value)
             state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

@@ -24,6 +24,7 @@ from aftersam.evaluation.figures import loss_figure
 from aftersam.files import read_json, write_json
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.build import build_aftersam, load_weights
+from aftersam.model.layers import put_channels_last
 from aftersam.training.arguments import Plan, TrainArgs, make_plan
 from aftersam.training.checkpoint import load_moments, save_training, save_weights, trim_history
 from aftersam.training.schedule import Progress, group_batches, learning_rate, steps_in_epoch
@@ -98,6 +99,8 @@ def _learner(model: AfterSAM, plan: Plan, processes: Processes) -> Learner:
     config, accelerator = plan.config.train, processes.accelerator
     if config.shard:
         shard(model, processes.device)
+    elif processes.device.type == "cpu":
+        put_channels_last(model)
     optimizer = build_optimizer(model, config)
     # a sharded model exchanges its own gradients, so that accelerate must not
     prepared = model if config.shard else accelerator.prepare(model)

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import struct
 import sys
+from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -19,13 +20,14 @@ from ..checks import constant_when_traced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # by their number in kernels.c
 MAX_SLICES = 64  # MAX_ROWS of kernels.c
-VERSION = 1  # of what kernels.c takes
+VERSION = 2  # of what kernels.c takes
 # Elements of k at a position that a thread works on at a time: as many heads as fit the cache.
 _GROUP = 3 << 10
 _GRAIN = 1 << 15  # multiply-adds from which another thread pays
 
 
 _CALL = struct.Struct("51qd")  # an Axial of kernels.c: eight views of five numbers, eleven more, scale
+_NORM = struct.Struct("18qd")  # a GroupNorm of kernels.c: eleven pointers, seven numbers, eps
 _ABSENT = (0,) * 5  # the view of an absent tensor
 
 
@@ -48,8 +50,10 @@ def _library() -> ctypes.CDLL | str:
         return f"the compiled kernels do not load: {error}"
     if version != VERSION:
         return "the compiled kernels are of another version of this package; install it again"
-    library.axial_level.restype = library.axial_attention.restype = ctypes.c_int64
-    library.axial_attention.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64]
+    for function in (library.kernels_level, library.axial_attention, library.group_norm):
+        function.restype = ctypes.c_int64
+    for function in (library.axial_attention, library.group_norm):
+        function.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64]
     return library
 
 
@@ -76,7 +80,7 @@ def _parallel() -> int | None:
 def _level() -> int:
     library = _library()
     assert not isinstance(library, str)
-    return library.axial_level()
+    return library.kernels_level()
 
 
 def _view(t: Tensor) -> tuple[int, ...]:
@@ -134,3 +138,44 @@ def backward(
     views = [*map(_view, (q, k, v)), _ABSENT, *map(_view, (dy, dq, dk, dv))]
     _run(q, k, views, lengths, scale, causal)
     return dq, dk, dv
+
+
+def _norm(tensors: Sequence[Tensor | None], x: Tensor, groups: int, eps: float, relu: bool) -> None:
+    """`tensors`: x, added, y, dy, dx, weight, bias, mean, rstd, dweight and dbias as in kernels.c."""
+    library = _library()
+    assert not isinstance(library, str)
+    images, channels, height, width = x.shape
+    threads = max(1, min(torch.get_num_threads(), images, x.numel() // _GRAIN))
+    call = _NORM.pack(
+        *(0 if t is None else t.data_ptr() for t in tensors),
+        images, height * width, channels, groups, DTYPES.index(x.dtype), relu, threads,
+        eps,
+    )  # fmt: skip
+    if library.group_norm(call, _parallel(), _level()):
+        raise MemoryError("group_norm: no memory for the rows that its threads work on")
+
+
+def norm_forward(
+    x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Group norm of x (T, C, h, w) by weight and bias (C,) in fp32, plus `added`, through a ReLU -> y, mean, rstd.
+
+    x and `added` are dense with channels last and of one dtype, as y is; mean and rstd (T, groups) are fp32."""
+    y = torch.empty_like(x)
+    mean, rstd = x.new_empty((2, len(x), groups), dtype=torch.float32)
+    if x.numel():
+        _norm([x, added, y, None, None, weight, bias, mean, rstd, None, None], x, groups, eps, relu)
+    return y, mean, rstd
+
+
+def norm_backward(
+    dy: Tensor, x: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, relu: bool, added: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Gradients of x, of what was added where it was, of weight and bias; dy lies in memory as x does."""
+    dx = torch.empty_like(x)
+    dadded = torch.empty_like(x) if added else None
+    dweight, dbias = x.new_zeros((2, *x.shape[:2]), dtype=torch.float32)
+    if x.numel():
+        tensors = [x, dadded, y, dy, dx, weight, None, mean, rstd, dweight, dbias]
+        _norm(tensors, x, mean.shape[1], 0.0, relu)
+    return dx, dadded, dweight.sum(0), dbias.sum(0)

@@ -1,12 +1,16 @@
-/* Attention across slices on a CPU: y = softmax(scale · q kᵀ) v of each position and head, and its gradients.
+/* The compiled kernels of a CPU: attention across slices, y = softmax(scale · q kᵀ) v of each position and head, and
+   group norm of images whose channels lie last, both with their gradients.
 
-   Scores and softmax of one position and head stay in a thread's scratch memory, in fp32. Scores have a row for each
-   key and a column for each query: a sum over keys adds whole vectors. fp32 rows whose length is a multiple of the
-   vector are read and written in place; other rows are copied into scratch memory and back, all heads of a position at
-   once.
+   Attention: scores and softmax of one position and head stay in a thread's scratch memory, in fp32. Scores have a row
+   for each key and a column for each query: a sum over keys adds whole vectors. fp32 rows whose length is a multiple of
+   the vector are read and written in place; other rows are copied into scratch memory and back, all heads of a position
+   at once.
    A query sees keys 0 .. end - 1, and every sum stops there: what a query does not see may hold any inf or NaN.
 
-   axial_attention.h is compiled once for each instruction set; the widest that the processor has runs. */
+   Group norm: an image is read twice, the second time from the cache: for its sums, and for its results, with an
+   addition and a ReLU behind them.
+
+   level.h is compiled once for each instruction set; the widest that the processor has runs. */
 
 #include <math.h>
 #include <stdint.h>
@@ -70,8 +74,33 @@ typedef struct {
     const Axial *call;
     Layout layout;
     void (*run)(const Axial *, const Layout *, float *, Place);
+} AxialWork;
+
+typedef struct { /* images (T, P, C), dense, C last; compiled.py packs it */
+    char *x, *added, *y, *dy, *dx; /* dx: NULL in the forward; added: NULL, or in the backward its gradient */
+    const float *weight, *bias;    /* (C,) */
+    float *mean, *rstd;            /* (T, groups), results of the forward */
+    float *dweight, *dbias;        /* (T, C) */
+    int64_t images, pixels, channels, groups, dtype, relu, threads;
+    double eps;
+} GroupNorm;
+
+typedef struct { /* of one image */
+    char *x, *added, *y, *dy, *dx;
+    int64_t relu;
+} Image;
+
+typedef struct { /* numbers of a tile, how many whole ones an image has, the numbers behind them; rows of a tile */
+    int64_t tile, tiles, rest;
+    double *first, *second; /* sums over all tiles */
+    float *mean, *scale, *shift, *slope;
+} Tiles;
+
+typedef struct { /* items that threads share */
+    void (*run)(const void *call, float *scratch, int64_t item);
+    const void *call;
     float *scratch; /* of every thread */
-    int64_t items, chunk, next, workers;
+    int64_t size, items, threads, chunk, next, workers;
 } Job;
 
 typedef struct { /* row i of a result is a sum over the rows first[i] .. end[i] - 1 */
@@ -151,22 +180,125 @@ static void ahead(const View *t, Place at, int64_t m, int64_t rows, const Axial 
             __builtin_prefetch(address(t, at, c) + i * t->slice * bytes(c) + d);
 }
 
+static void axial_item(const void *call, float *scratch, int64_t item) {
+    const AxialWork *work = call;
+    const Axial *c = work->call;
+    int64_t groups = whole(c->heads, c->group) / c->group, m = item % groups * c->group, position = item / groups;
+    int64_t heads = c->heads - m < c->group ? c->heads - m : c->group;
+    work->run(c, &work->layout, scratch, (Place){position / c->positions, position % c->positions, m, heads});
+}
+
+static Image image_of(const GroupNorm *c, int64_t image) {
+    int64_t offset = image * c->pixels * c->channels * (c->dtype == FLOAT32 ? 4 : 2);
+#define PART(of) (c->of ? c->of + offset : NULL)
+    return (Image){PART(x), PART(added), PART(y), PART(dy), PART(dx), c->relu};
+#undef PART
+}
+
+static int64_t tile_of(const GroupNorm *c, int64_t vectors) {
+    int64_t tile = c->channels;
+    while (tile % vectors) tile += c->channels;
+    return tile;
+}
+
+static Tiles tiles(const GroupNorm *c, float *scratch, int64_t vectors) {
+    int64_t tile = tile_of(c, vectors), all = c->pixels * c->channels;
+    double *sums = (double *)scratch;
+    float *rows = (float *)(sums + 2 * tile);
+    memset(sums, 0, sizeof *sums * (size_t)(2 * tile));
+    return (Tiles){tile, all / tile, all % tile, sums, sums + tile,
+                   rows, rows + tile, rows + 2 * tile, rows + 3 * tile};
+}
+
+/* Sums of each number of a tile -> those of each channel, in the first C. */
+static void by_channel(const GroupNorm *c, const Tiles *l) {
+    for (int64_t e = c->channels; e < l->tile; e++) {
+        l->first[e % c->channels] += l->first[e];
+        l->second[e % c->channels] += l->second[e];
+    }
+}
+
+/* Sums about the first pixel -> mean and rstd of each group, and the factors of the forward. */
+static void spread_moments(const GroupNorm *c, const Tiles *l, int64_t image) {
+    int64_t wide = c->channels / c->groups;
+    double pixels = (double)c->pixels;
+    by_channel(c, l);
+    for (int64_t g = 0; g < c->groups; g++) {
+        double mean = 0, squares = 0;
+        for (int64_t i = g * wide; i < (g + 1) * wide; i++) mean += (l->mean[i] + l->first[i] / pixels) / (double)wide;
+        for (int64_t i = g * wide; i < (g + 1) * wide; i++) {
+            double own = l->first[i] / pixels, off = l->mean[i] + own - mean;
+            squares += l->second[i] / pixels - own * own + off * off;
+        }
+        if (squares < 0) squares = 0;
+        c->mean[image * c->groups + g] = (float)mean;
+        c->rstd[image * c->groups + g] = (float)(1 / sqrt(squares / (double)wide + c->eps));
+    }
+    for (int64_t e = 0; e < l->tile; e++) {
+        int64_t i = e % c->channels, g = image * c->groups + i / wide;
+        l->mean[e] = c->mean[g];
+        l->scale[e] = c->weight[i] * c->rstd[g];
+        l->shift[e] = c->bias[i];
+    }
+}
+
+static void spread_means(const GroupNorm *c, const Tiles *l, int64_t image) {
+    int64_t wide = c->channels / c->groups;
+    for (int64_t e = 0; e < l->tile; e++) l->mean[e] = c->mean[image * c->groups + e % c->channels / wide];
+}
+
+/* Sums of dy and dy · (x - mean) -> gradients of weight and bias, and the factors of dx. */
+static void spread_slopes(const GroupNorm *c, const Tiles *l, int64_t image) {
+    int64_t wide = c->channels / c->groups;
+    double count = (double)(c->pixels * wide);
+    by_channel(c, l);
+    for (int64_t g = 0; g < c->groups; g++) {
+        double rstd = c->rstd[image * c->groups + g], first = 0, second = 0;
+        for (int64_t i = g * wide; i < (g + 1) * wide; i++) {
+            c->dbias[image * c->channels + i] = (float)l->first[i];
+            c->dweight[image * c->channels + i] = (float)(l->second[i] * rstd);
+            first += c->weight[i] * l->first[i];
+            second += c->weight[i] * l->second[i];
+        }
+        for (int64_t i = g * wide; i < (g + 1) * wide; i++) {
+            l->scale[i] = (float)(c->weight[i] * rstd);
+            l->shift[i] = (float)(-first * rstd / count);
+            l->slope[i] = (float)(-second * rstd * rstd * rstd / count);
+        }
+    }
+    for (int64_t e = c->channels; e < l->tile; e++) {
+        l->scale[e] = l->scale[e - c->channels];
+        l->shift[e] = l->shift[e - c->channels];
+        l->slope[e] = l->slope[e - c->channels];
+    }
+}
+
 static void work(void *data) {
     Job *job = data;
-    const Axial *c = job->call;
     int64_t worker = __atomic_fetch_add(&job->workers, 1, __ATOMIC_RELAXED), start;
-    int64_t groups = whole(c->heads, c->group) / c->group;
-    if (worker >= c->threads) return;
-    float *scratch = job->scratch + worker * job->layout.size;
+    if (worker >= job->threads) return;
+    float *scratch = job->scratch + worker * job->size;
     while ((start = __atomic_fetch_add(&job->next, job->chunk, __ATOMIC_RELAXED)) < job->items)
-        for (int64_t item = start; item < start + job->chunk && item < job->items; item++) {
-            int64_t m = item % groups * c->group, position = item / groups;
-            int64_t heads = c->heads - m < c->group ? c->heads - m : c->group;
-            job->run(c, &job->layout, scratch, (Place){position / c->positions, position % c->positions, m, heads});
-        }
+        for (int64_t item = start; item < start + job->chunk && item < job->items; item++)
+            job->run(job->call, scratch, item);
 #ifdef __x86_64__
     _mm_sfence(); /* non-temporal stores become visible before the thread ends */
 #endif
+}
+
+/* All items, by one thread where `parallel` is NULL. `size`: numbers of scratch memory that a thread needs. Gives 0, or
+   1 where there is no memory. */
+static int64_t share(Job job, Parallel parallel, int64_t size) {
+    job.size = whole(size, WIDEST);
+    job.chunk = job.items / (8 * job.threads) + 1;
+    job.scratch = aligned_alloc(LINE, sizeof(float) * (size_t)(job.threads * job.size));
+    if (!job.scratch) return 1;
+    if (parallel && job.threads > 1)
+        parallel(work, &job, (unsigned)job.threads, 0);
+    else
+        work(&job);
+    free(job.scratch);
+    return 0;
 }
 
 #define LEVEL(name) name##_plain
@@ -181,7 +313,7 @@ static void work(void *data) {
 #else
 #define STREAM(to, x) *(Loose *)(to) = x
 #endif
-#include "axial_attention.h"
+#include "level.h"
 
 #ifdef __x86_64__
 #define LEVEL(name) name##_avx2
@@ -194,7 +326,7 @@ static void work(void *data) {
     EXCHANGE(b, a, 1, (0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15))      \
     memcpy(a, b, sizeof a);
 #define STREAM(to, x) _mm256_stream_ps(to, (__m256)(x))
-#include "axial_attention.h"
+#include "level.h"
 
 #define LEVEL(name) name##_avx512
 #ifdef __clang__ /* which has no prefer-vector-width here, and uses 512 bits for these types anyway */
@@ -214,14 +346,14 @@ static void work(void *data) {
     EXCHANGE(a, b, 1, (0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),                    \
              (1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
 #define STREAM(to, x) _mm512_stream_ps(to, (__m512)(x))
-#include "axial_attention.h"
+#include "level.h"
 #endif
 
-/* What compiled.py checks: raised whenever `Axial` or the arguments of a function change. */
-int64_t kernels_version(void) { return 1; }
+/* What compiled.py checks: raised whenever a structure or the arguments of a function change. */
+int64_t kernels_version(void) { return 2; }
 
 /* Which instruction set runs: 0 plain, 1 AVX2, 2 AVX-512. */
-int64_t axial_level(void) {
+int64_t kernels_level(void) {
 #ifdef __x86_64__
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -232,24 +364,26 @@ int64_t axial_level(void) {
     return 0;
 }
 
-/* Forward, or backward where dq is given, on `call->threads` threads; on one where `parallel` is NULL. Gives 0, or 1
-   where there is no memory. */
+static int64_t width_of(int64_t level) { return level == 2 ? 16 : level == 1 ? 8 : 4; }
+
+/* Both functions: forward, or backward where dq or dx is given, on `call->threads` threads; on one where `parallel` is
+   NULL. They give 0, or 1 where there is no memory. */
 int64_t axial_attention(const Axial *call, Parallel parallel, int64_t level) {
-    Job job = {.call = call, .layout = layout(call, level == 2 ? 16 : level == 1 ? 8 : 4)};
-    job.run = call->dq.data ? backward_plain : forward_plain;
+    AxialWork axial = {call, layout(call, width_of(level)), call->dq.data ? backward_plain : forward_plain};
 #ifdef __x86_64__
-    if (level == 1) job.run = call->dq.data ? backward_avx2 : forward_avx2;
-    if (level == 2) job.run = call->dq.data ? backward_avx512 : forward_avx512;
+    if (level == 1) axial.run = call->dq.data ? backward_avx2 : forward_avx2;
+    if (level == 2) axial.run = call->dq.data ? backward_avx512 : forward_avx512;
 #endif
-    size_t size = sizeof(float) * (size_t)(call->threads * job.layout.size);
-    job.scratch = aligned_alloc(LINE, size);
-    if (!job.scratch) return 1;
-    job.items = call->batch * call->positions * (whole(call->heads, call->group) / call->group);
-    job.chunk = job.items / (8 * call->threads) + 1;
-    if (parallel && call->threads > 1)
-        parallel(work, &job, (unsigned)call->threads, 0);
-    else
-        work(&job);
-    free(job.scratch);
-    return 0;
+    int64_t groups = whole(call->heads, call->group) / call->group;
+    Job job = {axial_item, &axial, .items = call->batch * call->positions * groups, .threads = call->threads};
+    return share(job, parallel, axial.layout.size);
+}
+
+int64_t group_norm(const GroupNorm *call, Parallel parallel, int64_t level) {
+    Job job = {group_norm_plain, call, .items = call->images, .threads = call->threads};
+#ifdef __x86_64__
+    if (level == 1) job.run = group_norm_avx2;
+    if (level == 2) job.run = group_norm_avx512;
+#endif
+    return share(job, parallel, 8 * tile_of(call, 4 * width_of(level))); /* four rows, two of doubles */
 }
