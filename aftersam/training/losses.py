@@ -58,9 +58,9 @@ def segmentation_loss(
     ce = voxels.sum(1) / weights.sum(1)  # (B,)
 
     organs = log_probabilities[:, 1:].exp().unflatten(0, (groups, slices))  # (B, N, K, H, W)
-    truth = F.one_hot(labels, classes)[..., 1:].movedim(-1, 2).to(organs.dtype)
+    truth = labels.unsqueeze(2) == torch.arange(1, classes, device=labels.device).view(-1, 1, 1)
     overlap = (organs * truth).sum((1, 3, 4))  # (B, K)
-    reference = truth.sum((1, 3, 4))
+    reference = truth.sum((1, 3, 4), dtype=organs.dtype)
     score = 2 * overlap / (organs.sum((1, 3, 4)) + reference).clamp_min(1e-5)
     counted = (reference > 0) if dice == "present" else torch.ones_like(reference, dtype=torch.bool)
     dice_loss = ((1 - score) * counted).sum(1) / counted.sum(1).clamp_min(1)  # (B,)
