@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import platform
 import re
 
 import torch
@@ -45,6 +47,19 @@ def precision_for(wanted: str, device: str) -> str:
 def dtype_for(wanted: str, device: str) -> torch.dtype:
     """The dtype of `precision_for`."""
     return DTYPES[precision_for(wanted, device)]
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """On a CPU, let glibc's malloc keep what this process frees, for its next tensors; else do nothing.
+
+    It returns the end of its heap to the system whenever much of it is free, and then pays a page fault for every 4 KiB
+    that it gets again: a sixth of a training step. Blocks from 32 MiB, such as whole scans, are returned as before."""
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        for option, value in (
+            (-1, 2**31 - 1),
+            (-3, 1 << 25),
+        ):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:

@@ -1,6 +1,9 @@
 """Devices and number formats by their names."""
 
+import platform
 import re
+import subprocess
+import sys
 from importlib import import_module
 
 import pytest
@@ -83,3 +86,30 @@ def test_autocast_casts_products_and_leaves_fp32_alone():
         if name != "fp16":
             with autocast(torch.device("cpu"), dtype):
                 assert (a @ a).dtype == dtype
+
+
+FREED = """
+import ctypes, resource, sys
+import torch
+from aftersam.device import keep_freed_memory
+keep_freed_memory(torch.device(sys.argv[1]))
+libc, size = ctypes.CDLL(None), ctypes.c_size_t(12 << 20)
+libc.malloc.restype = ctypes.c_void_p
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [ctypes.c_void_p(libc.malloc(size)) for _ in range(8)]
+    for block in blocks:
+        libc.memset(block, 1, size)
+    for block in blocks:
+        libc.free(block)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is told")
+def test_on_a_cpu_freed_memory_is_not_returned_to_the_system():
+    kept, returned = (
+        int(subprocess.run([sys.executable, "-c", FREED, device], check=True, capture_output=True).stdout)
+        for device in ("cpu", "meta")
+    )
+    assert kept < 1000 < returned  # 8 blocks of 12 MiB are 24,576 pages

@@ -73,9 +73,9 @@ def predict_files(args: PredictArgs) -> Predicted:
     While one scan is computed, the next is read and the previous one is written: at most three are in memory. Several
     processes share the scans, by parts or by claims. Under torchrun with device "auto", each process has one GPU.
     Raises ValueError where nothing can be predicted: no scans, a bad run, an output that exists."""
-    from aftersam.device import find_device
+    from aftersam.device import find_device, keep_freed_memory
 
-    find_device(checked(args).device)  # before anything is read
+    keep_freed_memory(find_device(checked(args).device))  # before anything is read
     args = dataclasses.replace(args, model=tuple(find_runs(args.model)))
     cohort = cohort_of(args)
     if args.review and not cohort.many:

@@ -19,7 +19,7 @@ from aftersam.data.cache import CachedCase, cache_cases
 from aftersam.data.dataset import Dataset, find_dataset, mirror_pairs, split
 from aftersam.data.slice_group import SliceGroups
 from aftersam.data.stored_features import StoredScan
-from aftersam.device import DTYPES, find_device, precision_for
+from aftersam.device import DTYPES, find_device, keep_freed_memory, precision_for
 from aftersam.files import check_place, write_json
 from aftersam.inference.feature_cache import Embeddings
 from aftersam.inference.postprocess import one_piece
@@ -105,6 +105,7 @@ def start_processes(config: TrainConfig, output: Path, device: str) -> Processes
 
     Raises ValueError on a device that is not there, a tracker that is not installed, and fp16 without a GPU."""
     where = find_device(device)
+    keep_freed_memory(where)
     precision = precision_for(config.precision, where.type)
     if not filter_trackers(config.tracker, output):
         raise ValueError(
