@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aftersam.config import DECODER
-from aftersam.model.layers import ConvBlock, LayerNorm2d, without_autocast
+from aftersam.model.layers import ConvBlock, DoubleSize, LayerNorm2d, without_autocast
 from aftersam.model.prompts import LabelPrompts
 from aftersam.model.segment_anything import segment_anything_modeling
 
@@ -73,14 +73,14 @@ class MaskDecoder(nn.Module):
         stages = int(math.log2(upscale))
         channels = [dim // 4] + [dim // 8] * (stages - 1)
         self.output_upscaling = nn.Sequential(  # SAM's two stages, by SAM's names
-            nn.ConvTranspose2d(dim, channels[0], 2, stride=2),
+            DoubleSize(dim, channels[0]),
             LayerNorm2d(channels[0]),
             nn.GELU(),
-            nn.ConvTranspose2d(channels[0], channels[1], 2, stride=2),
+            DoubleSize(channels[0], channels[1]),
             nn.GELU(),
         )
         self.added_stages = nn.ModuleList(
-            nn.Sequential(nn.ConvTranspose2d(before, after, 2, stride=2), nn.ReLU(inplace=True))
+            nn.Sequential(DoubleSize(before, after), nn.ReLU(inplace=True))
             for before, after in pairwise(channels[1:])
         )
         self.skip_levels = _skip_levels(stages, output_stride, len(skip_channels))
@@ -124,8 +124,7 @@ class MaskDecoder(nn.Module):
         tokens, x = self.transformer(x, self._positions(height, width), tokens)
         x = x.transpose(1, 2).unflatten(2, (height, width))  # (T, C, h, w)
         pixels = self._upscale(x, skips)  # (T, c, H, W)
-        by_class = [mlp(tokens[:, i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)]
-        weights = torch.stack(by_class, dim=1)  # (T, K+1, c)
+        weights = self._pixel_weights(tokens[:, : self.num_tokens])  # (T, K+1, c)
         logits = weights @ pixels.flatten(2) + self.class_bias[:, None]
         logits = logits.unflatten(2, pixels.shape[2:])
         if not coarse:
@@ -139,6 +138,17 @@ class MaskDecoder(nn.Module):
         for part in (self.class_tokens, self.output_hypernetworks_mlps, self.added_stages, self.fusions):
             part.requires_grad_(True)
         self.class_bias.requires_grad_(True)
+
+    def _pixel_weights(self, tokens: Tensor) -> Tensor:
+        """Class tokens (T, K+1, C), each through its hypernetwork: (T, K+1, c), one product a layer for all classes."""
+        x = tokens.transpose(0, 1)
+        layers = list(zip(*(mlp.layers for mlp in self.output_hypernetworks_mlps), strict=True))
+        for i, layer in enumerate(layers):
+            weight = torch.stack([one.weight for one in layer])  # (K+1, out, in)
+            bias = torch.stack([one.bias for one in layer])
+            x = torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
+            x = F.relu(x) if i + 1 < len(layers) else x
+        return x.transpose(0, 1)
 
     def _positions(self, height: int, width: int) -> Tensor:
         """(1, C, h, w): SAM's random Fourier features, in fp32, since bf16 turns their phases by whole radians."""
