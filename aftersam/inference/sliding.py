@@ -312,8 +312,9 @@ def fuse(
     positions: tuple[int, ...],
 ) -> Tensor:
     """Fused embedding (groups, positions, windows, C, h, w) of the slices at `positions` in each group."""
-    # (groups, windows, N, C, h, w): the model gets each window of a group as a separate group
-    embedding = torch.stack([torch.stack([features[d].embedding for d in group], dim=1) for group in groups])
+    # (groups, windows, N, C, h, w): the model gets each window of a group as a separate group, and wants channels last
+    rows = {d: features[d].embedding.movedim(1, -1) for group in groups for d in group}
+    embedding = torch.stack([torch.stack([rows[d] for d in group], dim=1) for group in groups]).movedim(-1, 3)
     fused: Tensor = model.fuse(embedding.flatten(0, 1), query_index=positions)
     by_group: Tensor = fused.unflatten(0, embedding.shape[:2])
     return by_group.transpose(1, 2)
