@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from axial_fusion.ops import dense_linear as dense
-from axial_fusion.ops.dense_linear import dense_linear
+from axial_fusion.ops.dense_linear import dense_linear, dense_product
 
 
 @pytest.mark.parametrize(("lead", "bias"), [((4, 3), True), ((7,), False), ((), True), ((0, 5), True)])
@@ -104,3 +104,17 @@ def test_what_is_traced_holds_no_product_of_onednn(onednn):
     traced = torch.jit.trace(lambda x: dense_linear(x, *given[1:]), given[:1])
     assert "mkldnn" not in str(traced.graph)
     torch.testing.assert_close(traced(given[0]), nn.functional.linear(*given))
+
+
+@pytest.mark.parametrize("least", [2**22, 1])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_product_of_pairs_takes_any_strides(monkeypatch, least, batch):
+    monkeypatch.setattr(dense, "FEWEST_PRODUCTS", least)
+    x, y = torch.randn(batch, 33, 20), torch.randn(batch, 28, 20)
+    exact = torch.einsum("bmk,bnk->bmn", x.double(), y.double())
+    for left, right in ((x, y), (x.mT.contiguous().mT, y), (x, y.mT.contiguous().mT)):
+        torch.testing.assert_close(dense_product(left, right).double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dense_product(x.double(), y.double()), exact)
+    with FlopCounterMode(display=False) as counter:
+        dense_product(x, y)
+    assert counter.get_total_flops() == 2 * batch * 33 * 28 * 20

@@ -318,3 +318,18 @@ def test_off_a_cpu_fused_attention_gets_a_bias_of_its_own_dtype(monkeypatch):
     y = attend_blocks(q, q, q, rows, columns, 1.0)
     assert seen == [{torch.float32}]
     assert (y.dtype, y.shape) == (q.dtype, q.shape)
+
+
+@pytest.mark.parametrize("grid", [(23, 24), (3, 200)])
+def test_many_keys_of_a_cpu_match_fp64_head_by_head(grid):
+    tensors = [t.detach().cpu().requires_grad_() for t in grid_inputs(2, 2, 16, grid, torch.float32)]
+    with torch.no_grad():
+        tensors[3][1, 0, :, 5] = -torch.inf  # a query without a key
+    y = rel_pos_attention(*tensors, grid=grid, backend="torch")
+    grad = torch.randn_like(y)
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    exact = reference.rel_pos_attention(*wide, grid=grid)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+    found, truth = torch.autograd.grad(y, tensors, grad), torch.autograd.grad(exact, wide, grad.double())
+    for mine, true in zip(found, truth, strict=True):
+        assert error(mine, true) < 3e-6

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ..checks import no_autocast, under_transform, without_overlap
 from ..dispatch import plain_on
+from ..ops.dense_linear import dense_product
 from ..reference import blind_queries, unmasked
 
 _SAVED = 1 << 24  # scores that autograd may keep for a backward: 64 MiB in fp32
@@ -75,12 +76,17 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tenso
 def attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor, y: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the five inputs, block by block, computed in fp32."""
+    """Gradients of the five inputs, block by block, computed in fp32.
+
+    Where scores are many, a block on a CPU is one head, whose five products are `dense_product`'s."""
     wide = torch.promote_types(q.dtype, torch.float32)
+    queries, keys = q.shape[1], k.shape[1]
+    one_head = q.device.type == "cpu" and queries * keys > _KEYS**2
+    most = min(queries * keys, _BLOCK // 2) if one_head else _BLOCK // 2
     dq, dbias_h, dbias_w = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, bias_h, bias_w))
     k, v = (t.transpose(1, 2).contiguous() for t in (k, v))  # (B, M, K, D)
     dk, dv = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (k, v))
-    for b, m, rows in _blocks(q, k.shape[2], _BLOCK // 2):
+    for b, m, rows in _blocks(q, keys, most):
         here = (b, m, rows)
         # (b·m, rows, D)
         query, dy, part = (_wide(t[b, rows, m]).transpose(1, 2).flatten(0, 1) for t in (q, grad, y))
@@ -88,11 +94,14 @@ def attend_backward(
         block_h, block_w, blind = unmasked(_wide(bias_h[here]), _wide(bias_w[here]))
         dy = dy.masked_fill(blind.flatten(0, 1), 0.0)
         scores = _bias(block_h, block_w).flatten(0, 1)  # (b·m, rows, K)
-        p = scores.baddbmm_(query, key.transpose(1, 2), alpha=scale).softmax(-1)
-        ds = (dy @ value.transpose(1, 2)).sub_((dy * part).sum(-1, keepdim=True)).mul_(p)
-        dv[b, m] += (p.transpose(1, 2) @ dy).view_as(dv[b, m])
-        dk[b, m] += (ds.transpose(1, 2) @ query).mul_(scale).view_as(dk[b, m])
-        dq[b, rows, m] = (ds @ key).mul_(scale).view_as(dq[b, rows, m].transpose(1, 2)).transpose(1, 2)
+        query = query * scale
+        p = scores.add_(dense_product(query, key)).softmax(-1)
+        ds = dense_product(dy, value).sub_((dy * part).sum(-1, keepdim=True)).mul_(p)
+        dv[b, m] += dense_product(dy.mT, p.mT).mT.view_as(dv[b, m])
+        dk[b, m] += dense_product(query.mT, ds.mT).mT.view_as(dk[b, m])
+        dq[b, rows, m] = (
+            dense_product(ds, key.mT).mul_(scale).view_as(dq[b, rows, m].transpose(1, 2)).transpose(1, 2)
+        )
         cells = ds.unflatten(-1, (bias_h.shape[-1], bias_w.shape[-1]))
         dbias_h[here] = cells.sum(-1).view_as(dbias_h[here])
         dbias_w[here] = cells.sum(-2).view_as(dbias_w[here])
