@@ -16,7 +16,7 @@ _onednn_weight_gradient = getattr(torch.ops.aten, "mkldnn_linear_backward_weight
 # Products below which oneDNN's preparation costs more than it saves: 25 us, and copies of both operands for a weight's
 # gradient.
 FEWEST_PRODUCTS = 2**22
-FEWEST_OF_WEIGHT = 2**24
+FEWEST_OF_WEIGHT = 2**25
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
