@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,8 +21,8 @@ Call = Callable[[], object]
 METHOD = {
     "gpu": "GPU time of a CUDA graph of calls on input sets that exceed the L2 cache; *_call: calls queued from"
     " Python, the host's share included; clock 'events' where a call cannot be captured",
-    "cpu": "wall clock, providers in turns, twice in a run: mean of both medians; caches are as the call before left"
-    " them; malloc returns no memory to the system",
+    "cpu": "wall clock, providers in turns of random order, twice in a run: mean of both medians; caches are as the"
+    " call before left them; malloc returns no memory to the system",
 }
 L2_SIZES = 5  # the input sets of a graph together are larger than this many L2 caches
 FEWEST = 3  # times of a call on a CPU
@@ -160,14 +161,16 @@ def _events(run: Call, *, budget_s: float, calls: int) -> list[float]:
 
 def _wall_times(calls: Mapping[str, Call], budget_s: float) -> dict[str, list[float]]:
     measured: dict[str, list[float]] = {name: [] for name in calls}
+    turns, order = list(calls), random.Random(0)
     began = time.perf_counter()
     for call in calls.values():  # warm-up, and the duration of a round
         call()
     rounds = min(max(int(budget_s / (time.perf_counter() - began)), FEWEST), 50)
     for _ in range(rounds):
-        for name, call in calls.items():
+        order.shuffle(turns)  # a call is slower after one that needs more memory
+        for name in turns:
             began = time.perf_counter()
-            call()
+            calls[name]()
             measured[name].append(1e3 * (time.perf_counter() - began))
     return measured
 

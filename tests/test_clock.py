@@ -131,7 +131,7 @@ def test_on_a_cpu_the_wall_clock_takes_turns():
     log = []
     found = clock.times({"a": [lambda: log.append("a")], "b": [lambda: log.append("b")]}, budget_s=0.0)
     assert {by for _, by in found.values()} == {"wall"}
-    assert log[2:8] == ["a", "b"] * 3
+    assert all(sorted(log[i : i + 2]) == ["a", "b"] for i in (2, 4, 6))
 
 
 def test_summary_is_the_median_and_quantiles():

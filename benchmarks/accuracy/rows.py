@@ -23,6 +23,7 @@ from aftersam.data.cache import CachedCase, cache_cases
 from aftersam.data.dataset import find_dataset, split
 from aftersam.data.transforms import preprocess, resample
 from aftersam.data.volume import read_image, read_labels, write_labels
+from aftersam.device import keep_freed_memory
 from aftersam.evaluation.scoring import score_folder
 from aftersam.files import read_json, write_json
 from aftersam.inference.inputs import Scan
@@ -30,6 +31,7 @@ from aftersam.inference.pipeline import PredictArgs, predict_files
 from aftersam.inference.postprocess import drop_small_parts, one_piece
 from aftersam.inference.segmenter import load
 from aftersam.inference.sliding import predict_volume
+from aftersam.model.layers import put_channels_last
 from aftersam.model.sam_checkpoint import read_sam_checkpoint
 from aftersam.training.arguments import TrainArgs
 from aftersam.training.run import train
@@ -120,6 +122,7 @@ def _start(limits: Limits, name: str) -> str:
 
 def train_row(job: Job) -> Spent:
     """Train the row's system from the start; weights and facts are written to the row's folder."""
+    keep_freed_memory(job.device)
     return TRAIN[job.system.kind](job)
 
 
@@ -160,6 +163,8 @@ def _train_group(job: Job) -> Spent:
     config = job.config()
     cached = job.cached(config.data)
     model = _build(job)
+    if job.device.type == "cpu":
+        put_channels_last(model)
     source = groups(cached, config)
     loss = functools.partial(group_loss, config=config.train)
     spent = fit(model, source, loss, config.train, device=job.device, precision=job.precision)
