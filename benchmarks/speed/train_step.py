@@ -4,8 +4,7 @@
                        attend over all N·P tokens, scores in memory
     SDPA factorised    the same encoder; the blocks' own function, composed of torch's parts
     compiled           the line above through torch.compile (on a GPU, in a full run)
-    train_step         ours, with the layout of convolutions that training has: on a CPU channels last, which is slower
-                       with torch's group norm
+    train_step         ours
 
 An encoder with LoRA on q and v, or frozen; everything behind it trained; the optimiser left out, the same for all.
 On a GPU a step is the replay of a CUDA graph, as in training, for every form. There it runs in bf16 autocast on fp32
@@ -139,22 +138,13 @@ def composed(
     return model
 
 
-def step(
-    model: AfterSAM, labels: Tensor, dtype: torch.dtype, *, last: bool = False
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss as a function of HU (B, N, H, W) and of all trained parameters as one vector.
-
-    With `last` convolutions have channels last."""
+def step(model: AfterSAM, labels: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss as a function of HU (B, N, H, W) and of all trained parameters as one vector."""
     trained = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
 
     def call(hu: Tensor, vector: Tensor) -> Tensor:
         parts = vector.split([shape.numel() for shape in trained.values()])
         known = {name: part.view(shape) for (name, shape), part in zip(trained.items(), parts, strict=True)}
-        if last:
-            known = {
-                name: p.contiguous(memory_format=torch.channels_last) if p.dim() == 4 else p
-                for name, p in known.items()
-            }
         low = vector.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(hu.device.type, dtype=dtype) if low else contextlib.nullcontext():
             logits = torch.func.functional_call(model, known, (hu.to(vector.dtype),))
@@ -201,8 +191,7 @@ def case(
         torch.compiler.reset()
         whole = torch.compile(call, dynamic=False)
         found["SDPA factorised, compiled"] = Provider(whole, reference, 0, checked=checked)
-    last = device.type == "cpu"
-    call, checked = (step(model.to(device), labels, kind, last=last) for kind in (dtype, torch.float32))
+    call, checked = (step(model.to(device), labels, kind) for kind in (dtype, torch.float32))
     found[OURS] = Provider(call, reference, 0, role="ours", checked=checked)
     facts = {
         "subject": "train step", "name": name, "slices": config.num_slices, "image_size": config.image_size,
