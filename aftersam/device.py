@@ -52,14 +52,12 @@ def dtype_for(wanted: str, device: str) -> torch.dtype:
 def keep_freed_memory(device: torch.device) -> None:
     """On a CPU, let glibc's malloc keep what this process frees, for its next tensors; else do nothing.
 
-    It returns the end of its heap to the system whenever much of it is free, and then pays a page fault for every 4 KiB
-    that it gets again: a sixth of a training step. Blocks from 32 MiB, such as whole scans, are returned as before."""
+    By itself it returns the free end of its heap to the system, and pays a page fault for every 4 KiB that it gets
+    again. Blocks from 32 MiB, such as whole scans, are returned all the same."""
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
-        for option, value in (
-            (-1, 2**31 - 1),
-            (-3, 1 << 25),
-        ):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-            ctypes.CDLL(None).mallopt(option, value)
+        ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
+        ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 25)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:

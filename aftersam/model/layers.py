@@ -192,7 +192,7 @@ class CompiledGroupNorm(torch.autograd.Function):
             added = added.contiguous(memory_format=torch.channels_last)
         wide = weight.float().contiguous()
         y, mean, rstd = compiled.norm_forward(x, added, wide, bias.float().contiguous(), groups, eps, relu)
-        ctx.save_for_backward(x, y, mean, rstd, weight)
+        ctx.save_for_backward(x, y if relu else None, mean, rstd, weight)
         ctx.options = relu, added is not None
         return y
 

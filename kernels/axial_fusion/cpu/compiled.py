@@ -169,9 +169,18 @@ def norm_forward(
 
 
 def norm_backward(
-    dy: Tensor, x: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, relu: bool, added: bool
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    relu: bool,
+    added: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Gradients of x, of what was added where it was, of weight and bias; dy lies in memory as x does."""
+    """Gradients of x, of what was added where it was, of weight and bias; dy lies in memory as x does.
+
+    Only a ReLU needs y."""
     dx = torch.empty_like(x)
     dadded = torch.empty_like(x) if added else None
     dweight, dbias = x.new_zeros((2, *x.shape[:2]), dtype=torch.float32)
