@@ -174,6 +174,15 @@ def test_a_model_with_channels_last_is_the_same_model():
         close(one, other.double(), 2e-3, name)
 
 
+def test_without_compiled_kernels_a_model_is_trained_as_it_is(monkeypatch):
+    monkeypatch.setattr(compiled, "missing", lambda: "not built")
+    layer = DoubleSize(8, 4)
+    put_channels_last(layer, trained=True)
+    assert layer.weight.is_contiguous()
+    put_channels_last(layer)
+    assert not layer.weight.is_contiguous()
+
+
 def gradients(model, hu):
     logits = model(hu)
     model.zero_grad()

@@ -257,10 +257,13 @@ class LayerNorm2d(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-def put_channels_last(model: nn.Module) -> None:
+def put_channels_last(model: nn.Module, *, trained: bool = False) -> None:
     """Let the convolutions of a model on a CPU have their channels last, in place: oneDNN copies others before it runs.
 
-    Weights change their strides alone, and what a convolution gives lies as its weights do."""
+    Weights change their strides alone, and what a convolution gives lies as its weights do. A model that is to be
+    `trained` stays as it is where group norm is not compiled, because the backward of torch's is slow then."""
+    if trained and compiled.missing() is not None:
+        return
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs

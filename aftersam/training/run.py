@@ -100,7 +100,7 @@ def _learner(model: AfterSAM, plan: Plan, processes: Processes) -> Learner:
     if config.shard:
         shard(model, processes.device)
     elif processes.device.type == "cpu":
-        put_channels_last(model)
+        put_channels_last(model, trained=True)
     optimizer = build_optimizer(model, config)
     # a sharded model exchanges its own gradients, so that accelerate must not
     prepared = model if config.shard else accelerator.prepare(model)

@@ -164,7 +164,7 @@ def _train_group(job: Job) -> Spent:
     cached = job.cached(config.data)
     model = _build(job)
     if job.device.type == "cpu":
-        put_channels_last(model)
+        put_channels_last(model, trained=True)
     source = groups(cached, config)
     loss = functools.partial(group_loss, config=config.train)
     spent = fit(model, source, loss, config.train, device=job.device, precision=job.precision)
