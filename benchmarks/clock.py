@@ -21,11 +21,10 @@ Call = Callable[[], object]
 METHOD = {
     "gpu": "GPU time of a CUDA graph of calls on input sets that exceed the L2 cache; *_call: calls queued from"
     " Python, the host's share included; clock 'events' where a call cannot be captured",
-    "cpu": "wall clock, providers in turns of random order, twice in a run: mean of both medians; caches are as the"
-    " call before left them; malloc returns no memory to the system",
+    "cpu": "wall clock, providers in turns of random order; caches are as the call before left them; malloc"
+    " returns no memory to the system",
 }
 L2_SIZES = 5  # the input sets of a graph together are larger than this many L2 caches
-FEWEST = 3  # times of a call on a CPU
 MOST_SETS = 16
 GRAPH_MS = 4.0  # of GPU work in a graph, so that its launch hardly counts
 OWN_MS = 20.0  # a longer call is timed on one input set
@@ -165,7 +164,7 @@ def _wall_times(calls: Mapping[str, Call], budget_s: float) -> dict[str, list[fl
     began = time.perf_counter()
     for call in calls.values():  # warm-up, and the duration of a round
         call()
-    rounds = min(max(int(budget_s / (time.perf_counter() - began)), FEWEST), 50)
+    rounds = min(max(int(budget_s / (time.perf_counter() - began)), 3), 50)
     for _ in range(rounds):
         order.shuffle(turns)  # a call is slower after one that needs more memory
         for name in turns:
@@ -183,16 +182,6 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] == "glibc":
         for option, value in ((-1, 2**31 - 1), (-4, 0)):  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
             ctypes.CDLL(None).mallopt(option, value)
-
-
-def joined(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
-    """Two summaries as one: the mean of both medians, and the widest of both spreads."""
-    return {
-        "median": (one["median"] + other["median"]) / 2,
-        "q20": min(one["q20"], other["q20"]),
-        "q80": max(one["q80"], other["q80"]),
-        "n": one["n"] + other["n"],
-    }
 
 
 def summary(measured: Sequence[float]) -> dict[str, float]:

@@ -80,42 +80,7 @@ def measure(
         if record["status"] == "out of memory":
             _release()
     journal.begin(lines, {**case, "provider": TIMING, "role": "other", "flops": 0})
-    _time(records, providers, right, budget_s)
-    return records
-
-
-def measure_again(
-    case: Mapping[str, Any],
-    inputs: Sequence[Tensor],
-    providers: Mapping[str, Provider],
-    records: Sequence[dict[str, Any]],
-    *,
-    budget_s: float,
-) -> None:
-    """Time what `records` hold of a case once more, later: every time becomes the mean of both medians.
-
-    What shares a machine with others is slow for seconds to minutes, and not every call by the same factor."""
-    timed = {r["provider"]: r for r in records if "ms" in r and all(r.get(k) == v for k, v in case.items())}
-    sets = clock.copies(inputs, clock.sets_needed(inputs))
-    right = {
-        name: runners(provider.call, sets, forward_only=provider.forward_only)
-        for name, provider in providers.items()
-        if name in timed and provider.call is not None
-    }
-    _time(list(timed.values()), providers, right, budget_s)
-
-
-def _time(
-    records: Sequence[dict[str, Any]],
-    providers: Mapping[str, Provider],
-    right: Mapping[str, Mapping[str, list[clock.Call]]],
-    budget_s: float,
-) -> None:
-    """Write the times of the calls of providers that are `right` into their records, beside those that are there."""
     for kind in ("forward", "forward_backward"):
-        rounds = [r["ms"][kind]["n"] for r in records if kind in r.get("ms", {})]
-        if rounds and max(rounds) <= clock.FEWEST:
-            continue  # calls of seconds, whose times are means already
         calls = {name: of[kind] for name, of in right.items() if kind in of}
         times = clock.times(
             calls,
@@ -125,12 +90,12 @@ def _time(
         for record in records:
             if record["provider"] in times:
                 measured, by = times[record["provider"]]
-                found, ms = clock.summary(measured), record.setdefault("ms", {})
-                ms[kind] = clock.joined(ms[kind], found) if kind in ms else found
+                record.setdefault("ms", {})[kind] = clock.summary(measured)
                 record["clock"] = by
-                if by == "graph" and found["median"] < 1:  # the host may bind
+                if by == "graph" and clock.summary(measured)["median"] < 1:  # the host may bind
                     queued = clock.queued_times(calls[record["provider"]], budget_s=0.05)
-                    ms[f"{kind}_call"] = clock.summary(queued)
+                    record["ms"][f"{kind}_call"] = clock.summary(queued)
+    return records
 
 
 def runners(
@@ -253,11 +218,8 @@ def run(
     checks and references included: each gets an equal part of the seconds that are left, and begins no further case
     once they are spent. Cases that were not begun are listed under `skipped`. Each record is appended to the file
     `lines` once it is measured, and what the file holds is not measured again, but ours beside rivals that are not in
-    it. `groups`: which of GROUPS to measure. On a CPU, without `lines`, half of the timing comes after all cases."""
+    it. `groups`: which of GROUPS to measure."""
     end = time.perf_counter() + total_s
-    twice = default_device().type == "cpu" and lines is None
-    budget_s = budget_s / 2 if twice else budget_s
-    measured: list[Case] = []
     clock.keep_freed_memory()
     head, known = read(lines) if lines else ({}, [])
     if not head:
@@ -285,15 +247,10 @@ def run(
                 chosen = _left(case, providers, known, groups)
                 if chosen:
                     records += _measured(case, inputs, chosen, ceiling, budget_s, lines)
-                    if twice:
-                        measured.append((case, inputs, chosen))
         except Exception as error:  # the other subjects are measured all the same
             if len(subjects) == 1 and lines is None:
                 raise
             skipped.append({"subject": subject, "from": "", **_failure(error)})
-    for again in measured:
-        if time.perf_counter() < end:
-            measure_again(*again, records, budget_s=budget_s)
     for line_of in skipped:
         if lines is not None:
             journal.append(lines, {"skipped": line_of})

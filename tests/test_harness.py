@@ -9,7 +9,7 @@ import torch
 
 from axial_fusion import select_backend
 from bench_cases import CEILING, SQUARE, square
-from benchmarks import clock, harness, journal
+from benchmarks import harness, journal
 from benchmarks.__main__ import main as bench_main
 from benchmarks.harness import Provider, measure
 from benchmarks.speed import slice_attention
@@ -160,23 +160,6 @@ def test_a_spent_budget_is_named(monkeypatch):
     assert [s["subject"] for s in found["skipped"]] == ["square", "broken"]
     assert found["skipped"][0]["reason"].endswith("spent after 1 case")
     assert found["skipped"][1]["reason"] == "no such model"
-
-
-def test_on_a_cpu_half_of_the_timing_comes_after_all_cases(monkeypatch):
-    monkeypatch.setattr(harness, "ceilings", lambda dtype: CEILING)
-    monkeypatch.setattr(harness, "default_device", lambda: torch.device("cpu"))
-    times = iter([{"ours": [2.0] * 9}, {"ours": [1.0] * 3}, {"ours": [6.0] * 9}])
-    monkeypatch.setattr(clock, "times", lambda calls, **_: {n: (next(times)[n], "wall") for n in calls})
-    names = ("short", "long")
-    cases = [
-        ({**SQUARE, "name": name}, [torch.ones(8)], {"ours": Provider(square, square, 8, role="ours")})
-        for name in names
-    ]
-    found = harness.run(cases, dtype=torch.float32, budget_s=0.01)
-    short, long = (record["ms"]["forward"] for record in found["records"])
-    assert (short["median"], short["n"]) == (4.0, 18)
-    assert (short["q20"], short["q80"]) == (2.0, 6.0)
-    assert (long["median"], long["n"]) == (1.0, 3)  # of so few calls that it is timed once
 
 
 def test_a_run_that_was_stopped_goes_on_from_its_lines_and_can_be_collected(tmp_path, monkeypatch, capsys):
