@@ -37,11 +37,12 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {  # columns in the paper's order
         "axial + slice": {},
     },
     "small": {  # each column has one more of the preset's own choices
-        "start": {"stem_slices": 1, "slice_stride": 2, "ce_hardest": 1.0, "deep_supervision": 0.0},
-        "+ deep supervision": {"stem_slices": 1, "slice_stride": 2, "ce_hardest": 1.0},
-        "+ hardest voxels": {"stem_slices": 1, "slice_stride": 2},
-        "+ far neighbours": {"stem_slices": 1},
-        "+ adjacent slices": {},
+        "start": {"stem": "slim", "stem_slices": 1, "slice_stride": 2, "ce_hardest": 1.0, "deep_supervision": 0.0},
+        "+ deep supervision": {"stem": "slim", "stem_slices": 1, "slice_stride": 2, "ce_hardest": 1.0},
+        "+ hardest voxels": {"stem": "slim", "stem_slices": 1, "slice_stride": 2},
+        "+ far neighbours": {"stem": "slim", "stem_slices": 1},
+        "+ adjacent slices": {"stem": "slim"},
+        "+ wide stem": {},
     },
 }  # fmt: skip
 TITLES = {

@@ -110,7 +110,17 @@ ENCODERS: dict[str, EncoderSize] = {
     "small": EncoderSize(128, 4, 4, (3,), window=8, patch=8, out_channels=128, stem=True),
     "tiny": EncoderSize(128, 4, 4, (3,), window=6, patch=8, out_channels=128, stem=True),
 }  # fmt: skip
-STEM_CHANNELS = (16, 32, 64)  # of a convolutional stem, at strides 1, 2 and 4
+
+
+class StemSize(NamedTuple):
+    """Geometry of a convolutional stem: channels at strides 1, 2 and 4, and the width of the decoder's convolutions
+    on them, as a multiple of a stage's channels."""
+
+    channels: tuple[int, int, int]
+    skip_width: int
+
+
+STEMS = {"slim": StemSize((16, 32, 64), 1), "wide": StemSize((24, 48, 96), 2)}
 
 
 class DecoderSize(NamedTuple):
@@ -176,6 +186,8 @@ class ModelConfig:
     """Prompt each class from its label by a box, one click or three (the paper's Table 3); such scores are marked."""
     stem_slices: Small = 1
     """Adjacent slices that are input channels of the stem of small or tiny, the slice itself in the middle. 1: 2D."""
+    stem: Literal["slim", "wide"] = "slim"
+    """Channels of the stem and of the decoder's convolutions on its features."""
     output_stride: Small = 4
     """Pixels of the input a logit. 4 is SAM's own upscaling; 1 and 2 need skips from finer strides."""
     hu_windows: Annotated[tuple[tuple[float, float], ...], Range(-32768, 32767)] = (WIDE, SOFT_TISSUE, BONE)
@@ -263,14 +275,8 @@ _PAPER = Config(model=ModelConfig(fusion_weights="lora", position_embedding="ful
 _BEST = Config(model=ModelConfig(image_size=512, output_stride=2))
 _SMALL = Config(
     model=ModelConfig(
-        image_encoder="small",
-        image_size=96,
-        num_heads=4,
-        num_blocks=2,
-        num_slices=5,
-        slice_stride=6,
-        stem_slices=3,
-        output_stride=1,
+        image_encoder="small", image_size=96, num_heads=4, num_blocks=2, num_slices=5, slice_stride=6, stem_slices=3,
+        stem="wide", output_stride=1,
     ),
     data=DataConfig(
         # 96 pixels then show most of a body, a token is 32 mm, and a group spans 6 cm. Distant slices show where an
@@ -280,21 +286,13 @@ _SMALL = Config(
         foreground_sampling=0.66,
     ),
     train=TrainConfig(
-        max_steps=6000,
-        batch_size=2,
-        optimizer="adamw",
-        learning_rate=1e-3,
-        schedule="poly",
-        warmup=0.03,
-        clip_norm=1.0,
-        ce_hardest=0.1,
-        deep_supervision=0.5,
-        validations=4,
+        max_steps=6000, batch_size=2, optimizer="adamw", learning_rate=1e-3, schedule="poly", warmup=0.03,
+        clip_norm=1.0, ce_hardest=0.1, deep_supervision=0.5, validations=4,
     ),
-)
+)  # fmt: skip
 _TINY = Config(
     model=dataclasses.replace(
-        _SMALL.model, image_encoder="tiny", num_slices=3, slice_stride=1, stem_slices=1
+        _SMALL.model, image_encoder="tiny", num_slices=3, slice_stride=1, stem_slices=1, stem="slim"
     ),
     data=dataclasses.replace(_SMALL.data, spacing_mm="median", augmentation=()),
     # with so few steps, the weight makes small organs appear sooner
@@ -328,6 +326,8 @@ def validate(config: Config) -> Config:
     if model.output_stride not in strides:
         allowed, kind = ", ".join(map(str, strides)), model.image_encoder
         raise ValueError(f"output_stride is {model.output_stride}, but must be one of {allowed} for {kind}")
+    if model.stem == "wide" and not size.stem and model.output_stride == 4:
+        raise ValueError(f"stem is wide, but {model.image_encoder} has none at output_stride 4")
     if len(model.hu_windows) not in (1, 3) or any(low >= high for low, high in model.hu_windows):
         needed = "1 or 3 pairs (low, high) with low below high"
         raise ValueError(f"hu_windows is {model.hu_windows}, but must be {needed}")

@@ -213,6 +213,8 @@ TRAINING = [
     Row("heads", "train", TRAIN + " --num-heads 5", "num_heads is 5, but must divide the 128 channels", data()),
     Row("stem", "train", TRAIN + " --stem-slices 2",
         "stem_slices is 2, but must be odd, and 1 without a stem", data()),
+    Row("no stem", "train", TRAIN + " --image-encoder vit_b --image-size 64 --output-stride 4 --stem wide",
+        "stem is wide, but vit_b has none at output_stride 4", data()),
     Row("output stride", "train", TRAIN + " --output-stride 3",
         "output_stride is 3, but must be one of 1, 2 for tiny", data()),
     Row("windows", "train", TRAIN + " --hu-windows 0 100 200 50",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aftersam.config import preset
+from aftersam.config import STEMS, ModelConfig, from_dict, preset, to_dict
 from aftersam.data.phantom import write_dataset
 from aftersam.files import read_json, write_json
 from aftersam.model.build import build_aftersam, check_weights, resolve_encoder
@@ -179,6 +179,23 @@ def test_coarse_logits_train_encoder_and_fusion_without_the_skips():
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert {"encoder.blocks.0.attn.qkv.weight", "fusion.blocks.0.attention.inter.out.weight"} <= reached
     assert not any("fusions" in name or "upscaling" in name or "hypernetworks" in name for name in reached)
+
+
+def test_a_wide_stem_widens_what_uses_it_and_a_config_without_the_key_has_the_slim_one():
+    config = preset("small").model
+    wide = build_aftersam(config, 3)
+    written = to_dict(config)
+    assert written.pop("stem") == "wide"
+    slim = build_aftersam(from_dict(ModelConfig, written), 3)
+    for model, (channels, width) in ((wide, STEMS["wide"]), (slim, STEMS["slim"])):
+        assert model.encoder.stem.skip_channels == channels
+        for key, fusion in model.decoder.fusions.items():
+            skip = channels[model.decoder.skip_levels[int(key)]]
+            stage = fusion.block[0][0] if width > 1 else fusion.block[0]
+            assert stage.weight.shape[0] == width * (stage.weight.shape[1] - skip)
+    hu = 100 * torch.randn(1, 5, 3, 96, 96)
+    gradients = torch.autograd.grad(wide(hu).sum(), list(wide.decoder.fusions.parameters()))
+    assert all(g.abs().max() > 0 for g in gradients)
 
 
 def test_fewer_token_shares_than_classes_are_refused(tmp_path):

@@ -65,6 +65,7 @@ def test_wrong_values_are_refused_by_name(values, message):
         ("model", "output_stride", 3),
         ("model", "stem_slices", 0),
         ("model", "stem_slices", 3),  # vit_b has no stem
+        ("model", "stem", "wide"),
         ("model", "hu_windows", ((0.0, 1.0), (0.0, 1.0))),
         ("model", "hu_windows", ((100.0, -100.0),)),
         ("model", "lora_dropout", 1.0),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from aftersam.config import ENCODERS, EncoderSize
+from aftersam.config import ENCODERS, STEMS, EncoderSize
 from aftersam.model.build import build_image_encoder
 from aftersam.model.lora import LoRAOptions, add_lora
 from aftersam.model.sam_checkpoint import load_image_encoder_state, sam_shapes
@@ -186,11 +186,12 @@ def test_refuses_unknown_names_and_sizes(mini):
         build_image_encoder("mini", image_size=24)(torch.zeros(1, 3, 24, 28))
 
 
-@pytest.mark.parametrize(("name", "side"), [("tiny", 48), ("small", 72)])
-def test_stem_encoder_shapes_and_independence_of_slices(name, side):
+@pytest.mark.parametrize(("name", "side", "stem"), [("tiny", 48, "slim"), ("small", 72, "wide")])
+def test_stem_encoder_shapes_and_independence_of_slices(name, side, stem):
     """A slice's features do not depend on its batch, so that each slice needs encoding once."""
     torch.manual_seed(0)
-    encoder = build_image_encoder(name, image_size=side).eval()
+    encoder = build_image_encoder(name, image_size=side, stem_size=STEMS[stem]).eval()
+    assert encoder.skip_channels == STEMS[stem].channels
     images = torch.randn(3, 3, side, side)
     with torch.inference_mode():
         embedding, skips = encoder(images)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from aftersam.config import ENCODERS, STEM_CHANNELS, Config, EncoderSize, ModelConfig
+from aftersam.config import ENCODERS, STEMS, Config, EncoderSize, ModelConfig, StemSize
 from aftersam.errors import counted, naming
 from aftersam.files import read_tensors, tensor_shapes
 from aftersam.model.aftersam import AfterSAM
@@ -64,12 +64,16 @@ def build_aftersam(
     from a run). `say` is called with one line on which of SAM's tensors were used, interpolated and left out.
     encoder "auto" means "lora" with `sam` and "full" without."""
     lora = LoRAOptions(config.lora_rank, config.lora_alpha, config.lora_dropout)
+    sizes = STEMS[config.stem]
     encoder = build_image_encoder(
-        config.image_encoder, image_size=config.image_size, in_channels=3 * config.stem_slices
+        config.image_encoder,
+        image_size=config.image_size,
+        in_channels=3 * config.stem_slices,
+        stem_size=sizes,
     )
     stem = None
     if config.output_stride < 4 and not encoder.skip_channels:
-        stem = ConvStem(3, channels=STEM_CHANNELS)  # beside SAM's one patch convolution
+        stem = ConvStem(3, channels=sizes.channels)  # beside SAM's one patch convolution
     fusion = None if config.attention == "none" else _fusion(config, config.attention, lora)
     skip_channels = encoder.skip_channels if stem is None else stem.skip_channels
     decoder = _decoder(config, num_classes, skip_channels)
@@ -128,13 +132,16 @@ def _decoder(config: ModelConfig, num_classes: int, skip_channels: tuple[int, ..
         upscale=size.patch // config.output_stride,
         output_stride=config.output_stride,
         skip_channels=skip_channels,
+        skip_width=STEMS[config.stem].skip_width,
         decoder_attention=config.decoder_attention,
         prompts=config.prompts,
         token_shares=shares,
     )
 
 
-def build_image_encoder(name: str, *, image_size: int, in_channels: int = 3) -> ImageEncoder | TinyViT:
+def build_image_encoder(
+    name: str, *, image_size: int, in_channels: int = 3, stem_size: StemSize = STEMS["slim"]
+) -> ImageEncoder | TinyViT:
     """The encoder called `name` in `config.ENCODERS` for square images of `image_size` px, weights random.
 
     Raises ValueError for an unknown name or a size that its patches do not divide."""
@@ -148,7 +155,7 @@ def build_image_encoder(name: str, *, image_size: int, in_channels: int = 3) -> 
     if size.stages:
         return TinyViT(size, in_channels=in_channels)
     grid = (image_size // size.patch,) * 2
-    stem = ConvStem(in_channels, channels=STEM_CHANNELS) if size.stem else None
+    stem = ConvStem(in_channels, channels=stem_size.channels) if size.stem else None
     patch_embed: nn.Module
     if stem is not None:
         patch_embed = StridedPatchEmbed(stem.skip_channels[-1], size.dim)

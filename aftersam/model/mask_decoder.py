@@ -32,6 +32,7 @@ class MaskDecoder(nn.Module):
 
     `num_classes` is K+1, background included. `skip_channels` are the channels of the encoder's skips at strides
     1, 2, 4, ..., finest first; stages at those strides use them, those finer than `output_stride` are not needed.
+    `skip_width` is the width of `SkipFusion`.
     `decoder_attention` "image_to_token" leaves tokens as they are and only lets the image attend to them.
     `prompts` "box", "point" or "points" adds prompt tokens drawn from each class's label; `forward` then needs labels.
     `token_shares` are those of `ModelConfig`; where they have more than K+1 numbers, there are as many logits, which
@@ -45,6 +46,7 @@ class MaskDecoder(nn.Module):
         upscale: int,
         output_stride: int = 1,
         skip_channels: tuple[int, ...] = (),
+        skip_width: int = 1,
         decoder_attention: Literal["two_way", "image_to_token"] = "two_way",
         prompts: Literal["none", "box", "point", "points"] = "none",
         token_shares: tuple[float, ...] = (),
@@ -86,7 +88,7 @@ class MaskDecoder(nn.Module):
         self.skip_levels = _skip_levels(stages, output_stride, len(skip_channels))
         self.fusions = nn.ModuleDict(
             {
-                str(stage): SkipFusion(channels[stage], skip_channels[level])
+                str(stage): SkipFusion(channels[stage], skip_channels[level], skip_width)
                 for stage, level in enumerate(self.skip_levels)
                 if level is not None
             }
@@ -165,11 +167,17 @@ class MaskDecoder(nn.Module):
 
 
 class SkipFusion(nn.Module):
-    """x + block(cat(x, skip)): adds the skip's detail to the output of SAM's stage."""
+    """x + block(cat(x, skip)): adds the skip's detail to the output of SAM's stage.
 
-    def __init__(self, channels: int, skip_channels: int) -> None:
+    The block is one convolution. With a `width` above 1 it is two, of that multiple of the channels, and a 1×1
+    convolution back."""
+
+    def __init__(self, channels: int, skip_channels: int, width: int = 1) -> None:
         super().__init__()
-        self.block = ConvBlock(channels + skip_channels, channels)
+        inner = width * channels
+        self.block: nn.Sequential = ConvBlock(channels + skip_channels, inner)
+        if width > 1:
+            self.block = nn.Sequential(self.block, ConvBlock(inner, inner), nn.Conv2d(inner, channels, 1))
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         return x + self.block(torch.cat([x, skip.to(x.dtype)], dim=1))

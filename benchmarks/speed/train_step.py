@@ -47,6 +47,7 @@ SMALL = ModelConfig(
     num_heads=4,
     num_blocks=2,
     num_slices=5,
+    stem="wide",
     output_stride=1,
 )
 VIT_B = ModelConfig(encoder="lora", output_stride=2)
