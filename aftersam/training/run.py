@@ -152,7 +152,7 @@ class Run:
             if not self.stop and self.scans.validation and self.config.train.validations:
                 self._calibrate()
         if self.stop:
-            self.accelerator.end_training()
+            self._end()
             said = f"stopped at step {self.progress.step}, which {self.output} keeps; go on with --resume"
             raise stopped(self.stop, said if self.processes.main else "")
         if not (self.scans.validation and self.config.train.validations):
@@ -160,9 +160,17 @@ class Run:
             model = self.learner.whole_model()
             if self.processes.main:
                 self._save_best(model)
-        self.accelerator.end_training()
+        self._end()
         best = self.progress.best
         return TrainResult(self.output, self.progress.step, best if best >= 0 else None)
+
+    def _end(self) -> None:
+        """Close trackers and leave the group of processes.
+
+        A thread of gloo lets go of a reduced tensor after the reduction has returned, and aborts the process where the
+        interpreter is ending by then. Waiting for the others gives it that time."""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
 
     def _steps(self, history: FileIO, bar: rich.progress.Progress) -> None:
         """Steps, validations and checkpoints until the run's limit, or until `self.stop`."""
