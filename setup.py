@@ -26,7 +26,8 @@ setup(
             "axial_fusion.cpu._kernels",
             ["kernels/axial_fusion/cpu/kernels.c"],
             depends=[
-                f"kernels/axial_fusion/cpu/{name}.h" for name in ("level", "axial_attention", "group_norm")
+                f"kernels/axial_fusion/cpu/{name}.h"
+                for name in ("level", "axial_attention", "slice_attention", "group_norm")
             ],
             extra_compile_args=["-O3", "-Wno-psabi"],
             optional=True,

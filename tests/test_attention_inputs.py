@@ -18,7 +18,7 @@ from axial_fusion import (
     slice_attention,
     window_attention,
 )
-from axial_fusion.cpu import biased_attention
+from axial_fusion.cpu import biased_attention, compiled
 from axial_fusion.dispatch import FEW_POSITIONS
 from axial_fusion.ops import slice_attention as slices
 
@@ -364,7 +364,8 @@ def test_a_wrong_argument_is_one_sentence(call, message):
 
 
 @pytest.mark.parametrize("dtype", FEW_POSITIONS, ids=str)
-def test_few_positions_on_a_cpu_are_plain_products_block_by_block(monkeypatch, dtype):
+def test_without_compiled_kernels_few_positions_are_plain_products_block_by_block(monkeypatch, dtype):
+    monkeypatch.setattr(compiled, "missing", lambda: "not built")
     for positions, chosen in ((FEW_POSITIONS[dtype], "torch"), (FEW_POSITIONS[dtype] + 1, "sdpa")):
         assert (
             select_backend("slice_attention", torch.empty(1, 1, positions, 1, 8, dtype=dtype)).backend

@@ -306,6 +306,7 @@ from axial_fusion.cpu import compiled
 compiled._path = lambda: Path(sys.argv[1])
 import test_channels_last as images
 import test_compiled as tests
+import test_compiled_slices as slices
 assert compiled.missing() is None
 torch.set_num_threads(2)
 for level in tests.LEVELS:
@@ -313,9 +314,12 @@ for level in tests.LEVELS:
     for i, shape in enumerate(tests.SHAPES.values()):
         qkv, grad = tests.inputs(shape, compiled.DTYPES[i % 3])
         tests.check(qkv, grad, causal=True, lengths=torch.tensor([shape[2] // 2, shape[2]][: shape[0]]))
+    for i, shape in enumerate(slices.SHAPES.values()):
+        slices.check(*slices.inputs(shape, compiled.DTYPES[i % 3]))
     for i, shape in enumerate(images.SHAPES.values()):
         images.check(shape, compiled.DTYPES[i % 3], added=i % 2 == 0, relu=True)
 tests.test_memory_is_read_as_it_lies()
+slices.test_memory_is_read_as_it_lies()
 print("clean")
 """
 

@@ -235,11 +235,12 @@ def test_by_triton(rank, query_index):
 
 
 def test_triton_takes_its_slice_kernel_where_the_head_fits_and_the_library_elsewhere():
-    for channels, dtype, expected in ((32, torch.float16, "triton"), (32, torch.float32, "sdpa")):
+    for channels, dtype, expected in ((32, torch.float16, {"triton"}), (32, torch.float32, {"sdpa", "cpu"})):
         with torch.device(DEVICE):
             x, weights = torch.zeros(1, 3, 128, channels, dtype=dtype), half(channels, dtype)
         _, within = select_halves(x, weights, weights, num_heads=2, queries=3, backend="triton")
-        assert (within.norm, within.attention) == ("triton", expected)
+        assert within.norm == "triton"
+        assert within.attention in expected
 
 
 def test_triton_is_refused_where_it_cannot_run():

@@ -287,7 +287,7 @@ def test_auto_takes_triton_where_it_was_measured_fastest(monkeypatch):
     assert chosen.backend == "triton"
     assert chosen.reason.startswith("measured fastest on sm_90 for bfloat16, D 32 (NVIDIA H100 80GB HBM3, ")
     assert "commit" in chosen.reason
-    assert select_backend("slice_attention", q.half()).backend == "sdpa"  # not measured
+    assert select_backend("slice_attention", q.double()).backend == "sdpa"  # not measured
     assert select_backend("slice_attention", q[..., :24]).backend == "sdpa"
     assert select_backend("slice_attention", q.float()).backend == "sdpa"
     monkeypatch.setattr(dispatch, "_capability", lambda device: (8, 0))

@@ -107,12 +107,13 @@ def torchs_own(*tensors: Tensor) -> bool:
 
 
 def ordinary(*tensors: Tensor) -> bool:
-    """Whether nothing looks on or stands in for the tensors: no compiler, mode, transform, tangent or subclass.
+    """Whether nothing looks on or stands in for the tensors: no compiler, trace, mode, transform, tangent or subclass.
 
     A function can then be called in place of its op. Forward mode anywhere counts, which is cheaper to ask."""
     c = torch._C
     if (
         torch.compiler.is_compiling()
+        or c._get_tracing_state() is not None
         or c._len_torch_dispatch_stack()
         or torch.autograd.forward_ad._current_level >= 0
     ):

@@ -38,7 +38,7 @@ Op = Literal[
 SDPA_KINDS = ("sdpa", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient")
 BACKENDS: dict[str, tuple[str, ...]] = {
     "axial_attention": ("triton", "cpu", "torch"),
-    "slice_attention": ("triton", *SDPA_KINDS, "flash", "xformers", "flex", "torch"),
+    "slice_attention": ("triton", "cpu", *SDPA_KINDS, "flash", "xformers", "flex", "torch"),
     "rel_pos_attention": ("triton", "torch"),
     "window_attention": ("triton", "torch"),
     "rel_terms": ("triton", "torch"),
@@ -301,8 +301,12 @@ def _fastest_slices(facts: Facts, positions: int) -> Choice:
             return Choice(measured, what + by)
         if unfit and "failed their check" in unfit:
             return Choice("sdpa", unfit)
+    if facts.device.type != "cpu":
+        return SDPA
+    if not _traced() and cpu_obstacle(facts._replace(slices=1)) is None:
+        return COMPILED
     most = FEW_POSITIONS.get(facts.dtype, 0)
-    if facts.device.type == "cpu" and not torch.compiler.is_exporting() and positions <= most:
+    if not torch.compiler.is_exporting() and positions <= most:
         return Choice("torch", f"at most {most} positions on a CPU: plain products are faster")
     return SDPA
 

@@ -60,7 +60,7 @@ def obstacle_to(op: str, backend: str, facts: Facts) -> str | None:
 
 
 def cpu_obstacle(facts: Facts) -> str | None:
-    """Why the compiled kernel of axial_attention cannot run on these facts, or None."""
+    """Why a compiled kernel cannot run on these facts, or None."""
     if facts.device.type != "cpu":
         return f"it needs CPU tensors, found {facts.device.type}"
     if facts.dtype not in compiled.DTYPES:

@@ -22,12 +22,12 @@ INLINE TARGET Ints LEVEL(from)(int64_t first, int64_t n) {
     return lane >= (int32_t)(first - WIDTH * n);
 }
 
-INLINE TARGET void LEVEL(copy_as)(float *to, const View *t, Place at, int64_t rows, int64_t stored, const Axial *c,
+INLINE TARGET void LEVEL(copy_as)(float *to, const View *t, Place at, int64_t rows, int64_t stored, const Attention *c,
                                   int64_t dtype) {
     int64_t size = dtype == FLOAT32 ? 4 : 2, padded = whole(c->dim, WIDTH), full = c->dim / WIDTH * WIDTH;
     for (int64_t i = 0; i < rows; i++)
         for (int64_t m = 0; m < at.heads; m++) {
-            const char *row = address(t, at, c) + (i * t->slice + m * t->head) * size;
+            const char *row = address(t, at, c) + (i * t->row + m * t->head) * size;
             float *copied = to + (m * stored + i) * padded;
             for (int64_t d = 0; d < full; d += WIDTH) *(Lanes *)(copied + d) = LEVEL(load)(row + d * size, dtype);
             if (full < c->dim) {
@@ -40,7 +40,7 @@ INLINE TARGET void LEVEL(copy_as)(float *to, const View *t, Place at, int64_t ro
 
 /* Rows of a position's heads -> (heads, stored, padded), in fp32 and with zeros up to whole vectors. Heads lie side by
    side in memory, slices far apart. */
-static TARGET void LEVEL(copy)(float *to, const View *t, Place at, int64_t rows, int64_t stored, const Axial *c) {
+static TARGET void LEVEL(copy)(float *to, const View *t, Place at, int64_t rows, int64_t stored, const Attention *c) {
     if (c->dtype == FLOAT32)
         LEVEL(copy_as)(to, t, at, rows, stored, c, FLOAT32);
     else if (c->dtype == BFLOAT16)
@@ -128,9 +128,12 @@ static TARGET void LEVEL(through_softmax)(float *gradients, const float *weights
 }
 
 /* `rows` rows of Σ_j weight · x_j, channels d .. d + vectors · WIDTH - 1 of them. */
-INLINE TARGET void LEVEL(sums_of)(Rows y, Weights w, Rows x, int64_t count, int64_t d, int64_t stream, int rows,
+INLINE TARGET void LEVEL(sums_of)(Rows y, Weights w, Rows x, int64_t count, int64_t d, const Layout *l, int rows,
                                   int vectors) {
     Lanes sums[BLOCK][VECTORS] = {0};
+    if (l->adds)
+        for (int r = 0; r < rows; r++)
+            for (int n = 0; n < vectors; n++) sums[r][n] = *(const Loose *)(y.at + r * y.row + d + n * WIDTH);
     for (int64_t j = 0; j < count; j++)
         for (int r = 0; r < rows; r++)
             for (int n = 0; n < vectors; n++)
@@ -138,7 +141,7 @@ INLINE TARGET void LEVEL(sums_of)(Rows y, Weights w, Rows x, int64_t count, int6
     for (int r = 0; r < rows; r++)
         for (int n = 0; n < vectors; n++) {
             float *to = y.at + r * y.row + d + n * WIDTH;
-            if (stream)
+            if (l->stream)
                 STREAM(to, sums[r][n]);
             else
                 *(Loose *)to = sums[r][n];
@@ -148,9 +151,9 @@ INLINE TARGET void LEVEL(sums_of)(Rows y, Weights w, Rows x, int64_t count, int6
 INLINE TARGET void LEVEL(sums)(Rows y, Weights w, Rows x, int64_t count, const Layout *l, int rows) {
     int64_t d = 0;
     for (; d + VECTORS * WIDTH <= l->padded; d += VECTORS * WIDTH)
-        LEVEL(sums_of)(y, w, x, count, d, l->stream, rows, VECTORS);
-    for (; d + 2 * WIDTH <= l->padded; d += 2 * WIDTH) LEVEL(sums_of)(y, w, x, count, d, l->stream, rows, 2);
-    for (; d < l->padded; d += WIDTH) LEVEL(sums_of)(y, w, x, count, d, l->stream, rows, 1);
+        LEVEL(sums_of)(y, w, x, count, d, l, rows, VECTORS);
+    for (; d + 2 * WIDTH <= l->padded; d += 2 * WIDTH) LEVEL(sums_of)(y, w, x, count, d, l, rows, 2);
+    for (; d < l->padded; d += WIDTH) LEVEL(sums_of)(y, w, x, count, d, l, rows, 1);
 }
 
 /* Writes y, the rows of one head's result: row i is the weighted sum of the rows of x in range i. */
@@ -170,12 +173,12 @@ static TARGET void LEVEL(combine)(Rows y, Weights w, Rows x, const Range *range,
     }
 }
 
-INLINE TARGET void LEVEL(write_as)(const View *t, Place at, const float *from, int64_t rows, const Axial *c,
+INLINE TARGET void LEVEL(write_as)(const View *t, Place at, const float *from, int64_t rows, const Attention *c,
                                    int64_t dtype) {
     int64_t size = dtype == FLOAT32 ? 4 : 2, padded = whole(c->dim, WIDTH), full = c->dim / WIDTH * WIDTH;
     for (int64_t i = 0; i < rows; i++)
         for (int64_t m = 0; m < at.heads; m++) {
-            char *row = address(t, at, c) + (i * t->slice + m * t->head) * size;
+            char *row = address(t, at, c) + (i * t->row + m * t->head) * size;
             const float *y = from + (m * rows + i) * padded;
             for (int64_t d = 0; d < full; d += WIDTH) LEVEL(store)(row + size * d, *(const Lanes *)(y + d), dtype);
             if (full < c->dim) {
@@ -187,7 +190,7 @@ INLINE TARGET void LEVEL(write_as)(const View *t, Place at, const float *from, i
 }
 
 /* The inverse of `copy`. */
-static TARGET void LEVEL(write)(const View *t, Place at, const float *from, int64_t rows, const Axial *c) {
+static TARGET void LEVEL(write)(const View *t, Place at, const float *from, int64_t rows, const Attention *c) {
     if (c->dtype == FLOAT32)
         LEVEL(write_as)(t, at, from, rows, c, FLOAT32);
     else if (c->dtype == BFLOAT16)
@@ -196,7 +199,7 @@ static TARGET void LEVEL(write)(const View *t, Place at, const float *from, int6
         LEVEL(write_as)(t, at, from, rows, c, FLOAT16);
 }
 
-static TARGET void LEVEL(forward)(const Axial *c, const Layout *l, float *scratch, Place at) {
+static TARGET void LEVEL(forward)(const Attention *c, const Layout *l, float *scratch, Place at) {
     Range keys, queries;
     float *qt = scratch + l->qt, *s = scratch + l->s;
     int64_t used = seen(c, at.b, &keys, &queries);
@@ -223,7 +226,7 @@ static TARGET void LEVEL(forward)(const Axial *c, const Layout *l, float *scratc
     if (!l->direct) LEVEL(write)(&c->y, at, scratch + l->q, c->queries, c);
 }
 
-static TARGET void LEVEL(backward)(const Axial *c, const Layout *l, float *scratch, Place at) {
+static TARGET void LEVEL(backward)(const Attention *c, const Layout *l, float *scratch, Place at) {
     Range keys, queries;
     float *qt = scratch + l->qt, *dyt = scratch + l->dyt, *s = scratch + l->s, *ds = scratch + l->ds;
     int64_t used = seen(c, at.b, &keys, &queries);

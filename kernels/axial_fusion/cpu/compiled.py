@@ -20,13 +20,14 @@ from ..checks import constant_when_traced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # by their number in kernels.c
 MAX_SLICES = 64  # MAX_ROWS of kernels.c
-VERSION = 2  # of what kernels.c takes
+VERSION = 3  # of what kernels.c takes
 # Elements of k at a position that a thread works on at a time: as many heads as fit the cache.
 _GROUP = 3 << 10
+_TILE = 32  # TILE of kernels.c
 _GRAIN = 1 << 15  # multiply-adds from which another thread pays
 
 
-_CALL = struct.Struct("51qd")  # an Axial of kernels.c: eight views of five numbers, eleven more, scale
+_CALL = struct.Struct("52qd")  # an Attention of kernels.c: eight views of five numbers, twelve more, scale
 _NORM = struct.Struct("18qd")  # a GroupNorm of kernels.c: eleven pointers, seven numbers, eps
 _ABSENT = (0,) * 5  # the view of an absent tensor
 
@@ -50,9 +51,10 @@ def _library() -> ctypes.CDLL | str:
         return f"the compiled kernels do not load: {error}"
     if version != VERSION:
         return "the compiled kernels are of another version of this package; install it again"
-    for function in (library.kernels_level, library.axial_attention, library.group_norm):
+    called = library.axial_attention, library.slice_attention, library.group_norm
+    for function in (library.kernels_level, *called):
         function.restype = ctypes.c_int64
-    for function in (library.axial_attention, library.group_norm):
+    for function in called:
         function.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64]
     return library
 
@@ -108,7 +110,7 @@ def _run(
     threads = max(1, min(torch.get_num_threads(), items, work // _GRAIN))
     call = _CALL.pack(
         *(number for view in views for number in view),
-        0 if lengths is None else lengths.data_ptr(),
+        0 if lengths is None else lengths.data_ptr(), 0,
         batch, queries, keys, positions, heads, dim, DTYPES.index(q.dtype), causal, threads, group,
         scale,
     )  # fmt: skip
@@ -137,6 +139,57 @@ def backward(
     dy, q, k, v = (_dense(t) for t in (grad, q, k, v))
     views = [*map(_view, (q, k, v)), _ABSENT, *map(_view, (dy, dq, dk, dv))]
     _run(q, k, views, lengths, scale, causal)
+    return dq, dk, dv
+
+
+def _within(tensors: Sequence[Tensor | None], norms: Tensor, scale: float) -> None:
+    """`tensors` (B, N, P, M, D): q, k, v, y, dy, dq, dk, dv; the last four are absent forward."""
+    library = _library()
+    assert not isinstance(library, str)
+    q = tensors[0]
+    assert q is not None
+    batch, slices, positions, heads, dim = q.shape
+    # whole heads, or parts of them where there are too few heads for the threads
+    threads, group, all_heads = torch.get_num_threads(), positions, batch * slices * heads
+    if tensors[4] is None and all_heads < 4 * threads:
+        group = -(-positions * all_heads // (4 * threads))
+    group = -(-group // _TILE) * _TILE
+    items = all_heads * -(-positions // group)
+    threads = max(1, min(threads, items, all_heads * positions**2 * dim // _GRAIN))
+    numbers: list[int] = []
+    for t in tensors:
+        if t is None:
+            numbers += _ABSENT
+        else:
+            to_batch, to_slice, to_position, to_head, _ = t.stride()
+            numbers += (t.data_ptr(), to_batch, to_position, to_slice, to_head)
+    call = _CALL.pack(
+        *numbers,
+        0, norms.data_ptr(),
+        batch, positions, positions, slices, heads, dim, DTYPES.index(q.dtype), 0, threads, group,
+        scale,
+    )  # fmt: skip
+    if library.slice_attention(call, _parallel(), _level()):
+        raise MemoryError("slice_attention: no memory for the rows that its threads work on")
+
+
+def slice_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """q, k, v (B, N, P, M, D) -> contiguous (B, N, P, M, D), and what the backward needs of the softmax, in fp32
+    (2, B·N·M·P): the largest score of each query, and the sum of e^(score - largest)."""
+    y, norms = q.new_empty(q.shape), q.new_empty((2, q.shape[:4].numel()), dtype=torch.float32)
+    if y.numel():
+        _within([_dense(q), _dense(k), _dense(v), y, None, None, None, None], norms, scale)
+    return y, norms
+
+
+def slice_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, norms: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Contiguous gradients of q, k and v."""
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    if q.numel():
+        dy, q, k, v = map(_dense, (grad, q, k, v))
+        _within([q, k, v, y, dy, dq, dk, dv], norms, scale)
     return dq, dk, dv
 
 

@@ -1,17 +1,19 @@
-/* The compiled kernels of a CPU: attention across slices, y = softmax(scale · q kᵀ) v of each position and head, and
-   group norm of images whose channels lie last, both with their gradients.
+/* The compiled kernels of a CPU: attention across slices, y = softmax(scale · q kᵀ) v of each position and head,
+   attention within slices, of each slice and head, and group norm of images whose channels lie last, all with their
+   gradients.
 
-   Attention: scores and softmax of one position and head stay in a thread's scratch memory, in fp32. Scores have a row
-   for each key and a column for each query: a sum over keys adds whole vectors. fp32 rows whose length is a multiple of
-   the vector are read and written in place; other rows are copied into scratch memory and back, all heads of a position
-   at once.
-   A query sees keys 0 .. end - 1, and every sum stops there: what a query does not see may hold any inf or NaN.
+   Attention: scores and softmax stay in a thread's scratch memory, in fp32. Scores have a row for each key and a column
+   for each query: a sum over keys adds whole vectors. Rows are copied into scratch memory and back; across slices fp32
+   rows whose length is a multiple of the vector are read and written in place.
+   Across slices a query sees keys 0 .. end - 1, and every sum stops there: what a query does not see may hold any inf or
+   NaN.
 
    Group norm: an image is read twice, the second time from the cache: for its sums, and for its results, with an
    addition and a ReLU behind them.
 
    level.h is compiled once for each instruction set; the widest that the processor has runs. */
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -24,6 +26,8 @@
 #define BLOCK 5     /* rows of a result that are computed together, in registers: 5 slices are one block, 9 are two */
 #define WIDEST 16   /* numbers of the widest vector */
 #define LINE 64     /* bytes of a cache line */
+#define TILE 32     /* queries of a tile within a slice */
+#define KEYS 128    /* keys that a tile meets at a time: their scores stay in the first cache */
 #define STREAMED (3 << 20) /* bytes from which a result exceeds the cache: non-temporal stores write it */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -40,22 +44,25 @@ enum { FLOAT32, BFLOAT16, FLOAT16 };
         }
 #define UNPACK(...) __VA_ARGS__
 
-typedef struct { /* a tensor (B, N, P, M, D) by its strides in elements, D dense */
+typedef struct { /* a tensor (B, N, P, M, D) by its strides in elements, D dense; attention is along the rows, which are
+                    slices at a position, or for attention within slices the other way round */
     char *data;
-    int64_t batch, slice, position, head;
+    int64_t batch, row, position, head;
 } View;
 
 typedef struct {
     View q, k, v, y, dy, dq, dk, dv;
     const int64_t *lengths; /* (B,), or NULL */
-    int64_t batch, queries, keys, positions, heads, dim, dtype, causal, threads, group;
+    float *norms;           /* (2, B, N, M, P), NULL across slices: largest score, and Σ e^(score - largest) */
+    int64_t batch, queries, keys, positions, heads, dim, dtype, causal, threads;
+    int64_t group; /* heads, or within a slice queries, of an item */
     double scale;
-} Axial; /* compiled.py packs it */
+} Attention; /* compiled.py packs it */
 
 _Static_assert(sizeof(void *) == 8, "compiled.py packs pointers as 64 bits");
 
-typedef struct { /* one position and some of its heads */
-    int64_t b, p, m, heads;
+typedef struct { /* one position and some of its heads; within a slice, one head and the first of some queries */
+    int64_t b, p, m, heads, first;
 } Place;
 
 typedef struct { /* rows of one head, by the distance between two */
@@ -67,14 +74,16 @@ typedef struct { /* where a thread's scratch memory holds what, and its size, in
     int64_t padded, lanes; /* D and the number of queries, rounded up to whole vectors */
     int64_t direct;        /* rows are read and written where they are */
     int64_t stream;        /* results are written by non-temporal stores */
+    int64_t adds;          /* sums are added to what is there */
     int64_t q, dy, dq, k, v, qt, dyt, s, ds, size;
+    int64_t dk, dv, y; /* within a slice alone */
 } Layout;
 
 typedef struct {
-    const Axial *call;
+    const Attention *call;
     Layout layout;
-    void (*run)(const Axial *, const Layout *, float *, Place);
-} AxialWork;
+    void (*run)(const Attention *, const Layout *, float *, Place);
+} AttentionWork;
 
 typedef struct { /* images (T, P, C), dense, C last; compiled.py packs it */
     char *x, *added, *y, *dy, *dx; /* dx: NULL in the forward; added: NULL, or in the backward its gradient */
@@ -117,15 +126,15 @@ typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
 
 static int64_t whole(int64_t size, int64_t of) { return (size + of - 1) / of * of; }
 
-static int64_t bytes(const Axial *c) { return c->dtype == FLOAT32 ? 4 : 2; }
+static int64_t bytes(const Attention *c) { return c->dtype == FLOAT32 ? 4 : 2; }
 
 /* Whether every row of D numbers is whole lines of the cache. */
-static int64_t in_lines(const View *t, const Axial *c) {
-    uintptr_t all = (uintptr_t)((t->batch | t->slice | t->position | t->head | c->dim) * bytes(c));
+static int64_t in_lines(const View *t, const Attention *c) {
+    uintptr_t all = (uintptr_t)((t->batch | t->row | t->position | t->head | c->dim) * bytes(c));
     return !t->data || (all | (uintptr_t)t->data) % LINE == 0;
 }
 
-static Layout layout(const Axial *c, int64_t width) {
+static Layout layout(const Attention *c, int64_t width) {
     Layout l = {whole(c->dim, width), whole(c->queries, width), .q = 0};
     int64_t more = c->dq.data != NULL, all = c->group * l.padded; /* a row of all heads */
     l.direct = c->dtype == FLOAT32 && c->dim == l.padded;
@@ -144,8 +153,26 @@ static Layout layout(const Axial *c, int64_t width) {
     return l;
 }
 
+/* Of attention within a slice: k, v and their gradients whole, all else of a tile. */
+static Layout tiled(const Attention *c, int64_t width) {
+    Layout l = {whole(c->dim, width), TILE, .adds = 1, .k = 0};
+    int64_t more = c->dq.data != NULL, head = c->keys * l.padded, tile = TILE * l.padded;
+    l.v = head;
+    l.dk = l.v + head;
+    l.dv = l.dk + more * head;
+    l.q = l.dv + more * head;
+    l.y = l.dq = l.q + tile;
+    l.dy = l.dq + tile;
+    l.qt = l.dy + more * tile;
+    l.dyt = l.qt + tile;
+    l.s = l.dyt + more * tile;
+    l.ds = l.s + KEYS * TILE;
+    l.size = whole(l.ds + more * KEYS * TILE, WIDEST);
+    return l;
+}
+
 /* What queries see: the keys of each, and the queries of each key. Gives how many keys are seen at all. */
-static int64_t seen(const Axial *c, int64_t b, Range *keys, Range *queries) {
+static int64_t seen(const Attention *c, int64_t b, Range *keys, Range *queries) {
     int64_t used = 0;
     for (int64_t i = 0; i < c->queries; i++) {
         int64_t end = c->causal ? i + 1 + c->keys - c->queries : c->keys;
@@ -159,33 +186,52 @@ static int64_t seen(const Axial *c, int64_t b, Range *keys, Range *queries) {
     return used;
 }
 
-static char *address(const View *t, Place at, const Axial *c) {
+static char *address(const View *t, Place at, const Attention *c) {
     return t->data + (at.b * t->batch + at.p * t->position + at.m * t->head) * bytes(c);
 }
 
 /* Rows of head m of a place: of the tensor itself, or of its copy. */
-static Rows rows_of(const View *t, float *copy, Place at, int64_t m, int64_t stored, const Axial *c,
+static Rows rows_of(const View *t, float *copy, Place at, int64_t m, int64_t stored, const Attention *c,
                     const Layout *l) {
     if (!l->direct) return (Rows){copy + m * stored * l->padded, l->padded};
     at.m += m;
-    return (Rows){(float *)address(t, at, c), t->slice};
+    return (Rows){(float *)address(t, at, c), t->row};
 }
 
 /* Prefetches the rows of head m at the next position: the processor does not by itself across such strides. */
-static void ahead(const View *t, Place at, int64_t m, int64_t rows, const Axial *c) {
+static void ahead(const View *t, Place at, int64_t m, int64_t rows, const Attention *c) {
     if (++at.p == c->positions) return;
     at.m += m;
     for (int64_t i = 0; i < rows; i++)
         for (int64_t d = 0; d < c->dim * bytes(c); d += LINE)
-            __builtin_prefetch(address(t, at, c) + i * t->slice * bytes(c) + d);
+            __builtin_prefetch(address(t, at, c) + i * t->row * bytes(c) + d);
 }
 
 static void axial_item(const void *call, float *scratch, int64_t item) {
-    const AxialWork *work = call;
-    const Axial *c = work->call;
+    const AttentionWork *work = call;
+    const Attention *c = work->call;
     int64_t groups = whole(c->heads, c->group) / c->group, m = item % groups * c->group, position = item / groups;
     int64_t heads = c->heads - m < c->group ? c->heads - m : c->group;
-    work->run(c, &work->layout, scratch, (Place){position / c->positions, position % c->positions, m, heads});
+    work->run(c, &work->layout, scratch, (Place){position / c->positions, position % c->positions, m, heads, 0});
+}
+
+static void slice_item(const void *call, float *scratch, int64_t item) {
+    const AttentionWork *work = call;
+    const Attention *c = work->call;
+    int64_t groups = whole(c->queries, c->group) / c->group, head = item / groups, slice = head / c->heads;
+    Place at = {slice / c->positions, slice % c->positions, head % c->heads, 1, item % groups * c->group};
+    work->run(c, &work->layout, scratch, at);
+}
+
+/* The tensor from a row on. */
+static View from_row(const View *t, int64_t row, const Attention *c) {
+    return (View){t->data + row * t->row * bytes(c), t->batch, t->row, t->position, t->head};
+}
+
+static int64_t norms(const Attention *c) { return c->batch * c->positions * c->heads * c->queries; }
+
+static float *norms_of(const Attention *c, Place at) {
+    return c->norms + ((at.b * c->positions + at.p) * c->heads + at.m) * c->queries;
 }
 
 static Image image_of(const GroupNorm *c, int64_t image) {
@@ -350,7 +396,7 @@ static int64_t share(Job job, Parallel parallel, int64_t size) {
 #endif
 
 /* What compiled.py checks: raised whenever a structure or the arguments of a function change. */
-int64_t kernels_version(void) { return 2; }
+int64_t kernels_version(void) { return 3; }
 
 /* Which instruction set runs: 0 plain, 1 AVX2, 2 AVX-512. */
 int64_t kernels_level(void) {
@@ -366,10 +412,10 @@ int64_t kernels_level(void) {
 
 static int64_t width_of(int64_t level) { return level == 2 ? 16 : level == 1 ? 8 : 4; }
 
-/* Both functions: forward, or backward where dq or dx is given, on `call->threads` threads; on one where `parallel` is
-   NULL. They give 0, or 1 where there is no memory. */
-int64_t axial_attention(const Axial *call, Parallel parallel, int64_t level) {
-    AxialWork axial = {call, layout(call, width_of(level)), call->dq.data ? backward_plain : forward_plain};
+/* The three functions: forward, or backward where dq or dx is given, on `call->threads` threads; on one where
+   `parallel` is NULL. They give 0, or 1 where there is no memory. */
+int64_t axial_attention(const Attention *call, Parallel parallel, int64_t level) {
+    AttentionWork axial = {call, layout(call, width_of(level)), call->dq.data ? backward_plain : forward_plain};
 #ifdef __x86_64__
     if (level == 1) axial.run = call->dq.data ? backward_avx2 : forward_avx2;
     if (level == 2) axial.run = call->dq.data ? backward_avx512 : forward_avx512;
@@ -377,6 +423,17 @@ int64_t axial_attention(const Axial *call, Parallel parallel, int64_t level) {
     int64_t groups = whole(call->heads, call->group) / call->group;
     Job job = {axial_item, &axial, .items = call->batch * call->positions * groups, .threads = call->threads};
     return share(job, parallel, axial.layout.size);
+}
+
+int64_t slice_attention(const Attention *call, Parallel parallel, int64_t level) {
+    AttentionWork slice = {call, tiled(call, width_of(level)), call->dq.data ? within_backward_plain : within_plain};
+#ifdef __x86_64__
+    if (level == 1) slice.run = call->dq.data ? within_backward_avx2 : within_avx2;
+    if (level == 2) slice.run = call->dq.data ? within_backward_avx512 : within_avx512;
+#endif
+    int64_t groups = whole(call->queries, call->group) / call->group;
+    Job job = {slice_item, &slice, .items = call->batch * call->positions * call->heads * groups, .threads = call->threads};
+    return share(job, parallel, slice.layout.size);
 }
 
 int64_t group_norm(const GroupNorm *call, Parallel parallel, int64_t level) {

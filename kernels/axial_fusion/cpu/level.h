@@ -60,6 +60,7 @@ INLINE TARGET void LEVEL(store)(char *to, Lanes x, int64_t dtype) {
 }
 
 #include "axial_attention.h"
+#include "slice_attention.h"
 #include "group_norm.h"
 
 #undef Lanes

@@ -176,7 +176,7 @@ _MOST_CHOSEN = 4096
 
 def _key(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Hashable:
     """All that checks and choice depend on; None where that is more: tracing, autocast, a transform, a subclass."""
-    if not ordinary(q, k, v) or torch._C._get_tracing_state() is not None or not isinstance(backend, str):
+    if not ordinary(q, k, v) or not isinstance(backend, str):
         return None
     device = q.device
     if device.type not in ("cuda", "cpu") or torch.is_autocast_enabled(device.type):

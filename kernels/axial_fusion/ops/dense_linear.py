@@ -81,7 +81,6 @@ def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         _onednn_weight_gradient is not None
         and _onednn_takes(*given)
-        and torch._C._get_tracing_state() is None  # which makes sizes tensors
         and x.numel() * weight.shape[0] >= FEWEST_PRODUCTS
         and weight.is_contiguous()
         and (bias is None or bias.is_contiguous())

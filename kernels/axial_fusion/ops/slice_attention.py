@@ -2,10 +2,11 @@
 
 The Triton backend (gpu/slice_attention.py) is a forward alone. cuDNN's and FlashAttention's backwards start from its y
 and log-sum-exp; cuDNN's was the fastest backward at every size measured on an H100.
+The `cpu` backend is compiled for the CPU (cpu/slice_attention.h), with its gradients.
 The other backends are fused attentions that somebody maintains and that register their own operator and gradient:
 torch's SDPA (its own choice, or its flash, cuDNN or memory-efficient kernel), flash-attn, xformers, FlexAttention.
 `torch` computes the scores in fp32 and writes them to memory; it has every derivative. `auto` takes it for few
-positions on a CPU, where it is faster than the fused kernel. `auto` on a GPU is what `dispatch.FASTEST` holds,
+positions on a CPU where the compiled kernel is not built. `auto` on a GPU is what `dispatch.FASTEST` holds,
 measured by `axial_fusion.tune slice_attention`, else SDPA's own choice.
 
 Gradients, with p = exp(scale · q kᵀ − lse): dv = pᵀ dY, dp = dY vᵀ, ds = p · (dp − Σ y · dY),
@@ -27,10 +28,12 @@ from ..checks import (
     check_shapes,
     no_autocast,
     no_second_derivative,
+    ordinary,
     softmax_scale,
     under_transform,
     without_overlap,
 )
+from ..cpu import compiled
 from ..dispatch import select_backend
 from ..gpu.slice_attention import launch_forward
 from ..registry import NAMESPACE, OPS, library, register_flop_formula
@@ -164,6 +167,35 @@ def _backward_flops(grad_shape: Any, *_: Any, out_shape: Any = None, **__: Any) 
     return 5 * _flops(grad_shape) // 2
 
 
+class _Compiled(torch.autograd.Function):
+    """The compiled kernels of a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        y, norms = compiled.slice_forward(q, k, v, scale)
+        ctx.scale = scale
+        ctx.save_for_backward(q, k, v, y, norms)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, y, norms = ctx.saved_tensors
+        if torch.is_grad_enabled() or not ordinary(grad):
+            return (*_backward_again(grad, q, k, v, ctx.scale), None)  # can be differentiated, and batched
+        return (*compiled.slice_backward(grad, q, k, v, y, norms, ctx.scale), None)
+
+
+def _backward_again(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """Gradients of q, k and v from them alone."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    dy, q, k, v = (t.transpose(2, 3).to(wide) for t in (grad, q, k, v))  # (B, N, M, P, D)
+    p = (scale * (q @ k.transpose(-1, -2))).softmax(-1)
+    dp = dy @ v.transpose(-1, -2)
+    ds = scale * p * (dp - (p * dp).sum(-1, keepdim=True))
+    grads = (ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ dy)
+    return tuple(t.transpose(2, 3).to(grad.dtype) for t in grads)
+
+
 # The libraries' backends. q, k, v (B', M, P, D) -> the same. A kernel of SDPA is called by its own operator:
 # sdpa_kernel would switch the others off for every thread of the process.
 
@@ -273,8 +305,8 @@ def slice_attention(
 ) -> Tensor:
     """Attention among the positions of each slice: q, k, v (B, N, P, M, D) -> (B, N, P, M, D).
 
-    `scale` is D^-½ where None; `backend` auto, triton, sdpa, sdpa_flash, sdpa_cudnn, sdpa_efficient, flash, xformers,
-    flex or torch. Triton needs float16 or bfloat16 and D 16, 32 or 64. FlexAttention is fused only inside
+    `scale` is D^-½ where None; `backend` auto, triton, cpu, sdpa, sdpa_flash, sdpa_cudnn, sdpa_efficient, flash,
+    xformers, flex or torch. Triton needs float16 or bfloat16 and D 16, 32 or 64. FlexAttention is fused only inside
     torch.compile, so that auto never takes it. Autocast casts q, k, v. Softmax in fp32.
     Raises ValueError on a shape, dtype, device or backend mismatch."""
     check_shapes("slice_attention", {"q": (q, _AXES), "k": (k, _AXES), "v": (v, _AXES)})
@@ -292,7 +324,13 @@ def run(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
     if backend == "triton":
         y = OPS.slice_attention(q, k, v, scale)[0]
         return y
-    attend = _torch if q.numel() == 0 else _LIBRARIES[backend]  # no library promises to take empty tensors
+    if backend == "cpu" and ordinary(q, k, v):
+        if _wanted(q, k, v):
+            y = _Compiled.apply(q, k, v, scale)  # type: ignore[no-untyped-call]  # torch's
+            return y
+        return compiled.slice_forward(q, k, v, scale)[0]
+    # no library promises to take empty tensors; what counts or traces knows torch's own attention, not our kernel
+    attend = _torch if q.numel() == 0 else _LIBRARIES["sdpa" if backend == "cpu" else backend]
     shape = q.shape[:2]
     q, k, v = (t.flatten(0, 1).transpose(1, 2) for t in without_overlap(q, k, v))
     y = attend(q, k, v, scale).transpose(1, 2).unflatten(0, shape)
