@@ -1,9 +1,9 @@
 """Make the paper's ablation tables on any data set.    python -m aftersam.ablate --data DATASET --output DIR --table 3
 
 Every variant is trained on the same split with the same seeds. Its final weights segment the validation scans once, and
-aftersam.evaluate scores the masks. Finished variants are not trained again. Prints and writes the paper's layout:
-organs down, variants across, mean ± deviation over seeds, a paired test against the last column, and a PNG of each
-table."""
+aftersam.evaluate scores the masks. Finished variants are not trained again; they are refused where they were trained in
+another way. Prints and writes the paper's layout: organs down, variants across, mean ± deviation over seeds, a paired
+test against the last column, and a PNG of each table."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from aftersam.config import Config, Count, Index, Positive, Seed, Small, checked, preset
+from aftersam.config import Config, Count, Index, Positive, Seed, Small, checked, preset, to_dict
 from aftersam.errors import counted, plain_console, run_command
 from aftersam.evaluation.result import read_result
 from aftersam.evaluation.statistics import AblationTable, Scores, summarise
 from aftersam.evaluation.tables import markdown_table
 from aftersam.files import check_place, refuse_input, write_json, write_text
+from aftersam.model.run_folder import read_run
 
 TABLES: dict[str, dict[str, dict[str, Any]]] = {  # columns in the paper's order; all are compared with the last one
     "3": {
@@ -33,8 +34,8 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {  # columns in the paper's order
     },
     "4": {"LoRA": {"decoder": "lora"}, "Finetune": {}},
     "fusion": {
-        "2D": {"attention": "none", "stem_slices": 1}, "slice": {"attention": "slice"}, "axial": {"attention": "axial"},
-        "axial + slice": {},
+        "2D": {"attention": "none", "stem_slices": 1}, "adjacent slices": {"attention": "none"},
+        "slice": {"attention": "slice"}, "axial": {"attention": "axial"}, "axial + slice": {},
     },
     "small": {  # each column has one more of the preset's own choices
         "start": {"stem": "slim", "stem_slices": 1, "slice_stride": 2, "ce_hardest": 1.0, "deep_supervision": 0.0},
@@ -48,7 +49,7 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {  # columns in the paper's order
 TITLES = {
     "3": "Table 3, prompts drawn from the labels: columns with prompts are told where the organs are",
     "4": "Table 4, mask decoder",
-    "fusion": "attention of the fusion blocks",
+    "fusion": "attention of the fusion blocks; adjacent slices: in the stem alone",
     "small": "preset small, one more choice in each column",
 }
 
@@ -95,19 +96,19 @@ def ablate(args: AblateArgs) -> dict[str, AblationTable]:
     if "small" in args.table and args.preset != "small":
         raise ValueError(f"table small shows what the preset small is made of, not {args.preset}")
     args.output.mkdir(parents=True, exist_ok=True)
-    variants = {_name(change): change for table in args.table for change in TABLES[table].values()}
+    tables = {table: columns_of(args, table) for table in args.table}
+    variants = {_name(change): change for columns in tables.values() for change in columns.values()}
     rows = [(name, change, seed) for name, change in variants.items() for seed in args.seeds]
+    for row in rows:
+        _check_finished(args, *row)
     scores = dict(zip([(name, seed) for name, _, seed in rows], _rows(args, rows), strict=True))
     _check_cases(args.output, scores)
     result: dict[str, AblationTable] = {}
-    for table in args.table:
+    for table, changes in tables.items():
         columns = {
-            column: [scores[_name(change), seed] for seed in args.seeds]
-            for column, change in TABLES[table].items()
+            column: [scores[_name(change), seed] for seed in args.seeds] for column, change in changes.items()
         }
-        prompted = {
-            column: change["prompts"] for column, change in TABLES[table].items() if "prompts" in change
-        }
+        prompted = {column: change["prompts"] for column, change in changes.items() if "prompts" in change}
         result[table] = summarise(columns, prompted)
         ablation_figure(result[table], args.output / f"table-{table}.png", title=TITLES[table])
     text = "\n\n".join(markdown(table, found) for table, found in result.items())
@@ -116,6 +117,38 @@ def ablate(args: AblateArgs) -> dict[str, AblationTable]:
     write_text(args.output / "tables.json", json.dumps(result, indent=1) + "\n")
     plain_console().print(text, soft_wrap=True)
     return result
+
+
+def columns_of(args: AblateArgs, table: str) -> dict[str, dict[str, Any]]:
+    """The columns of a table, without those that are the same as an earlier one in this preset."""
+    columns: dict[str, dict[str, Any]] = {}
+    known: list[Config] = []
+    for column, change in TABLES[table].items():
+        if (config := row_config(args, change, 0)) not in known:
+            known.append(config)
+            columns[column] = change
+    return columns
+
+
+def _check_finished(args: AblateArgs, name: str, change: Mapping[str, Any], seed: int) -> None:
+    """Raise ValueError where the row is finished, but was trained with another configuration, budget or fold."""
+    home = _home(args.output, name, seed)
+    if not (home / "metrics.json").exists():
+        return
+    stored, facts = read_run(home / "run")
+    asked, found = row_config(args, change, seed), to_dict(stored)
+    chosen = {"encoder", "image_encoder"} if args.sam_checkpoint else {"encoder"}  # by training
+    pairs = {
+        "fold": (facts.fold, args.fold),
+        "sam_checkpoint": (bool(facts.sam_sha256), bool(args.sam_checkpoint)),
+    }
+    for part, values in to_dict(asked).items():
+        pairs |= {key: (found[part][key], value) for key, value in values.items() if key not in chosen}
+    for key, (before, now) in pairs.items():
+        if before != now:
+            raise ValueError(
+                f"{home} was trained with {key} {before}, not {now}; delete it, or choose another --output"
+            )
 
 
 def _check_cases(output: Path, scores: Mapping[tuple[str, int], Scores]) -> None:

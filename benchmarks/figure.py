@@ -223,20 +223,23 @@ def page_sections(result: Result, image: Path) -> list[str]:
 
 def accuracy_page(results: Path, docs: Path) -> list[str]:
     """The sections of accuracy.md, of every table in the folder `results`; plots are drawn to `docs`."""
-    from benchmarks.accuracy import table as accuracy_table
+    from benchmarks.accuracy import plots, table
 
-    page = []
-    for path in sorted(results.glob("*.json")):
-        table = json.loads(path.read_text())
-        plot = docs / f"accuracy-{path.stem}.png"
-        accuracy_table.draw(table, plot)
-        page += [accuracy_table.markdown(table), f"![mean DSC on {table['data']}]({plot.name})"]
-        if "waterfall" in table:
-            steps = docs / f"accuracy-{path.stem}-waterfall.png"
-            accuracy_table.draw_waterfall(table["waterfall"], steps)
-            page.append(f"![mean DSC step by step on {table['data']}]({steps.name})")
+    read = {path.stem: json.loads(path.read_text()) for path in results.glob("*.json")}
+    found = sorted(read.items(), key=lambda item: (table.by_budget(item[1]), item[0]))
+    page = table.opening([values for _, values in found]) if found else []
+    for name, values in found:
+        plot = docs / f"accuracy-{name}.png"
+        plots.draw(values, plot)
+        page += [*table.sections(values), f"![mean DSC on {values['data']}]({plot.name})"]
+        if "waterfall" in values:
+            steps = docs / f"accuracy-{name}-waterfall.png"
+            plots.draw_waterfall(values["waterfall"], steps)
+            page.append(f"![mean DSC step by step on {values['data']}]({steps.name})")
+    if found:
+        page.append(table.notes([values for _, values in found]))
     papers = sorted((results / "published").glob("*.json"))
-    return page + [accuracy_table.published(json.loads(path.read_text())) for path in papers]
+    return page + [table.published(json.loads(path.read_text())) for path in papers]
 
 
 def main(root: Path | None = None) -> int:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from aftersam.ablate import TABLES, AblateArgs, ablate, main, markdown, row_config
+from aftersam.ablate import TABLES, AblateArgs, ablate, columns_of, main, markdown, row_config
+from aftersam.config import to_dict
 from aftersam.data.phantom import write_dataset
 from aftersam.evaluation.figures import ablation_figure
 from aftersam.evaluation.statistics import summarise
@@ -33,6 +34,42 @@ def test_every_row_builds(table):
             value in (getattr(config.model, key, None), getattr(config.train, key, None))
             for key, value in change.items()
         )
+
+
+def test_attention_is_the_only_change_of_every_column_of_fusion_but_2d():
+    args = AblateArgs(Path("data"), Path("out"))
+    _, *columns = columns_of(args, "fusion").items()
+    assert [name for name, _ in columns] == ["adjacent slices", "slice", "axial", "axial + slice"]
+    assert all(set(change) <= {"attention"} for _, change in columns)
+    assert columns[0][1] == {"attention": "none"}
+    paper = columns_of(dataclasses.replace(args, preset="paper"), "fusion")  # which sees no adjacent slices
+    assert list(paper) == ["2D", "slice", "axial", "axial + slice"]
+
+
+def test_a_finished_row_of_another_configuration_budget_or_fold_is_refused(tmp_path, monkeypatch):
+    args = AblateArgs(tmp_path, tmp_path / "out", table=("4",), preset="tiny", seeds=(0,), max_steps=2)
+    home = tmp_path / "out" / "base-seed-0"
+    (home / "run").mkdir(parents=True)
+    config = to_dict(row_config(args, {}, 0))
+    config["model"]["encoder"] = "full"  # which training chose
+    facts = {"labels": {"1": "heart"}, "spacing_mm": None, "fold": 0}
+    monkeypatch.setattr("aftersam.ablate._rows", lambda *_: (_ for _ in ()).throw(InterruptedError("trains")))
+    for part, key, value in (
+        ("model", "stem", "wide"),
+        ("train", "max_steps", 3),
+        (None, "fold", 1),
+        (None, "", 0),
+    ):
+        changed = {**config, part: {**config[part], key: value}} if part else config
+        (home / "metrics.json").touch()
+        (home / "run" / "config.json").write_text(json.dumps(changed))
+        (home / "run" / "run.json").write_text(json.dumps(facts if part else {**facts, key: value}))
+        said = f"{home} was trained with {key} {value}, not" if key else "trains"
+        with pytest.raises(ValueError if key else InterruptedError, match=said):
+            ablate(args)
+    (home / "metrics.json").unlink()  # not finished: it is trained again
+    with pytest.raises(InterruptedError, match="trains"):
+        ablate(dataclasses.replace(args, max_steps=7))
 
 
 def test_the_steps_of_small_are_of_no_other_preset(tmp_path):

@@ -1,10 +1,15 @@
 """The accuracy command: every kind of row on toy scans, finished rows kept, masks from elsewhere in their place."""
 
 import dataclasses
+import fcntl
 import json
+import re
 import shutil
 import subprocess
+import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -14,10 +19,13 @@ import torch
 from aftersam.data.phantom import LABELS
 from benchmarks import figure
 from benchmarks.accuracy import __main__ as command
+from benchmarks.accuracy import rows as rows_module
 from benchmarks.accuracy.__main__ import main
+from benchmarks.accuracy.plots import waterfall_of
+from benchmarks.accuracy.rivals.patch_training import Spent
 from benchmarks.accuracy.systems import SYSTEMS
-from benchmarks.accuracy.table import waterfall_of
-from benchmarks.machine import ROOT
+from benchmarks.accuracy.table import FROM_SCRATCH, LEGEND
+from benchmarks.machine import RESULTS, ROOT
 from toy_scans import STEPS, write_scans
 
 
@@ -84,8 +92,9 @@ def test_every_kind_of_row_is_trained_and_scored(rows):
     assert [row["prompted"] for row in table["rows"]] == [None, None, None, "point", None, None]
     text = (rows / "accuracy.md").read_text()
     assert "| MSA † |" in text
-    assert "Equal budget: 1 step of training a row on 1 processor thread" in text
+    assert ": 1 step of training a row on 1 processor thread" in text
     assert "**nnU-Net 3D**: not run: nnunetv2 is not installed" in text
+    assert "**DynUNet**: not run: no finished row in this folder" in text
     assert "Own recipe:" not in text
     assert (rows / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     mask = nib.load(rows / "rows" / "unet-seed-0" / "masks" / "case2.nii.gz")
@@ -116,9 +125,118 @@ def test_a_finished_row_is_kept_and_a_half_trained_one_starts_afresh(scans, rows
 def test_other_settings_are_refused_for_a_row_that_is_there(scans, rows, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "ProcessPoolExecutor", Inline)
     shutil.copytree(rows, tmp_path / "table", symlinks=True)
+    home = tmp_path / "table" / "rows" / "aftersam-seed-0"
     assert main(asked(scans, tmp_path / "table", "--systems", "unet", "--threads", "2")) == 1
-    assert "was made with other settings" in capsys.readouterr().err
-    assert "other settings" in table_in(tmp_path / "table")["failed"]["U-Net"]
+    assert "was made with other settings (threads 1, not 2)" in capsys.readouterr().err
+    assert "other settings" in table_in(tmp_path / "table")["failed"]["U-Net, seed 0"]
+    settings = json.loads((home / "settings.json").read_text())
+    settings["config"]["model"]["stem"] = "wide"  # as the preset was when the row was trained
+    (home / "settings.json").write_text(json.dumps(settings))
+    assert main(asked(scans, tmp_path / "table", "--systems", "aftersam")) == 1
+    assert "was made with other settings (config.model.stem wide, not slim)" in capsys.readouterr().err
+    row = json.loads((home / "row.json").read_text())
+    assert row["training"] == settings["training"] == ["case0", "case1"]
+    assert row["config"]["model"]["stem"] == "slim"
+
+
+def test_a_row_that_another_process_works_on_is_left_alone(scans, rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "ProcessPoolExecutor", Inline)
+    shutil.copytree(rows, tmp_path / "table", symlinks=True)
+    home = tmp_path / "table" / "rows" / "unet-seed-0"
+    for name in ("row.json", "spent.json"):  # as while it is trained
+        (home / name).unlink()
+    weights = (home / "weights.safetensors").stat().st_mtime_ns
+    with (home.parent / "unet-seed-0.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(asked(scans, tmp_path / "table", "--systems", "unet")) == 0
+    assert capsys.readouterr().out.startswith("U-Net, seed 0: left out, since another process works on it\n")
+    assert (home / "weights.safetensors").stat().st_mtime_ns == weights
+    assert not (home / "row.json").exists()
+
+
+def test_a_killed_row_breaks_no_other_and_stays_named(scans, rows, tmp_path, monkeypatch, capsys):
+    class Pool(Inline):
+        """Whose process is killed by the training of a U-Net, and takes no more work then."""
+
+        broken = False
+
+        def submit(self, work, name, *args):
+            self.broken |= name == "unet"
+            if self.broken:
+                raise BrokenProcessPool("A process was terminated abruptly")
+            return super().submit(work, name, *args)
+
+    monkeypatch.setattr(command, "ProcessPoolExecutor", Pool)
+    shutil.copytree(rows, tmp_path / "table", symlinks=True)
+    home = tmp_path / "table" / "rows" / "unet-seed-0"
+    (home / "row.json").unlink()
+    assert main(asked(scans, tmp_path / "table", "--systems", "unet", "aftersam")) == 1
+    assert capsys.readouterr().err == (
+        "U-Net, seed 0 was not trained: BrokenProcessPool: A process was terminated abruptly\n"
+    )
+    for _ in range(2):
+        table = table_in(tmp_path / "table")
+        assert list(table["failed"]) == ["U-Net, seed 0"]
+        assert "U-Net" not in table["not_run"]
+        assert (
+            main(asked(scans, tmp_path / "table")) == 0
+        )  # the table again: the failure was another command's
+    monkeypatch.setattr(command, "ProcessPoolExecutor", Inline)
+    assert main(asked(scans, tmp_path / "table", "--systems", "unet")) == 0
+    assert table_in(tmp_path / "table")["failed"] == {}
+    assert not (home / "failed.json").exists()
+
+
+def test_a_named_system_without_its_package_fails_and_the_others_are_trained(
+    scans, rows, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(command, "ProcessPoolExecutor", Inline)
+    shutil.copytree(rows, tmp_path / "table", symlinks=True)
+    (tmp_path / "table" / "rows" / "unet-seed-0" / "row.json").unlink()
+    missing = dataclasses.replace(SYSTEMS["nnunet_3d"], needs="no_such_package")
+    monkeypatch.setitem(SYSTEMS, "nnunet_3d", missing)
+    assert main(asked(scans, tmp_path / "table", "--systems", "nnunet_3d", "unet")) == 1
+    assert "nnU-Net 3D was not trained: no-such-package is not installed\n" in capsys.readouterr().err
+    assert (tmp_path / "table" / "rows" / "unet-seed-0" / "row.json").exists()
+    assert "nnU-Net 3D" in table_in(tmp_path / "table")["failed"]
+
+
+def test_a_row_has_the_commit_that_its_training_began_at(scans, tmp_path, monkeypatch):
+    commits = iter(["before", "after"])
+    monkeypatch.setattr(rows_module, "environment", lambda: {"commit": next(commits)})
+    monkeypatch.setattr(rows_module, "train_row", lambda job: next(commits) and Spent(1.0, 1.0, 1, 1.0))
+    monkeypatch.setattr(rows_module, "predict_row", lambda job: {})
+    monkeypatch.setattr(rows_module, "_score", lambda masks, labels, home, row: found.update(row))
+    found = {}
+    args = command.AccuracyArgs(scans, tmp_path, max_steps=1, threads=torch.get_num_threads())
+    rows_module.run_row("unet", 0, command.limits_of(args), scans, tmp_path)
+    assert found["environment"]["commit"] == "before"
+
+
+def test_processor_minutes_of_ours_are_those_of_its_steps(tmp_path, monkeypatch):
+    def busy(seconds):
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+
+    def train(_):
+        busy(0.3)  # what comes before the steps
+        rows_module.Run._steps(None, None, None)
+        busy(0.3)
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "history.jsonl").write_text('{"minutes": 0.01, "step": 7}\n')
+
+    monkeypatch.setattr(rows_module.Run, "_steps", lambda *_: busy(0.2))
+    monkeypatch.setattr(rows_module, "train", train)
+    monkeypatch.setattr(rows_module, "cache_cases", lambda *_, **__: {})
+    dataset = SimpleNamespace(root=tmp_path)
+    limits = SimpleNamespace(fold=0, device="cpu", sam_checkpoint=None)
+    job = SimpleNamespace(home=tmp_path, dataset=dataset, limits=limits, training=[], held_out=[],
+                          cache=tmp_path, device=torch.device("cpu"),
+                          config=lambda: SimpleNamespace(data=None))  # fmt: skip
+    spent = rows_module._train_ours(job)
+    assert (spent.minutes, spent.steps) == (0.01, 7)
+    assert 0.19 < 60 * spent.cpu_minutes < 0.29
 
 
 def test_masks_from_elsewhere_are_scored_and_placed(scans, rows, tmp_path, capsys):
@@ -130,18 +248,18 @@ def test_masks_from_elsewhere_are_scored_and_placed(scans, rows, tmp_path, capsy
     assert main(given) == 0
     table = table_in(tmp_path / "table")
     found = table["rows"][-1]
-    assert (found["title"], found["protocol"], found["mean"], found["to_best"]) == (
-        "nnU-Net 3D", "own recipe", 1.0, None,
-    )  # fmt: skip
-    scores = table["rows"][0]["organs"]
-    both = [score - 1 for organ, score in scores.items() if found["organs"][organ] is not None]
+    assert (found["title"], found["protocol"], found["mean"]) == ("nnU-Net 3D", "own recipe", 1.0)
+    scores = table["rows"][-2]["organs"]  # of AFTer-SAM
+    both = [1 - score for organ, score in scores.items() if found["organs"][organ] is not None]
     assert len(both) >= 4  # an organ that the scan lacks is no score of a mask that lacks it, too
-    assert table["rows"][0]["to_best"]["mean"] == pytest.approx(np.mean(both), abs=1e-6)
-    assert table["rows"][0]["to_best"]["lost"] == 1
-    assert list(table["not_run"]) == ["nnU-Net 2D"]
+    assert found["to_ours"]["mean"] == pytest.approx(np.mean(both), abs=1e-6)
+    assert found["to_ours"]["won"] == 1
+    assert [row["title"] for row in table["rows"] if row["to_best"] is None] != ["nnU-Net 3D"]
+    assert "nnU-Net 2D" in table["not_run"]
+    assert "nnU-Net 3D" not in table["not_run"]
     text = (tmp_path / "table" / "accuracy.md").read_text()
     assert text.index("## Equal budget") < text.index("| AFTer-SAM tiny |") < text.index("## Own recipe")
-    assert text.index("## Own recipe") < text.index("| nnU-Net 3D | 100.0 |")
+    assert text.index("## Own recipe") < text.index("| nnU-Net 3D | 1 | 100.0 |")
     (masks / "case2.nii.gz").rename(masks / "case7.nii.gz")
     assert main(given) == 2
     assert "no mask for the case case2" in capsys.readouterr().err
@@ -149,19 +267,35 @@ def test_masks_from_elsewhere_are_scored_and_placed(scans, rows, tmp_path, capsy
     assert "NAME=FOLDER" in capsys.readouterr().err
 
 
-def test_the_page_has_the_table_and_says_what_it_does_not_tell_apart(rows, tmp_path):
+def test_the_page_has_the_tables_by_budget_and_says_what_they_do_not_tell_apart(rows, tmp_path):
     results = tmp_path / "results"
     results.mkdir()
     assert figure.accuracy_page(results, tmp_path) == []
-    (results / "phantoms.json").write_text(
-        json.dumps({**table_in(rows), "waterfall": waterfall_of(STEPS, "phantoms")})
-    )
-    page = "\n".join(figure.accuracy_page(results, tmp_path))
-    assert "1 held-out scan, " in page
+    table = {**table_in(rows), "waterfall": waterfall_of(STEPS, "phantoms")}
+    (results / "phantoms.json").write_text(json.dumps(table))
+    page = "\n\n".join(figure.accuracy_page(results, tmp_path))
+    assert "1 held-out scan; " in page
     assert "has the highest mean DSC" in page
     for name in ("accuracy-phantoms.png", "accuracy-phantoms-waterfall.png"):
         assert f"]({name})" in page
         assert (tmp_path / name).exists()
+    longer = {**table_in(rows), "budget": {**table["budget"], "max_steps": 20}}
+    (results / "a.json").write_text(json.dumps(longer))
+    page = "\n\n".join(figure.accuracy_page(results, tmp_path))
+    headings = re.findall(r"^#{1,2} .*", page, re.M)
+    assert [heading.partition(" of training")[0] for heading in headings] == [
+        f"# Accuracy on {table['data']}", f"## DSC at each budget, {table['data']}",
+        f"## Equal budget, {table['data']}: 1 step", f"## Equal budget, {table['data']}: 20 steps", "## Notes",
+    ]  # fmt: skip
+    assert page.count(LEGEND) == page.count(FROM_SCRATCH) == page.count("- **U-Net**") == 1
+
+
+def test_the_tables_of_this_repository_are_drawn(tmp_path):
+    page = "\n\n".join(figure.accuracy_page(RESULTS / "accuracy", tmp_path))
+    assert page.startswith("# Accuracy on ")
+    assert "\n# " not in page
+    assert "| U-Net | " in page
+    assert "## Published" in page
 
 
 def test_all_systems_are_those_that_can_be_trained_here():

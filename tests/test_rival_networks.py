@@ -1,9 +1,15 @@
 """TransUNet, Swin-Unet and CoTr: the size of the published form, any grid, gradients, and nnU-Net's voxel order."""
 
+import random
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
 from aftersam.config import preset
+from benchmarks.accuracy.rivals import nnunet
 from benchmarks.accuracy.rivals.cotr import CoTr, build_cotr, centres
 from benchmarks.accuracy.rivals.nnunet import spacing_mm
 from benchmarks.accuracy.rivals.patch_training import with_sound_gradients
@@ -124,3 +130,32 @@ def test_nnunets_voxel_size_is_given_in_the_order_of_the_scan():
         "transpose_backward": [1, 2, 0],  # the scan has its thick slices last
     }
     assert spacing_mm(plans, "3d_fullres") == spacing_mm(plans, "2d") == [1.0, 2.0, 5.0]
+
+
+def test_nnunets_draws_are_functions_of_the_rows_seed(tmp_path, monkeypatch):
+    """Its data loaders draw from numpy's global generator, its augmentation from those of numpy, torch and Python."""
+
+    class Drawing:
+        def __init__(self, *_):
+            self.drawn = random.random(), np.random.random(), torch.rand(()).item()
+
+    name = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer"
+    for i in range(1, name.count(".") + 2):
+        part = ".".join(name.split(".")[:i])
+        monkeypatch.setitem(sys.modules, part, ModuleType(part))
+    sys.modules[name].nnUNetTrainer = Drawing
+    monkeypatch.setattr(nnunet, "read_json", lambda path: {})
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    threads = torch.get_num_threads()
+
+    def drawn(seed):
+        job = SimpleNamespace(
+            seed=seed, home=tmp_path, device=torch.device("cpu"), dataset=SimpleNamespace(labels={1: "heart"}),
+            limits=SimpleNamespace(threads=threads), system=SYSTEMS["nnunet_3d"],
+            config=lambda: preset("small"),
+        )  # fmt: skip
+        return nnunet._trainer(job).drawn
+
+    first, again, other = drawn(0), drawn(0), drawn(1)
+    assert first == again
+    assert all(one != two for one, two in zip(first, other, strict=True))

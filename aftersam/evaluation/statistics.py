@@ -14,12 +14,41 @@ Scores = Mapping[str, Mapping[str, Mapping[str, Any]]]  # case -> organ -> score
 
 def bootstrap_interval(matrix: np.ndarray) -> list[float] | None:
     """95 % percentile bootstrap over cases (rows) of the mean over organs (columns); seeded. None without scores."""
-    if not np.isfinite(matrix).any():
+    return _interval(matrix[None])
+
+
+def bootstrap_over_seeds(values: np.ndarray, others: np.ndarray | None = None) -> list[float] | None:
+    """`bootstrap_interval` of the mean over seeds of scores (seeds, cases, organs), or of its difference to `others`.
+
+    Each draw takes cases with replacement. Of scores with several seeds, each draw takes seeds with replacement too,
+    of the two independently. The intervals of one seed are those of `bootstrap_interval`."""
+    rng = np.random.default_rng(1)
+    drawn = _means_of_drawn_seeds(values, rng)
+    return _interval(drawn if others is None else drawn - _means_of_drawn_seeds(others, rng))
+
+
+def _means_of_drawn_seeds(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(seeds, cases, organs) -> (draws, cases, organs), the mean over seeds in each draw; one draw of one seed."""
+    seeds = len(values)
+    if seeds == 1:
+        return values
+    times = rng.multinomial(seeds, [1 / seeds] * seeds, size=DRAWS)  # that each seed is drawn
+    known = np.isfinite(values)
+    counts = np.tensordot(times, known.astype(int), 1)
+    sums = np.tensordot(times, np.where(known, values, 0.0), 1)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def _interval(values: np.ndarray) -> list[float] | None:
+    """95 % interval over draws of cases; values (draws, cases, organs), or (1, cases, organs) for all draws."""
+    if not np.isfinite(values).any():
         return None
-    draws = np.random.default_rng(0).integers(len(matrix), size=(DRAWS, len(matrix)))
-    known = np.isfinite(matrix)
-    sums = np.where(known, matrix, 0.0)[draws].sum(1)  # (draws, organs)
-    counts = known[draws].sum(1)
+    cases = values.shape[1]
+    draws = np.random.default_rng(0).integers(cases, size=(DRAWS, cases))
+    drawn = np.take_along_axis(values, draws[:, :, None], axis=1)  # (draws, cases, organs)
+    known = np.isfinite(drawn)
+    sums = np.where(known, drawn, 0.0).sum(1)  # (draws, organs)
+    counts = known.sum(1)
     per_organ = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
     some = np.isfinite(per_organ).any(1)
     means = np.nanmean(per_organ[some], axis=1)

@@ -3,8 +3,8 @@
 Trains each system on the same split within the same limit, segments the held-out scans, scores all masks by
 aftersam.evaluate on the scans' own grids, and leaves accuracy.json, accuracy.md and accuracy.png in DIR. A row is a
 process and a folder of its own, DIR/rows/SYSTEM-seed-S: several commands may train rows of one table side by side,
-a finished row is never trained again, a half-trained one starts afresh. Without --systems the table is put together
-from the rows that are there."""
+a row that another command works on is left out, a finished row is never trained again, a half-trained one starts
+afresh. Without --systems the table is put together from the rows that are there."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from aftersam.data.dataset import find_dataset, link_cases, split
 from aftersam.files import read_json, write_json
-from benchmarks.accuracy.rows import run_row, score_elsewhere
+from benchmarks.accuracy.rows import row_home, run_row, score_elsewhere
 from benchmarks.accuracy.systems import SYSTEMS, Limits
 from benchmarks.accuracy.table import write_table
 
@@ -61,10 +61,10 @@ class AccuracyArgs:
     """auto, cpu, cuda or cuda:1."""
 
 
-def accuracy(args: AccuracyArgs) -> dict[str, Any]:
-    """Train and score the rows that `args` ask for and are not there; the table of all rows as JSON values.
+def accuracy(args: AccuracyArgs) -> dict[str, str]:
+    """Train and score the rows that `args` ask for and are not there, and write the table of all rows.
 
-    A system that cannot run is named in the table with its reason. Raises ValueError on bad input."""
+    Returns the rows that could not be trained, and why. Raises ValueError on bad input."""
     systems = wanted(args)
     dataset = find_dataset(args.data)
     _, held_out = split(dataset, args.fold, 0)
@@ -73,25 +73,37 @@ def accuracy(args: AccuracyArgs) -> dict[str, Any]:
     scans = args.output / "held-out"
     link_cases(dataset, held_out, scans)
     write_json(scans / "dataset.json", {"labels": {name: value for value, name in dataset.labels.items()}})
-    # One process a row: its peak memory and its number of threads are its own. Such a process can import rows.py,
-    # but not this file, which is __main__.
+    # The process of a row can import rows.py, but not this file, which is __main__.
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    spawn = multiprocessing.get_context("spawn")
-    limits, failed = limits_of(args), {}
-    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as rows:
-        for name in systems:
-            if SYSTEMS[name].missing():
-                continue
-            for seed in args.seeds:
-                try:
-                    rows.submit(run_row, name, seed, limits, args.data, args.output).result()
-                except Exception as error:  # of any of the packages: the other rows are worth having
-                    failed[SYSTEMS[name].title] = f"{type(error).__name__}: {error}".splitlines()[0]
-                    print(f"{SYSTEMS[name].title} failed: {error}", file=sys.stderr)
+    failed: dict[str, str] = {}
+    for name in systems:
+        reason = SYSTEMS[name].missing()
+        found = {SYSTEMS[name].title: reason} if reason else _train(args, name)
+        for row, reason in found.items():
+            print(f"{row} was not trained: {reason}", file=sys.stderr)
+        failed |= found
     for given in args.predictions:
         score_elsewhere(args.output, *_named_folder(given))
     waterfall = None if args.waterfall is None else read_json(args.waterfall)
-    return write_table(args.output, data=dataset.name, failed=failed, waterfall=waterfall)
+    write_table(args.output, data=dataset.name, failed=failed, waterfall=waterfall)
+    return failed
+
+
+def _train(args: AccuracyArgs, name: str) -> dict[str, str]:
+    """Train the system `name` with every seed. Returns the rows that failed, which keep the reason in failed.json."""
+    failed = {}
+    for seed in args.seeds:
+        try:
+            # A process a row: its peak memory and its threads are its own, and it may be killed alone.
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+                process.submit(run_row, name, seed, limits_of(args), args.data, args.output).result()
+        except Exception as error:  # of any of the packages: the other rows are worth having
+            row = f"{SYSTEMS[name].title}, seed {seed}"
+            failed[row] = f"{type(error).__name__}: {error}".splitlines()[0]
+            home = row_home(args.output, name, seed)
+            home.mkdir(parents=True, exist_ok=True)
+            write_json(home / "failed.json", {"row": row, "reason": failed[row]})
+    return failed
 
 
 def wanted(args: AccuracyArgs) -> Sequence[str]:
@@ -123,12 +135,12 @@ def _named_folder(given: str) -> tuple[str, Path]:
 def main(argv: Sequence[str] | None = None) -> int:
     args = tyro.cli(AccuracyArgs, args=argv, prog="benchmarks.accuracy", description=__doc__)
     try:
-        table = accuracy(args)
+        failed = accuracy(args)
     except (ValueError, OSError) as error:
         print(f"benchmarks.accuracy: {error}", file=sys.stderr)
         return 2
     print(args.output / "accuracy.md")
-    return 1 if table["failed"] else 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -6,26 +6,28 @@ one piece in every training label."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
 
-from aftersam.config import DataConfig
+from aftersam.config import DataConfig, to_dict
 from aftersam.data.cache import CachedCase, cache_cases
 from aftersam.data.dataset import find_dataset, split
 from aftersam.data.transforms import preprocess, resample
 from aftersam.data.volume import read_image, read_labels, write_labels
 from aftersam.device import keep_freed_memory
 from aftersam.evaluation.scoring import score_folder
-from aftersam.files import read_json, write_json
+from aftersam.files import fcntl, read_json, write_json
 from aftersam.inference.inputs import Scan
 from aftersam.inference.pipeline import PredictArgs, predict_files
 from aftersam.inference.postprocess import drop_small_parts, one_piece
@@ -34,7 +36,7 @@ from aftersam.inference.sliding import predict_volume
 from aftersam.model.layers import put_channels_last
 from aftersam.model.sam_checkpoint import read_sam_checkpoint
 from aftersam.training.arguments import TrainArgs
-from aftersam.training.run import train
+from aftersam.training.run import Run, train
 from benchmarks.accuracy.rivals import nnunet
 from benchmarks.accuracy.rivals.patch_training import (
     Spent,
@@ -47,44 +49,93 @@ from benchmarks.accuracy.rivals.patch_training import (
     with_sound_gradients,
 )
 from benchmarks.accuracy.rivals.slice_groups import group_loss, groups
+from benchmarks.accuracy.summary import first_difference
 from benchmarks.accuracy.systems import SYSTEMS, Job, Limits
 from benchmarks.machine import environment, slug
 
 
-def run_row(name: str, seed: int, limits: Limits, data: Path, output: Path) -> None:
-    """Train, predict and score the row of the system `name`, whichever of it is not done, in the folder `output`.
+def row_home(output: Path, name: str, seed: int) -> Path:
+    return output / "rows" / f"{name}-seed-{seed}"
 
-    Raises ValueError where the row is there with other settings."""
+
+def run_row(name: str, seed: int, limits: Limits, data: Path, output: Path) -> None:
+    """Train, predict and score the row of the system `name`, whichever of it is not done, in its folder of `output`.
+
+    A row that another process works on is left alone. Raises ValueError where the row is there with other settings."""
     torch.set_num_threads(limits.threads)
-    system = SYSTEMS[name]
-    home, scans = output / "rows" / f"{name}-seed-{seed}", output / "held-out"
-    settings = _plain({"data": data.resolve(), **limits._asdict()})
-    if (home / "spent.json").exists() and read_json(home / "settings.json") != settings:
-        raise ValueError(f"{home} was made with other settings; delete it or choose another --output")
-    if (home / "row.json").exists():
-        return
-    dataset = find_dataset(data)
-    training, held_out = split(dataset, limits.fold, 0)
-    job = Job(system, seed, home, limits, dataset, training, held_out, output / "cache", scans)
-    print(f"{system.title}, seed {seed}", flush=True)
+    system, home = SYSTEMS[name], row_home(output, name, seed)
+    with _claimed(home) as claimed:
+        if not claimed:
+            print(f"{system.title}, seed {seed}: left out, since another process works on it", flush=True)
+            return
+        dataset = find_dataset(data)
+        training, held_out = split(dataset, limits.fold, 0)
+        job = Job(
+            system, seed, home, limits, dataset, training, held_out, output / "cache", output / "held-out"
+        )
+        settings = _settings(job)
+        if (home / "spent.json").exists():
+            _check_settings(home, settings)
+        if not (home / "row.json").exists():
+            print(f"{system.title}, seed {seed}", flush=True)
+            _finish(job, name, settings)
+
+
+@contextlib.contextmanager
+def _claimed(home: Path) -> Iterator[bool]:
+    """Whether no other process works on the row `home`. None will until the end of the block or of this process.
+
+    The lock lies beside the folder, which an interrupted training loses."""
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with home.with_name(f"{home.name}.lock").open("w") as lock:
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    """What identifies the row beside its system and seed, as JSON values."""
+    config = to_dict(job.config())
+    del config["train"]["seed"]
+    settings = {"data": job.dataset.root.resolve(), "training": job.training, "config": config}
+    return _plain({**settings, **job.limits._asdict()})
+
+
+def _check_settings(home: Path, settings: dict[str, Any]) -> None:
+    if differs := first_difference(read_json(home / "settings.json"), settings):
+        key, stored, asked = differs
+        raise ValueError(
+            f"{home} was made with other settings ({key} {stored}, not {asked}); delete it or choose another --output"
+        )
+
+
+def _finish(job: Job, name: str, settings: dict[str, Any]) -> None:
+    system, home, limits = job.system, job.home, job.limits
+    (home / "failed.json").unlink(missing_ok=True)
     if not (home / "spent.json").exists():
         shutil.rmtree(home, ignore_errors=True)  # of an interrupted training
         home.mkdir(parents=True)
         write_json(home / "settings.json", settings)
-        spent = train_row(job)
-        write_json(home / "spent.json", {**spent._asdict(), "environment": environment()})
+        before = environment()  # the commit may be another one after hours of training
+        write_json(home / "spent.json", {**train_row(job)._asdict(), "environment": before})
     facts = predict_row(job)
     row = {
         "system": name,
         "title": system.title + (f" {limits.preset}" if name in ("aftersam", "aftersam_2d") else ""),
-        "seed": seed,
+        "seed": job.seed,
         "protocol": "equal budget" if job.limited else "own recipe",
         "note": f"{system.note}; {_start(limits, name)}",
         **facts,
         **read_json(home / "spent.json"),
+        "training": settings["training"],
+        "config": settings["config"],
         "limits": limits._asdict(),
     }
-    _score(home / "masks", scans / "labels", home, row)
+    _score(home / "masks", job.scans / "labels", home, row)
 
 
 def score_elsewhere(output: Path, name: str, masks: Path) -> None:
@@ -200,17 +251,24 @@ def _train_ours(job: Job) -> Spent:
     config, run = job.config(), job.home / "run"
     everyone = [*job.training, *job.held_out]
     cache_cases(job.dataset, everyone, config.data, job.cache, training=job.training)
-    cpu = time.process_time()
-    train(
-        TrainArgs(
-            data=job.dataset.root, output=run, config=config, fold=job.limits.fold, cache=job.cache,
-            device=job.limits.device, sam_checkpoint=job.limits.sam_checkpoint,
-        )
-    )  # fmt: skip
-    cpu_minutes = (time.process_time() - cpu) / 60
+    steps, cpu_seconds = Run._steps, 0.0
+
+    def timed(*args: Any) -> None:
+        nonlocal cpu_seconds
+        began = time.process_time()
+        steps(*args)
+        cpu_seconds = time.process_time() - began
+
+    with patch.object(Run, "_steps", timed):  # the span of the minutes in history.jsonl
+        train(
+            TrainArgs(
+                data=job.dataset.root, output=run, config=config, fold=job.limits.fold, cache=job.cache,
+                device=job.limits.device, sam_checkpoint=job.limits.sam_checkpoint,
+            )
+        )  # fmt: skip
     *_, line = (run / "history.jsonl").read_text().splitlines()
     last = json.loads(line)
-    return Spent(last["minutes"], cpu_minutes, last["step"], peak_mib(job.device))
+    return Spent(last["minutes"], cpu_seconds / 60, last["step"], peak_mib(job.device))
 
 
 def _predict_ours(job: Job) -> dict[str, Any]:

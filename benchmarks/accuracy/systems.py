@@ -185,7 +185,9 @@ SYSTEMS: dict[str, System] = {  # in the order of the paper's tables
         needs="einops",
     ),
     "msa": System(
-        "MSA", "group", f"{_OURS}; prompted: one click an organ, drawn from its label", build_msa,
+        "MSA", "group",
+        f"{_OURS}; prompted from the label: one click in every slice that holds the organ, and which slices lack it",
+        build_msa,
         model={**_2D, "prompts": "point"}, prompted=True,
     ),
     "aftersam_2d": System(

@@ -9,9 +9,12 @@ Source: github.com/MIC-DKFZ/nnUNet, nnunetv2/training/nnUNetTrainer/nnUNetTraine
 from __future__ import annotations
 
 import os
+import random
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from aftersam.config import DataConfig
 from aftersam.data.dataset import mirror_pairs
@@ -198,6 +201,8 @@ def _trainer(job: Job) -> Any:
     torch.set_num_threads(job.limits.threads)  # planning changed it
     preprocessed = _plans(job).parent
     plans = {**read_json(_plans(job)), "continue_training": False}
+    random.seed(job.seed)
+    np.random.seed(job.seed)
     torch.manual_seed(job.seed)
     return Budgeted(
         plans, CONFIGURATIONS[job.system.title], 0, read_json(preprocessed / "dataset.json"), job.device
