@@ -83,6 +83,23 @@ static TARGET void LEVEL(within)(const Attention *c, const Layout *given, float 
     }
 }
 
+/* Σ_d x · y of each row, 0 behind the rows; a and b are scratch memory for TILE vectors. */
+static TARGET void LEVEL(dots)(float *to, Rows x, Rows y, int64_t rows, const Layout *l, float *a, float *b) {
+    Layout narrow = {.padded = WIDTH, .lanes = l->lanes};
+    for (int64_t i = 0; i < rows; i++) {
+        Lanes sum = {0};
+        for (int64_t d = 0; d < l->padded; d += WIDTH)
+            sum += *(Lanes *)(x.at + i * x.row + d) * *(Lanes *)(y.at + i * y.row + d);
+        *(Lanes *)(a + i * WIDTH) = sum;
+    }
+    LEVEL(transpose)(b, (Rows){a, WIDTH}, rows, &narrow);
+    for (int64_t n = 0; n < l->lanes; n += WIDTH) {
+        Lanes sum = {0};
+        for (int64_t r = 0; r < WIDTH; r++) sum += *(Lanes *)(b + r * l->lanes + n);
+        *(Lanes *)(to + n) = sum;
+    }
+}
+
 /* Scores s and gradients dp (keys, lanes) become weights p and p · (dp - own) · scale. */
 static TARGET void LEVEL(through_keys)(float *s, float *dp, int64_t keys, int64_t lanes, const float *most,
                                        const float *total, const float *own, float scale) {
@@ -115,15 +132,13 @@ static TARGET void LEVEL(within_backward)(const Attention *c, const Layout *give
         l->lanes = whole(rows, WIDTH);
         LEVEL(copy)(q.at, &of_q, at, rows, rows, c);
         LEVEL(copy)(dy.at, &of_dy, at, rows, rows, c);
-        LEVEL(copy)(dq.at, &of_y, at, rows, rows, c);
-        for (int64_t i = 0; i < TILE; i++) {
-            const float *g = dy.at + i * dy.row, *y = dq.at + i * dq.row;
-            int64_t within = i < rows;
-            float sum = 0;
-            for (int64_t d = 0; within && d < c->dim; d++) sum += g[d] * y[d];
-            own[i] = sum;
-            most[i] = within && sums[first + i] > -INFINITY ? sums[first + i] : 0;
-            total[i] = within ? 1 / sums[first + i + norms(c)] : 0;
+        LEVEL(copy)(dq.at, &of_y, at, rows, rows, c); /* until its sums are known */
+        LEVEL(dots)(own, dy, dq, rows, l, s, ds);
+        memset(most, 0, sizeof most);
+        memset(total, 0, sizeof total);
+        for (int64_t i = 0; i < rows; i++) {
+            if (sums[first + i] > -INFINITY) most[i] = sums[first + i];
+            total[i] = 1 / sums[first + i + norms(c)];
         }
         LEVEL(tile_of)(qt, q, rows, l, (float)c->scale);
         LEVEL(tile_of)(dyt, dy, rows, l, 1);
