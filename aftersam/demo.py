@@ -52,9 +52,9 @@ def real(args: DemoArgs) -> Metrics:
     from aftersam.evaluation.figures import overlay_png
     from aftersam.evaluation.scoring import score_folder, table
     from aftersam.inference.pipeline import PredictArgs, predict_files
-    from aftersam.model.run_folder import find_run, read_run
+    from aftersam.model.run_folder import bundled_runs, read_run
 
-    out, home = args.output, find_run("headneck")
+    out, home = args.output, bundled_runs()["headneck"]  # not a folder of that name
     images, labels, masks = home / "imagesTr", home / "labelsTr", out / "real"
     predict_files(
         PredictArgs(

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class ExportArgs:
     model: Annotated[Path, tyro.conf.arg(aliases=["-m"])]
-    """Folder of a training run."""
+    """Folder of a training run, or the name of a model that comes along."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder to create."""
     checkpoint: Literal["best", "last"] = "best"
@@ -60,7 +60,9 @@ def export(args: ExportArgs) -> Path:
     folder cannot be written."""
     from aftersam.files import check_place, renamed_folder
     from aftersam.inference.segmenter import load_run
+    from aftersam.model.run_folder import find_run
 
+    run = find_run(args.model)
     if args.output.exists():
         raise ValueError(f"{args.output} exists already; choose another --output")
     check_place(args.output, folder=True)
@@ -68,22 +70,26 @@ def export(args: ExportArgs) -> Path:
         raise ValueError(
             "ONNX needs the package onnxscript (pip install 'aftersam[export]'), or --format torch"
         )
-    segmenter = load_run(args.model, checkpoint=args.checkpoint, device="cpu")
+    segmenter = load_run(run, checkpoint=args.checkpoint, device="cpu")
     with renamed_folder(args.output) as temporary, _quiet():
         if args.format == "weights":
-            _write_weights(temporary, args.model, args.checkpoint)
+            _write_weights(temporary, run, args.checkpoint)
         else:
             _write_graphs(temporary, segmenter, args.format)
     return args.output
 
 
 def _write_weights(folder: Path, run: Path, checkpoint: str) -> None:
-    """Write configuration, facts and weights of a run, the weights rounded to fp16."""
+    """Write configuration, facts and weights of a run, the weights rounded to fp16.
+
+    The calibration in run.json is of the best weights, so that the last ones go without."""
     from aftersam.files import read_json, read_tensors, write_json, write_tensors
     from aftersam.model.build import TRAINING_STATE
 
-    for name in ("config.json", "run.json"):
-        write_json(folder / name, read_json(run / name))
+    write_json(folder / "config.json", read_json(run / "config.json"))
+    left_out = ("temperature", "ece") if checkpoint == "last" else ()
+    stored = read_json(run / "run.json")
+    write_json(folder / "run.json", {key: value for key, value in stored.items() if key not in left_out})
     tensors, facts = read_tensors(run / f"{checkpoint}.safetensors")
     halved = {
         key: value.half() if value.is_floating_point() else value

@@ -17,7 +17,7 @@ import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aftersam.errors import naming
 
@@ -269,10 +269,18 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, facts
 
 
-def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in a file, from its header alone. Raises ValueError as `read_tensors` does."""
+class Header(NamedTuple):
+    """What a safetensors file says of a tensor. `dtype` is its name there, such as F32 or I8."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def tensor_headers(path: Path) -> dict[str, Header]:
+    """Headers of the tensors in a file, without their values. Raises ValueError as `read_tensors` does."""
     with _opened(path) as file:
-        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  not a dict
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  not a dict
+        return {key: Header(found.get_dtype(), tuple(found.get_shape())) for key, found in slices.items()}
 
 
 @contextlib.contextmanager

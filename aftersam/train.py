@@ -32,7 +32,8 @@ def _main(argv: Sequence[str] | None) -> int:
     if not args.resume:
         name = preset_name(args.preset, args.sam_checkpoint)
         of = f"configuration {args.config_file}" if args.config_file else f"preset {name}"
-        print(f"choices of {args.init}" if args.init and not (args.config_file or args.preset) else of)
+        chosen = bool(args.config_file or args.preset)
+        print(f"model and data of {args.init}" if args.init and not chosen else of)
     train(args)
     return 0
 

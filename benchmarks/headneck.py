@@ -1,9 +1,9 @@
 """The model that comes along, trained, scored and put in place.    python -m benchmarks.headneck --data DATASET -o DIR
 
 Trains preset small twice, with the training scans of fold 0 (run DIR/scored), and with all scans but one (DIR/shipped).
-The first run segments the validation scans of fold 0, which gives the scores of the model card; the second one is
-shipped, with the scan that it has not seen for `aftersam demo --real`. A run that is there is not trained again, one
-that was interrupted goes on."""
+The first run segments the validation scans of fold 0, which gives the scores of the model card and the temperature of
+both runs; the second one is shipped, with the scan that it has not seen for `aftersam demo --real`. A run that is there
+is not trained again, one that was interrupted goes on."""
 
 from __future__ import annotations
 
@@ -15,20 +15,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import nibabel as nib
+import numpy as np
 import tyro
 
 from aftersam.config import Config, Index, Positive, Small, preset
+from aftersam.data.cache import cache_cases
 from aftersam.data.dataset import Dataset, find_dataset, link_cases, split
+from aftersam.data.volume import AIR_HU, read_grid
 from aftersam.demo import DemoArgs, real
 from aftersam.errors import counted, run_command
 from aftersam.evaluation.scoring import score_folder
 from aftersam.evaluation.tables import markdown_table
 from aftersam.export import ExportArgs, export
-from aftersam.files import read_tensors, write_json, write_text
+from aftersam.files import read_json, read_tensors, write_json, write_text
 from aftersam.inference.pipeline import PredictArgs, predict_files
+from aftersam.inference.segmenter import load
 from aftersam.model.run_folder import WEIGHTS, read_run
 from aftersam.training.arguments import TrainArgs
 from aftersam.training.run import train
+from aftersam.training.validation import Calibration, calibrate
 from benchmarks.machine import RESULTS, ROOT
 
 NAME = "headneck"
@@ -44,8 +50,9 @@ It comes along with AFTer-SAM, so that `aftersam predict -i scan.nii.gz -o mask.
 | | |
 | --- | --- |
 | network | preset `small`, {parameters} parameters, from scratch, fp16 |
-| trained on | {scans} CTs of OpenKBP, manual contours, at 2.5 × 4 × 4 mm; {steps} steps of {batch} groups |
-| data | Babier et al., OpenKBP, Medical Physics 48, 2021; published under the MIT licence |
+| trained on | {scans} CTs of OpenKBP, manual contours, at {spacing} mm; {steps} steps of {batch} groups |
+| calibration | {calibration} |
+| data | Babier et al., OpenKBP, Medical Physics 48, 2021; de-identified as published; [MIT licence]({licence}) |
 | licence of the weights | Apache-2.0, as this package |
 
 ## Scores
@@ -58,16 +65,44 @@ come along saw all but one of these scans, so that no score on them would mean a
 
 ## What to expect
 
-- Adult heads and necks from the skull to the lung apices, in-plane voxels of 4 to 5 mm: the resolution of a dose grid.
-  On finer scans masks follow the scan's grid, but are no sharper than 4 mm.
-- Contours are those of radiotherapy planning. The esophagus and the larynx are the least certain organs.
+- The data are heads and necks from the skull to the lung apices, in slices of {slices} mm with voxels of {voxels} mm:
+  the resolution of a dose grid. On finer scans masks follow the scan's grid, but are no sharper than {sharpest} mm.
+- Fields of view in the data: {z} mm from head to foot, {y} mm from front to back, {x} mm from left to right.
+- Contours are those of radiotherapy planning. {worst} have the lowest scores.
 - Left and right parotid are told apart by position: a scan whose orientation is wrong gets them swapped.
-- Elsewhere it still marks what looks alike. On a chest CT: the spinal cord, and fragments of brainstem, mandible,
-  parotid and esophagus. On an abdomen: the spinal cord, and specks of the others.
-- Children, head prostheses, resected or implanted jaws, MR and cone-beam CT were not in the data.
+- A scan of air alone gives {empty}.
+- Elsewhere it may mark what looks alike, such as the spinal cord on a CT of the chest or the abdomen.
+- It was not tested on children, prostheses, resected or implanted jaws, MR and cone-beam CT.
 
 `imagesTr` and `labelsTr` hold scan {scan} of the same data, which neither training has seen: `aftersam demo --real`
 segments it. Train the model again, or on more: `python -m benchmarks.headneck --help`.
+"""
+DATA_LICENCE = "LICENSE-OpenKBP.txt"
+MIT = """The scan in imagesTr and its contours in labelsTr are of OpenKBP, https://github.com/ababier/open-kbp, here as
+NIfTI. Cite: A. Babier, B. Zhang, R. Mahmood, K.L. Moore, T.G. Purdie, A.L. McNiven, T.C.Y. Chan, "OpenKBP: The
+Open-Access Knowledge-Based Planning Grand Challenge", Medical Physics 48, 2021. The licence of that repository:
+
+MIT License
+
+Copyright (c) 2021 Aaron Babier
+
+Permission is hereby granted, free of charge, to any person obtaining a copy
+of this software and associated documentation files (the "Software"), to deal
+in the Software without restriction, including without limitation the rights
+to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
+copies of the Software, and to permit persons to whom the Software is
+furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all
+copies or substantial portions of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+SOFTWARE.
 """
 
 
@@ -89,7 +124,7 @@ class HeadneckArgs:
 
 
 def headneck(args: HeadneckArgs) -> dict[str, Any]:
-    """Both runs, the scores, and the folder of the model in the package; returns the metrics of the scored run."""
+    """Both runs, their temperature, the scores, and the model in the package; returns the metrics of the scored run."""
     dataset = find_dataset(args.data)
     training, held_out = split(dataset, 0, 0)
     if args.demo_scan not in held_out:
@@ -126,10 +161,15 @@ def headneck(args: HeadneckArgs) -> dict[str, Any]:
             model=(args.output / SCORED,),
             device=args.device,
             preview=False,
+            overwrite=True,
         )
     )
     metrics = score_folder(masks, truth / "labels")
-    ship(args, dataset, metrics)
+    found = calibrated(args, dataset, held_out)
+    for name in folds:
+        path = args.output / name / "run.json"
+        write_json(path, read_json(path) | found._asdict())
+    ship(args, dataset, metrics, found)
     return metrics  # type: ignore[return-value]  # a TypedDict
 
 
@@ -155,7 +195,23 @@ def write_data(dataset: Dataset, home: Path, folds: Sequence[tuple[list[str], li
     write_json(home / "splits_final.json", [{"train": ours, "val": theirs} for ours, theirs in folds])
 
 
-def ship(args: HeadneckArgs, dataset: Dataset, metrics: Any) -> None:
+def calibrated(args: HeadneckArgs, dataset: Dataset, held_out: list[str]) -> Calibration:
+    """The temperature of the scored run, fitted on the scans `held_out`, as training fits that of a run."""
+    run = args.output / SCORED
+    model = load(run, device=args.device)
+    data = dataclasses.replace(model.config.data, spacing_mm=model.spacing_mm or "native")
+    cases = cache_cases(dataset, held_out, data, run / "cache", training=())
+    return calibrate(
+        model.model,
+        cases.values(),
+        model.config.model,
+        precision=model.precision,
+        stored={},
+        progress=lambda _: None,
+    )
+
+
+def ship(args: HeadneckArgs, dataset: Dataset, metrics: Any, found: Calibration) -> None:
     """The weights in the package with card and scan, and those of the scored run beside the results."""
     home = WEIGHTS / NAME
     for name, folder in ((SCORED, HELD_OUT), (SHIPPED, home)):
@@ -171,15 +227,18 @@ def ship(args: HeadneckArgs, dataset: Dataset, metrics: Any) -> None:
     ):
         (home / copy).parent.mkdir()
         shutil.copyfile(file, home / copy)
-    write_text(home / "README.md", card(args, dataset, metrics))
+    write_text(home / DATA_LICENCE, MIT)
+    write_text(home / "README.md", card(args, dataset, metrics, found))
     real(DemoArgs(output=args.output, device=args.device))
     shutil.copyfile(args.output / "real.png", ROOT / "docs" / f"{NAME}.png")
 
 
-def card(args: HeadneckArgs, dataset: Dataset, metrics: Any) -> str:
+def card(args: HeadneckArgs, dataset: Dataset, metrics: Any, found: Calibration) -> str:
     """The model card."""
     training, held_out = split(dataset, 0, 0)
-    weights, facts = read_tensors(WEIGHTS / NAME / "best.safetensors")
+    home = WEIGHTS / NAME
+    (config, run), (weights, facts) = read_run(home), read_tensors(home / "best.safetensors")
+    worst = sorted(metrics["organs"], key=lambda name: float(metrics["organs"][name]["dsc"]))[:2]
     rows = [["organ", "DSC", "95 %", "HD95, mm", "missed"]]
     for name, organ in metrics["organs"].items():
         rows.append(
@@ -197,11 +256,52 @@ def card(args: HeadneckArgs, dataset: Dataset, metrics: Any) -> str:
         scans=len(dataset.cases) - 1,
         training=len(training),
         held_out=len(held_out),
-        batch=read_run(WEIGHTS / NAME)[0].train.batch_size,
+        batch=config.train.batch_size,
+        spacing=" × ".join(f"{mm:g}" for mm in run.spacing_mm or ()),
+        calibration=_calibration(found, len(held_out), len(training)),
+        licence=DATA_LICENCE,
+        sharpest=f"{max(run.spacing_mm or (0,)):g}",
+        worst=" and ".join(worst),
+        empty=_empty(args, home),
         steps=f"{facts['step']:,}",
         table=markdown_table(rows),
         scan=args.demo_scan,
+        **_grids(dataset),
     )
+
+
+def _grids(dataset: Dataset) -> dict[str, str]:
+    """Smallest and largest slice spacing, voxel in the plane and field of view of the scans, in mm."""
+    sizes = [read_grid(case.image) for case in dataset.cases]
+    fields = np.array([np.multiply(shape, mm) for shape, mm in sizes])
+    spacings = np.array([mm for _, mm in sizes])
+    spans = {name: _span(fields[:, axis]) for axis, name in enumerate("zyx")}
+    return spans | {"slices": _span(spacings[:, 0]), "voxels": _span(spacings[:, 1:])}
+
+
+def _calibration(found: Calibration, held_out: int, training: int) -> str:
+    """A cell on the temperature and what it does to the calibration error."""
+    scans = counted(held_out, "held-out scan")
+    fitted = f"temperature {found.temperature:.3g}, fitted on the {scans} of the {training}-scan run"
+    if found.ece is None:
+        return fitted
+    before, after = found.ece
+    return f"{fitted}; expected calibration error there {before:.4f} without it, {after:.4f} with it"
+
+
+def _empty(args: HeadneckArgs, home: Path) -> str:
+    """What the model makes of air, on the grid of the scan that comes along."""
+    (path,) = (home / "imagesTr").iterdir()
+    scan: Any = nib.load(path)
+    mask = load(home, device=args.device).predict(np.full(scan.shape, AIR_HU, np.int16), scan.affine)
+    marked = int(np.count_nonzero(np.asarray(mask.dataobj)))
+    return f"a mask of {counted(marked, 'voxel')}" if marked else "an empty mask"
+
+
+def _span(values: np.ndarray) -> str:
+    """Lowest and highest of `values`, rounded."""
+    ends = [f"{end:.0f}" if end >= 10 else f"{end:.2g}" for end in (values.min(), values.max())]
+    return " to ".join(dict.fromkeys(ends))
 
 
 def _score(dsc: float, interval: Sequence[float]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from aftersam.model.run_folder import bundled_runs
 from toy_files import AFFINE, organs, save_mask, scored_folders
 from toy_scans import scan
 from toy_series import random_scan, save_series, series_files
@@ -154,6 +158,30 @@ def a_run(**files):
     return make
 
 
+def weights(change):
+    """A scan, and the folder `run` of the model that comes along, with a class bias that `change` makes."""
+
+    def make(home):
+        a_scan(home)
+        shutil.copytree(
+            bundled_runs()["headneck"], home / "run", ignore=shutil.ignore_patterns("*Tr", "*.md", "*.txt")
+        )
+        path = home / "run" / "best.safetensors"
+        tensors = load_file(path)
+        tensors["decoder.class_bias"] = change(tensors["decoder.class_bias"])
+        save_file(tensors, path, metadata={"aftersam": "{}"})
+
+    return make
+
+
+def to_int8(bias):
+    return bias.to(torch.int8)
+
+
+def to_nan(bias):
+    return bias.index_fill(0, torch.tensor([2]), torch.nan)
+
+
 def two_series(home):
     save_series(home / "series", series_files(random_scan()))
     for path in (home / "series").iterdir():
@@ -192,6 +220,8 @@ SERIES = ONE.replace("scan.nii.gz", "series")
 ALL = "-i HOME/scans -o HOME/masks -m RUN --device cpu --no-preview"
 SCORE = "-p HOME/masks -l HOME/set/labelsTr -o HOME/metrics.json"
 PAGE = "-m HOME/metrics.json -o HOME/report.html"
+INT8 = "decoder.class_bias as I8, but weights are float16, bfloat16, float32 or float64"
+NAN = "NaN or infinity in decoder.class_bias; use other weights of the run, or train it again"
 FULL = "could not be written: No space left on device"
 
 READING = [
@@ -279,6 +309,10 @@ READING = [
     Row("no weights", "predict", ONE.replace("RUN", "HOME/run"),
         "HOME/run/best.safetensors does not exist; train writes best.safetensors and last.safetensors",
         a_run(config={}, run={"labels": {"1": "a"}, "spacing_mm": None})),
+    Row("weights of another type", "predict", ONE.replace("RUN", "HOME/run"),
+        f"HOME/run/best.safetensors has {INT8}", weights(to_int8)),
+    Row("weights with NaN", "predict", ONE.replace("RUN", "HOME/run"),
+        f"HOME/run/best.safetensors has {NAN}", weights(to_nan)),
     Row("runs of other organs", "predict", ONE.replace("RUN", "RUN headneck"),
         "*headneck has Brainstem as label 1, but RUN has esophagus; runs that are averaged need the same "
         "labels in the same order", a_scan),

@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from error_rows import Row, a_folder, no_onnx, text
+from error_rows import INT8, NAN, Row, a_folder, no_onnx, text, to_int8, to_nan, weights
 from toy_files import nnunet, save
 
 
@@ -105,6 +105,10 @@ def config(**keys):
     return make
 
 
+def data_and_weights(change):
+    return lambda home: (nnunet(home / "data"), weights(change)(home))
+
+
 def torchrun(patch):
     patch.setenv("WORLD_SIZE", "2")
 
@@ -112,6 +116,7 @@ def torchrun(patch):
 TRAIN = "--data HOME/data -o HOME/run --preset tiny --max-steps 1 --device cpu"
 SAM = TRAIN.replace("--preset tiny", "--sam-checkpoint HOME/sam.pth")
 FROM = TRAIN.replace("--preset tiny", "--config HOME/config.json")
+START = TRAIN.replace("--preset tiny", "--init HOME/run").replace("-o HOME/run", "-o HOME/new")
 AGAIN = "--data HOME/data -o RUN --resume --device cpu"
 DATA = "HOME/data/dataset.json"
 SPLITS = "HOME/data/splits_final.json"
@@ -290,6 +295,9 @@ TRAINING = [
     Row("another architecture", "train", TRAIN.replace("--preset tiny", "--init RUN") + " --num-blocks 4",
         "num_blocks is 4, but the weights in RUN/best.safetensors are of a model with 1; leave it out, or "
         "the --preset or --config that sets it", data()),
+    Row("weights of another type", "train", START,
+        f"HOME/run/best.safetensors has {INT8}", data_and_weights(to_int8)),
+    Row("weights with NaN", "train", START, f"HOME/run/best.safetensors has {NAN}", data_and_weights(to_nan)),
     Row("no encoder", "encode", "--data HOME -o HOME/e",
         "give a run (-m) or SAM weights (--sam-checkpoint), one of the two"),
     Row("spacing of a training set", "encode", "--data HOME/data -o HOME/e --sam-checkpoint vit_b --preset tiny",

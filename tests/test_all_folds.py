@@ -24,6 +24,10 @@ def whole(tmp_path_factory):
     """Three scans, each held out once, and all their folds trained without interruption."""
     home = tmp_path_factory.mktemp("whole")
     data = write_scans(home / "scans")
+    for name, mm in (("case0", 4.5), ("case2", 5.5)):  # every fold has another median
+        for path in (data / "imagesTr" / f"{name}_0000.nii.gz", data / "labelsTr" / f"{name}.nii.gz"):
+            stored = np.asarray(nib.load(path).dataobj)
+            nib.save(nib.Nifti1Image(stored, np.diag([-4.0, -4.0, mm, 1.0])), path)
     cases = [f"case{i}" for i in FOLDS]
     write_json(
         data / "splits_final.json",
@@ -54,6 +58,13 @@ def test_each_scan_is_predicted_by_the_run_that_has_not_seen_it(whole, tmp_path,
     assert len(ours["cases"]) == len(FOLDS)
     source = str(data / "imagesTr")
     assert predict(["-i", source, "-o", str(tmp_path / "m"), "-m", str(run), "--device", "cpu"]) == 0
+
+
+def test_folds_with_a_median_spacing_share_that_of_all_scans(whole):
+    _, run, _ = whole
+    for i in FOLDS:
+        assert read_json(run / f"fold_{i}" / "run.json")["spacing_mm"] == [5.0, 4.0, 4.0]
+        assert read_json(run / f"fold_{i}" / "config.json")["data"]["spacing_mm"] == [5.0, 4.0, 4.0]
 
 
 def same(run, other):

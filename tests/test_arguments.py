@@ -28,6 +28,24 @@ def test_presets_and_limits_on_the_command_line(tmp_path):
     assert (again.config.train.seed, again.config.train.batch_size) == (7, 3)
 
 
+@pytest.mark.parametrize(
+    ("encoder", "of"), [("tiny", "tiny"), ("small", "small"), ("vit_b", "paper"), ("vit_t", "paper")]
+)
+def test_a_start_from_a_run_takes_its_model_and_data_and_a_presets_training(tmp_path, encoder, of):
+    theirs = dataclasses.replace(
+        preset(of),
+        model=dataclasses.replace(preset(of).model, image_encoder=encoder, num_blocks=3),
+        data=dataclasses.replace(preset(of).data, spacing_mm="median", foreground_sampling=0.5),
+        train=dataclasses.replace(preset(of).train, validations=0, max_minutes=2.0, num_workers=7),
+    )
+    write_json(tmp_path / "config.json", to_dict(theirs))
+    write_json(tmp_path / "run.json", {"labels": {"1": "heart"}, "spacing_mm": [2.5, 3.0, 3.0]})
+    ours = parsed(["--data", "d", "--output", "o", "--init", str(tmp_path), "--batch-size", "5"]).config
+    assert ours.model == theirs.model
+    assert ours.data == dataclasses.replace(theirs.data, spacing_mm=(2.5, 3.0, 3.0))
+    assert ours.train == dataclasses.replace(preset(of).train, batch_size=5)
+
+
 def test_a_misspelt_flag_names_the_nearest(capsys):
     with pytest.raises(SystemExit) as stop:
         parsed(["--data", "d", "--output", "o", "--num-slice", "3"])

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from aftersam.files import read_json
+from aftersam import load
+from aftersam.export import main as export
+from aftersam.files import read_json, write_json
 from aftersam.inference.planes import Plane
 from aftersam.model.run_folder import read_run
 from aftersam.train import main
@@ -20,7 +22,7 @@ def found(monkeypatch, logits, labels):
     monkeypatch.setattr(validation, "output_planes", lambda *_, **__: iter([Plane(one) for one in logits]))
     return validation.calibrate(
         None,
-        SimpleNamespace(validation=[case]),
+        [case],
         None,
         precision=torch.float32,
         stored={},
@@ -71,3 +73,11 @@ def test_a_run_keeps_its_temperature_and_a_resumed_one_the_same(tmp_path, capsys
     assert f"temperature {facts['temperature']:.3g}: calibration error" in capsys.readouterr().out
     assert main([*command, "--resume"]) == 0
     assert read_json(run / "run.json") == facts
+    write_json(run / "run.json", facts | {"temperature": 2.0})
+    found = {which: load(run, checkpoint=which, device="cpu").temperature for which in ("best", "last")}
+    assert found == {"best": 2.0, "last": 1.0}  # it was fitted to the best weights
+    for which in found:
+        flags = ["-o", str(tmp_path / which), "--format", "weights", "--checkpoint", which]
+        assert export(["-m", str(run), *flags]) == 0
+        assert load(tmp_path / which, device="cpu").temperature == found[which]
+        assert ("ece" in read_json(tmp_path / which / "run.json")) == (which == "best")

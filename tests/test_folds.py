@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -156,6 +157,23 @@ def test_a_run_that_lacks_a_file_is_never_left_out_of_the_mean(folds, tmp_path, 
     assert str(home / "fold_1") in error
     assert lost in error
     assert not (tmp_path / "m.nii.gz").exists()
+
+
+def test_masks_of_cases_named_run_and_config_are_no_run(folds, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(folds, home)
+    (home / "masks").mkdir()
+    for name in ("run.json", "config.json", "run.nii.gz"):
+        (home / "masks" / name).touch()
+    assert run_folder.find_runs([home]) == [home / f"fold_{i}" for i in range(3)]
+
+
+def test_a_folder_that_is_no_run_does_not_hide_a_model_that_comes_along(folds, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "headneck" / "real").mkdir(parents=True)  # as `demo --real -o headneck` leaves it
+    assert run_folder.find_run("headneck") == run_folder.WEIGHTS / "headneck"
+    shutil.copytree(folds / "fold_0", tmp_path / "headneck" / "fold_0")
+    assert run_folder.find_runs(["headneck"]) == [Path("headneck/fold_0")]
 
 
 def test_where_one_run_is_needed_a_folder_of_runs_is_refused_with_their_names(folds):

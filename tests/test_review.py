@@ -73,7 +73,7 @@ def test_a_folder_is_listed_least_certain_first_in_csv_and_in_the_report(run, tm
     for case, mean, worst, value, _ in rows:
         stored = read_json(masks / f"{case}.json")["expected_dsc"]
         present = {name: dsc for name, dsc in stored.items() if dsc is not None}
-        assert float(mean) == pytest.approx(np.mean(list(present.values())), abs=1e-4)
+        assert float(mean) == pytest.approx(sum(present.values()) / len(stored), abs=1e-4)
         assert float(value) == pytest.approx(min(present.values()), abs=1e-4)
         assert present[worst] == min(present.values())
     write_json(tmp_path / "metrics.json", score_folder(masks, masks, quiet=True))
@@ -105,9 +105,43 @@ def test_strangers_files_and_names_are_no_formulas_and_no_failures(tmp_path):
         path.with_suffix(".nii.gz").touch()
     write_json(tmp_path / "deleted.json", {"expected_dsc": {"heart": 0.1}})  # its mask is gone
     assert [one.case for one in reviewed(tmp_path)] == ["none", "=1+1", "b"]
-    assert "lists 3 of 9 masks" in write_review(tmp_path)
+    assert "lists 3 of 9 masks" in write_review(tmp_path, [tmp_path])
     assert table(tmp_path)[1:] == [
         ["none", "0.0000", "", "", "heart"],
-        ["'=1+1", "0.2500", "'@organ", "0.2500", "[31m"],
-        ["b", "0.5000", "heart", "0.5000", "lung"],
+        ["'=1+1", "0.1250", "'@organ", "0.2500", "[31m"],
+        ["b", "0.2500", "heart", "0.5000", "lung"],
     ]
+
+
+def test_a_scan_with_one_certain_organ_and_others_missing_comes_before_an_uncertain_one(tmp_path):
+    organs = [f"organ {i}" for i in range(7)]
+    write_json(tmp_path / "all.json", {"expected_dsc": dict.fromkeys(organs, 0.6)})
+    write_json(tmp_path / "one.json", {"expected_dsc": {**dict.fromkeys(organs), "organ 3": 0.99}})
+    for name in ("all", "one"):
+        (tmp_path / f"{name}.nii.gz").touch()
+    assert [(one.case, round(one.mean, 4)) for one in reviewed(tmp_path)] == [("one", 0.1414), ("all", 0.6)]
+
+
+@pytest.mark.parametrize("cohort", ["a tree", "a list"])
+def test_masks_in_folders_below_are_listed(run, tmp_path, capsys, cohort):
+    for site in ("north", "south"):
+        (tmp_path / "scans" / site).mkdir(parents=True)
+        scan(tmp_path / "scans" / site / "a.nii.gz", (24, 20, 3))
+    listed = tmp_path / "scans.csv"
+    listed.write_text("image,case_id\nscans/north/a.nii.gz,north/a\nscans/south/a.nii.gz,south/a\n")
+    masks = tmp_path / "masks"
+    (masks / "other").mkdir(parents=True)  # of no scan of this cohort
+    for name in ("other/c.json", "other/c.nii.gz"):
+        write_json(masks / name, {"expected_dsc": {"heart": 0.0}})
+    source = ["-i", str(listed)] if cohort == "a list" else ["-i", str(tmp_path / "scans"), "--recursive"]
+    command = [*source, "-o", str(masks), "-m", str(run), "--device", "cpu", "--no-preview", "--review"]
+    assert main(command) == 0
+    assert "lists 2 of 2 masks, least certain first\n" in capsys.readouterr().err
+    cases = [row[0] for row in table(masks)[1:]]
+    assert sorted(cases) == ["north/a", "south/a"]
+    (row,) = {tuple(row[1:]) for row in table(masks)[1:]}
+    rows = [
+        json.loads(line) for path in masks.glob("manifest/*.jsonl") for line in path.read_text().splitlines()
+    ]
+    assert [one["expected_dsc"] for one in rows] == [float(row[0])] * 2
+    assert [one.case for one in reviewed(masks)] == ["other/c", *cases]  # as the report lists them

@@ -165,6 +165,11 @@ def test_refuses_a_torchscript_archive_a_model_and_an_empty_folder(tmp_path):
         saved(tmp_path / "model.pth", linear), r"pickled objects besides tensors \(torch\.nn\.modules\.linear"
     )
     refused(saved(tmp_path / "args.pth", {"model": toy_sams.sam(), "args": Path("a")}), r"\(pathlib\.")
+    med2d = {"model": toy_sams.sam(side=256) | toy_sams.adapters()}  # as SAM-Med2D's trainer saves it
+    with_optimiser = med2d | {"optimizer": torch.optim.Adam(linear.parameters())}
+    refused(
+        saved(tmp_path / "med2d.pth", with_optimiser), r"pickled objects besides tensors \(torch\.optim\."
+    )
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", r"without model\.safetensors")
 

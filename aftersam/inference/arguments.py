@@ -47,7 +47,8 @@ class PredictArgs:
     gpus_per_worker: GPUs = 0.0
     """Number of GPUs of each actor of --engine ray. 0.25 puts four actors on one GPU."""
     checkpoint: Literal["best", "last"] = "best"
-    """best: the weights with the best validation DSC. last: the weights at the end of the training."""
+    """best: the weights with the best validation DSC. last: the weights at the end of the training; their probabilities
+    are not calibrated."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     prompt_labels: Path | None = None
@@ -89,6 +90,7 @@ class PredictArgs:
     statistics: bool = False
     """Write each organ's volume in ml and mean HU to CASE.statistics.json beside each mask."""
     review: bool = False
-    """Write review.csv to --output: a folder's scans by the DSC expected from their probabilities, lowest first."""
+    """Write review.csv to --output: the scans by the DSC expected from their probabilities, lowest first. An organ that
+    is not found counts as 0."""
     timings: bool = False
     """Print each stage's seconds, slices a second and peak memory, and write them as JSON beside each mask."""

@@ -46,7 +46,7 @@ def info(args: InfoArgs) -> Info:
 def _of_run(run: Path) -> dict[str, Any]:
     import math
 
-    from aftersam.files import tensor_shapes
+    from aftersam.files import tensor_headers
     from aftersam.model.build import TRAINING_STATE
 
     config, facts = read_run(run)
@@ -55,8 +55,8 @@ def _of_run(run: Path) -> dict[str, Any]:
     for name in ("best", "last"):
         weights = run / f"{name}.safetensors"
         if weights.exists():
-            shapes = tensor_shapes(weights).items()
-            parameters = sum(math.prod(shape) for key, shape in shapes if not key.startswith(TRAINING_STATE))
+            found = tensor_headers(weights).items()
+            parameters = sum(math.prod(h.shape) for key, h in found if not key.startswith(TRAINING_STATE))
             checkpoints[name] = {"model": model_id([run], name), "parameters": parameters}
     return {
         "kind": "model",

@@ -97,7 +97,7 @@ def predict_files(args: PredictArgs) -> Predicted:
     if args.review and (folder := cohort.store.local) and folder.is_dir():  # the last process has all masks
         from aftersam.evaluation.review import write_review
 
-        tell(report.console, write_review(folder))
+        tell(report.console, write_review(folder, {(folder / e.mask).parent for e in cohort.entries}))
     processes.wait_for_the_others(len(report.problems), functools.partial(tell, report.console))
     return report.result()
 

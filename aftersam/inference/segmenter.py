@@ -246,7 +246,7 @@ def load_run(
         dtype_for(config.train.precision, where.type),
         facts.one_piece,
         facts.longest_mm,
-        facts.temperature,
+        facts.temperature if checkpoint == "best" else 1.0,  # fitted to the best weights
     )
 
 

@@ -166,13 +166,16 @@ class Work:
     def _row(self, job: Job, found: Prediction, voxels: Mapping[int, int]) -> dict[str, Any]:
         import numpy as np
 
+        from aftersam.evaluation.review import mean_expected
+        from aftersam.evaluation.statistics import number
+
         ml = abs(float(np.linalg.det(job.prepared.volume.affine[:3, :3]))) / 1000
         organs = {name: voxels.get(value, 0) for value, name in self.names.items()}
         confidence = expected = None
         if found.confidence is not None and any(organs.values()):
             confidence = round(float(found.confidence[found.labels > 0].mean() / 255), 4)
-        if found.expected_dsc is not None and not np.isnan(found.expected_dsc).all():
-            expected = round(float(np.nanmean(found.expected_dsc)), 4)
+        if found.expected_dsc is not None:
+            expected = round(mean_expected(number(found.expected_dsc[v - 1]) for v in self.names), 4)
         stages = {name: round(value, 4) for name, value in job.prepared.scan.timings.seconds.items()}
         total = round(time.monotonic() - job.began, 4)
         return row_of(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from aftersam.config import ENCODERS, STEMS, Config, EncoderSize, ModelConfig, StemSize
 from aftersam.errors import counted, naming
-from aftersam.files import read_tensors, tensor_shapes
+from aftersam.files import read_tensors, tensor_headers
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.fusion import AxialFusionTransformer
 from aftersam.model.image_encoder import (
@@ -34,6 +34,7 @@ from aftersam.model.sam_checkpoint import (
 from aftersam.model.tiny_vit import TinyViT
 
 TRAINING_STATE = ("optimizer/", "rng/")  # prefixes of what last.safetensors holds besides weights
+FLOATS = ("F16", "BF16", "F32", "F64")  # types of weights, as safetensors names them
 
 
 def resolve_encoder(config: Config, *, pretrained: bool) -> Config:
@@ -185,7 +186,13 @@ def check_weights(path: Path, config: ModelConfig, num_classes: int) -> None:
     name."""
     with naming(path.with_name("config.json"), "cannot be used"), torch.device("meta"):
         model = build_aftersam(config, num_classes)
-    _check_shapes(path, model, tensor_shapes(path))
+    headers = tensor_headers(path)
+    _check_shapes(path, model, {name: header.shape for name, header in headers.items()})
+    for name, expected in model.state_dict().items():
+        if headers[name].dtype not in (FLOATS if expected.is_floating_point() else ("I64",)):
+            raise ValueError(
+                f"{path} has {name} as {headers[name].dtype}, but weights are float16, bfloat16, float32 or float64"
+            )
 
 
 def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
@@ -198,9 +205,22 @@ def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
 
 
 def load_tensors(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Load the weights among `tensors`, read from `path`, into `model`. Raises ValueError where the names differ."""
+    """Load the weights among `tensors`, read from `path`, into `model`.
+
+    Raises ValueError where the names or shapes differ, and as `check_finite` does."""
     _check_shapes(path, model, {name: tuple(value.shape) for name, value in tensors.items()})
-    model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith(TRAINING_STATE)})
+    weights = {k: v for k, v in tensors.items() if not k.startswith(TRAINING_STATE)}
+    check_finite(path, weights)
+    model.load_state_dict(weights)
+
+
+def check_finite(path: Path, weights: dict[str, Tensor]) -> None:
+    """Raise ValueError where the weights, read from `path`, have a NaN or an infinity: no mask could come of them."""
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise ValueError(
+                f"{path} has NaN or infinity in {name}; use other weights of the run, or train it again"
+            )
 
 
 def _check_shapes(path: Path, model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:

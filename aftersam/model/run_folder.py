@@ -15,7 +15,8 @@ from aftersam.errors import naming
 from aftersam.files import read_json
 
 WEIGHTS = Path(__file__).parents[1] / "weights"  # models that come along: a run folder each, by name
-LEFT_BY_TRAINING = ("config.json", "run.json", "best.safetensors", "last.safetensors")
+# no case's file has one of these names: a case called run leaves run.json beside its mask
+LEFT_BY_TRAINING = ("best.safetensors", "last.safetensors", "history.jsonl")
 Length = Annotated[float, Range(1e-3, 1e3)]  # mm, of a voxel that a model works at
 Extent = Annotated[float, Range(0, 1e6)]  # mm
 
@@ -54,12 +55,13 @@ def bundled_runs() -> dict[str, Path]:
 def find_run(name: Path | str) -> Path:
     """The run folder that `name` means: itself where it exists, or the model of that name that comes along.
 
-    Raises ValueError that lists the names there are."""
+    A folder that is no run, such as one of masks, does not hide a model of its name. Raises ValueError that lists the
+    names there are."""
     path, known = Path(name), bundled_runs()
+    if str(name) in known and not ((path / "config.json").exists() or _runs_in(path)):
+        return known[str(name)]
     if path.exists():
         return path
-    if str(name) in known:
-        return known[str(name)]
     close = difflib.get_close_matches(str(name), known, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise ValueError(

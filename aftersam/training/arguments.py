@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import tyro
 
-from aftersam.config import Args, Config, Index, checked, from_dict, preset, to_dict, validate
+from aftersam.config import PRESETS, Args, Config, Index, checked, from_dict, preset, to_dict, validate
 from aftersam.files import read_json, refuse_input
 from aftersam.model.run_folder import RunFacts, find_run, read_run
 
@@ -43,7 +43,8 @@ class TrainArgs:
     """Start from SAM's weights: a file, a Hugging Face folder, or vit_b, vit_l, vit_h, vit_t to download them once."""
     init: Path | None = None
     """Start from the best weights of another run, a folder or the name of a model that comes along. Organs are matched
-    by name; choices not given are that run's."""
+    by name. Choices of model and data not given are that run's; those of the training are the preset's of its encoder:
+    small, tiny, or else paper."""
     resume: bool = False
     """Go on from last.safetensors in --output, with the choices and the split stored there. Limits given beside it are
     used; another choice is refused."""
@@ -145,8 +146,9 @@ def check_still(config: Config) -> None:
 def parse(argv: Sequence[str] | None, kind: type[Args], about: str | None) -> Args:
     """Flags to arguments of `kind`, which has `data`, `output` and the keys of a `config`.
 
-    Keys that are not given take their value from --config, from the run of --resume, from the preset or from the run
-    of --init. These flags are parsed first, because the defaults of the others depend on them."""
+    Keys that are not given take their value from --config, from the run of --resume, from the preset or, but for those
+    of the training, from the run of --init: its limits are of its own data and machine. These flags are parsed first,
+    because the defaults of the others depend on them."""
     given = _bases(argv)
     if given.config is not None:
         config = from_dict(Config, read_json(given.config), where=str(given.config))
@@ -156,7 +158,8 @@ def parse(argv: Sequence[str] | None, kind: type[Args], about: str | None) -> Ar
         config, facts = read_run(find_run(given.init))
         # the run's own spacing, where it went by a median
         data = dataclasses.replace(config.data, spacing_mm=facts.spacing_mm or "native")
-        config = dataclasses.replace(config, data=data)
+        training = PRESETS.get(config.model.image_encoder, PRESETS["paper"]).train
+        config = dataclasses.replace(config, data=data, train=training)
     else:
         config = preset(preset_name(given.preset, given.sam_checkpoint))
     if given.max_steps or given.max_minutes or given.epochs:  # one limit given replaces a preset's others

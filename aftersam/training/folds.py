@@ -9,7 +9,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-from aftersam.data.dataset import Dataset, find_dataset, folds_of, link_cases
+from aftersam.data.dataset import Dataset, find_dataset, folds_of, link_cases, median_spacing
 from aftersam.errors import plain_console, tell
 from aftersam.evaluation.scoring import score_folder, table
 from aftersam.files import refuse_input, write_json
@@ -29,6 +29,7 @@ def train_folds(args: TrainArgs) -> TrainResult:
     dataset, first = find_dataset(args.data), args.output / FIRST_FOLD
     folds = folds_of(dataset, 0)
     _check_begun(args, dataset, folds)
+    args = _with_one_spacing(args, dataset, folds)
     steps, scored = 0, False
     for number, fold in enumerate(folds):
         run = first.with_name(f"fold_{number}")
@@ -53,6 +54,18 @@ def train_folds(args: TrainArgs) -> TrainResult:
     write_json(args.output / "metrics.json", metrics)
     console.print(table(metrics))
     return TrainResult(args.output, steps, metrics["mean_dsc"])
+
+
+def _with_one_spacing(args: TrainArgs, dataset: Dataset, folds: list[dict[str, list[str]]]) -> TrainArgs:
+    """`args` with the spacing "median" replaced by the median of all scans in the folds.
+
+    The folds then work at one spacing, to which a prediction with all of them resamples a scan once."""
+    if args.config.data.spacing_mm != "median":
+        return args
+    used = {case for fold in folds for part in fold.values() for case in part}
+    spacing = median_spacing([case for case in dataset.cases if case.id in used])
+    data = dataclasses.replace(args.config.data, spacing_mm=spacing)
+    return dataclasses.replace(args, config=dataclasses.replace(args.config, data=data))
 
 
 def _check_begun(args: TrainArgs, dataset: Dataset, folds: list[dict[str, list[str]]]) -> None:

@@ -288,7 +288,7 @@ class Run:
                 load_weights(best, model)
                 found = calibrate(
                     model.to(self.processes.device),
-                    self.scans,
+                    self.scans.validation,
                     self.config.model,
                     precision=self.processes.dtype,
                     stored=self.stored,

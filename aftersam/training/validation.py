@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +18,7 @@ from aftersam.inference.inputs import Scan
 from aftersam.inference.sliding import DEFAULT, output_planes, predict_volume
 
 if TYPE_CHECKING:
+    from aftersam.data.cache import CachedCase
     from aftersam.data.stored_features import StoredScan
     from aftersam.model.aftersam import AfterSAM
     from aftersam.training.setup import Scans
@@ -76,14 +77,14 @@ def mean(values: Sequence[float]) -> float | None:
 
 def calibrate(
     model: AfterSAM,
-    scans: Scans,
+    cases: Iterable[CachedCase],
     config: ModelConfig,
     *,
     precision: torch.dtype,
     stored: Mapping[str, StoredScan],
     progress: Callable[[int], None],
 ) -> Calibration:
-    """The temperature with the lowest cross-entropy on the validation scans, on every second voxel of rows and columns.
+    """The temperature with the lowest cross-entropy on the scans `cases`, on every second voxel of rows and columns.
 
     It is 1 where the calibration error would grow. Voxels of almost certain background are left out. `progress` is
     called after each slice.
@@ -92,7 +93,7 @@ def calibrate(
     entropies = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
     # voxels, sum of confidences, right ones
     bins = torch.zeros(len(TEMPERATURES), BINS, 3, dtype=torch.float64)
-    for case in scans.validation:
+    for case in cases:
         scan = Scan(case.hu, case.box, case.labels, stored.get(case.id))
         shape = case.hu.shape
         planes = output_planes(model, scan, config, DEFAULT, output_shape=shape, precision=precision)

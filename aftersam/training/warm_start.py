@@ -18,7 +18,7 @@ from aftersam.errors import one_line
 from aftersam.evaluation.tables import markdown_table
 from aftersam.files import normal_form, read_tensors
 from aftersam.model.aftersam import AfterSAM
-from aftersam.model.build import check_weights
+from aftersam.model.build import check_finite, check_weights
 from aftersam.model.mask_decoder import BACKGROUND_LEAD
 from aftersam.model.run_folder import RunFacts, find_run, read_run
 from aftersam.model.sam_checkpoint import interpolated, sha256
@@ -51,6 +51,7 @@ def read_start(name: Path) -> WarmStart:
     config, facts = read_run(run)
     weights = run / "best.safetensors"
     check_weights(weights, config.model, len(facts.labels) + 1)
+    check_finite(weights, read_tensors(weights)[0])
     return WarmStart(weights, config, facts, sha256(weights))
 
 

@@ -31,9 +31,9 @@ A switch `--x` has a `--no-x`. A flag with several values takes them separated b
 [configuration](#configuration) are flags of `train` and `encode`; `config.json` of a run holds all of them."""
 CONFIGURATION = """## Configuration
 
-Every choice of a training. A key that is not given takes its value from `--config`, from the run of `--init` or
-`--resume`, or from the preset; a preset that a column does not name has the default. `--preset` is `paper` with SAM
-weights, else `small`."""
+Every choice of a training. A key that is not given takes its value from `--config`, from the run of `--resume`, or from
+the preset; a preset that a column does not name has the default. `--preset` is `paper` with SAM weights, else `small`.
+With `--init`, the keys of model and data take their value from that run."""
 ERRORS = """# Errors
 
 Written by `make reference` from the tables in `tests/error_rows*.py`; `tests/test_sentences.py` triggers each error and
