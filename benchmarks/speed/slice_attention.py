@@ -56,7 +56,7 @@ def providers(shape: Shape, inputs: list[torch.Tensor]) -> dict[str, Provider]:
         if backend == "flex" and device.type == "cuda":
             torch.compiler.reset()
             call = torch.compile(call, dynamic=False)  # type: ignore[assignment]  # still a callable
-        role: Any = "other" if backend == "triton" else "rival"
+        role: Any = "other" if backend in ("triton", "cpu") else "rival"  # other: ours by name
         found[backend] = Provider(None if missing else call, exact, flops, missing, role)
     chosen = select_backend("slice_attention", *inputs).backend
     same_as = chosen if found[chosen].role == "rival" else ""
