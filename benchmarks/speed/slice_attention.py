@@ -4,7 +4,7 @@
     sdpa, flash, xformers    fused attentions of others, where they are installed and run on the device
     sdpa_...          SDPA held to its flash, cuDNN or memory-efficient kernel
     flex              FlexAttention, compiled, on a GPU; it has no gradient on a CPU
-    triton            the kernel of this package, wherever it runs
+    triton, cpu       the kernels of this package, wherever they run
     slice_attention   ours: what `auto` chooses among all of them
 
 On q, k, v (B, N, P, M, D), as the projections leave them."""
