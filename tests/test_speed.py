@@ -112,7 +112,9 @@ def test_every_form_of_relative_positions_is_right(window):
 @pytest.mark.parametrize("encoder", ["lora", "frozen"])
 def test_every_form_of_a_training_step_is_right(encoder):
     """In fp32, loss and gradient; what is timed in bf16 is the same function to its rounding."""
-    config = dataclasses.replace(train_step.SMALL, image_size=64, num_slices=3, num_blocks=1, encoder=encoder)
+    # in the wide stem a ReLU lies so near its kink that rounding decides a gradient
+    sizes = {"image_size": 64, "num_slices": 3, "num_blocks": 1, "stem": "slim"}
+    config = dataclasses.replace(train_step.SMALL, encoder=encoder, **sizes)
     _, inputs, found = train_step.case("small", config, torch.device("cpu"), torch.bfloat16)
     gate = harness.Gate(inputs)
     for name, provider in found.items():
