@@ -65,10 +65,10 @@ def results(qkv, grad, run=axial_attention, **options):
     return [y.detach(), *torch.autograd.grad(y, qkv, grad)]
 
 
-def check(qkv, grad, **options):
-    ours = results(qkv, grad, backend="cpu", **options)
+def check(qkv, grad, run=axial_attention, exactly=reference.axial_attention, **options):
+    ours = results(qkv, grad, run, backend="cpu", **options)
     wide = [t.detach().double().requires_grad_() for t in qkv]
-    exact = results(wide, grad.double(), reference.axial_attention, **options)
+    exact = results(wide, grad.double(), exactly, **options)
     tol, floor = TOL[qkv[0].dtype], 1 + grad.double().norm()
     for name, value, truth in zip("yqkv", ours, exact, strict=True):
         assert value.dtype == qkv[0].dtype
@@ -202,12 +202,16 @@ def test_derivatives_of_derivatives_are_those_of_plain_torch():
 
 
 @BUILT
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_what_looks_on_sees_the_registered_op():
     qkv, grad = inputs((1, 3, 3, 2, 1, 4))
     with FlopCounterMode(display=False) as counter:
         results(qkv, grad, backend="cpu")
     assert counter.get_total_flops() == (4 + 10) * 3 * 3 * 2 * 4
     torch.library.opcheck(OPS.axial_attention.default, (*qkv, None, 0.5, True, "cpu"))
+    traced = torch.jit.trace(lambda *t: axial_attention(*t, backend="cpu"), [t.detach() for t in qkv])
+    other = [torch.randn_like(t) for t in qkv]
+    torch.testing.assert_close(traced(*other), axial_attention(*other))
 
 
 @BUILT

@@ -307,7 +307,8 @@ def slice_attention(
 
     `scale` is D^-½ where None; `backend` auto, triton, cpu, sdpa, sdpa_flash, sdpa_cudnn, sdpa_efficient, flash,
     xformers, flex or torch. Triton needs float16 or bfloat16 and D 16, 32 or 64. FlexAttention is fused only inside
-    torch.compile, so that auto never takes it. Autocast casts q, k, v. Softmax in fp32.
+    torch.compile, so that auto never takes it. Under a trace or a dispatch mode, cpu computes by torch's own attention.
+    Autocast casts q, k, v. Softmax in fp32.
     Raises ValueError on a shape, dtype, device or backend mismatch."""
     check_shapes("slice_attention", {"q": (q, _AXES), "k": (k, _AXES), "v": (v, _AXES)})
     q, k, v = autocast(q, k, v)
