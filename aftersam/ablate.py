@@ -219,7 +219,7 @@ def _row(args: AblateArgs, name: str, change: Mapping[str, Any], seed: int) -> S
         prompted = row_config(args, change, seed).model.prompts != "none"
         predict_files(
             PredictArgs(
-                input=images, output=home / "masks", model=(run,), checkpoint="last", device=args.device, preview=False,
+                input=images, output=home / "masks", model=(run,), device=args.device, preview=False,
                 prompt_labels=labels if prompted else None, trust_intensities=args.trust_intensities,
             )
         )  # fmt: skip

@@ -201,8 +201,7 @@ class DataConfig:
     spacing_mm: tuple[Millimetres, Millimetres, Millimetres] | Literal["median", "native"] = (2.5, 1.0, 1.0)
     """Voxel size (d, h, w) the model works at. median: of the training set. native: each scan's own."""
     augmentation: tuple[Literal["elastic", "affine", "intensity", "noise", "mirror"], ...] = ("elastic",)
-    """Transforms of training groups. One elastic field serves all slices of a group; mirror swaps
-    left and right labels and is refused where a side has no counterpart."""
+    """Transforms of training groups, one for all slices. mirror swaps left and right labels, and needs both sides."""
     augmentation_probability: Share = 0.2
     """Probability of each transform for a group."""
     crops: Literal["random", "prediction"] = "random"
@@ -235,6 +234,8 @@ class TrainConfig:
     """Share of the run in which the learning rate rises linearly from 0."""
     clip_norm: Weight = 0.0
     """Largest gradient norm; 0 leaves gradients alone."""
+    average: Partial = 0.0
+    """Share of the run over which a moving average of the weights goes; it is validated and kept. 0: no average."""
     supervision: Literal["all", "centre"] = "all"
     """Slices of a group whose logits enter the loss. Prediction keeps the centre slice only."""
     dice: Literal["present", "all"] = "present"
@@ -244,8 +245,7 @@ class TrainConfig:
     ce_hardest: Annotated[float, Range(0, 1, "low")] = 1.0
     """Top-k cross-entropy: the fraction of voxels with the highest loss that is averaged. 1 uses all voxels."""
     deep_supervision: Weight = 0.0
-    """Weight of the same loss on logits at the tokens' stride, before any skip. A model that learns from scratch needs
-    it: its skips learn sooner than its encoder and fusion, which would stay unused."""
+    """Weight of the loss on logits before any skip, without which encoder and fusion learn little from scratch."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the device computes it natively, else fp32."""
     activation_checkpointing: bool = False
@@ -287,7 +287,7 @@ _SMALL = Config(
     ),
     train=TrainConfig(
         max_steps=6000, batch_size=2, optimizer="adamw", learning_rate=1e-3, schedule="poly", warmup=0.03,
-        clip_norm=1.0, ce_hardest=0.1, deep_supervision=0.5, validations=4,
+        clip_norm=1.0, average=0.15, ce_hardest=0.1, deep_supervision=0.5, validations=4,
     ),
 )  # fmt: skip
 _TINY = Config(

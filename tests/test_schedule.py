@@ -9,6 +9,7 @@ import pytest
 from aftersam.config import TrainConfig, preset
 from aftersam.training.schedule import (
     Progress,
+    average_share,
     batches,
     group_batches,
     learning_rate,
@@ -24,6 +25,17 @@ def test_schedules():
     poly = preset("small").train
     assert learning_rate(poly, 0.0) < learning_rate(poly, poly.warmup / 2) < learning_rate(poly, poly.warmup)
     assert learning_rate(poly, 1.0) == 0
+
+
+def test_the_average_is_a_plain_mean_and_then_goes_over_a_share_of_the_run():
+    config = dataclasses.replace(preset("small").train, max_steps=100, average=0.1)
+    shares = [average_share(config, (step - 1) / 100, step) for step in range(1, 101)]
+    assert shares[:10] == [pytest.approx(1 / step) for step in range(1, 11)]
+    assert shares[10:] == [pytest.approx(0.1)] * 90
+    longer = [average_share(config, (step - 1) / 1000, step) for step in range(1, 1001)]
+    assert longer[99:] == [pytest.approx(0.01)] * 901
+    assert average_share(dataclasses.replace(config, average=1e-9), 0.5, 51) == 1.0
+    assert average_share(dataclasses.replace(config, average=0.0), 0.5, 51) == 0.0
 
 
 def test_progress_follows_the_first_limit_to_be_reached():

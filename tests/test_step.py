@@ -9,7 +9,7 @@ import torch
 from aftersam.config import preset
 from aftersam.model.build import build_aftersam
 from aftersam.training.losses import segmentation_loss
-from aftersam.training.step import Learner, group_loss
+from aftersam.training.step import Learner, build_optimizer, group_loss
 
 
 def configured(**train):
@@ -118,3 +118,48 @@ def test_a_loss_that_is_not_finite_changes_no_weight():
     with pytest.raises(FloatingPointError, match="at step 7 on a, b"):
         learner.step([batch], rate=1.0, number=7)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def learner_of(config):
+    from accelerate import Accelerator
+
+    model = model_of(config)
+    optimizer = build_optimizer(model, config.train)
+    return Learner(model, optimizer, Accelerator(cpu=True, mixed_precision="no"), config)
+
+
+def test_the_kept_weights_are_a_moving_average():
+    config = configured(average=0.5)
+    learner, batch, states = learner_of(config), batch_of(config), []
+    shares = (1.0, 0.5, 0.4)
+    for number, share in enumerate(shares, start=1):
+        learner.step([batch], rate=1e-2, number=number, average=share)
+        states.append([p.detach().clone() for p in learner.model.parameters()])
+    with learner.kept_model() as kept:
+        averages = [p.detach().clone() for p in kept.parameters()]
+    for ours, average, (a, b, c) in zip(
+        learner.model.parameters(), averages, zip(*states, strict=True), strict=True
+    ):
+        assert torch.equal(ours, c)
+        torch.testing.assert_close(average, (a + b) / 2 * 0.6 + 0.4 * c)
+    assert any(not torch.equal(average, c) for average, c in zip(averages, states[-1], strict=True))
+
+
+def test_without_an_average_the_weights_themselves_are_kept():
+    config = configured(average=0.0)
+    learner = learner_of(config)
+    learner.step([batch_of(config)], rate=1e-2, number=1)
+    before = [p.detach().clone() for p in learner.model.parameters()]
+    with learner.kept_model() as kept:
+        assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), before, strict=True))
+
+
+def test_weights_come_back_after_an_error_while_their_averages_are_in_place():
+    config = configured(average=0.5)
+    learner = learner_of(config)
+    for number in (1, 2):
+        learner.step([batch_of(config)], rate=1e-2, number=number, average=1 / number)
+    before = {name: value.clone() for name, value in learner.model.state_dict().items()}
+    with pytest.raises(InterruptedError), learner.kept_model():
+        raise InterruptedError
+    assert all(torch.equal(value, before[name]) for name, value in learner.model.state_dict().items())

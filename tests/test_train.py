@@ -18,6 +18,7 @@ from aftersam.data.phantom import write_dataset
 from aftersam.data.slice_group import SliceGroups
 from aftersam.files import read_json
 from aftersam.model.aftersam import AfterSAM
+from aftersam.model.build import build_aftersam
 from aftersam.train import main, train
 from aftersam.training.arguments import TrainArgs, parse
 
@@ -80,8 +81,8 @@ def run_command(phantoms, run, *more, processes=1, **how):
 
 @pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted_to_the_bit(phantoms, tmp_path):
-    """kill -9 between checkpoints; weights, moments and the logged losses are the same to the bit."""
-    steps = ["--max-steps", "12", "--checkpoint-steps", "3"]
+    """kill -9 between checkpoints; weights, their averages, moments and the logged losses are the same to the bit."""
+    steps = ["--max-steps", "12", "--checkpoint-steps", "3", "--average", "0.5"]
     whole = run_command(phantoms, tmp_path / "whole", *steps)
     killed = run_command(phantoms, tmp_path / "killed", *steps)
     history = tmp_path / "killed" / "history.jsonl"
@@ -96,10 +97,11 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(phantoms, tmp_path):
     for process in (whole, resumed):
         error = process.communicate(timeout=300)[1].decode()
         assert process.returncode == 0, error
-    ours, theirs = (load_file(tmp_path / name / "last.safetensors") for name in ("killed", "whole"))
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert torch.equal(value, theirs[name]), name
+    for file in ("last.safetensors", "best.safetensors"):
+        ours, theirs = (load_file(tmp_path / name / file) for name in ("killed", "whole"))
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            assert torch.equal(value, theirs[name]), name
 
     assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
     assert len(logged(tmp_path / "killed")) == 12
@@ -175,7 +177,7 @@ def test_one_of_two_processes_that_is_stopped_stops_both_at_the_same_step(phanto
 @pytest.mark.slow
 def test_processes_and_accumulation_equal_one_large_batch(phantoms, tmp_path):
     """Two groups a step as one batch of two, two batches of one, and on two processes, whole and sharded: one loss."""
-    steps = ["--max-steps", "4", "--validations", "1"]
+    steps = ["--max-steps", "4", "--validations", "1", "--average", "0.5"]
     losses = {}
     for name, size, processes in (
         ("batch", ["--batch-size", "2"], 1),
@@ -188,11 +190,22 @@ def test_processes_and_accumulation_equal_one_large_batch(phantoms, tmp_path):
         assert process.returncode == 0, error
         losses[name] = logged(tmp_path / name)
         assert len(losses[name]) == 4
+        assert_averages_are_kept(tmp_path / name)
     assert losses["accumulate"] == pytest.approx(losses["batch"], rel=1e-5)
     assert losses["processes"] == pytest.approx(losses["batch"], rel=1e-5)
     assert losses["sharded"] == pytest.approx(losses["batch"], rel=1e-5)
     ours, theirs = (load_file(tmp_path / name / "best.safetensors") for name in ("sharded", "processes"))
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+def assert_averages_are_kept(run):
+    """best.safetensors has the averages that last.safetensors holds beside the weights and moments."""
+    last, best = (load_file(run / f"{name}.safetensors") for name in ("last", "best"))
+    config = from_dict(Config, read_json(run / "config.json"))
+    trained = [name for name, _ in build_aftersam(config.model, 7).named_parameters()]
+    for number, name in enumerate(trained):
+        assert torch.equal(best[name], last[f"optimizer/{number}/average"]), name
+    assert any(not torch.equal(best[name], last[name]) for name in trained)
 
 
 def test_without_validations_the_last_weights_are_the_best(phantoms, tmp_path):

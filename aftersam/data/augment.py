@@ -13,9 +13,9 @@ from aftersam.data.volume import AIR_HU, label_dtype
 
 NOISE_HU = 30.0  # largest standard deviation that augmentation adds
 ROTATION, SCALE, SHIFT = (
-    math.radians(10),
-    0.1,
-    0.03,
+    math.radians(15),
+    0.2,
+    0.08,
 )  # largest affine change; the shift as a share of the width
 ELASTIC_NODES, ELASTIC_SHIFT = 6, 0.12  # nodes across the plane; standard deviation in nodes' distances
 

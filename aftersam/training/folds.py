@@ -30,7 +30,7 @@ def train_folds(args: TrainArgs) -> TrainResult:
     folds = folds_of(dataset, 0)
     _check_begun(args, dataset, folds)
     args = _with_one_spacing(args, dataset, folds)
-    steps, scored = 0, False
+    trained, scored = [], False
     for number, fold in enumerate(folds):
         run = first.with_name(f"fold_{number}")
         print(f"fold {number} of {len(folds)}")
@@ -41,19 +41,26 @@ def train_folds(args: TrainArgs) -> TrainResult:
             cache=args.cache or args.output / "cache",
             resume=args.resume and (run / "last.safetensors").exists(),
         )
-        steps += train(own).steps
+        trained.append(train(own))
         if fold["val"]:
             scored = True
             _predict_held_out(args, dataset, fold["val"], run)
     console = plain_console()
     tell(console, f"{args.output} is one model now: aftersam predict -m {args.output}")
+    result = TrainResult(
+        args.output,
+        steps=sum(run.steps for run in trained),
+        mean_dsc=None,
+        minutes=sum(run.minutes for run in trained),
+        cpu_minutes=sum(run.cpu_minutes for run in trained),
+    )
     if not scored:
-        return TrainResult(args.output, steps, None)
+        return result
     link_cases(dataset, {case for fold in folds for case in fold["val"]}, args.output)
     metrics = score_folder(args.output / "masks", args.output / "labels", quiet=True)
     write_json(args.output / "metrics.json", metrics)
     console.print(table(metrics))
-    return TrainResult(args.output, steps, metrics["mean_dsc"])
+    return dataclasses.replace(result, mean_dsc=metrics["mean_dsc"])
 
 
 def _with_one_spacing(args: TrainArgs, dataset: Dataset, folds: list[dict[str, list[str]]]) -> TrainArgs:

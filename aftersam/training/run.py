@@ -27,7 +27,7 @@ from aftersam.model.build import build_aftersam, load_weights
 from aftersam.model.layers import put_channels_last
 from aftersam.training.arguments import Plan, TrainArgs, make_plan
 from aftersam.training.checkpoint import load_moments, save_training, save_weights, trim_history
-from aftersam.training.schedule import Progress, group_batches, learning_rate, steps_in_epoch
+from aftersam.training.schedule import Progress, average_share, group_batches, learning_rate, steps_in_epoch
 from aftersam.training.setup import (
     Processes,
     Scans,
@@ -53,6 +53,10 @@ class TrainResult:
     steps: int
     mean_dsc: float | None
     """Of the best validation, which best.safetensors is of; None where nothing was validated."""
+    minutes: float
+    """Of the steps and validations, those before a resume included."""
+    cpu_minutes: float
+    """Processor minutes of the same, of this process and since the resume."""
 
 
 def train(args: TrainArgs) -> TrainResult:
@@ -147,7 +151,9 @@ class Run:
             self.log.open("ab", buffering=0) as history,
             self._bar() as bar,
         ):
+            began = time.process_time()
             self._steps(history, bar)
+            cpu_minutes = (time.process_time() - began) / 60
             self._checkpoint()
             if not self.stop and self.scans.validation and self.config.train.validations:
                 self._calibrate()
@@ -157,12 +163,12 @@ class Run:
             raise stopped(self.stop, said if self.processes.main else "")
         if not (self.scans.validation and self.config.train.validations):
             # nothing was chosen: the last weights are the best
-            model = self.learner.whole_model()
-            if self.processes.main:
-                self._save_best(model)
+            with self.learner.kept_model() as model:
+                if self.processes.main:
+                    self._save_best(model)
         self._end()
-        best = self.progress.best
-        return TrainResult(self.output, self.progress.step, best if best >= 0 else None)
+        best, minutes = self.progress.best, self.progress.seconds / 60
+        return TrainResult(self.output, self.progress.step, best if best >= 0 else None, minutes, cpu_minutes)
 
     def _end(self) -> None:
         """Close trackers and leave the group of processes.
@@ -181,7 +187,7 @@ class Run:
             self._validate(history)
         with contextlib.closing(self._batches()) as source:
             while not self.stop and (fraction := self._fraction()) < 1:
-                record = self._advance(source, learning_rate(self.config.train, fraction))
+                record = self._advance(source, fraction)
                 self._note(history, record)
                 text = f"step {self.progress.step}, loss {record['loss']:.3f}"
                 bar.update(task, completed=self._fraction(), description=text)
@@ -223,11 +229,12 @@ class Run:
         """Share of the run that is done."""
         return self.progress.fraction(self.config.train, self.steps_per_epoch)
 
-    def _advance(self, source: Iterator[Batch], rate: float) -> dict[str, Any]:
-        """One optimiser step, and what history.jsonl says of it."""
-        progress = self.progress
-        batches = [next(source) for _ in range(self.config.train.accumulate)]
-        losses = self.learner.step(batches, rate=rate, number=progress.step + 1)
+    def _advance(self, source: Iterator[Batch], fraction: float) -> dict[str, Any]:
+        """One optimiser step at `fraction` of the run, and what history.jsonl says of it."""
+        config, progress, number = self.config.train, self.progress, self.progress.step + 1
+        batches = [next(source) for _ in range(config.accumulate)]
+        rate, average = learning_rate(config, fraction), average_share(config, fraction, number)
+        losses = self.learner.step(batches, rate=rate, number=number, average=average)
         progress.step += 1
         self._agree()
         record = losses | {"step": progress.step, "minutes": round(progress.seconds / 60, 4), "lr": rate}
@@ -248,8 +255,7 @@ class Run:
 
     def _validate(self, history: FileIO) -> None:
         """Score the validation scans, on one process, and keep the best weights. A signal ends it without a score."""
-        model = self.learner.whole_model()
-        with contextlib.suppress(InterruptedError):
+        with self.learner.kept_model() as model, contextlib.suppress(InterruptedError):
             if self.processes.main:
                 self._note(history, self._score(model))
             self.progress.validated = int(self._fraction() * self.config.train.validations)

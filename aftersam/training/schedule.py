@@ -54,6 +54,16 @@ def learning_rate(config: TrainConfig, progress: float) -> float:
     return rate * (1 - progress) ** 0.9
 
 
+def average_share(config: TrainConfig, progress: float, step: int) -> float:
+    """How far the moving average of the weights goes towards them after step `step`, from 1, at `progress` of the run.
+
+    It is a plain mean at first, and then exponential with the time constant `average` of the run. 0: no average."""
+    if not config.average:
+        return 0.0
+    pace = progress / max(step - 1, 1)  # of a step so far, since minutes may be the limit
+    return min(1.0, max(pace / config.average, 1 / step))
+
+
 def batches(
     seed: int, cases: int, batch_size: int, *, rank: int, world: int, start: int, accumulate: int = 1
 ) -> Iterator[list[tuple[int, int]]]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from aftersam.config import Config, TrainConfig
 from aftersam.model.aftersam import AfterSAM
@@ -17,6 +17,7 @@ from aftersam.training.graphs import RecordedGradients
 from aftersam.training.losses import Loss, segmentation_loss
 from aftersam.training.sharding import whole_copy
 
+AVERAGE = "average"  # a weight's moving average among its moments
 Batch = dict[str, Any]  # what SliceGroups gives, stacked
 
 
@@ -32,6 +33,38 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     )
 
 
+@torch.no_grad()
+def add_to_average(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Move the average of every weight that `optimizer` has stepped by `share` of the way to the weight.
+
+    It lies among the weight's moments, where checkpoints and shards find it."""
+    stepped = [p for group in optimizer.param_groups for p in group["params"] if p in optimizer.state]
+    averages = [optimizer.state[p].setdefault(AVERAGE, p.detach().clone()) for p in stepped]
+    if stepped:
+        torch._foreach_lerp_(averages, stepped, share)
+
+
+@contextlib.contextmanager
+def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Give every weight that has an average its value, until the end of the block."""
+    own = {p: p.detach().clone() for p, state in optimizer.state.items() if AVERAGE in state}
+    take_average(optimizer)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in own.items():
+                weight.copy_(value)
+
+
+@torch.no_grad()
+def take_average(optimizer: torch.optim.Optimizer) -> None:
+    """Give every weight that has an average its value."""
+    for weight, state in optimizer.state.items():
+        if AVERAGE in state:
+            weight.copy_(state[AVERAGE])
+
+
 class Learner:
     """A model and its optimiser as `accelerator` has prepared them."""
 
@@ -42,13 +75,17 @@ class Learner:
         self.optimizer = optimizer
         self.accelerator = accelerator
         self.config = config
-        self.gradients: Callable[[Sequence[Batch]], torch.Tensor] = self._gradients
+        self.gradients: Callable[[Sequence[Batch]], Tensor] = self._gradients
         if _capturable(accelerator, config.train):
             trained = [p for p in model.parameters() if p.requires_grad]
             self.gradients = RecordedGradients(self._gradients, trained, accelerator.device)
 
-    def step(self, batches: Sequence[Batch], *, rate: float, number: int) -> dict[str, float]:
+    def step(
+        self, batches: Sequence[Batch], *, rate: float, number: int, average: float = 0.0
+    ) -> dict[str, float]:
         """Step `number` of the run, on batches of groups: {"loss", "dice", "ce"}, means over batches and processes.
+
+        The moving average of the weights goes the share `average` of the way to the new ones.
 
         Raises FloatingPointError where the loss is not finite, before any weight changes, and MemoryError where the
         device has too little memory."""
@@ -66,6 +103,8 @@ class Learner:
                     f"last.safetensors keeps the last good state; a lower --learning-rate or --precision fp32 may help"
                 )
             self.optimizer.step()
+            if average:
+                add_to_average(self.optimizer, average)
         except torch.OutOfMemoryError as error:
             raise MemoryError(
                 "the device ran out of memory; use --activation-checkpointing, or a smaller --batch-size, "
@@ -73,15 +112,20 @@ class Learner:
             ) from None
         return dict(zip(("loss", "dice", "ce"), mean, strict=True))
 
-    def whole_model(self) -> AfterSAM:
-        """The model with all its weights. Where they are sharded it is a copy, and every process must call this."""
-        model: AfterSAM = self.accelerator.unwrap_model(self.model)
-        if self.config.train.shard:
-            copy = whole_copy(model, self.config.model, model.decoder.num_classes)
-            model = copy.to(self.accelerator.device)
-        return model
+    @contextlib.contextmanager
+    def kept_model(self) -> Iterator[AfterSAM]:
+        """The model as it is validated and kept: with all its weights, each the moving average where one is taken.
 
-    def _gradients(self, batches: Sequence[Batch]) -> torch.Tensor:
+        Inside, the model under training has the averages too. Where weights are sharded this gives a copy, and every
+        process must call it."""
+        model: AfterSAM = self.accelerator.unwrap_model(self.model)
+        with averaged(self.optimizer):
+            if self.config.train.shard:
+                copy = whole_copy(model, self.config.model, model.decoder.num_classes)
+                model = copy.to(self.accelerator.device)
+            yield model
+
+    def _gradients(self, batches: Sequence[Batch]) -> Tensor:
         """Compute the clipped gradients of all batches. Returns their mean loss, Dice term and cross-entropy, (3,)."""
         losses = []
         for i, batch in enumerate(batches):
@@ -146,6 +190,6 @@ def group_loss(
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
     return {
-        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for key, value in batch.items()
     }

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -36,7 +35,8 @@ from aftersam.inference.sliding import predict_volume
 from aftersam.model.layers import put_channels_last
 from aftersam.model.sam_checkpoint import read_sam_checkpoint
 from aftersam.training.arguments import TrainArgs
-from aftersam.training.run import Run, train
+from aftersam.training.run import train
+from benchmarks.accuracy.places import place_scores
 from benchmarks.accuracy.rivals import nnunet
 from benchmarks.accuracy.rivals.patch_training import (
     Spent,
@@ -158,7 +158,8 @@ def _score(masks: Path, labels: Path, home: Path, row: dict[str, Any]) -> None:
     write_json(home / "metrics.json", metrics)
     if metrics["problems"]:
         raise ValueError(f"every row needs all cases: {next(iter(metrics['problems'].values()))}")
-    write_json(home / "row.json", _plain({**row, "prompted": metrics["prompted"]}))
+    places = place_scores(masks, labels)
+    write_json(home / "row.json", _plain({**row, "prompted": metrics["prompted"], "places": places}))
 
 
 def _plain(value: Any) -> Any:
@@ -251,35 +252,33 @@ def _train_ours(job: Job) -> Spent:
     config, run = job.config(), job.home / "run"
     everyone = [*job.training, *job.held_out]
     cache_cases(job.dataset, everyone, config.data, job.cache, training=job.training)
-    steps, cpu_seconds = Run._steps, 0.0
-
-    def timed(*args: Any) -> None:
-        nonlocal cpu_seconds
-        began = time.process_time()
-        steps(*args)
-        cpu_seconds = time.process_time() - began
-
-    with patch.object(Run, "_steps", timed):  # the span of the minutes in history.jsonl
-        train(
-            TrainArgs(
-                data=job.dataset.root, output=run, config=config, fold=job.limits.fold, cache=job.cache,
-                device=job.limits.device, sam_checkpoint=job.limits.sam_checkpoint,
-            )
-        )  # fmt: skip
-    *_, line = (run / "history.jsonl").read_text().splitlines()
-    last = json.loads(line)
-    return Spent(last["minutes"], cpu_seconds / 60, last["step"], peak_mib(job.device))
+    result = train(
+        TrainArgs(
+            data=job.dataset.root,
+            output=run,
+            config=config,
+            fold=job.limits.fold,
+            cache=job.cache,
+            device=job.limits.device,
+            sam_checkpoint=job.limits.sam_checkpoint,
+        )
+    )
+    return Spent(result.minutes, result.cpu_minutes, result.steps, peak_mib(job.device))
 
 
 def _predict_ours(job: Job) -> dict[str, Any]:
     run, device = job.home / "run", job.limits.device
-    segmenter = load(run, checkpoint="last", device=device)
+    segmenter = load(run, device=device)
     predict_files(
         PredictArgs(
-            input=job.scans / "images", output=job.home / "masks", model=(run,), checkpoint="last", device=device,
-            preview=False, overwrite=True,
+            input=job.scans / "images",
+            output=job.home / "masks",
+            model=(run,),
+            device=device,
+            preview=False,
+            overwrite=True,
         )
-    )  # fmt: skip
+    )
     return _facts(segmenter.model, segmenter.spacing_mm, segmenter.precision)
 
 
@@ -289,7 +288,10 @@ def _build(job: Job) -> nn.Module:
     build = job.system.build
     assert build is not None, f"{job.system.title} is not trained by this loop"
     if job.system.kind == "patch":
-        return with_sound_gradients(lead_background(build(job.num_classes), job.num_classes))
+        network = with_sound_gradients(lead_background(build(job.num_classes), job.num_classes))
+        if job.system.channels_last and job.device.type == "cpu":
+            network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # not in its stubs
+        return network
     if job.system.prompted and job.limits.sam_checkpoint:
         sam = read_sam_checkpoint(job.limits.sam_checkpoint)
         model = dataclasses.replace(job.config().model, image_encoder=sam.name)  # type: ignore[arg-type]  # a name in ENCODERS

@@ -17,6 +17,7 @@ from aftersam.evaluation.statistics import (
     paired,
     score_matrix,
 )
+from benchmarks.accuracy.places import gains
 from benchmarks.accuracy.systems import SYSTEMS
 
 BUDGET = ("max_minutes", "max_steps", "threads", "fold")  # limits that rows of an equal budget have in common
@@ -46,12 +47,13 @@ def summarise(found: Sequence[Found], failed: Mapping[str, str] | None = None) -
     budget, failed = _common_budget(found), dict(failed or {})
     _, first = found[0]
     organs, cases = list(first["organs"]), sorted(first["cases"])
-    rows, scores = [], []
+    rows, scores, places = [], [], {}
     for _, group in groupby(sorted(found, key=_place), key=_place):
         seeds = sorted(group, key=lambda one: int(one[0]["seed"]))
         _check_seeds([row for row, _ in seeds])
         values = np.array([score_matrix(metrics["cases"], cases, organs) for _, metrics in seeds])
         scores.append(values.round(DIGITS))
+        places[seeds[0][0]["system"]] = [row["places"] for row, _ in seeds if "places" in row]
         rows.append({**_scores(scores[-1], organs), **_others(seeds, scores[-1], cases, organs)})
     able = [i for i, row in enumerate(rows) if may_be_best(row)]
     best = max(able, key=lambda i: rows[i]["mean"] or 0.0, default=None)
@@ -65,6 +67,7 @@ def summarise(found: Sequence[Found], failed: Mapping[str, str] | None = None) -
         "budget": budget,
         "environments": _distinct(row["environment"] for row, _ in found if "environment" in row),
         "rows": rows,
+        "across_slices": gains(places, cases, organs),
         "not_run": _not_run(rows, failed),
         "failed": failed,
     }

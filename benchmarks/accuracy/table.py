@@ -10,6 +10,7 @@ from typing import Any
 from aftersam.errors import counted
 from aftersam.evaluation.tables import markdown_table
 from aftersam.files import read_json, write_json, write_text
+from benchmarks.accuracy import places
 from benchmarks.accuracy.plots import draw, draw_waterfall, waterfall_of
 from benchmarks.accuracy.summary import BUSY, may_be_best, summarise, title
 
@@ -130,7 +131,7 @@ def sections(table: Table) -> list[str]:
             parts.append(cost_table(known))
         if any(seed["commit"] for row in rows for seed in row.get("trained", ())):
             parts.append(trained_table(rows))
-    return parts
+    return parts + places.section(table.get("across_slices", ()))
 
 
 def notes(tables: Sequence[Table]) -> str:

@@ -21,7 +21,8 @@ from aftersam.data.volume import AIR_HU
 from aftersam.inference.planes import Plane, resample_stream
 from aftersam.model.mask_decoder import BACKGROUND_LEAD
 from aftersam.training.losses import segmentation_loss
-from aftersam.training.schedule import Progress, batches, learning_rate
+from aftersam.training.schedule import Progress, average_share, batches, learning_rate
+from aftersam.training.step import add_to_average, take_average
 
 WINDOW_HU = (-200.0, 400.0)
 FOREGROUND = 0.66  # share of patches about an organ, as in our own presets
@@ -54,6 +55,8 @@ def fit(
 ) -> Spent:
     """Optimiser steps on batches of `source` until the limit of `config`, whose schedule follows progress.
 
+    The model then has the moving average of its weights, where `config` asks for one.
+
     Raises FloatingPointError where the loss is no longer finite, ValueError without a limit."""
     if config.max_minutes is None and config.max_steps is None:
         raise ValueError("a rival needs a limit: --max-minutes or --max-steps")
@@ -75,7 +78,10 @@ def fit(
             raise FloatingPointError(f"the loss is {value.item()} at step {progress.step + 1}")
         optimizer.step()
         progress.step += 1
+        if average := average_share(config, done, progress.step):
+            add_to_average(optimizer, average)
         progress.seconds = time.monotonic() - began
+    take_average(optimizer)
     model.eval()
     return Spent(progress.seconds / 60, (time.process_time() - cpu) / 60, progress.step, peak_mib(device))
 

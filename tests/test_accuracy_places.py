@@ -1,0 +1,64 @@
+"""Where attention across slices gains: DSC at the ends of organs and between, and the difference of two systems."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from benchmarks.accuracy.places import NEAR, gains, place_scores, section
+
+NAMES = {"background": 0, "cord": 1, "heart": 2}
+
+
+def write(folder, name, array):
+    folder.mkdir(exist_ok=True)
+    affine = np.diag([-4.0, -4.0, 2.5, 1.0])
+    nib.save(nib.Nifti1Image(array.transpose(2, 1, 0).astype(np.uint8), affine), folder / f"{name}.nii.gz")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    truth = np.zeros((12, 8, 8))
+    truth[2:10, 2:6, 2:6] = 1  # slices 2 to 9: 2, 3, 8, 9 are the ends
+    write(tmp_path / "labels", "a", truth)
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": NAMES}))
+    return truth, tmp_path / "masks", tmp_path / "labels"
+
+
+def test_an_error_counts_where_it_lies(folders):
+    truth, masks, labels = folders
+    assert NEAR == 2
+    mask = truth.copy()
+    mask[9], mask[1] = 0, truth[2]  # its last slice missed, one before its first marked
+    mask[5, 2:6, 2:4] = 0  # half of a slice between
+    write(masks, "a", mask)
+    scores = place_scores(masks, labels)
+    assert scores["ends"]["a"]["cord"]["dsc"] == pytest.approx(2 * 3 / (4 + 4))
+    assert scores["between"]["a"]["cord"]["dsc"] == pytest.approx(2 * 3.5 / (4 + 3.5))
+    assert scores["ends"]["a"]["heart"] == scores["between"]["a"]["heart"] == {"dsc": None}
+
+
+def test_the_same_masks_gain_nothing_and_better_ends_show_as_such(folders):
+    truth, masks, labels = folders
+    write(masks, "a", truth)
+    right = place_scores(masks, labels)
+    short = truth.copy()
+    short[[2, 9]] = 0
+    write(masks, "a", short)
+    wrong = place_scores(masks, labels)
+    organs = list(NAMES)[1:]
+    by = {
+        (row["place"], row["organ"]): row
+        for row in gains({"aftersam": [right, right], "aftersam_2d": [wrong]}, ["a"], organs)
+    }
+    assert by["ends", "all"]["difference"] == pytest.approx(1 - 2 / 3, abs=1e-6)
+    assert by["between", "cord"]["difference"] == 0
+    assert by["ends", "heart"]["difference"] is None
+    text = "\n".join(section(list(by.values())))
+    assert "| **all** | 66.7 | 100.0 | +33.3 (+33.3 … +33.3) | 100.0 | 100.0 | +0.0 (+0.0 … +0.0) |" in text
+    assert "| heart | – | – | – | – | – | – |" in text
+
+
+def test_without_both_systems_there_is_no_section():
+    assert section(gains({"aftersam": [{}]}, ["a"], ["cord"])) == []
