@@ -6,10 +6,8 @@ import json
 import re
 import shutil
 import subprocess
-import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -23,6 +21,7 @@ from benchmarks.accuracy import rows as rows_module
 from benchmarks.accuracy.__main__ import main
 from benchmarks.accuracy.plots import waterfall_of
 from benchmarks.accuracy.rivals.patch_training import Spent
+from benchmarks.accuracy.rivals.swin_unet import SwinUnet
 from benchmarks.accuracy.systems import SYSTEMS
 from benchmarks.accuracy.table import FROM_SCRATCH, LEGEND
 from benchmarks.machine import RESULTS, ROOT
@@ -96,9 +95,44 @@ def test_every_kind_of_row_is_trained_and_scored(rows):
     assert "**nnU-Net 3D**: not run: nnunetv2 is not installed" in text
     assert "**DynUNet**: not run: no finished row in this folder" in text
     assert "Own recipe:" not in text
+    assert {row["place"] for row in table["across_slices"]} == {"ends", "between"}
+    assert "### What attention across slices gains, and where" in text
     assert (rows / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     mask = nib.load(rows / "rows" / "unet-seed-0" / "masks" / "case2.nii.gz")
     np.testing.assert_allclose(mask.affine, np.diag([-4.0, -4.0, 5.0, 1.0]))
+
+
+def test_a_row_from_imagenets_weights_has_the_published_size_and_says_so(scans, tmp_path, monkeypatch):
+    pytest.importorskip("einops")
+    monkeypatch.setattr(command, "ProcessPoolExecutor", Inline)
+    theirs = {
+        "embed.": "patch_embed.",
+        "encoder.": "layers.",
+        "bottleneck.0.": "layers.3.",
+        "bottleneck.1.": "norm.",
+    }
+    state = {}
+    for key, value in SwinUnet(4).state_dict().items():
+        if start := next((start for start in theirs if key.startswith(start)), None):
+            state[theirs[start] + key.removeprefix(start).replace("mlp.linear", "mlp.fc")] = value
+    torch.save({"model": state}, tmp_path / "swin.pth")
+    more = ["--systems", "swin_unet", "--imagenet", f"swin_unet={tmp_path / 'swin.pth'}"]
+    assert main(asked(scans, tmp_path / "table", *more)) == 0
+    (row,) = table_in(tmp_path / "table")["rows"]
+    assert row["parameters"] == pytest.approx(27.17e6, rel=0.01)
+    assert row["note"] == "from MONAI's parts at the published size; from ImageNet's weights"
+    assert FROM_SCRATCH not in (tmp_path / "table" / "accuracy.md").read_text()
+
+
+@pytest.mark.parametrize("given", ["unet=FILE", "swin_unet", "transunet=missing.npz"])
+def test_weights_of_no_such_system_or_file_are_refused_before_any_row(scans, tmp_path, capsys, given):
+    (tmp_path / "weights").touch()
+    given = given.replace("FILE", str(tmp_path / "weights"))
+    assert main(asked(scans, tmp_path / "table", "--systems", "unet", "--imagenet", given)) == 2
+    assert (
+        "must be NAME=FILE with NAME transunet or swin_unet and a FILE that exists" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "table" / "rows").exists()
 
 
 def test_a_finished_row_is_kept_and_a_half_trained_one_starts_afresh(scans, rows, tmp_path, monkeypatch):
@@ -211,32 +245,6 @@ def test_a_row_has_the_commit_that_its_training_began_at(scans, tmp_path, monkey
     args = command.AccuracyArgs(scans, tmp_path, max_steps=1, threads=torch.get_num_threads())
     rows_module.run_row("unet", 0, command.limits_of(args), scans, tmp_path)
     assert found["environment"]["commit"] == "before"
-
-
-def test_processor_minutes_of_ours_are_those_of_its_steps(tmp_path, monkeypatch):
-    def busy(seconds):
-        end = time.process_time() + seconds
-        while time.process_time() < end:
-            pass
-
-    def train(_):
-        busy(0.3)  # what comes before the steps
-        rows_module.Run._steps(None, None, None)
-        busy(0.3)
-        (tmp_path / "run").mkdir()
-        (tmp_path / "run" / "history.jsonl").write_text('{"minutes": 0.01, "step": 7}\n')
-
-    monkeypatch.setattr(rows_module.Run, "_steps", lambda *_: busy(0.2))
-    monkeypatch.setattr(rows_module, "train", train)
-    monkeypatch.setattr(rows_module, "cache_cases", lambda *_, **__: {})
-    dataset = SimpleNamespace(root=tmp_path)
-    limits = SimpleNamespace(fold=0, device="cpu", sam_checkpoint=None)
-    job = SimpleNamespace(home=tmp_path, dataset=dataset, limits=limits, training=[], held_out=[],
-                          cache=tmp_path, device=torch.device("cpu"),
-                          config=lambda: SimpleNamespace(data=None))  # fmt: skip
-    spent = rows_module._train_ours(job)
-    assert (spent.minutes, spent.steps) == (0.01, 7)
-    assert 0.19 < 60 * spent.cpu_minutes < 0.29
 
 
 def test_masks_from_elsewhere_are_scored_and_placed(scans, rows, tmp_path, capsys):

@@ -20,6 +20,7 @@ from aftersam.files import read_json
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.build import build_aftersam
 from aftersam.train import main, train
+from aftersam.training import run as training_run
 from aftersam.training.arguments import TrainArgs, parse
 
 FAST = ["--image-size", "48", "--num-blocks", "1", "--device", "cpu", "--precision", "fp32"]
@@ -268,6 +269,22 @@ def test_a_training_says_what_it_left(phantoms, tmp_path):
     assert (result.run, result.steps) == (tmp_path / "run", 3)
     records = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     assert result.mean_dsc == max(r["val_mean_dsc"] for r in records if "val_mean_dsc" in r)
+    assert result.minutes >= records[-1]["minutes"] > 0
+
+
+def test_processor_minutes_are_those_of_the_steps(phantoms, tmp_path, monkeypatch):
+    def busy(seconds):
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+
+    def checkpoint(_):
+        busy(0.3)  # what comes after the steps
+
+    monkeypatch.setattr(training_run.Run, "_steps", lambda *_: busy(0.2))
+    monkeypatch.setattr(training_run.Run, "_checkpoint", checkpoint)
+    args = parse(arguments(phantoms, tmp_path / "run", "--validations", "0"), TrainArgs, None)
+    assert 0.19 < 60 * train(args).cpu_minutes < 0.29
 
 
 def test_any_tracker_that_accelerate_knows_gets_the_curves(phantoms, tmp_path, monkeypatch):

@@ -153,7 +153,7 @@ class Run:
         ):
             began = time.process_time()
             self._steps(history, bar)
-            cpu_minutes = (time.process_time() - began) / 60
+            minutes, cpu_minutes = self.progress.seconds / 60, (time.process_time() - began) / 60
             self._checkpoint()
             if not self.stop and self.scans.validation and self.config.train.validations:
                 self._calibrate()
@@ -167,7 +167,7 @@ class Run:
                 if self.processes.main:
                     self._save_best(model)
         self._end()
-        best, minutes = self.progress.best, self.progress.seconds / 60
+        best = self.progress.best
         return TrainResult(self.output, self.progress.step, best if best >= 0 else None, minutes, cpu_minutes)
 
     def _end(self) -> None:

@@ -53,6 +53,9 @@ class AccuracyArgs:
     """Voxels (d, h, w) of their patches, rounded down to what a network divides."""
     sam_checkpoint: str | None = None
     """SAM's weights for our systems and MSA, as in aftersam train; they learn from scratch without."""
+    imagenet: tuple[str, ...] = ()
+    """NAME=FILE: ImageNet weights that transunet (R50+ViT-B_16.npz) or swin_unet (swin_tiny_patch4_window7_224.pth)
+    starts from, at its published size."""
     fold: int = 0
     """Fold whose validation scans are held out and scored."""
     waterfall: Path | None = None
@@ -66,6 +69,7 @@ def accuracy(args: AccuracyArgs) -> dict[str, str]:
 
     Returns the rows that could not be trained, and why. Raises ValueError on bad input."""
     systems = wanted(args)
+    limits_of(args)  # a bad one ends the command before any row
     dataset = find_dataset(args.data)
     _, held_out = split(dataset, args.fold, 0)
     if not held_out:
@@ -122,7 +126,8 @@ def wanted(args: AccuracyArgs) -> Sequence[str]:
 
 
 def limits_of(args: AccuracyArgs) -> Limits:
-    return Limits(**{key: getattr(args, key) for key in Limits._fields})
+    files = dict(map(_named_weights, args.imagenet))
+    return Limits(**{key: getattr(args, key) for key in Limits._fields} | {"imagenet": files})
 
 
 def _named_folder(given: str) -> tuple[str, Path]:
@@ -130,6 +135,16 @@ def _named_folder(given: str) -> tuple[str, Path]:
     if not (name and equals and Path(folder).is_dir()):
         raise ValueError(f"--predictions {given!r} must be NAME=FOLDER of masks that exists")
     return name, Path(folder)
+
+
+def _named_weights(given: str) -> tuple[str, str]:
+    name, equals, file = given.partition("=")
+    able = [known for known, system in SYSTEMS.items() if system.imagenet]
+    if name not in able or not equals or not Path(file).is_file():
+        raise ValueError(
+            f"--imagenet {given!r} must be NAME=FILE with NAME {' or '.join(able)} and a FILE that exists"
+        )
+    return name, str(Path(file).resolve())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

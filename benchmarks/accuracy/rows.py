@@ -128,7 +128,7 @@ def _finish(job: Job, name: str, settings: dict[str, Any]) -> None:
         "title": system.title + (f" {limits.preset}" if name in ("aftersam", "aftersam_2d") else ""),
         "seed": job.seed,
         "protocol": "equal budget" if job.limited else "own recipe",
-        "note": f"{system.note}; {_start(limits, name)}",
+        "note": _note(limits, name),
         **facts,
         **read_json(home / "spent.json"),
         "training": settings["training"],
@@ -167,9 +167,13 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def _start(limits: Limits, name: str) -> str:
+def _note(limits: Limits, name: str) -> str:
+    """What the system is, and what it starts from."""
+    if name in limits.imagenet:
+        return "from MONAI's parts at the published size; from ImageNet's weights"
     pretrained = limits.sam_checkpoint and (name == "msa" or name.startswith("aftersam"))
-    return "from SAM's weights" if pretrained else "from scratch"
+    start = "SAM's weights" if pretrained else "scratch"
+    return f"{SYSTEMS[name].note}; from {start}"
 
 
 def train_row(job: Job) -> Spent:
@@ -296,7 +300,8 @@ def _build(job: Job) -> nn.Module:
         sam = read_sam_checkpoint(job.limits.sam_checkpoint)
         model = dataclasses.replace(job.config().model, image_encoder=sam.name)  # type: ignore[arg-type]  # a name in ENCODERS
         return build(model, job.num_classes, sam)
-    return build(job.config().model, job.num_classes)
+    more = [Path(job.imagenet)] if job.imagenet else []
+    return build(job.config().model, job.num_classes, *more)
 
 
 def _save(job: Job, model: nn.Module, cached: Sequence[CachedCase], **facts: Any) -> None:

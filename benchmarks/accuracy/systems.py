@@ -6,7 +6,7 @@ hundred steps in forty minutes on one processor core. The sizes were chosen for 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -37,6 +37,8 @@ class Limits(NamedTuple):
     spacing_mm: tuple[float, float, float] | Literal["median"]  # of the patch-based networks
     patch: tuple[int, int, int]
     sam_checkpoint: str | None
+    imagenet: Mapping[str, str]
+    """Files of ImageNet weights by system."""
     fold: int
     device: str
 
@@ -64,6 +66,11 @@ class Job:
     @property
     def precision(self) -> torch.dtype:
         return torch.bfloat16 if precision_for("auto", self.device.type) == "bf16" else torch.float32
+
+    @property
+    def imagenet(self) -> str | None:
+        """The file of ImageNet weights that the network starts from."""
+        return next((f for name, f in self.limits.imagenet.items() if SYSTEMS[name] is self.system), None)
 
     @property
     def num_classes(self) -> int:
@@ -121,6 +128,8 @@ class System:
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Keys of the preset's model that differ."""
     prompted: bool = False
+    imagenet: bool = False
+    """Whether it can start from ImageNet's weights, then at its published size."""
     needs: str = ""
     """A package that the installation may lack."""
 
@@ -171,11 +180,11 @@ SYSTEMS: dict[str, System] = {  # in the order of the paper's tables
     "transunet": System(
         "TransUNet", "group",
         "from MONAI's parts, without ImageNet weights; 6 of R50's 16 blocks at a quarter of the width, 4 of ViT-B's 12 "
-        "layers with 192 of 768 channels", build_transunet, model=_2D,
+        "layers with 192 of 768 channels", build_transunet, model=_2D, imagenet=True,
     ),
     "swin_unet": System(
         "Swin-Unet", "group", "from MONAI's parts, without ImageNet weights; 40 of 96 channels, windows of 4 tokens",
-        build_swin_unet, model=_2D, needs="einops",
+        build_swin_unet, model=_2D, imagenet=True, needs="einops",
     ),
     "cotr": System(
         "CoTr", "patch", "from MONAI's parts, without deep supervision; a quarter of the width, 3 of 6 layers",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from aftersam.config import ModelConfig
 from aftersam.model.aftersam import AfterSAM
 from aftersam.model.layers import LayerNorm2d
+from benchmarks.accuracy.rivals.imagenet import load_swin
 from benchmarks.accuracy.rivals.slice_groups import slice_network
 
 PATCH = 4
@@ -90,7 +92,13 @@ def _cropped(x: Tensor, like: Tensor) -> Tensor:
     return x[..., : like.shape[2], : like.shape[3]]
 
 
-def build_swin_unet(config: ModelConfig, num_classes: int) -> AfterSAM:
-    """Swin-Unet at the table's size: windows of 4 tokens fit 128 pixels without padding."""
-    network = SwinUnet(num_classes, dim=40, num_heads=(2, 4, 8, 16), window=4)
+def build_swin_unet(config: ModelConfig, num_classes: int, imagenet: Path | None = None) -> AfterSAM:
+    """Swin-Unet at the table's size: windows of 4 tokens fit 128 pixels without padding.
+
+    From the ImageNet weights in the file `imagenet` it has the published size."""
+    if imagenet is not None:
+        network = SwinUnet(num_classes)
+        load_swin(network, imagenet)
+    else:
+        network = SwinUnet(num_classes, dim=40, num_heads=(2, 4, 8, 16), window=4)
     return slice_network(network, config, num_classes)

@@ -1,11 +1,13 @@
 """TransUNet, from MONAI's parts: a ResNet to stride 16, a vision transformer on its features, a decoder with skips.
 
-Source: TransUNet, arXiv 2102.04306; the sizes of R50-ViT-B_16 in github.com/Beckschen/TransUNet. The convolutions are
-not weight-standardised, and there is no dropout."""
+Source: TransUNet, arXiv 2102.04306; the sizes of R50-ViT-B_16 in github.com/Beckschen/TransUNet. The pooling pads, as
+in the ResNet of the ImageNet weights, and there is no dropout."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,18 @@ from torch.nn import functional as F
 
 from aftersam.config import ModelConfig
 from aftersam.model.aftersam import AfterSAM
+from benchmarks.accuracy.rivals.imagenet import load_r50_vit
 from benchmarks.accuracy.rivals.slice_groups import slice_network
+
+EPS = 1e-6  # of the norms in ResNet and transformer
+
+
+class StandardisedConv2d(nn.Conv2d):
+    """A convolution whose weights have mean 0 and variance 1 over each output channel.    Source: arXiv 1903.10520"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)
+        return self._conv_forward(x, (self.weight - mean) * (variance + 1e-5).rsqrt(), self.bias)
 
 
 class TransUNet(nn.Module):
@@ -37,7 +50,7 @@ class TransUNet(nn.Module):
         from monai.networks.blocks import Convolution
         from monai.networks.nets.basic_unet import TwoConv
 
-        norm = ("group", {"num_groups": width // 2})
+        norm: tuple[str, dict[str, Any]] = ("group", {"num_groups": width // 2, "eps": EPS})
         self.root = Convolution(2, 3, width, strides=2, kernel_size=7, norm=norm, act="relu", bias=False)
         self.pool = nn.MaxPool2d(3, 2, padding=1)
         before = (width, 4 * width, 8 * width)
@@ -45,10 +58,13 @@ class TransUNet(nn.Module):
             _bottlenecks(channels, width * 2**i, depth, 1 if i == 0 else 2, norm)
             for i, (channels, depth) in enumerate(zip(before, depths, strict=True))
         )
+        for module in (*self.root.modules(), *self.stages.modules()):
+            if type(module) is nn.Conv2d:
+                module.__class__ = StandardisedConv2d
         self.embed = nn.Conv2d(16 * width, dim, 1)
         self.position = nn.Parameter(torch.zeros(1, dim, *grid))
         self.blocks = nn.Sequential(*(_transformer_block(dim, num_heads) for _ in range(num_layers)))
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim, eps=EPS)
         self.unembed = Convolution(2, dim, decoder[0], norm="batch", act="relu", bias=False)
         self.levels = nn.ModuleList(
             TwoConv(2, coarse + skip, fine, act="relu", norm="batch", bias=False)
@@ -81,14 +97,15 @@ class TransUNet(nn.Module):
 
 
 def _bottlenecks(
-    before: int, planes: int, depth: int, stride: int, norm: tuple[str, dict[str, int]]
+    before: int, planes: int, depth: int, stride: int, norm: tuple[str, dict[str, Any]]
 ) -> nn.Module:
     """`depth` blocks of a ResNet, 4 · `planes` channels wide; the first has the stride."""
     from monai.networks.blocks import Convolution
     from monai.networks.nets.resnet import ResNetBottleneck
 
     after = 4 * planes
-    shortcut = Convolution(2, before, after, stride, 1, norm=norm, act=None, bias=False)
+    per_channel = ("group", {"num_groups": after})
+    shortcut = Convolution(2, before, after, stride, 1, norm=per_channel, act=None, bias=False)
     first = ResNetBottleneck(before, planes, 2, stride, shortcut, norm=norm)
     return nn.Sequential(first, *(ResNetBottleneck(after, planes, 2, norm=norm) for _ in range(depth - 1)))
 
@@ -98,14 +115,21 @@ def _transformer_block(dim: int, num_heads: int) -> nn.Module:
 
     block = TransformerBlock(dim, 4 * dim, num_heads, qkv_bias=True)
     del block.norm_cross_attn  # parameters of cross-attention, which is not used
+    block.norm1.eps = block.norm2.eps = EPS
     return block
 
 
-def build_transunet(config: ModelConfig, num_classes: int) -> AfterSAM:
-    """TransUNet at the table's size, with a token every 16 pixels of the images of `config`."""
+def build_transunet(config: ModelConfig, num_classes: int, imagenet: Path | None = None) -> AfterSAM:
+    """TransUNet at the table's size, with a token every 16 pixels of the images of `config`.
+
+    From the ImageNet weights in the file `imagenet` it has the published size."""
     side = config.image_size // 16
-    network = TransUNet(
-        num_classes, (side, side), width=16, depths=(2, 2, 2), dim=192, num_layers=4, num_heads=6,
-        decoder=(128, 64, 32, 16, 16),
-    )  # fmt: skip
+    if imagenet is not None:
+        network = TransUNet(num_classes, (side, side))
+        load_r50_vit(network, imagenet)
+    else:
+        network = TransUNet(
+            num_classes, (side, side), width=16, depths=(2, 2, 2), dim=192, num_layers=4, num_heads=6,
+            decoder=(128, 64, 32, 16, 16),
+        )  # fmt: skip
     return slice_network(network, config, num_classes)
