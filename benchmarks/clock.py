@@ -7,7 +7,9 @@ includes the host's share, which a user without a CUDA graph pays."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import platform
 import random
 import statistics
@@ -21,23 +23,32 @@ Call = Callable[[], object]
 METHOD = {
     "gpu": "GPU time of a CUDA graph of calls on input sets that exceed the L2 cache; *_call: calls queued from"
     " Python, the host's share included; clock 'events' where a call cannot be captured",
-    "cpu": "wall clock, providers in turns of random order; caches are as the call before left them; malloc"
-    " returns no memory to the system",
+    "cpu": "wall clock, providers in turns of random order, each turn on another copy of the inputs; caches are as the"
+    " call before left them; malloc returns no memory to the system; large tensors in huge pages",
 }
 L2_SIZES = 5  # the input sets of a graph together are larger than this many L2 caches
 MOST_SETS = 16
+PLACES, PLACES_BYTES = 8, 2**28  # on a CPU: most sets, and bytes of all together
+ROUNDS = 200  # most turns of a provider on a CPU
 GRAPH_MS = 4.0  # of GPU work in a graph, so that its launch hardly counts
 OWN_MS = 20.0  # a longer call is timed on one input set
 LONG_MS = 1000.0  # of measurements, after which no further one is taken
 
 
+def method(kind: str) -> str:
+    """How times are measured on a device of this kind, a GPU or a CPU, in words."""
+    return METHOD[kind] + ("; at real-time priority" if kind == "cpu" and _at_real_time() else "")
+
+
 def sets_needed(inputs: Sequence[Tensor]) -> int:
-    """How many sets of these inputs exceed the L2 cache of their GPU; 1 on a CPU."""
+    """How many sets of these inputs exceed the L2 cache of their GPU, or show how places in memory matter to a CPU.
+
+    Where the pages of a tensor lie changes a call by up to 20 % until the tensor is freed."""
+    held = max(1, sum(t.numel() * t.element_size() for t in inputs))
     if inputs[0].device.type != "cuda":
-        return 1
+        return max(1, min(PLACES, PLACES_BYTES // held))
     l2 = torch.cuda.get_device_properties(inputs[0].device).L2_cache_size
-    held = sum(t.numel() * t.element_size() for t in inputs)
-    return max(1, min(MOST_SETS, -(-L2_SIZES * l2 // max(1, held))))
+    return max(1, min(MOST_SETS, -(-L2_SIZES * l2 // held)))
 
 
 def copies(inputs: Sequence[Tensor], count: int) -> list[list[Tensor]]:
@@ -69,9 +80,7 @@ def times(
         return {}
     if torch.cuda.is_available():
         return _gpu_times(calls, budget_s, uncaptured)
-    return {
-        name: (of, "wall") for name, of in _wall_times({n: c[0] for n, c in calls.items()}, budget_s).items()
-    }
+    return {name: (of, "wall") for name, of in _wall_times(calls, budget_s).items()}
 
 
 def _gpu_times(
@@ -158,27 +167,43 @@ def _events(run: Call, *, budget_s: float, calls: int) -> list[float]:
     return measured
 
 
-def _wall_times(calls: Mapping[str, Call], budget_s: float) -> dict[str, list[float]]:
+def _wall_times(calls: Mapping[str, Sequence[Call]], budget_s: float) -> dict[str, list[float]]:
     measured: dict[str, list[float]] = {name: [] for name in calls}
     turns, order = list(calls), random.Random(0)
     began = time.perf_counter()
-    for call in calls.values():  # warm-up, and the duration of a round
-        call()
-    rounds = min(max(int(budget_s / (time.perf_counter() - began)), 3), 50)
-    for _ in range(rounds):
+    for of in calls.values():  # warm-up, and the duration of a round
+        of[0]()
+    rounds = min(max(int(budget_s / (time.perf_counter() - began)), 3), ROUNDS)
+    for number in range(rounds):
         order.shuffle(turns)  # a call is slower after one that needs more memory
         for name in turns:
+            call = calls[name][number % len(calls[name])]
             began = time.perf_counter()
-            calls[name]()
+            call()
             measured[name].append(1e3 * (time.perf_counter() - began))
     return measured
 
 
+def settle() -> None:
+    """Let other work on the machine change the times of this process less, as far as the system allows.
+
+    Linux runs it before all ordinary processes, torch's threads too, which must not have started yet; root may ask for
+    that."""
+    if hasattr(os, "sched_setscheduler"):
+        with contextlib.suppress(PermissionError):
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+
+
+def _at_real_time() -> bool:
+    return hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) == os.SCHED_FIFO
+
+
 def keep_freed_memory() -> None:
-    """Let glibc's malloc return no memory to the system; nothing with another C library.
+    """Let glibc's malloc return no memory to the system, and torch put tensors of 2 MiB and more into huge pages.
 
     Otherwise a result whose memory was returned costs a page fault for every 4 KiB, and which results these are changes
-    from run to run."""
+    from run to run. Torch asks for huge pages where it is told so before its first tensor."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if platform.libc_ver()[0] == "glibc":
         for option, value in ((-1, 2**31 - 1), (-4, 0)):  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
             ctypes.CDLL(None).mallopt(option, value)

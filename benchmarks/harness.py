@@ -225,7 +225,7 @@ def run(
     if not head:
         name, where = str(dtype).removeprefix("torch."), environment()
         head = {
-            "environment": where, "dtype": name, "timing": clock.METHOD[where["kind"]], "ceilings": ceilings(dtype),
+            "environment": where, "dtype": name, "timing": clock.method(where["kind"]), "ceilings": ceilings(dtype),
         }  # fmt: skip
         if lines is not None:
             journal.end(lines, {"head": head})
@@ -323,6 +323,7 @@ def _measured(
 
 def main(cases: Cases, *, budget_s: float = 3.0) -> int:
     """Measure one subject in full and write the JSON; the exit code is 1 where a result of ours was wrong."""
+    clock.settle()
     device = default_device()
     dtype = default_dtype(device)
     result = run(cases(device, dtype, full=True), dtype=dtype, budget_s=budget_s)

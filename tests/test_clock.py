@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import platform
 import subprocess
 import sys
@@ -114,7 +116,9 @@ def test_a_long_call_is_timed_on_one_set_and_not_for_longer_than_it_must(gpu):
 def test_input_sets_exceed_the_cache_and_keep_strides_views_and_wishes(gpu):
     packed = torch.randn(2, 3, 3, 5)
     inputs = [t.requires_grad_() for t in packed.unbind(2)]  # 3 views of 30 elements
-    assert clock.sets_needed(inputs) == 1  # tensors on a CPU
+    assert clock.sets_needed(inputs) == clock.PLACES  # tensors on a CPU
+    assert clock.sets_needed([torch.empty(2**27, dtype=torch.int8)]) == 2
+    assert clock.sets_needed([torch.empty(2**30, dtype=torch.int8)]) == 1
     sets = clock.copies(inputs, 3)
     assert sets[0] == inputs
     for of in sets[1:]:
@@ -132,6 +136,28 @@ def test_on_a_cpu_the_wall_clock_takes_turns():
     found = clock.times({"a": [lambda: log.append("a")], "b": [lambda: log.append("b")]}, budget_s=0.0)
     assert {by for _, by in found.values()} == {"wall"}
     assert all(sorted(log[i : i + 2]) == ["a", "b"] for i in (2, 4, 6))
+
+
+def test_on_a_cpu_every_turn_takes_the_next_copy_of_the_inputs():
+    log = []
+    calls = [functools.partial(log.append, i) for i in range(2)]
+    clock.times({"a": calls}, budget_s=0.0)
+    assert log == [0, 0, 1, 0]  # warm-up, then three rounds
+
+
+SETTLED = """
+import os
+from benchmarks import clock
+before = clock.method("cpu")
+clock.settle()
+print(os.sched_getscheduler(0) == os.SCHED_FIFO, clock.method("cpu").removeprefix(before))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setscheduler"), reason="Linux alone has it")
+def test_the_method_says_whether_the_process_has_real_time_priority():
+    said = subprocess.run([sys.executable, "-c", SETTLED], check=True, capture_output=True, text=True).stdout
+    assert said.strip() in ("True ; at real-time priority", "False")
 
 
 def test_summary_is_the_median_and_quantiles():
