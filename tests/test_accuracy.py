@@ -95,7 +95,7 @@ def test_every_kind_of_row_is_trained_and_scored(rows):
     assert "**nnU-Net 3D**: not run: nnunetv2 is not installed" in text
     assert "**DynUNet**: not run: no finished row in this folder" in text
     assert "Own recipe:" not in text
-    assert {row["place"] for row in table["across_slices"]} == {"ends", "between"}
+    assert {row["place"] for row in table["across_slices"]} == {"ends", "between", "thick"}
     assert "### What attention across slices gains, and where" in text
     assert (rows / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     mask = nib.load(rows / "rows" / "unet-seed-0" / "masks" / "case2.nii.gz")

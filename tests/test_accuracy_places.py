@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from benchmarks.accuracy.places import NEAR, gains, place_scores, section
+from benchmarks.accuracy.places import NEAR, gains, place_scores, section, write_thick
 
 NAMES = {"background": 0, "cord": 1, "heart": 2}
 
@@ -57,8 +57,32 @@ def test_the_same_masks_gain_nothing_and_better_ends_show_as_such(folders):
     assert by["ends", "heart"]["difference"] is None
     text = "\n".join(section(list(by.values())))
     assert "| **all** | 66.7 | 100.0 | +33.3 (+33.3 … +33.3) | 100.0 | 100.0 | +0.0 (+0.0 … +0.0) |" in text
+    assert "one of 3 slices" not in text  # which these rows were not asked for
     assert "| heart | – | – | – | – | – | – |" in text
 
 
 def test_without_both_systems_there_is_no_section():
     assert section(gains({"aftersam": [{}]}, ["a"], ["cord"])) == []
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+def test_thick_scans_keep_the_middle_of_every_three_slices_where_it_lay(tmp_path, axis):
+    affine = np.diag([-4.0, -4.0, 2.5, 1.0])
+    array = np.arange(8, dtype=np.uint8).reshape(1, 1, 8) + np.zeros((5, 6, 1), np.uint8)
+    if axis == 0:
+        array, affine = array.transpose(2, 1, 0), affine[:, [2, 1, 0, 3]]
+    for folder in ("images", "labels"):
+        (tmp_path / "scans" / folder).mkdir(parents=True)
+        nib.save(nib.Nifti1Image(array, affine), tmp_path / "scans" / folder / "a.nii.gz")
+    (tmp_path / "scans" / "dataset.json").write_text(json.dumps({"labels": NAMES}))
+    write_thick(tmp_path / "scans", tmp_path / "thick")
+    for folder in ("images", "labels"):
+        thick = nib.load(tmp_path / "thick" / folder / "a.nii.gz")
+        assert np.unique(thick.get_fdata()).tolist() == [1, 4, 7]
+        voxel = [0, 0, 0]
+        voxel[axis] = 1  # slice 4 of the scan
+        assert (thick.affine @ [*voxel, 1])[2] == pytest.approx(4 * 2.5)
+    assert (
+        place_scores(tmp_path / "thick" / "labels", tmp_path / "thick" / "labels")["ends"]["a"]["cord"]["dsc"]
+        == 1
+    )

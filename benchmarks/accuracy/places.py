@@ -1,14 +1,17 @@
-"""What attention across slices gains, and where: AFTer-SAM against its 2D row at the ends of organs and between.
+"""What attention across slices gains: AFTer-SAM against its 2D row at organs' ends, between, and on thick slices.
 
-A slice alone does not show where an organ begins or ends, its neighbours do."""
+A slice alone does not show where an organ begins or ends, its neighbours do; the thicker the slices, the more each of
+them shows."""
 
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 
 from aftersam.data.volume import read_labels
@@ -21,20 +24,23 @@ from aftersam.evaluation.statistics import (
     score_matrix,
 )
 from aftersam.evaluation.tables import markdown_table
+from aftersam.files import scans_in
 
 NEAR = 2  # slices of an organ that count as its first, and as its last
+THICK = 3  # of so many slices one is kept
 PLACES = {
     "ends": f"first and last {NEAR} slices, and all beyond",
     "between": "slices between",
+    "thick": f"one of {THICK} slices",
 }
 ACROSS, ALONE = "aftersam", "aftersam_2d"  # systems with attention across slices, and without
 Scores = dict[str, dict[str, dict[str, float | None]]]  # case -> organ -> {"dsc": ...}
 
 
 def place_scores(masks: Path, labels: Path) -> dict[str, Scores]:
-    """DSC of every case and organ in each of PLACES; None where neither mask nor reference has a voxel there."""
+    """DSC of every case and organ at the ends of organs and between; None where no voxel is marked there."""
     names = label_names_near(None, labels, masks)
-    found: dict[str, Scores] = {place: {} for place in PLACES}
+    found: dict[str, Scores] = {"ends": {}, "between": {}}
     made = masks_in(masks)
     for case, path in masks_in(labels).items():
         truth = read_labels(path)
@@ -50,10 +56,10 @@ def place_scores(masks: Path, labels: Path) -> dict[str, Scores]:
 
 
 def _organ_scores(mask: np.ndarray, truth: np.ndarray) -> dict[str, float | None]:
-    """DSC in each of PLACES of one organ, bool (D, H, W)."""
+    """DSC of one organ, bool (D, H, W), at its ends and between."""
     slices = np.flatnonzero(truth.any((1, 2)))
     if not len(slices):
-        return dict.fromkeys(PLACES)
+        return {"ends": None, "between": None}
     d = np.arange(len(truth))
     between = (d >= slices[0] + NEAR) & (d <= slices[-1] - NEAR)
     shared, voxels = (mask & truth).sum((1, 2)), mask.sum((1, 2)) + truth.sum((1, 2))
@@ -61,6 +67,20 @@ def _organ_scores(mask: np.ndarray, truth: np.ndarray) -> dict[str, float | None
         place: number(2 * shared[inside].sum() / voxels[inside].sum()) if voxels[inside].any() else None
         for place, inside in (("ends", ~between), ("between", between))
     }
+
+
+def write_thick(scans: Path, home: Path) -> None:
+    """Write the images/ and labels/ of `scans` to `home` with one of THICK slices."""
+    for folder in ("images", "labels"):
+        (home / folder).mkdir(parents=True, exist_ok=True)
+        for path in scans_in(scans / folder):
+            image: Any = nib.load(path)
+            cut = [
+                slice(THICK // 2, None, THICK) if code in "SI" else slice(None)
+                for code in nib.aff2axcodes(image.affine)
+            ]
+            nib.save(image.slicer[tuple(cut)], home / folder / path.name)
+    shutil.copyfile(scans / "dataset.json", home / "dataset.json")
 
 
 def gains(
@@ -72,7 +92,8 @@ def gains(
     if not all(seeds_of.get(system) for system in (ACROSS, ALONE)):
         return []
     found = []
-    for place in PLACES:
+    seeds = [seed for system in (ACROSS, ALONE) for seed in seeds_of[system]]
+    for place in (place for place in PLACES if all(place in seed for seed in seeds)):
         ours, theirs = (
             np.array([score_matrix(seed[place], cases, organs) for seed in seeds_of[system]])
             for system in (ACROSS, ALONE)
@@ -99,15 +120,16 @@ def section(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """The section of a page, empty without `gains`."""
     if not found:
         return []
-    lines = [["organ", *(head for text in PLACES.values() for head in (f"{text}: 2D", "with", "difference"))]]
+    heads = [text for place, text in PLACES.items() if any(row["place"] == place for row in found)]
+    lines = [["organ", *(head for text in heads for head in (f"{text}: 2D", "with", "difference"))]]
     by_organ: dict[str, list[str]] = {}
     for row in found:
         by_organ.setdefault(row["organ"], []).extend(_cells(row))
     lines += [[f"**{organ}**" if organ == "all" else organ, *cells] for organ, cells in by_organ.items()]
     return [
         "### What attention across slices gains, and where",
-        "DSC in % of AFTer-SAM 2D and of AFTer-SAM, which attends across slices, at the ends of organs and between, "
-        "and the paired difference with its 95 % interval.",
+        "DSC in % of AFTer-SAM 2D and of AFTer-SAM, which attends across slices, at the ends of organs, between them, "
+        "and on the same scans with one of three slices; the paired difference with its 95 % interval.",
         markdown_table(lines),
     ]
 

@@ -36,7 +36,7 @@ from aftersam.model.layers import put_channels_last
 from aftersam.model.sam_checkpoint import read_sam_checkpoint
 from aftersam.training.arguments import TrainArgs
 from aftersam.training.run import train
-from benchmarks.accuracy.places import place_scores
+from benchmarks.accuracy.places import place_scores, write_thick
 from benchmarks.accuracy.rivals import nnunet
 from benchmarks.accuracy.rivals.patch_training import (
     Spent,
@@ -135,7 +135,18 @@ def _finish(job: Job, name: str, settings: dict[str, Any]) -> None:
         "config": settings["config"],
         "limits": limits._asdict(),
     }
+    if system.kind == "ours":
+        row["places"] = {"thick": _thick_scores(job)}
     _score(home / "masks", job.scans / "labels", home, row)
+
+
+def _thick_scores(job: Job) -> dict[str, Any]:
+    """DSC of every held-out case and organ on thick slices."""
+    scans, masks = job.home / "thick", job.home / "thick-masks"
+    write_thick(job.scans, scans)
+    _segment(job, scans / "images", masks)
+    cases = score_folder(masks, scans / "labels", quiet=True)["cases"]
+    return {case: {organ: {"dsc": score["dsc"]} for organ, score in of.items()} for case, of in cases.items()}
 
 
 def score_elsewhere(output: Path, name: str, masks: Path) -> None:
@@ -158,7 +169,7 @@ def _score(masks: Path, labels: Path, home: Path, row: dict[str, Any]) -> None:
     write_json(home / "metrics.json", metrics)
     if metrics["problems"]:
         raise ValueError(f"every row needs all cases: {next(iter(metrics['problems'].values()))}")
-    places = place_scores(masks, labels)
+    places = {**row.get("places", {}), **place_scores(masks, labels)}
     write_json(home / "row.json", _plain({**row, "prompted": metrics["prompted"], "places": places}))
 
 
@@ -271,19 +282,19 @@ def _train_ours(job: Job) -> Spent:
 
 
 def _predict_ours(job: Job) -> dict[str, Any]:
-    run, device = job.home / "run", job.limits.device
-    segmenter = load(run, device=device)
+    segmenter = load(job.home / "run", device=job.limits.device)
+    _segment(job, job.scans / "images", job.home / "masks")
+    return _facts(segmenter.model, segmenter.spacing_mm, segmenter.precision)
+
+
+def _segment(job: Job, images: Path, masks: Path) -> None:
+    """Segment the scans of a folder by the row's run."""
+    run = (job.home / "run",)
     predict_files(
         PredictArgs(
-            input=job.scans / "images",
-            output=job.home / "masks",
-            model=(run,),
-            device=device,
-            preview=False,
-            overwrite=True,
+            input=images, output=masks, model=run, device=job.limits.device, preview=False, overwrite=True
         )
     )
-    return _facts(segmenter.model, segmenter.spacing_mm, segmenter.precision)
 
 
 def _build(job: Job) -> nn.Module:
