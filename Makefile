@@ -43,7 +43,7 @@ test-triton36: .venv-triton36/installed ## the kernels under Triton 3.6, which G
 nnunet: .venv-nnunet/installed ## make .venv-nnunet, in which the accuracy table's nnU-Net rows are trained
 
 bench: $(READY) ## time every op against its rivals, into benchmarks/results/; BENCH=quick, full or a subject
-	$(PY) -m benchmarks $(BENCH)
+	$$(chrt -f 1 true 2>/dev/null && echo chrt -f 1) $(PY) -m benchmarks $(BENCH) # other work then waits, where we may ask for it
 
 bench-compare: $(READY) ## ratio of two results, A=old.json B=new.json, and whether it exceeds the spread
 	$(PY) -m benchmarks.compare $(A) $(B)

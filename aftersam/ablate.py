@@ -1,6 +1,6 @@
 """Make the paper's ablation tables on any data set.    python -m aftersam.ablate --data DATASET --output DIR --table 3
 
-Every variant is trained on the same split with the same seeds. Its final weights segment the validation scans once, and
+Every variant is trained on the same split with the same seeds. The weights at its end segment the validation scans, and
 aftersam.evaluate scores the masks. Finished variants are not trained again; they are refused where they were trained in
 another way. Prints and writes the paper's layout: organs down, variants across, mean ± deviation over seeds, a paired
 test against the last column, and a PNG of each table."""
@@ -229,7 +229,7 @@ def _row(args: AblateArgs, name: str, change: Mapping[str, Any], seed: int) -> S
 
 
 def row_config(args: AblateArgs, change: Mapping[str, Any], seed: int) -> Config:
-    """The preset with one variant's keys and the budget. Without validation, since the final weights are used."""
+    """The preset with one variant's keys and the budget. Without validation, since nothing is chosen."""
     config = preset(args.preset)
     changes = {**change, "seed": seed, "validations": 0}
     if args.max_steps is not None or args.max_minutes is not None:

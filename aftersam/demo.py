@@ -112,9 +112,7 @@ def demo(args: DemoArgs) -> Metrics:
     train(TrainArgs(data=out / "scans", output=out / "run", config=config, preset="tiny", device=args.device))
     print("3/5 segmenting the held-out scans")
     images, labels, masks = out / "held-out" / "imagesTr", out / "held-out" / "labelsTr", out / "masks"
-    predict_files(
-        PredictArgs(input=images, output=masks, model=(out / "run",), checkpoint="last", device=args.device)
-    )
+    predict_files(PredictArgs(input=images, output=masks, model=(out / "run",), device=args.device))
     print("4/5 scoring them")
     metrics = score_folder(masks, labels)
     write_json(out / "metrics.json", metrics)

@@ -7,7 +7,6 @@ includes the host's share, which a user without a CUDA graph pays."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import platform
@@ -24,7 +23,7 @@ METHOD = {
     "gpu": "GPU time of a CUDA graph of calls on input sets that exceed the L2 cache; *_call: calls queued from"
     " Python, the host's share included; clock 'events' where a call cannot be captured",
     "cpu": "wall clock, providers in turns of random order, each turn on another copy of the inputs; caches are as the"
-    " call before left them; malloc returns no memory to the system; large tensors in huge pages",
+    " call before left them; malloc returns no memory to the system; huge pages asked for",
 }
 L2_SIZES = 5  # the input sets of a graph together are larger than this many L2 caches
 MOST_SETS = 16
@@ -184,16 +183,6 @@ def _wall_times(calls: Mapping[str, Sequence[Call]], budget_s: float) -> dict[st
     return measured
 
 
-def settle() -> None:
-    """Let other work on the machine change the times of this process less, as far as the system allows.
-
-    Linux runs it before all ordinary processes, torch's threads too, which must not have started yet; root may ask for
-    that."""
-    if hasattr(os, "sched_setscheduler"):
-        with contextlib.suppress(PermissionError):
-            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-
-
 def _at_real_time() -> bool:
     return hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) == os.SCHED_FIFO
 
@@ -202,7 +191,7 @@ def keep_freed_memory() -> None:
     """Let glibc's malloc return no memory to the system, and torch put tensors of 2 MiB and more into huge pages.
 
     Otherwise a result whose memory was returned costs a page fault for every 4 KiB, and which results these are changes
-    from run to run. Torch asks for huge pages where it is told so before its first tensor."""
+    from run to run. Torch reads its setting at its first tensor."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if platform.libc_ver()[0] == "glibc":
         for option, value in ((-1, 2**31 - 1), (-4, 0)):  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h

@@ -323,7 +323,6 @@ def _measured(
 
 def main(cases: Cases, *, budget_s: float = 3.0) -> int:
     """Measure one subject in full and write the JSON; the exit code is 1 where a result of ours was wrong."""
-    clock.settle()
     device = default_device()
     dtype = default_dtype(device)
     result = run(cases(device, dtype, full=True), dtype=dtype, budget_s=budget_s)

@@ -95,8 +95,8 @@ def test_every_kind_of_row_is_trained_and_scored(rows):
     assert "**nnU-Net 3D**: not run: nnunetv2 is not installed" in text
     assert "**DynUNet**: not run: no finished row in this folder" in text
     assert "Own recipe:" not in text
-    assert {row["place"] for row in table["across_slices"]} == {"ends", "between", "thick"}
-    assert "### What attention across slices gains, and where" in text
+    assert {row["place"] for row in table["neighbours"]} == {"ends", "between", "sparse"}
+    assert "### What neighbouring slices gain, and where" in text
     assert (rows / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     mask = nib.load(rows / "rows" / "unet-seed-0" / "masks" / "case2.nii.gz")
     np.testing.assert_allclose(mask.affine, np.diag([-4.0, -4.0, 5.0, 1.0]))
@@ -122,6 +122,15 @@ def test_a_row_from_imagenets_weights_has_the_published_size_and_says_so(scans, 
     assert row["parameters"] == pytest.approx(27.17e6, rel=0.01)
     assert row["note"] == "from MONAI's parts at the published size; from ImageNet's weights"
     assert FROM_SCRATCH not in (tmp_path / "table" / "accuracy.md").read_text()
+
+
+def test_weights_of_one_row_are_no_setting_of_another(scans, rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "ProcessPoolExecutor", Inline)
+    shutil.copytree(rows, tmp_path / "table", symlinks=True)
+    (tmp_path / "weights.pth").touch()
+    given = f"swin_unet={tmp_path / 'weights.pth'}"
+    assert main(asked(scans, tmp_path / "table", "--systems", "unet", "--imagenet", given)) == 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("given", ["unet=FILE", "swin_unet", "transunet=missing.npz"])

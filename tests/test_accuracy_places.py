@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from benchmarks.accuracy.places import NEAR, gains, place_scores, section, write_thick
+from benchmarks.accuracy.places import NEAR, gains, place_scores, section, write_sparse
 
 NAMES = {"background": 0, "cord": 1, "heart": 2}
 
@@ -39,6 +39,43 @@ def test_an_error_counts_where_it_lies(folders):
     assert scores["ends"]["a"]["heart"] == scores["between"]["a"]["heart"] == {"dsc": None}
 
 
+def test_a_mark_on_an_organ_that_is_not_there_is_an_error_at_its_ends(folders):
+    truth, masks, labels = folders
+    mask = truth.copy()
+    mask[3, 0, 0] = 2
+    write(masks, "a", mask)
+    scores = place_scores(masks, labels)
+    assert scores["ends"]["a"]["heart"] == {"dsc": 0.0}
+    assert scores["between"]["a"]["heart"] == {"dsc": None}
+
+
+def test_an_organ_of_few_slices_has_none_between(tmp_path):
+    truth = np.zeros((6, 4, 4))
+    truth[2:5] = 1
+    write(tmp_path / "labels", "a", truth)
+    write(tmp_path / "masks", "a", truth)
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": NAMES}))
+    scores = place_scores(tmp_path / "masks", tmp_path / "labels")
+    assert scores["ends"]["a"]["cord"] == {"dsc": 1.0}
+    assert scores["between"]["a"]["cord"] == {"dsc": None}
+
+
+def test_a_scan_of_one_slice_keeps_it(tmp_path):
+    for folder in ("images", "labels"):
+        (tmp_path / "scans").mkdir(exist_ok=True)
+        write(tmp_path / "scans" / folder, "a", np.ones((1, 4, 4)))
+    (tmp_path / "scans" / "dataset.json").write_text(json.dumps({"labels": NAMES}))
+    write_sparse(tmp_path / "scans", tmp_path / "sparse")
+    assert nib.load(tmp_path / "sparse" / "labels" / "a.nii.gz").shape == (4, 4, 1)
+
+
+def test_a_difference_is_of_cases_that_both_have_scored():
+    one = {"ends": {"a": {"cord": {"dsc": 0.9}}, "b": {"cord": {"dsc": 0.2}}}}
+    other = {"ends": {"a": {"cord": {"dsc": 0.8}}, "b": {"cord": {"dsc": None}}}}
+    row = gains({"aftersam": [one], "aftersam_2d": [other]}, ["a", "b"], ["cord"])[0]
+    assert (row["with"], row["alone"], row["difference"]) == (0.55, 0.8, pytest.approx(0.1))
+
+
 def test_the_same_masks_gain_nothing_and_better_ends_show_as_such(folders):
     truth, masks, labels = folders
     write(masks, "a", truth)
@@ -57,7 +94,7 @@ def test_the_same_masks_gain_nothing_and_better_ends_show_as_such(folders):
     assert by["ends", "heart"]["difference"] is None
     text = "\n".join(section(list(by.values())))
     assert "| **all** | 66.7 | 100.0 | +33.3 (+33.3 … +33.3) | 100.0 | 100.0 | +0.0 (+0.0 … +0.0) |" in text
-    assert "one of 3 slices" not in text  # which these rows were not asked for
+    assert "every third slice" not in text.partition("|")[2]  # which these rows were not asked for
     assert "| heart | – | – | – | – | – | – |" in text
 
 
@@ -66,7 +103,7 @@ def test_without_both_systems_there_is_no_section():
 
 
 @pytest.mark.parametrize("axis", [0, 2])
-def test_thick_scans_keep_the_middle_of_every_three_slices_where_it_lay(tmp_path, axis):
+def test_sparse_scans_keep_the_middle_of_every_three_slices_where_it_lay(tmp_path, axis):
     affine = np.diag([-4.0, -4.0, 2.5, 1.0])
     array = np.arange(8, dtype=np.uint8).reshape(1, 1, 8) + np.zeros((5, 6, 1), np.uint8)
     if axis == 0:
@@ -75,14 +112,16 @@ def test_thick_scans_keep_the_middle_of_every_three_slices_where_it_lay(tmp_path
         (tmp_path / "scans" / folder).mkdir(parents=True)
         nib.save(nib.Nifti1Image(array, affine), tmp_path / "scans" / folder / "a.nii.gz")
     (tmp_path / "scans" / "dataset.json").write_text(json.dumps({"labels": NAMES}))
-    write_thick(tmp_path / "scans", tmp_path / "thick")
+    write_sparse(tmp_path / "scans", tmp_path / "sparse")
     for folder in ("images", "labels"):
-        thick = nib.load(tmp_path / "thick" / folder / "a.nii.gz")
-        assert np.unique(thick.get_fdata()).tolist() == [1, 4, 7]
+        sparse = nib.load(tmp_path / "sparse" / folder / "a.nii.gz")
+        assert np.unique(sparse.get_fdata()).tolist() == [1, 4, 7]
         voxel = [0, 0, 0]
         voxel[axis] = 1  # slice 4 of the scan
-        assert (thick.affine @ [*voxel, 1])[2] == pytest.approx(4 * 2.5)
+        assert (sparse.affine @ [*voxel, 1])[2] == pytest.approx(4 * 2.5)
     assert (
-        place_scores(tmp_path / "thick" / "labels", tmp_path / "thick" / "labels")["ends"]["a"]["cord"]["dsc"]
+        place_scores(tmp_path / "sparse" / "labels", tmp_path / "sparse" / "labels")["ends"]["a"]["cord"][
+            "dsc"
+        ]
         == 1
     )

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from aftersam.config import preset
 from benchmarks.accuracy.rivals.imagenet import load_r50_vit, load_swin
-from benchmarks.accuracy.rivals.swin_unet import SwinUnet
+from benchmarks.accuracy.rivals.swin_unet import SwinUnet, build_swin_unet
 from benchmarks.accuracy.rivals.transunet import TransUNet
 
 DEPTHS, WIDTH, DIM, HEADS, LAYERS, GRID = (2, 1, 1), 16, 24, 4, 2, 3
@@ -64,6 +65,53 @@ def test_swin_unet_starts_with_the_features_of_the_swin_transformer(tmp_path):
     for ours, theirs in ((0, 2), (1, 1), (2, 0)):  # the decoder's blocks begin as the encoder's
         one, other = network.decoder[ours].blocks.state_dict(), network.encoder[theirs].blocks.state_dict()
         assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_stages_of_few_tokens_have_the_biases_of_their_offsets(tmp_path):
+    """At 96 pixels the last two stages have 6 and 3 tokens a side, below the 7 of a window."""
+    pytest.importorskip("einops")
+    tables = {}
+
+    def file_of(network):
+        state = {}
+        for name, value in network.state_dict().items():
+            key = re.sub(r"^embed", "patch_embed", re.sub(r"^encoder", "layers", name))
+            key = re.sub(r"^bottleneck\.1", "norm", re.sub(r"^bottleneck\.0", "layers.3", key))
+            state[key.replace("mlp.linear", "mlp.fc")] = value
+            if key.endswith("bias_table"):
+                tables[key] = value.unflatten(0, (13, 13))
+        return state
+
+    torch.save({"model": file_of(SwinUnet(4))}, tmp_path / "swin.pth")
+    network = build_swin_unet(preset("small").model, 4, tmp_path / "swin.pth").encoder.network
+    for stage, layer, side in (
+        (network.encoder[2], 2, 6),
+        (network.bottleneck[0], 3, 3),
+        (network.encoder[1], 1, 7),
+    ):
+        attention, theirs = (
+            stage.blocks[0].attn,
+            tables[f"layers.{layer}.blocks.0.attn.relative_position_bias_table"],
+        )
+        n = side**2
+        index = attention.relative_position_index[:n, :n].reshape(-1)  # as MONAI looks them up
+        bias = attention.relative_position_bias_table[index].reshape(n, n, -1)
+        h, w = torch.arange(n) // side, torch.arange(n) % side
+        expected = theirs[h[:, None] - h + 6, w[:, None] - w + 6]
+        torch.testing.assert_close(bias, expected)
+    image = torch.randn(1, 3, 96, 96)
+    assert network(image).shape == (1, 4, 96, 96)
+
+
+def test_transunets_row_starts_from_the_file(tmp_path, monkeypatch):
+    from benchmarks.accuracy.rivals import transunet
+
+    loaded = []
+    monkeypatch.setattr(transunet, "load_r50_vit", lambda *given: loaded.append(given))
+    with torch.device("meta"):
+        model = transunet.build_transunet(preset("small").model, 4, tmp_path / "r50.npz")
+    assert loaded == [(model.encoder.network, tmp_path / "r50.npz")]
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(105.28e6, rel=0.003)
 
 
 def r50_vit_arrays():

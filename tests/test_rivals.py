@@ -114,6 +114,27 @@ def test_the_patch_loop_learns_and_repeats_itself(scans, tmp_path):
     assert torch.equal(found[0][1], found[1][1])
 
 
+def test_running_statistics_are_averaged_as_the_weights_are(monkeypatch):
+    config = dataclasses.replace(TINY.train, max_steps=3, average=0.9)
+    network, after, step = torch.nn.BatchNorm1d(1), [], torch.optim.AdamW.step
+
+    def state():
+        return [t.detach().clone() for t in (network.weight, network.running_mean, network.running_var)]
+
+    def noted(self, *args, **more):
+        step(self, *args, **more)
+        after.append(state())
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    inputs = iter([{"x": torch.randn(8, 1) + i} for i in range(3)])
+    fit(network, inputs, lambda model, batch: (model(batch["x"]) - 3).square().mean(), config,
+        device=CPU, precision=torch.float32)  # fmt: skip
+    for kept, (first, second, third) in zip(state(), zip(*after, strict=True), strict=True):
+        share = 1 / 3 / 0.9  # of a step in the time constant
+        torch.testing.assert_close(kept, torch.lerp(torch.lerp(first, second, 0.5), third, share))
+    assert not torch.equal(network.running_mean, after[-1][1])
+
+
 def test_a_row_without_a_limit_and_a_loss_that_is_not_finite_are_refused():
     config = dataclasses.replace(TINY.train, max_steps=None)
     with pytest.raises(ValueError, match="--max-minutes"):

@@ -210,12 +210,19 @@ def assert_averages_are_kept(run):
 
 
 def test_without_validations_the_last_weights_are_the_best(phantoms, tmp_path):
-    process = run_command(phantoms, tmp_path / "run", "--max-steps", "2", "--validations", "0")
+    plain = ["--max-steps", "2", "--validations", "0", "--average", "0"]
+    process = run_command(phantoms, tmp_path / "run", *plain)
     error = process.communicate(timeout=300)[1].decode()
     assert process.returncode == 0, error
     last, best = (load_file(tmp_path / "run" / f"{name}.safetensors") for name in ("last", "best"))
     for name, value in best.items():
         assert torch.equal(last[name], value), name
+
+
+def test_without_validations_the_last_average_is_the_best(phantoms, tmp_path):
+    kept = ["--max-steps", "3", "--validations", "0", "--average", "0.9"]
+    train(parse(arguments(phantoms, tmp_path / "run", *kept), TrainArgs, None))
+    assert_averages_are_kept(tmp_path / "run")
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(phantoms, tmp_path, monkeypatch, capsys):

@@ -162,7 +162,7 @@ class Run:
             said = f"stopped at step {self.progress.step}, which {self.output} keeps; go on with --resume"
             raise stopped(self.stop, said if self.processes.main else "")
         if not (self.scans.validation and self.config.train.validations):
-            # nothing was chosen: the last weights are the best
+            # nothing was chosen: what the training ends with is the best
             with self.learner.kept_model() as model:
                 if self.processes.main:
                     self._save_best(model)

@@ -55,9 +55,9 @@ def learning_rate(config: TrainConfig, progress: float) -> float:
 
 
 def average_share(config: TrainConfig, progress: float, step: int) -> float:
-    """How far the moving average of the weights goes towards them after step `step`, from 1, at `progress` of the run.
+    """Share by which the moving average goes to the weights of step `step`, which began at `progress` of the run.
 
-    It is a plain mean at first, and then exponential with the time constant `average` of the run. 0: no average."""
+    It is 1 / step at first, which gives a plain mean, and later constant. 0: no average."""
     if not config.average:
         return 0.0
     pace = progress / max(step - 1, 1)  # of a step so far, since minutes may be the limit

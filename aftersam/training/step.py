@@ -39,9 +39,11 @@ def add_to_average(optimizer: torch.optim.Optimizer, share: float) -> None:
 
     It lies among the weight's moments, where checkpoints and shards find it."""
     stepped = [p for group in optimizer.param_groups for p in group["params"] if p in optimizer.state]
-    averages = [optimizer.state[p].setdefault(AVERAGE, p.detach().clone()) for p in stepped]
+    for p in stepped:
+        if AVERAGE not in optimizer.state[p]:
+            optimizer.state[p][AVERAGE] = p.detach().clone()
     if stepped:
-        torch._foreach_lerp_(averages, stepped, share)
+        torch._foreach_lerp_([optimizer.state[p][AVERAGE] for p in stepped], stepped, share)
 
 
 @contextlib.contextmanager
@@ -85,7 +87,7 @@ class Learner:
     ) -> dict[str, float]:
         """Step `number` of the run, on batches of groups: {"loss", "dice", "ce"}, means over batches and processes.
 
-        The moving average of the weights goes the share `average` of the way to the new ones.
+        Then moves the average of the weights by the share `average` towards the new weights.
 
         Raises FloatingPointError where the loss is not finite, before any weight changes, and MemoryError where the
         device has too little memory."""

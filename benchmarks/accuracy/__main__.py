@@ -69,7 +69,7 @@ def accuracy(args: AccuracyArgs) -> dict[str, str]:
 
     Returns the rows that could not be trained, and why. Raises ValueError on bad input."""
     systems = wanted(args)
-    limits_of(args)  # a bad one ends the command before any row
+    limits_of(args)  # refuses a bad --imagenet before any row
     dataset = find_dataset(args.data)
     _, held_out = split(dataset, args.fold, 0)
     if not held_out:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from aftersam.data.dataset import find_dataset, split
 from aftersam.data.transforms import preprocess, resample
 from aftersam.data.volume import read_image, read_labels, write_labels
 from aftersam.device import keep_freed_memory
-from aftersam.evaluation.scoring import score_folder
+from aftersam.evaluation.scoring import Metrics, score_folder
 from aftersam.files import fcntl, read_json, write_json
 from aftersam.inference.inputs import Scan
 from aftersam.inference.pipeline import PredictArgs, predict_files
@@ -33,10 +34,10 @@ from aftersam.inference.postprocess import drop_small_parts, one_piece
 from aftersam.inference.segmenter import load
 from aftersam.inference.sliding import predict_volume
 from aftersam.model.layers import put_channels_last
-from aftersam.model.sam_checkpoint import read_sam_checkpoint
+from aftersam.model.sam_checkpoint import read_sam_checkpoint, sha256
 from aftersam.training.arguments import TrainArgs
 from aftersam.training.run import train
-from benchmarks.accuracy.places import place_scores, write_thick
+from benchmarks.accuracy.places import place_scores, write_sparse
 from benchmarks.accuracy.rivals import nnunet
 from benchmarks.accuracy.rivals.patch_training import (
     Spent,
@@ -102,7 +103,13 @@ def _settings(job: Job) -> dict[str, Any]:
     config = to_dict(job.config())
     del config["train"]["seed"]
     settings = {"data": job.dataset.root.resolve(), "training": job.training, "config": config}
-    return _plain({**settings, **job.limits._asdict()})
+    return _plain({**settings, **_own_limits(job)})
+
+
+def _own_limits(job: Job) -> dict[str, Any]:
+    """The limits, with the checksum of the row's own ImageNet weights alone."""
+    file = job.imagenet
+    return {**job.limits._asdict(), "imagenet": None if file is None else sha256(Path(file))}
 
 
 def _check_settings(home: Path, settings: dict[str, Any]) -> None:
@@ -133,19 +140,20 @@ def _finish(job: Job, name: str, settings: dict[str, Any]) -> None:
         **read_json(home / "spent.json"),
         "training": settings["training"],
         "config": settings["config"],
-        "limits": limits._asdict(),
+        "limits": _own_limits(job),
     }
     if system.kind == "ours":
-        row["places"] = {"thick": _thick_scores(job)}
+        row["places"] = {"sparse": _sparse_scores(job)}
     _score(home / "masks", job.scans / "labels", home, row)
 
 
-def _thick_scores(job: Job) -> dict[str, Any]:
-    """DSC of every held-out case and organ on thick slices."""
-    scans, masks = job.home / "thick", job.home / "thick-masks"
-    write_thick(job.scans, scans)
-    _segment(job, scans / "images", masks)
-    cases = score_folder(masks, scans / "labels", quiet=True)["cases"]
+def _sparse_scores(job: Job) -> dict[str, Any]:
+    """DSC of every held-out case and organ on every third slice alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        scans, masks = Path(folder) / "scans", Path(folder) / "masks"
+        write_sparse(job.scans, scans)
+        _segment(job, scans / "images", masks)
+        cases = _scored(masks, scans / "labels")["cases"]
     return {case: {organ: {"dsc": score["dsc"]} for organ, score in of.items()} for case, of in cases.items()}
 
 
@@ -165,12 +173,17 @@ def score_elsewhere(output: Path, name: str, masks: Path) -> None:
 
 def _score(masks: Path, labels: Path, home: Path, row: dict[str, Any]) -> None:
     """Leave metrics.json, then row.json, which says that the row is done. Raises ValueError on a missing mask."""
-    metrics = score_folder(masks, labels, quiet=True)
+    metrics = _scored(masks, labels)
     write_json(home / "metrics.json", metrics)
-    if metrics["problems"]:
-        raise ValueError(f"every row needs all cases: {next(iter(metrics['problems'].values()))}")
     places = {**row.get("places", {}), **place_scores(masks, labels)}
     write_json(home / "row.json", _plain({**row, "prompted": metrics["prompted"], "places": places}))
+
+
+def _scored(masks: Path, labels: Path) -> Metrics:
+    metrics = score_folder(masks, labels, quiet=True)
+    if metrics["problems"]:
+        raise ValueError(f"every row needs all cases: {next(iter(metrics['problems'].values()))}")
+    return metrics
 
 
 def _plain(value: Any) -> Any:

@@ -31,7 +31,7 @@ IDENTITY = (
 FACTS = ("system", "title", "protocol", "note", "prompted", "parameters", "spacing_mm", "precision")
 COSTS = ("minutes", "cpu_minutes", "steps", "peak_mib", "prediction_s", "prediction_peak_mib")
 BUSY = 0.9  # least share of processor time in the minutes of one thread; on a quiet machine it is above 0.95
-DIGITS = 4  # of a DSC, so that all means and intervals can be computed again from "dsc" in accuracy.json
+DIGITS = 4  # of a DSC, so that means and intervals of rows can be computed again from "dsc" in accuracy.json
 Found = tuple[Mapping[str, Any], Mapping[str, Any]]  # a row.json and its metrics.json
 
 
@@ -53,7 +53,8 @@ def summarise(found: Sequence[Found], failed: Mapping[str, str] | None = None) -
         _check_seeds([row for row, _ in seeds])
         values = np.array([score_matrix(metrics["cases"], cases, organs) for _, metrics in seeds])
         scores.append(values.round(DIGITS))
-        places[seeds[0][0]["system"]] = [row["places"] for row, _ in seeds if "places" in row]
+        if all("places" in row and row["protocol"] == "equal budget" for row, _ in seeds):
+            places[seeds[0][0]["system"]] = [row["places"] for row, _ in seeds]
         rows.append({**_scores(scores[-1], organs), **_others(seeds, scores[-1], cases, organs)})
     able = [i for i, row in enumerate(rows) if may_be_best(row)]
     best = max(able, key=lambda i: rows[i]["mean"] or 0.0, default=None)
@@ -67,7 +68,7 @@ def summarise(found: Sequence[Found], failed: Mapping[str, str] | None = None) -
         "budget": budget,
         "environments": _distinct(row["environment"] for row, _ in found if "environment" in row),
         "rows": rows,
-        "across_slices": gains(places, cases, organs),
+        "neighbours": gains(places, cases, organs),
         "not_run": _not_run(rows, failed),
         "failed": failed,
     }

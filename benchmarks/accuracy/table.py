@@ -131,7 +131,7 @@ def sections(table: Table) -> list[str]:
             parts.append(cost_table(known))
         if any(seed["commit"] for row in rows for seed in row.get("trained", ())):
             parts.append(trained_table(rows))
-    return parts + places.section(table.get("across_slices", ()))
+    return parts + places.section(table.get("neighbours", ()))
 
 
 def notes(tables: Sequence[Table]) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aftersam.errors import naming
+from aftersam.errors import naming, one_line
 from aftersam.model.sam_layouts import read_files
 
 HINT = "give the weights that the network's authors start from"
@@ -42,7 +42,8 @@ _VIT = (  # names in TransUNet's transformer blocks, and in the file
 def load_swin(network: nn.Module, path: Path) -> None:
     """Fill embedding, encoder, bottleneck and the decoder's blocks of a SwinUnet from a Swin transformer's file.
 
-    Stages of the file may be deeper. Raises ValueError on a file that lacks a tensor or has it in another shape."""
+    Stages of the file may be deeper, and its windows larger. Raises ValueError on a file that lacks a tensor or has it
+    in another shape."""
     loaded = read_files([path])
     state = loaded.get("model", loaded) if isinstance(loaded, Mapping) else {}
     found: dict[str, Tensor] = {}
@@ -51,7 +52,20 @@ def load_swin(network: nn.Module, path: Path) -> None:
         for pattern, names in _SWIN:
             if match := re.fullmatch(pattern, plain):
                 found |= {match.expand(name): value for name in names}
+    for name, table in network.named_parameters():
+        if name.endswith("relative_position_bias_table") and name in found:
+            found[name] = _of_smaller_window(found[name], len(table))
     _fill(network, found, path, r"(embed|encoder|bottleneck)\.|decoder\.\d\.blocks\.")
+
+
+def _of_smaller_window(table: Tensor, count: int) -> Tensor:
+    """The `count` biases of a table (offsets, heads) that a smaller window has: those of the smallest offsets."""
+    side, kept = math.isqrt(len(table)), math.isqrt(count)
+    if side**2 != len(table) or kept > side:
+        return table  # which then does not fit
+    first = (side - kept) // 2
+    inner = table.unflatten(0, (side, side))[first : first + kept, first : first + kept]
+    return inner.flatten(0, 1)
 
 
 def load_r50_vit(network: nn.Module, path: Path) -> None:
@@ -65,6 +79,8 @@ def load_r50_vit(network: nn.Module, path: Path) -> None:
         found = dict(_r50_vit(state, network))
     except KeyError as error:
         raise ValueError(f"{path} does not fit: it lacks {error.args[0]}; {HINT}") from None
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit: {one_line(str(error))}; {HINT}") from None
     grid = tuple(network.get_parameter("position").shape[2:])
     found["position"] = F.interpolate(found["position"], size=grid, mode="bilinear", align_corners=True)
     _fill(network, found, path, r"(root|stages|embed|position|blocks|norm)\b")

@@ -55,7 +55,7 @@ def fit(
 ) -> Spent:
     """Optimiser steps on batches of `source` until the limit of `config`, whose schedule follows progress.
 
-    The model then has the moving average of its weights, where `config` asks for one.
+    The model then has the moving average of its weights and running statistics, where `config` asks for one.
 
     Raises FloatingPointError where the loss is no longer finite, ValueError without a limit."""
     if config.max_minutes is None and config.max_steps is None:
@@ -63,6 +63,8 @@ def fit(
     model.to(device).train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, weight_decay=config.weight_decay)
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    statistics = [buffer.clone() for buffer in buffers]
     progress, began, cpu = Progress(), time.monotonic(), time.process_time()
     while (done := progress.fraction(config, 1)) < 1:
         for group in optimizer.param_groups:
@@ -80,8 +82,13 @@ def fit(
         progress.step += 1
         if average := average_share(config, done, progress.step):
             add_to_average(optimizer, average)
+            for mean, buffer in zip(statistics, buffers, strict=True):
+                mean.lerp_(buffer, average)
         progress.seconds = time.monotonic() - began
-    take_average(optimizer)
+    if config.average:
+        take_average(optimizer)
+        for mean, buffer in zip(statistics, buffers, strict=True):
+            buffer.copy_(mean)
     model.eval()
     return Spent(progress.seconds / 60, (time.process_time() - cpu) / 60, progress.step, peak_mib(device))
 

@@ -24,7 +24,9 @@ PATCH = 4
 
 
 class SwinUnet(nn.Module):
-    """images (T, 3, H, W) -> logits (T, K+1, H, W). The default sizes are those of the tiny form."""
+    """images (T, 3, H, W) -> logits (T, K+1, H, W). The default sizes are those of the tiny form.
+
+    A stage that has fewer than `window` tokens a side at images of `image_size` has a window of as many."""
 
     def __init__(
         self,
@@ -34,16 +36,18 @@ class SwinUnet(nn.Module):
         depths: Sequence[int] = (2, 2, 2, 2),
         num_heads: Sequence[int] = (3, 6, 12, 24),
         window: int = 7,
+        image_size: int = 224,
     ) -> None:
         super().__init__()
         from monai.networks.blocks import PatchEmbed
         from monai.networks.nets.swin_unetr import BasicLayer, PatchMergingV2
 
         widths = [dim * 2**i for i in range(len(depths))]
+        sides = [min(window, -(-image_size // (PATCH * 2**i))) for i in range(len(depths))]
 
         def stage(i: int, merging: Any = None) -> nn.Module:
             return BasicLayer(
-                widths[i], depths[i], num_heads[i], (window, window), drop_path=[0.0] * depths[i],
+                widths[i], depths[i], num_heads[i], (sides[i], sides[i]), drop_path=[0.0] * depths[i],
                 qkv_bias=True, downsample=merging,
             )  # fmt: skip
 
@@ -93,12 +97,14 @@ def _cropped(x: Tensor, like: Tensor) -> Tensor:
 
 
 def build_swin_unet(config: ModelConfig, num_classes: int, imagenet: Path | None = None) -> AfterSAM:
-    """Swin-Unet at the table's size: windows of 4 tokens fit 128 pixels without padding.
+    """Swin-Unet at the table's size, with windows of 4 tokens as its Swin UNETR.
 
     From the ImageNet weights in the file `imagenet` it has the published size."""
     if imagenet is not None:
-        network = SwinUnet(num_classes)
+        network = SwinUnet(num_classes, image_size=config.image_size)
         load_swin(network, imagenet)
     else:
-        network = SwinUnet(num_classes, dim=40, num_heads=(2, 4, 8, 16), window=4)
+        network = SwinUnet(
+            num_classes, dim=40, num_heads=(2, 4, 8, 16), window=4, image_size=config.image_size
+        )
     return slice_network(network, config, num_classes)
