@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 
 from aftersam.data.volume import read_labels
+from aftersam.errors import counted
 from aftersam.evaluation.scoring import label_names_near, masks_in
 from aftersam.evaluation.statistics import (
     bootstrap_over_seeds,
@@ -28,7 +29,7 @@ from aftersam.files import scans_in
 NEAR = 2  # slices of an organ that count as its first, and as its last
 EVERY = 3  # of so many slices one is kept, as on scans whose slices lie far apart
 PLACES = {
-    "ends": f"first and last {NEAR} slices, and all beyond",
+    "ends": f"first and last {counted(NEAR, 'slice')}, and all beyond",
     "between": "slices between",
     "sparse": "every third slice alone",
 }
