@@ -201,7 +201,7 @@ class DataConfig:
     spacing_mm: tuple[Millimetres, Millimetres, Millimetres] | Literal["median", "native"] = (2.5, 1.0, 1.0)
     """Voxel size (d, h, w) the model works at. median: of the training set. native: each scan's own."""
     augmentation: tuple[Literal["elastic", "affine", "intensity", "noise", "mirror"], ...] = ("elastic",)
-    """Random transforms, the same for all slices of a group. mirror swaps left and right labels; it needs both."""
+    """Random transforms, the same for all slices of a group. mirror swaps left and right labels, and needs both."""
     augmentation_probability: Share = 0.2
     """Probability of each transform for a group."""
     crops: Literal["random", "prediction"] = "random"
@@ -245,7 +245,7 @@ class TrainConfig:
     ce_hardest: Annotated[float, Range(0, 1, "low")] = 1.0
     """Top-k cross-entropy: the fraction of voxels with the highest loss that is averaged. 1 uses all voxels."""
     deep_supervision: Weight = 0.0
-    """Weight of the same loss on coarse logits, before any skip: else encoder and fusion stay unused from scratch."""
+    """Weight of the same loss on coarse logits, before any skip. From scratch, encoder and fusion need it to learn."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the device computes it natively, else fp32."""
     activation_checkpointing: bool = False
@@ -253,7 +253,7 @@ class TrainConfig:
     shard: bool = False
     """Spread weights, gradients and moments over the processes (FSDP): for vit_h where a GPU cannot hold them."""
     validations: Annotated[int, Range(0, 1e4)] = 10
-    """Validations of whole scans, spread evenly over the run. 0: those at the end are kept as the best."""
+    """Validations of whole scans, spread evenly over the run. 0: the weights at the end are kept as the best."""
     checkpoint_steps: Count = 200
     """Steps between writes of last.safetensors. A killed run loses at most so many."""
     seed: Seed = 0

@@ -116,10 +116,10 @@ class Learner:
 
     @contextlib.contextmanager
     def kept_model(self) -> Iterator[AfterSAM]:
-        """The model as it is validated and kept: with all its weights, each the moving average where one is taken.
+        """The model as it is validated and kept: whole, with the moving average of every weight that has one.
 
-        Inside, the model under training has the averages too. Where weights are sharded this gives a copy, and every
-        process must call it."""
+        Until the end of the block the model under training has the averages too. Where weights are sharded this gives a
+        copy, and every process must enter the block."""
         model: AfterSAM = self.accelerator.unwrap_model(self.model)
         with averaged(self.optimizer):
             if self.config.train.shard:
